@@ -1,0 +1,76 @@
+/*
+ * forward.h -- run tokens through the model: the one forward pass, over a paged KV cache.
+ *
+ * A step is a ragged batch: a list of (sequence, position, token), in which prefill chunks and
+ * decode tokens of many sequences stand side by side.  Tokens of one sequence must be consecutive
+ * in the list and in position.  Written once against backend.h; CPU and CUDA are backends.
+ *
+ * Not thread-safe: the model thread owns everything here.
+ */
+#ifndef MILLM_FORWARD_H
+#define MILLM_FORWARD_H
+
+#include <stdbool.h>
+#include <stdint.h>
+
+#include "error.h"
+#include "model.h"
+
+typedef struct MillmForward MillmForward;
+typedef struct MillmSequence MillmSequence;		/* a growing list of tokens: its page tables and its length */
+
+#define MILLM_KV_PAGE_TOKENS 16
+
+typedef struct MillmForwardOptions
+{
+	int			n_threads;		/* 0: one per CPU this process may use */
+	int			max_batch_tokens;	/* rows of one step; 0: 256 */
+	int64_t		n_pages;		/* KV pages of MILLM_KV_PAGE_TOKENS positions, all layers */
+	bool		deterministic;	/* batch-invariant kernels: a row's bits do not depend on its company */
+	const char *kernels;		/* "ref", "avx2", "avx512"; NULL: the best, or $MILLM_KERNELS */
+} MillmForwardOptions;
+
+/* Reserves KV pool and workspace now; INSUFFICIENT_MEMORY with figures when it cannot.  The model must outlive it. */
+extern MillmCode millm_forward_create(const MillmModel *model, const MillmForwardOptions *options,
+									  MillmForward **out, MillmError *err);
+extern void millm_forward_free(MillmForward *fw);
+
+extern const char *millm_forward_kernels(const MillmForward *fw);	/* the variant in use */
+extern int	millm_forward_threads(const MillmForward *fw);
+extern int	millm_forward_max_batch_tokens(const MillmForward *fw);
+/* Bytes of one KV page over all layers, and what a forward pass of these options takes besides. */
+extern int64_t millm_kv_page_bytes(const MillmModel *model);
+extern int64_t millm_forward_workspace_bytes(const MillmModel *model, const MillmForwardOptions *options);
+extern int64_t millm_kv_pages_total(const MillmForward *fw);
+extern int64_t millm_kv_pages_free(const MillmForward *fw);
+
+/* An empty sequence; NULL when out of memory.  free gives its pages back. */
+extern MillmSequence *millm_sequence_create(MillmForward *fw);
+extern void millm_sequence_free(MillmSequence *seq);	/* NULL is fine */
+/* A second sequence with the same past; pages are shared and copied on write. */
+extern MillmSequence *millm_sequence_fork(MillmSequence *seq);
+extern int	millm_sequence_length(const MillmSequence *seq);	/* positions computed so far */
+/* Forget positions from length on (a rejected draft, a preempted sequence: length 0). */
+extern void millm_sequence_truncate(MillmSequence *seq, int length);
+/* Make room for positions up to length; false (and nothing changed) when the pool has too few free pages. */
+extern bool millm_sequence_reserve(MillmSequence *seq, int length);
+
+typedef struct MillmBatchToken
+{
+	MillmSequence *seq;
+	int32_t		position;		/* == millm_sequence_length(seq) for its first token in this step */
+	int32_t		token;
+	bool		want_logits;
+} MillmBatchToken;
+
+/*
+ * Run one step.  Room must have been reserved.  Rows of logits, [n_wanted, vocab_size] float32 in the
+ * order of the wanting tokens, are at *logits until the next step.  should_stop(arg), if not NULL, is asked
+ * between layers; when it says true the step ends with CANCELED and no sequence has grown.
+ * INTERNAL naming the layer when an activation becomes NaN or infinite.
+ */
+extern MillmCode millm_forward_step(MillmForward *fw, const MillmBatchToken *batch, int n,
+									bool (*should_stop) (void *arg), void *arg,
+									const float **logits, MillmError *err);
+
+#endif

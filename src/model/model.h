@@ -1,0 +1,141 @@
+/*
+ * model.h -- a checkpoint on disk, opened: its resolved config and its weights, mapped in place.
+ *
+ * A MillmModel is immutable once open.  Everything that distinguishes a family from another
+ * is data: one MillmArch row per model_type (arch.c) says how its config is spelled, how its
+ * tensors are named and which of the few shapes its block has; the forward pass (engine/forward.c)
+ * reads the resolved MillmConfig and the MillmLayer views and knows no model by name.
+ */
+#ifndef MILLM_MODEL_H
+#define MILLM_MODEL_H
+
+#include <stdbool.h>
+#include <stddef.h>
+#include <stdint.h>
+
+#include "error.h"
+#include "tensor.h"
+
+typedef enum MillmNorm {MILLM_NORM_RMS, MILLM_NORM_LAYER} MillmNorm;
+typedef enum MillmPosition {MILLM_POS_ROPE, MILLM_POS_LEARNED} MillmPosition;
+typedef enum MillmAct {MILLM_ACT_SILU, MILLM_ACT_GELU_TANH, MILLM_ACT_GELU_ERF, MILLM_ACT_RELU} MillmAct;
+
+/* Limits on what a config may claim; beyond them a file is refused, not believed. */
+#define MILLM_MAX_LAYERS		1024
+#define MILLM_MAX_HIDDEN		65536
+#define MILLM_MAX_HEADS			1024
+#define MILLM_MAX_HEAD_DIM		1024
+#define MILLM_MAX_VOCAB			(4 << 20)
+#define MILLM_MAX_POSITIONS		(16 << 20)
+
+/* The resolved numbers and flags of one model: config.json, then aliases, then class defaults. */
+typedef struct MillmConfig
+{
+	char		model_type[64];
+	char		architecture[128];	/* architectures[0], or "" */
+	int			hidden_size;
+	int			intermediate_size;
+	int			n_layers;
+	int			n_heads;
+	int			n_kv_heads;
+	int			head_dim;
+	int			vocab_size;			/* rows of the embedding */
+	int			max_positions;
+	/* norms */
+	MillmNorm	norm;
+	bool		norm_bias;
+	float		norm_eps;
+	/* positions */
+	MillmPosition position;
+	bool		rope_interleaved;	/* pairs (2j, 2j+1) instead of (j, j + r/2) */
+	int			rotary_dim;			/* r: dims of each head that rotate */
+	float	   *inv_freq;			/* [r/2], owned; NULL without rope */
+	float		rope_attention_factor;
+	/* attention and block */
+	float		attention_scale;	/* multiplies q.k; layer_inv_scale divides it by (layer + 1) */
+	bool		layer_inv_scale;
+	MillmAct	act;
+	bool		mlp_gated;
+	bool		tied;				/* the LM head is the embedding */
+	/* token ids */
+	int			bos_id;				/* -1: none */
+	int			eos_ids[32];
+	int			n_eos;
+} MillmConfig;
+
+/* Sampling defaults of generation_config.json; NAN or -1 where it says nothing. */
+typedef struct MillmGenerationConfig
+{
+	bool		do_sample;
+	float		temperature;
+	int			top_k;
+	float		top_p;
+	float		min_p;
+	float		repetition_penalty;
+	int			n_ignored;			/* keys that would change the output and are not honoured */
+	char		ignored[8][48];
+} MillmGenerationConfig;
+
+/* A vector of float parameters (norm weight, bias): any float dtype in the file, float32 here. NULL data: absent. */
+typedef struct MillmVector
+{
+	float	   *data;			/* [n], owned by the model, 64-byte aligned */
+	int64_t		n;
+} MillmVector;
+
+/* One transformer block.  Sizes are per layer because newer families vary them. */
+typedef struct MillmLayer
+{
+	int			n_heads;
+	int			n_kv_heads;
+	int			head_dim;
+	int			window;			/* 0: full attention */
+	MillmVector attn_norm, attn_norm_bias;
+	MillmWeight q, k, v, o;
+	MillmVector q_bias, k_bias, v_bias, o_bias;
+	MillmVector mlp_norm, mlp_norm_bias;
+	MillmWeight gate, up, down;	/* gate is absent without mlp_gated */
+	MillmVector gate_bias, up_bias, down_bias;
+} MillmLayer;
+
+typedef struct MillmModel
+{
+	MillmConfig config;
+	MillmGenerationConfig generation;
+	MillmWeight embedding;		/* [vocab, hidden] */
+	MillmWeight position_embedding;	/* [positions, hidden]; absent with rope */
+	MillmLayer *layers;			/* [n_layers] */
+	MillmVector final_norm, final_norm_bias;
+	MillmWeight head;			/* [vocab, hidden]; the embedding when tied */
+	MillmVector head_bias;
+	int64_t		n_params;		/* as stored, tied weights once */
+	uint64_t	weights_bytes;	/* bytes of tensor data mapped */
+	char		dtype[8];		/* "BF16", "F16", "F32" of the embedding, for people */
+	struct MillmModelFiles *files;	/* the mappings; model.c's */
+} MillmModel;
+
+/*
+ * Open the directory dir: config.json, generation_config.json, model.safetensors or the shards
+ * of its index.  On MILLM_OK the caller owns *out.
+ *
+ * UNSUPPORTED_ARCHITECTURE (unknown model_type, or a known one with a flag we do not implement),
+ * UNSUPPORTED (quantization_config, and what else we name), MODEL_FILES_MISSING, INVALID_MODEL_FILE
+ * (damaged or contradictory files; the detail has the figures).
+ */
+extern MillmCode millm_model_open(const char *dir, MillmModel **out, MillmError *err);
+extern void millm_model_close(MillmModel *model);	/* NULL is fine */
+
+/* Ask the kernel to read the mapped weights into the page cache now; reports 0..100. */
+extern void millm_model_populate(const MillmModel *model, void (*progress) (void *arg, int percent), void *arg);
+
+/* Names of the supported model types, comma-separated ("gpt2, llama"). */
+extern const char *millm_supported_model_types(void);
+
+/*
+ * Check config.json text alone (before a download): resolve it, fill *config (millm_config_free()).
+ * Same errors as millm_model_open() for what a config can show.
+ */
+extern MillmCode millm_config_parse(const char *json, size_t len, MillmConfig *config, MillmError *err);
+extern void millm_config_free(MillmConfig *config);
+
+#endif
