@@ -1,0 +1,38 @@
+/*
+ * live.h -- the state that dies with the server: shared memory of the supervisor, the clerk and
+ * the backends.
+ */
+#ifndef MILLM_LIVE_H
+#define MILLM_LIVE_H
+
+#include "postgres.h"
+
+#include "client.h"
+
+/* Relative to the data directory, so always short enough for sun_path; left out of base backups by its name. */
+#define MILLM_RUN_DIR "pgsql_tmp.millm"
+
+typedef enum MillmHelperState
+{
+	MILLM_HELPER_STOPPED, MILLM_HELPER_STARTING, MILLM_HELPER_READY, MILLM_HELPER_BACKOFF, MILLM_HELPER_MISSING
+} MillmHelperState;
+
+typedef struct MillmHelperStatus
+{
+	MillmHelperState state;
+	int			pid;			/* 0: none */
+	int64		restarts;
+	char		last_exit[512];	/* how the last one ended, with the tail of its stderr; "" at first */
+} MillmHelperStatus;
+
+/* "pgsql_tmp.millm/engine.sock" */
+extern const char *millm_helper_socket(MillmHelper helper);
+extern void millm_helper_status(MillmHelper helper, MillmHelperStatus *out);
+
+/*
+ * ereport unless the library is preloaded, this database is the one of millm.database, and it is
+ * UTF8 (see design 2 and 3).  Every SQL function calls it first.
+ */
+extern void millm_check_ready(void);
+
+#endif
