@@ -1,0 +1,129 @@
+# millm: a PostgreSQL extension that turns the server into an LLM server.
+#
+# `make demo` and `make check` are all that a new user needs; `make help` lists the rest.
+# One page builds it all: the extension (PGXS), its helper programs, their tests.  Objects lie
+# under build/, one directory per variant, so a sanitizer build never mixes with an ordinary one.
+
+VERSION = 1.0.0
+BUILD  ?= build
+
+# The workflow targets are scripts that work before anything is installed, PostgreSQL included.
+WORKFLOW = help setup demo check check-long playground playground-stop
+ifeq ($(filter-out $(WORKFLOW),$(or $(MAKECMDGOALS),all)),)
+.DEFAULT_GOAL = help
+
+help:
+	@echo "make demo              install what is missing, build, download a model, generate text"
+	@echo "make check             the same set-up, then every test (about half an hour, cold)"
+	@echo "make check-long        the tests that take longer"
+	@echo "make playground        a private server with the extension and a test hub; playground-stop ends it"
+	@echo "make setup             only install the packages that building and testing need"
+	@echo
+	@echo "make                   build the extension, millm-engine and millm-hub"
+	@echo "make install           install them into the PostgreSQL of pg_config"
+	@echo "make unit              build and run the unit tests     SAN=address,undefined or SAN=thread"
+	@echo "make fuzz              run each fuzz target             FUZZ_SECONDS=20"
+	@echo "make lint              who may include whom, versions that must agree"
+	@echo "make clean             remove build/"
+	@echo
+	@echo "Variables: PG_CONFIG, CC, SAN, BUILD, DEBUG=1"
+
+setup:
+	@dev/setup all
+demo check playground playground-stop check-long:
+	@dev/$@
+.PHONY: $(WORKFLOW)
+
+else # ----------------------------------------------------------------------------------------
+
+# --- The extension: src/pg and the two rooms that it may see, through PGXS ---------------------
+EXTENSION   = millm
+MODULE_big  = millm
+DATA        = sql/millm--$(VERSION).sql
+PG_CPPFLAGS = -Isrc/pg -Isrc/wire -Isrc/base
+PG_CFLAGS   = -Wextra -Wno-unused-parameter -Wno-sign-compare -Wno-missing-field-initializers
+OBJS        = $(patsubst src/%.c,$(BUILD)/module/%.o,$(wildcard src/pg/*.c) src/wire/wire.c src/base/error.c)
+EXTRA_CLEAN = build
+override with_llvm = no
+PG_CONFIG  ?= pg_config
+PGXS       := $(shell $(PG_CONFIG) --pgxs 2>/dev/null)
+ifeq ($(wildcard $(PGXS)),)
+$(error $(PG_CONFIG) is not there or has no PGXS: run "make setup", or set PG_CONFIG)
+endif
+include $(PGXS)
+
+$(BUILD)/module/%.o: src/%.c
+	@mkdir -p $(@D)
+	$(CC) $(CFLAGS) $(CFLAGS_SL) $(CPPFLAGS) -MMD -c -o $@ $<
+
+# --- The helper programs: every other room ------------------------------------------------------
+ENGINE_ROOMS  = base wire serve token kernel model hub engine
+DEPS_PKG      = libcurl jansson libpcre2-8 libutf8proc libcrypto libevent libevent_pthreads
+ENGINE_CFLAGS = -std=c11 -D_GNU_SOURCE $(if $(DEBUG),-O1 -DMILLM_DEBUG,-O2) -g -fno-omit-frame-pointer -Wall -Wextra -Wvla \
+                $(ENGINE_ROOMS:%=-Isrc/%) $(shell pkg-config --cflags $(DEPS_PKG)) $(SAN_FLAGS)
+ENGINE_LIBS   = $(shell pkg-config --libs $(DEPS_PKG)) -lpthread -ldl -lm
+SAN_FLAGS     = $(if $(SAN),-fsanitize=$(SAN) -fno-sanitize-recover=all)
+ROOM_SOURCES  = $(filter-out %/main.c,$(wildcard $(ENGINE_ROOMS:%=src/%/*.c)))
+LIB           = $(BUILD)/libmillm.a
+PROGRAMS      = $(BUILD)/millm-engine $(BUILD)/millm-hub
+
+# Instruction sets belong to single files; nothing that others link may be compiled with them.
+$(BUILD)/src/kernel/avx2.o:   ISA = -mavx2 -mfma -mf16c
+$(BUILD)/src/kernel/avx512.o: ISA = -mavx512f -mavx512bw -mavx512vl -mavx512dq -mavx512bf16 -mavx512vnni -mfma -mf16c
+$(BUILD)/src/kernel/%.o:      OPT = -O3
+
+all: $(PROGRAMS)
+programs: $(PROGRAMS)
+
+$(BUILD)/src/%.o: src/%.c
+	@mkdir -p $(@D)
+	$(CC) $(ENGINE_CFLAGS) $(OPT) $(ISA) -MMD -c -o $@ $<
+
+$(LIB): $(ROOM_SOURCES:src/%.c=$(BUILD)/src/%.o)
+	@rm -f $@
+	ar rcs $@ $^
+
+$(BUILD)/millm-%: $(BUILD)/src/%/main.o $(LIB)
+	$(CC) $(ENGINE_CFLAGS) -o $@ $^ $(ENGINE_LIBS)
+
+# --- Install: PGXS installs the module, we install what it starts -------------------------------
+HELPER_DIR = $(DESTDIR)$(pkglibdir)/millm/$(VERSION)
+install: install-helpers
+install-helpers: $(PROGRAMS)
+	$(MKDIR_P) '$(HELPER_DIR)'
+	$(INSTALL_PROGRAM) $(PROGRAMS) '$(HELPER_DIR)/'
+uninstall: uninstall-helpers
+uninstall-helpers:
+	rm -rf '$(HELPER_DIR)'
+
+# --- Tests in C ---------------------------------------------------------------------------------
+UNIT_TESTS = $(patsubst test/unit/%.c,$(BUILD)/test/%,$(wildcard test/unit/test_*.c))
+DRIVERS    = $(patsubst test/parity/%.c,$(BUILD)/%,$(wildcard test/parity/*.c))
+unit-programs: $(UNIT_TESTS)
+drivers: $(DRIVERS)
+$(BUILD)/test/%: test/unit/%.c $(LIB)
+	@mkdir -p $(@D)
+	$(CC) $(ENGINE_CFLAGS) -Itest/unit -MMD -MF $@.d -o $@ $< $(LIB) -lcmocka $(ENGINE_LIBS)
+$(DRIVERS): $(BUILD)/%: test/parity/%.c $(LIB)
+	$(CC) $(ENGINE_CFLAGS) -MMD -MF $@.d -o $@ $< $(LIB) $(ENGINE_LIBS)
+unit: $(UNIT_TESTS)
+	@dev/run-unit $(UNIT_TESTS)
+
+# Fuzz targets are clang's; everything that they reach is instrumented.
+FUZZ_SECONDS ?= 20
+FUZZ_TARGETS  = $(patsubst test/fuzz/%.c,build/fuzz/%,$(wildcard test/fuzz/fuzz_*.c))
+fuzz-lib:
+	@$(MAKE) --no-print-directory BUILD=build/fuzz CC=clang SAN=fuzzer-no-link,address,undefined build/fuzz/libmillm.a
+build/fuzz/fuzz_%: test/fuzz/fuzz_%.c fuzz-lib
+	clang $(filter-out -fsanitize%,$(ENGINE_CFLAGS)) -fsanitize=fuzzer,address,undefined -fno-sanitize-recover=all \
+		-o $@ $< build/fuzz/libmillm.a $(ENGINE_LIBS)
+fuzz-programs: $(FUZZ_TARGETS)
+fuzz: $(FUZZ_TARGETS)
+	@dev/run-fuzz $(FUZZ_SECONDS) $(FUZZ_TARGETS)
+
+lint:
+	@dev/lint
+
+.PHONY: programs unit unit-programs drivers fuzz fuzz-lib fuzz-programs lint install-helpers uninstall-helpers
+-include $(shell find $(BUILD)/src $(BUILD)/module $(BUILD)/test -name '*.d' 2>/dev/null)
+endif
