@@ -31,6 +31,8 @@ typedef struct MillmService
 	void		(*on_close) (void *arg, MillmConn *conn);
 	/* The supervisor is gone or asked for the end: stop work, free, return.  Loop's thread. */
 	void		(*on_shutdown) (void *arg);
+	/* The last reference to a connection whose data is set is gone: free the data.  Any thread.  May be NULL. */
+	void		(*on_free) (void *arg, MillmConn *conn);
 	void	   *arg;
 } MillmService;
 
@@ -39,6 +41,10 @@ typedef struct MillmService
 #define MILLM_SERVE_HELLO_TIMEOUT_S 10	/* from connect to the whole request */
 
 /*
+ * To be called before the program opens descriptors: fd 3 is the supervisor's line if it is a socket.
+ * {"op":"shutdown"} is answered here; all other requests go to on_request.  When on_shutdown
+ * returns, no other thread may hold a connection.
+ *
  * Set up the process (signals, PR_SET_PDEATHSIG, oom_score_adj when raise_oom_score), listen on
  * socket_path, tell fd 3 that we are ready, run until shutdown.  Returns the exit status.
  */
