@@ -21,16 +21,31 @@ typedef struct MillmClient MillmClient;
 
 /*
  * Connect, exchange HELLOs and send the request (a JSON object's text, in UTF-8).  ereports ENGINE_UNAVAILABLE or
- * HUB_UNAVAILABLE (with the helper's state and last exit from live.h) when nobody listens within timeout_ms,
- * VERSION_MISMATCH when the helper is of another build.  timeout_ms < 0: no limit (still interruptible).
+ * HUB_UNAVAILABLE (with the helper's state and last exit from live.h) when nobody listens and the helper is not just
+ * starting, or when it does not say HELLO within timeout_ms; VERSION_MISMATCH when the helper is of another build;
+ * INVALID_ARGUMENT when the request is longer than WIRE_MAX_REQUEST_BYTES.  timeout_ms < 0: the client's own limit, 30 s.
+ * The result lives in the current memory context.
  */
 extern MillmClient *millm_client_open(MillmHelper helper, const char *request, int timeout_ms);
 
 /*
- * Wait for the next frame and append its payload to out (reset first).  An ERROR frame, or a connection that ends
- * before a final frame, leaves as ereport.  After RESULT the client is spent.
+ * Wait for the next frame and write its payload to out (reset first).  An ERROR frame, a connection that ends
+ * before a final frame and timeout_ms without a frame leave as ereport, the socket closed.  timeout_ms < 0: no limit,
+ * still interruptible.  After RESULT the client is spent.
  */
 extern WireKind millm_client_receive(MillmClient *client, StringInfo out, int timeout_ms);
+
+/*
+ * The whole conversation of a request that is answered by one RESULT, whose payload is written to out.
+ * timeout_ms as for millm_client_receive().
+ */
+extern void millm_client_call(MillmHelper helper, const char *request, StringInfo out, int timeout_ms);
+
+/*
+ * Send the rows that this query has produced to the SQL client, and wait until it has taken them: before the wait for
+ * the next piece of a stream.  Does nothing when the output goes nowhere.  Errors and interrupts close the client first.
+ */
+extern void millm_client_flush_rows(MillmClient *client);
 
 /* Close now; also done by the memory context.  NULL is fine. */
 extern void millm_client_close(MillmClient *client);
@@ -39,10 +54,11 @@ extern void millm_client_close(MillmClient *client);
 extern pgsocket millm_client_socket(MillmClient *client);
 
 /*
- * The same without waiting and without ereport, for the supervisor's and the clerk's loops: returns WIRE_ERROR with the error
- * filled when the connection broke; 0 when no whole frame is there yet.
+ * The same without waiting and without ereport, for the supervisor's and the clerk's loops: returns the frame's kind, its
+ * payload in out; 0 when no whole frame is there yet; WIRE_ERROR with err filled when the helper answered so or
+ * the connection broke.
  */
-extern int millm_client_poll(MillmClient *client, StringInfo out, MillmError *err);
+extern int	millm_client_poll(MillmClient *client, StringInfo out, MillmError *err);
 
 /* Raise err with its SQLSTATE, detail and hint. */
 extern void millm_ereport(int elevel, const MillmError *err);
