@@ -27,11 +27,13 @@
 #undef ENABLE_GSS
 #include "libpq/libpq.h"
 #include "libpq/libpq-be.h"
+#include "mb/pg_wchar.h"
 #include "miscadmin.h"
 #include "portability/instr_time.h"
 #include "storage/fd.h"
 #include "storage/latch.h"
 #include "tcop/tcopprot.h"
+#include "utils/builtins.h"
 #include "utils/memutils.h"
 #include "utils/wait_event.h"
 
@@ -508,7 +510,7 @@ check_hello(MillmClient *client, WireKind kind, StringInfo payload)
 	MillmJson	hello = millm_json(payload->data, payload->len);
 	char	   *version = millm_json_get_string(hello, "version");
 	char	   *program = millm_json_get_string(hello, "program");
-	int64		protocol;
+	int64		protocol = 0;
 	MillmError	err;
 
 	if (kind != WIRE_HELLO || !version || !program || !millm_json_get_int(hello, "protocol", &protocol))
@@ -593,4 +595,48 @@ millm_client_call(MillmHelper helper, const char *request, StringInfo out, int t
 		millm_ereport(ERROR, &err);
 	}
 	millm_client_close(client);
+}
+
+void
+millm_append_text(StringInfo request, const text *value)
+{
+	const char *bytes = VARDATA_ANY(value);
+	int			len = VARSIZE_ANY_EXHDR(value);
+	char	   *utf8;
+
+	if (len > (int) WIRE_MAX_REQUEST_BYTES)
+	{
+		MillmError	err;
+
+		millm_fail(&err, MILLM_E_INVALID_ARGUMENT, "text is too long for a request");
+		millm_detail(&err, "It has %d bytes; at most %u are accepted.", len, WIRE_MAX_REQUEST_BYTES);
+		millm_ereport(ERROR, &err);
+	}
+	utf8 = pg_server_to_any(bytes, len, PG_UTF8);
+	millm_json_append_string(request, utf8, utf8 == bytes ? (size_t) len : strlen(utf8));
+}
+
+text *
+millm_reply_text(StringInfo reply, const char *field)
+{
+	StringInfoData buf;
+	MillmJson	value;
+	char	   *converted;
+
+	initStringInfo(&buf);
+	if (!millm_json_get(millm_json(reply->data, reply->len), field, &value) || !millm_json_string(value, &buf))
+		millm_reply_invalid(field);
+	converted = pg_any_to_server(buf.data, buf.len, PG_UTF8);
+	return converted == buf.data ? cstring_to_text_with_len(buf.data, buf.len) : cstring_to_text(converted);
+}
+
+void
+millm_reply_invalid(const char *what)
+{
+	MillmError	err;
+
+	millm_fail(&err, MILLM_E_PROTOCOL_VIOLATION, "invalid reply of a helper program");
+	millm_detail(&err, "It lacks a valid \"%s\".", what);
+	millm_ereport(ERROR, &err);
+	pg_unreachable();
 }

@@ -36,8 +36,8 @@ extern MillmClient *millm_client_open(MillmHelper helper, const char *request, i
 extern WireKind millm_client_receive(MillmClient *client, StringInfo out, int timeout_ms);
 
 /*
- * The whole conversation of a request that is answered by one RESULT, whose payload is written to out.
- * timeout_ms as for millm_client_receive().
+ * The whole conversation of a request that is answered by one RESULT, whose payload is written to out (which may be
+ * the buffer that the request is in).  timeout_ms as for millm_client_receive().
  */
 extern void millm_client_call(MillmHelper helper, const char *request, StringInfo out, int timeout_ms);
 
@@ -59,6 +59,15 @@ extern pgsocket millm_client_socket(MillmClient *client);
  * the connection broke.
  */
 extern int	millm_client_poll(MillmClient *client, StringInfo out, MillmError *err);
+
+/*
+ * Texts of SQL in requests and replies.  Append value as a JSON string, in UTF-8; INVALID_ARGUMENT when it is longer than
+ * any request may be.  A reply's field as a text in the database's encoding (a character that has none there is
+ * PostgreSQL's error for it).  millm_reply_invalid(): PROTOCOL_VIOLATION, the reply lacks what.
+ */
+extern void millm_append_text(StringInfo request, const text *value);
+extern text *millm_reply_text(StringInfo reply, const char *field);
+extern void millm_reply_invalid(const char *what) pg_attribute_noreturn();
 
 /* Raise err with its SQLSTATE, detail and hint. */
 extern void millm_ereport(int elevel, const MillmError *err);

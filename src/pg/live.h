@@ -29,6 +29,17 @@ typedef struct MillmHelperStatus
 extern const char *millm_helper_socket(MillmHelper helper);
 extern void millm_helper_status(MillmHelper helper, MillmHelperStatus *out);
 
+/* The model that the engine holds, as the supervisor last heard. */
+typedef struct MillmLoadedModel
+{
+	int64		id;				/* the registry's */
+	char		name[256];		/* UTF-8, NUL-terminated */
+	char		uuid[37];
+} MillmLoadedModel;
+
+/* False: none is loaded. */
+extern bool millm_loaded_model(MillmLoadedModel *out);
+
 /*
  * ereport unless the library is preloaded, this database is the one of millm.database, and it is
  * UTF8 (see design 2 and 3).  Every SQL function calls it first.

@@ -1,0 +1,213 @@
+/*
+ * fn_generate.c -- text from the loaded model: generate() whole, generate_stream() piece by piece.
+ *
+ * Both are VOLATILE and not STRICT.  Whatever ends the query ends the generation inside the engine, because it closes
+ * the connection (client.h).  The stream is a value-per-call function: in a SELECT list each row leaves for the client before
+ * we wait for the next.
+ */
+#include "postgres.h"
+
+#include <math.h>
+
+#include "catalog/pg_type.h"
+#include "fmgr.h"
+#include "funcapi.h"
+#include "utils/array.h"
+#include "utils/builtins.h"
+#include "utils/memutils.h"
+
+#include "client.h"
+#include "live.h"
+
+PG_FUNCTION_INFO_V1(millm_generate);
+PG_FUNCTION_INFO_V1(millm_generate_stream);
+
+/* The arguments of both functions, in the order of the SQL script. */
+enum
+{
+	ARG_PROMPT, ARG_SYSTEM, ARG_RAW, ARG_MAX_TOKENS, ARG_TEMPERATURE, ARG_TOP_P, ARG_TOP_K, ARG_MIN_P, ARG_REPETITION_PENALTY,
+	ARG_FREQUENCY_PENALTY, ARG_PRESENCE_PENALTY, ARG_SEED, ARG_STOP, ARG_MODEL
+};
+
+/* The numeric options; NULL leaves the choice to the engine, which also knows each range. */
+static const struct
+{
+	int			arg;
+	const char *name;
+	Oid			type;
+}			numbers[] = {
+	{ARG_MAX_TOKENS, "max_tokens", INT4OID},
+	{ARG_TEMPERATURE, "temperature", FLOAT8OID},
+	{ARG_TOP_P, "top_p", FLOAT8OID},
+	{ARG_TOP_K, "top_k", INT4OID},
+	{ARG_MIN_P, "min_p", FLOAT8OID},
+	{ARG_REPETITION_PENALTY, "repetition_penalty", FLOAT8OID},
+	{ARG_FREQUENCY_PENALTY, "frequency_penalty", FLOAT8OID},
+	{ARG_PRESENCE_PENALTY, "presence_penalty", FLOAT8OID},
+	{ARG_SEED, "seed", INT8OID},
+};
+
+static void
+refuse(MillmCode code, const char *message, const char *hint)
+{
+	MillmError	err;
+
+	millm_fail(&err, code, "%s", message);
+	millm_hint(&err, "%s", hint);
+	millm_ereport(ERROR, &err);
+}
+
+static void
+append_number(StringInfo request, const char *name, Oid type, Datum value)
+{
+	appendStringInfo(request, ",\"%s\":", name);
+	if (type == INT4OID)
+		appendStringInfo(request, "%d", DatumGetInt32(value));
+	else if (type == INT8OID)
+		appendStringInfo(request, INT64_FORMAT, DatumGetInt64(value));
+	else
+	{
+		double		number = DatumGetFloat8(value);
+
+		if (!isfinite(number))	/* JSON has no word for it */
+		{
+			MillmError	err;
+
+			millm_fail(&err, MILLM_E_INVALID_ARGUMENT, "%s must be a finite number", name);
+			millm_ereport(ERROR, &err);
+		}
+		appendStringInfo(request, "%.17g", number);
+	}
+}
+
+static void
+append_stop(StringInfo request, ArrayType *stop)
+{
+	Datum	   *elements;
+	bool	   *nulls;
+	int			n;
+
+	deconstruct_array(stop, TEXTOID, -1, false, TYPALIGN_INT, &elements, &nulls, &n);
+	appendStringInfoString(request, ",\"stop\":[");
+	for (int i = 0; i < n; i++)
+	{
+		if (nulls[i])
+			refuse(MILLM_E_INVALID_ARGUMENT, "stop must not contain nulls", "Leave stop out, or list only texts.");
+		if (i > 0)
+			appendStringInfoChar(request, ',');
+		millm_append_text(request, DatumGetTextPP(elements[i]));
+	}
+	appendStringInfoChar(request, ']');
+}
+
+/*
+ * The loaded model's uuid, when wanted (a name, or an id in digits) means that model.  Another one is an error, not a
+ * swap; the engine compares the uuid again, because the model may change before the request arrives.
+ */
+static char *
+loaded_uuid(const text *wanted)
+{
+	char	   *name = text_to_cstring(wanted);
+	MillmLoadedModel loaded;
+	MillmError	err;
+	char		id[24];
+
+	if (millm_loaded_model(&loaded))
+	{
+		snprintf(id, sizeof(id), INT64_FORMAT, loaded.id);
+		if (strcmp(name, loaded.name) == 0 || strcmp(name, id) == 0)
+			return pstrdup(loaded.uuid);
+		millm_fail(&err, MILLM_E_MODEL_NOT_LOADED, "model \"%s\" is not loaded", name);
+		millm_detail(&err, "The loaded model is \"%s\" (id %s).", loaded.name, id);
+	}
+	else
+	{
+		millm_fail(&err, MILLM_E_MODEL_NOT_LOADED, "model \"%s\" is not loaded", name);
+		millm_detail(&err, "No model is loaded.");
+	}
+	millm_hint(&err, "Load it with millm.load().");
+	millm_ereport(ERROR, &err);
+	return NULL;
+}
+
+/* The REQUEST of a call whose prompt is not NULL. */
+static char *
+generate_request(FunctionCallInfo fcinfo, bool stream)
+{
+	bool		raw = !PG_ARGISNULL(ARG_RAW) && PG_GETARG_BOOL(ARG_RAW);
+	StringInfoData request;
+
+	if (!PG_ARGISNULL(ARG_SYSTEM))
+		refuse(raw ? MILLM_E_INVALID_ARGUMENT : MILLM_E_UNSUPPORTED,
+			   raw ? "a raw prompt has no system message" : "system messages need a chat template, which this version does not apply",
+			   "Write the instructions into the prompt, with raw => true.");
+	initStringInfo(&request);
+	appendStringInfoString(&request, "{\"op\":\"generate\",\"prompt\":");
+	millm_append_text(&request, PG_GETARG_TEXT_PP(ARG_PROMPT));
+	appendStringInfo(&request, ",\"raw\":%s,\"stream\":%s", raw ? "true" : "false", stream ? "true" : "false");
+	for (int i = 0; i < (int) lengthof(numbers); i++)
+		if (!PG_ARGISNULL(numbers[i].arg))
+			append_number(&request, numbers[i].name, numbers[i].type, PG_GETARG_DATUM(numbers[i].arg));
+	if (!PG_ARGISNULL(ARG_STOP))
+		append_stop(&request, PG_GETARG_ARRAYTYPE_P(ARG_STOP));
+	if (!PG_ARGISNULL(ARG_MODEL))
+		appendStringInfo(&request, ",\"model_uuid\":\"%s\"", loaded_uuid(PG_GETARG_TEXT_PP(ARG_MODEL)));
+	appendStringInfoChar(&request, '}');
+	return request.data;
+}
+
+/* millm.generate(prompt, system, raw, ...) RETURNS text; a NULL prompt gives NULL without a call. */
+Datum
+millm_generate(PG_FUNCTION_ARGS)
+{
+	StringInfoData reply;
+
+	millm_check_ready();
+	if (PG_ARGISNULL(ARG_PROMPT))
+		PG_RETURN_NULL();
+	initStringInfo(&reply);
+	millm_client_call(MILLM_ENGINE, generate_request(fcinfo, false), &reply, -1);
+	PG_RETURN_TEXT_P(millm_reply_text(&reply, "text"));
+}
+
+/*
+ * millm.generate_stream(the same arguments) RETURNS SETOF text; no rows for a NULL prompt.
+ *
+ * The connection lives in the call's multi-call context, which dies with the executor node (LIMIT, a closed cursor) and with
+ * the (sub)transaction (error, ROLLBACK TO).
+ */
+Datum
+millm_generate_stream(PG_FUNCTION_ARGS)
+{
+	FuncCallContext *call;
+	MillmClient *client;
+
+	if (SRF_IS_FIRSTCALL())
+	{
+		MemoryContext old;
+
+		millm_check_ready();
+		call = SRF_FIRSTCALL_INIT();
+		old = MemoryContextSwitchTo(call->multi_call_memory_ctx);
+		if (!PG_ARGISNULL(ARG_PROMPT))
+			call->user_fctx = millm_client_open(MILLM_ENGINE, generate_request(fcinfo, true), -1);
+		MemoryContextSwitchTo(old);
+	}
+	call = SRF_PERCALL_SETUP();
+	client = call->user_fctx;
+	if (client)
+	{
+		StringInfoData piece;
+		WireKind	kind;
+
+		initStringInfo(&piece);
+		millm_client_flush_rows(client);
+		kind = millm_client_receive(client, &piece, -1);
+		if (kind == WIRE_TEXT)
+			SRF_RETURN_NEXT(call, PointerGetDatum(millm_reply_text(&piece, "text")));
+		millm_client_close(client);
+		if (kind != WIRE_RESULT)
+			millm_reply_invalid("text");
+	}
+	SRF_RETURN_DONE(call);
+}
