@@ -128,6 +128,14 @@ extern void millm_model_close(MillmModel *model);	/* NULL is fine */
 /* Ask the kernel to read the mapped weights into the page cache now; reports 0..100. */
 extern void millm_model_populate(const MillmModel *model, void (*progress) (void *arg, int percent), void *arg);
 
+/* What `millm-engine inspect` and register_local report: type, sizes, dtype, params, weights_bytes, files.  A new reference. */
+struct json_t;
+extern struct json_t *millm_model_inspect_json(const MillmModel *model);
+
+/* Test support (mutate.c): names of the flags that can be falsified, NULL past the last; and do it. */
+extern const char *millm_mutation_name(int i);
+extern MillmCode millm_model_mutate(MillmModel *model, const char *flag, MillmError *err);
+
 /* Names of the supported model types, comma-separated ("gpt2, llama"). */
 extern const char *millm_supported_model_types(void);
 

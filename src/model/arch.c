@@ -1,0 +1,57 @@
+/*
+ * arch.c -- the architecture table.  Sources: transformers' configuration_*.py and modeling_*.py of each type.
+ */
+#include "arch.h"
+
+#include <stddef.h>
+#include <string.h>
+
+static const MillmArch archs[] = {
+	{
+		/* GPT-2, DistilGPT2: learned positions, LayerNorm, Conv1D weights stored [in, out], one fused c_attn */
+		.model_type = "gpt2",
+		.hidden_size = {"n_embd", "hidden_size"}, .intermediate_size = {"n_inner"}, .n_layers = {"n_layer", "num_hidden_layers"},
+		.n_heads = {"n_head", "num_attention_heads"}, .max_positions = {"n_positions", "n_ctx", "max_position_embeddings"},
+		.norm_eps = {"layer_norm_epsilon"}, .act = {"activation_function"},
+		.default_norm_eps = 1e-5, .default_max_positions = 1024, .default_act = "gelu_new", .default_ffn_mult = 4, .default_tied = true,
+		.norm = MILLM_NORM_LAYER, .norm_bias = true, .position = MILLM_POS_LEARNED, .in_out = true,
+		.qkv_bias = {.always = true}, .o_bias = {.always = true}, .mlp_bias = {.always = true},
+		.scale_switch = "scale_attn_weights", .layer_inv_scale_switch = "scale_attn_by_inverse_layer_idx",
+		.prefix = "transformer.", .embedding = "wte", .position_embedding = "wpe", .final_norm = "ln_f", .head = "lm_head",
+		.attn_norm = "h.{i}.ln_1", .mlp_norm = "h.{i}.ln_2", .qkv = "h.{i}.attn.c_attn", .o = "h.{i}.attn.c_proj",
+		.up = "h.{i}.mlp.c_fc", .down = "h.{i}.mlp.c_proj",
+		.ignored = {".attn.bias", ".attn.masked_bias"},
+		.refused = {"add_cross_attention"},
+	},
+	{
+		/* Llama 2 and 3, SmolLM, TinyLlama, R1-Distill-Llama, Vicuna, Yi */
+		.model_type = "llama",
+		.hidden_size = {"hidden_size"}, .intermediate_size = {"intermediate_size"}, .n_layers = {"num_hidden_layers"},
+		.n_heads = {"num_attention_heads"}, .n_kv_heads = {"num_key_value_heads"}, .max_positions = {"max_position_embeddings"},
+		.norm_eps = {"rms_norm_eps"}, .act = {"hidden_act"},
+		.default_norm_eps = 1e-6, .default_rope_theta = 10000.0, .default_max_positions = 2048, .default_act = "silu",
+		.norm = MILLM_NORM_RMS, .position = MILLM_POS_ROPE, .mlp_gated = true,
+		.qkv_bias = {.key = "attention_bias"}, .o_bias = {.key = "attention_bias"}, .mlp_bias = {.key = "mlp_bias"},
+		.prefix = "model.", .embedding = "embed_tokens", .final_norm = "norm", .head = "lm_head",
+		.attn_norm = "layers.{i}.input_layernorm", .mlp_norm = "layers.{i}.post_attention_layernorm",
+		.q = "layers.{i}.self_attn.q_proj", .k = "layers.{i}.self_attn.k_proj", .v = "layers.{i}.self_attn.v_proj",
+		.o = "layers.{i}.self_attn.o_proj",
+		.gate = "layers.{i}.mlp.gate_proj", .up = "layers.{i}.mlp.up_proj", .down = "layers.{i}.mlp.down_proj",
+		.ignored = {".rotary_emb.inv_freq"},
+	},
+};
+
+const MillmArch *
+millm_arch_find(const char *model_type)
+{
+	for (size_t i = 0; i < sizeof(archs) / sizeof(archs[0]); i++)
+		if (strcmp(archs[i].model_type, model_type) == 0)
+			return &archs[i];
+	return NULL;
+}
+
+const char *
+millm_supported_model_types(void)
+{
+	return "gpt2, llama";
+}

@@ -1,0 +1,436 @@
+/*
+ * config.c -- config.json, as transformers 4.x and 5.x write it, resolved to the numbers that the engine runs on.
+ *
+ * Each key: the value in the file, then an alias, then the family's class default; JSON null means absent.
+ * A number outside of what any model could have is refused with the figure; a flag that would change the
+ * result and that this engine does not implement is refused by name.
+ */
+#include <jansson.h>
+#include <limits.h>
+#include <math.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "arch.h"
+#include "config.h"
+
+/* The value of a key, or NULL when it is absent or null. */
+static json_t *
+get(json_t *object, const char *key)
+{
+	json_t	   *v = json_object_get(object, key);
+
+	return json_is_null(v) ? NULL : v;
+}
+
+static MillmCode
+bad_value(MillmError *err, const char *key, json_t *value, const char *expected)
+{
+	char	   *text = json_dumps(value, JSON_ENCODE_ANY | JSON_COMPACT);
+
+	millm_fail(err, MILLM_E_INVALID_MODEL_FILE, "invalid value of \"%s\" in config.json", key);
+	millm_detail(err, "It is %.200s; expected %s.", text ? text : "(unprintable)", expected);
+	free(text);
+	return MILLM_E_INVALID_MODEL_FILE;
+}
+
+/* An integer under one of its spellings.  Absent: *out stays; min..max are inclusive. */
+static MillmCode
+get_int(json_t *c, const MillmKeys keys, int min, int max, int *out, MillmError *err)
+{
+	for (int i = 0; i < 4 && keys[i]; i++)
+	{
+		json_t	   *v = get(c, keys[i]);
+		char		expected[80];
+
+		if (!v)
+			continue;
+		if (!json_is_integer(v) || json_integer_value(v) < min || json_integer_value(v) > max)
+		{
+			snprintf(expected, sizeof(expected), "an integer from %d to %d", min, max);
+			return bad_value(err, keys[i], v, expected);
+		}
+		*out = (int) json_integer_value(v);
+		return MILLM_OK;
+	}
+	return MILLM_OK;
+}
+
+static MillmCode
+get_double(json_t *c, const char *key, double min, double max, double *out, MillmError *err)
+{
+	json_t	   *v = get(c, key);
+	char		expected[80];
+
+	if (!v)
+		return MILLM_OK;
+	if (!json_is_number(v) || !(json_number_value(v) >= min && json_number_value(v) <= max))
+	{
+		snprintf(expected, sizeof(expected), "a number from %g to %g", min, max);
+		return bad_value(err, key, v, expected);
+	}
+	*out = json_number_value(v);
+	return MILLM_OK;
+}
+
+static MillmCode
+get_bool(json_t *c, const char *key, bool *out, MillmError *err)
+{
+	json_t	   *v = get(c, key);
+
+	if (!v)
+		return MILLM_OK;
+	if (!json_is_boolean(v))
+		return bad_value(err, key, v, "true or false");
+	*out = json_is_true(v);
+	return MILLM_OK;
+}
+
+static MillmCode
+unsupported_flag(MillmError *err, const char *model_type, const char *key, const char *value)
+{
+	millm_fail(err, MILLM_E_UNSUPPORTED_ARCHITECTURE, "\"%s\": %s is not supported for model type \"%s\"", key, value, model_type);
+	millm_hint(err, "This engine would compute something else than the model's authors; it refuses instead.");
+	return MILLM_E_UNSUPPORTED_ARCHITECTURE;
+}
+
+static MillmCode
+parse_act(const char *name, const MillmConfig *c, MillmAct *out, MillmError *err)
+{
+	static const struct
+	{
+		const char *name;
+		MillmAct	act;
+	}			acts[] = {
+		{"silu", MILLM_ACT_SILU}, {"swish", MILLM_ACT_SILU}, {"gelu", MILLM_ACT_GELU_ERF}, {"gelu_python", MILLM_ACT_GELU_ERF},
+		{"gelu_new", MILLM_ACT_GELU_TANH}, {"gelu_fast", MILLM_ACT_GELU_TANH}, {"gelu_pytorch_tanh", MILLM_ACT_GELU_TANH}, {"relu", MILLM_ACT_RELU},
+	};
+
+	for (size_t i = 0; i < sizeof(acts) / sizeof(acts[0]); i++)
+		if (strcmp(acts[i].name, name) == 0)
+		{
+			*out = acts[i].act;
+			return MILLM_OK;
+		}
+	return unsupported_flag(err, c->model_type, "hidden_act", name);
+}
+
+/*
+ * The rotary frequencies, [r/2], and the attention factor.  Formulas: transformers' modeling_rope_utils.py; the
+ * exponent's denominator is r, the number of dims that rotate.
+ */
+static MillmCode
+resolve_rope(json_t *json, const MillmArch *arch, MillmConfig *c, MillmError *err)
+{
+	json_t	   *scaling = get(json, "rope_parameters");
+	const char *type = "default";
+	double		theta = arch->default_rope_theta, partial = 1.0, factor = 1.0, attention_factor = NAN;
+	double		low = 1.0, high = 4.0, fast = 32.0, slow = 1.0, mscale = 0.0, mscale_all = 0.0;
+	int			original = c->max_positions, r;
+	bool		truncate = true;
+	MillmCode	rc;
+
+	if (!scaling)
+		scaling = get(json, "rope_scaling");
+	if (scaling && !json_is_object(scaling))
+		return bad_value(err, "rope_scaling", scaling, "an object");
+	if ((rc = get_double(json, "rope_theta", 1.0, 1e12, &theta, err)) != MILLM_OK ||
+		(rc = get_double(json, "partial_rotary_factor", 0.01, 1.0, &partial, err)) != MILLM_OK)
+		return rc;
+	if (scaling)
+	{
+		json_t	   *t = get(scaling, "rope_type");
+
+		if (!t)
+			t = get(scaling, "type");
+		if (t)
+		{
+			if (!json_is_string(t))
+				return bad_value(err, "rope_type", t, "a string");
+			type = json_string_value(t);
+		}
+		if ((rc = get_double(scaling, "rope_theta", 1.0, 1e12, &theta, err)) != MILLM_OK ||
+			(rc = get_double(scaling, "partial_rotary_factor", 0.01, 1.0, &partial, err)) != MILLM_OK ||
+			(rc = get_double(scaling, "factor", 1.0, 1e6, &factor, err)) != MILLM_OK ||
+			(rc = get_double(scaling, "attention_factor", 0.0, 1e3, &attention_factor, err)) != MILLM_OK ||
+			(rc = get_double(scaling, "low_freq_factor", 1e-3, 1e6, &low, err)) != MILLM_OK ||
+			(rc = get_double(scaling, "high_freq_factor", 1e-3, 1e6, &high, err)) != MILLM_OK ||
+			(rc = get_double(scaling, "beta_fast", 1e-3, 1e6, &fast, err)) != MILLM_OK ||
+			(rc = get_double(scaling, "beta_slow", 1e-3, 1e6, &slow, err)) != MILLM_OK ||
+			(rc = get_double(scaling, "mscale", 0.0, 1e3, &mscale, err)) != MILLM_OK ||
+			(rc = get_double(scaling, "mscale_all_dim", 0.0, 1e3, &mscale_all, err)) != MILLM_OK ||
+			(rc = get_bool(scaling, "truncate", &truncate, err)) != MILLM_OK ||
+			(rc = get_int(scaling, (const MillmKeys) {"original_max_position_embeddings"}, 1, MILLM_MAX_POSITIONS, &original, err)) != MILLM_OK)
+			return rc;
+	}
+
+	r = (int) (c->head_dim * partial);
+	if (r < 2 || r % 2 != 0)
+	{
+		millm_fail(err, MILLM_E_INVALID_MODEL_FILE, "invalid rotary dimension in config.json");
+		millm_detail(err, "partial_rotary_factor %g of head_dim %d gives %d; expected an even number of at least 2.", partial, c->head_dim, r);
+		return MILLM_E_INVALID_MODEL_FILE;
+	}
+	c->rotary_dim = r;
+	c->rope_attention_factor = 1.0f;
+	c->inv_freq = calloc((size_t) r / 2, sizeof(float));
+	if (!c->inv_freq)
+		return millm_fail(err, MILLM_E_INSUFFICIENT_MEMORY, "out of memory");
+	for (int j = 0; j < r / 2; j++)
+		c->inv_freq[j] = (float) (1.0 / pow(theta, 2.0 * j / r));
+
+	if (strcmp(type, "default") == 0)
+		return MILLM_OK;
+	if (strcmp(type, "linear") == 0)
+	{
+		for (int j = 0; j < r / 2; j++)
+			c->inv_freq[j] = (float) (c->inv_freq[j] / factor);
+		return MILLM_OK;
+	}
+	if (strcmp(type, "llama3") == 0)
+	{
+		if (high <= low)
+			return bad_value(err, "high_freq_factor", get(scaling, "high_freq_factor"), "more than low_freq_factor");
+		for (int j = 0; j < r / 2; j++)
+		{
+			double		base = c->inv_freq[j];
+			double		wavelength = 2 * M_PI / base;
+			double		smooth = (original / wavelength - low) / (high - low);
+
+			if (wavelength > original / low)
+				c->inv_freq[j] = (float) (base / factor);
+			else if (wavelength >= original / high)
+				c->inv_freq[j] = (float) ((1 - smooth) * base / factor + smooth * base);
+		}
+		return MILLM_OK;
+	}
+	if (strcmp(type, "yarn") == 0)
+	{
+		double		lo = r * log(original / (fast * 2 * M_PI)) / (2 * log(theta));
+		double		hi = r * log(original / (slow * 2 * M_PI)) / (2 * log(theta));
+
+		if (truncate)
+		{
+			lo = floor(lo);
+			hi = ceil(hi);
+		}
+		lo = fmax(lo, 0);
+		hi = fmin(hi, r - 1);
+		if (lo == hi)
+			hi += 0.001;
+		for (int j = 0; j < r / 2; j++)
+		{
+			double		ramp = fmin(fmax((j - lo) / (hi - lo), 0), 1);
+			double		base = c->inv_freq[j];
+
+			c->inv_freq[j] = (float) (base * (1 - ramp) + base / factor * ramp);
+		}
+#define YARN_SCALE(s, m) ((s) <= 1 ? 1.0 : 0.1 * (m) * log(s) + 1.0)
+		if (isnan(attention_factor))
+			attention_factor = mscale != 0 && mscale_all != 0 ? YARN_SCALE(factor, mscale) / YARN_SCALE(factor, mscale_all)
+				: YARN_SCALE(factor, 1.0);
+#undef YARN_SCALE
+		c->rope_attention_factor = (float) attention_factor;
+		return MILLM_OK;
+	}
+	return unsupported_flag(err, c->model_type, "rope_type", type);
+}
+
+/* Token ids that config.json and generation_config.json give as an int or a list. */
+MillmCode
+millm_config_eos(json_t *value, MillmConfig *c, MillmError *err)
+{
+	size_t		n = json_is_array(value) ? json_array_size(value) : 1;
+
+	if (n > sizeof(c->eos_ids) / sizeof(c->eos_ids[0]))
+		return bad_value(err, "eos_token_id", value, "at most 32 ids");
+	c->n_eos = 0;
+	for (size_t i = 0; i < n; i++)
+	{
+		json_t	   *id = json_is_array(value) ? json_array_get(value, i) : value;
+
+		if (!json_is_integer(id) || json_integer_value(id) < 0 || json_integer_value(id) > INT_MAX)
+			return bad_value(err, "eos_token_id", value, "a token id, or a list of them");
+		c->eos_ids[c->n_eos++] = (int) json_integer_value(id);
+	}
+	return MILLM_OK;
+}
+
+/* Everything that would make the model compute something that this engine does not. */
+static MillmCode
+refuse_flags(json_t *json, const MillmArch *arch, MillmError *err)
+{
+	static const char *const everywhere[] = {"is_encoder_decoder", "use_bidirectional_attention", NULL};
+	json_t	   *layer_types = get(json, "layer_types");
+	json_t	   *quantization = get(json, "quantization_config");
+	json_t	   *entry;
+	size_t		i;
+
+	if (quantization)
+	{
+		const char *method = json_string_value(json_object_get(quantization, "quant_method"));
+
+		millm_fail(err, MILLM_E_UNSUPPORTED, "quantized checkpoints (quant_method \"%s\") are not supported", method ? method : "unknown");
+		millm_hint(err, "Use the repository that holds the 16-bit weights.");
+		return MILLM_E_UNSUPPORTED;
+	}
+	for (const char *const *key = everywhere; *key; key++)
+		if (json_is_true(json_object_get(json, *key)))
+			return unsupported_flag(err, arch->model_type, *key, "true");
+	for (i = 0; i < 4 && arch->refused[i]; i++)
+		if (json_is_true(json_object_get(json, arch->refused[i])))
+			return unsupported_flag(err, arch->model_type, arch->refused[i], "true");
+	json_array_foreach(layer_types, i, entry)
+	{
+		const char *type = json_string_value(entry);
+
+		if (!type || strcmp(type, "full_attention") != 0)
+			return unsupported_flag(err, arch->model_type, "layer_types", type ? type : "a value that is not a string");
+	}
+	return MILLM_OK;
+}
+
+static MillmCode
+missing(MillmError *err, const char *key)
+{
+	millm_fail(err, MILLM_E_INVALID_MODEL_FILE, "config.json lacks \"%s\"", key);
+	millm_detail(err, "There is no default for it.");
+	return MILLM_E_INVALID_MODEL_FILE;
+}
+
+static MillmCode
+resolve(json_t *json, const MillmArch *arch, MillmConfig *c, MillmError *err)
+{
+	json_t	   *v;
+	double		eps = arch->default_norm_eps;
+	bool		scaled = true;
+	const char *act = arch->default_act;
+	MillmCode	rc;
+
+	if ((rc = refuse_flags(json, arch, err)) != MILLM_OK)
+		return rc;
+	v = json_array_get(json_object_get(json, "architectures"), 0);
+	snprintf(c->architecture, sizeof(c->architecture), "%s", json_is_string(v) ? json_string_value(v) : "");
+
+	c->max_positions = arch->default_max_positions;
+	if ((rc = get_int(json, arch->hidden_size, 1, MILLM_MAX_HIDDEN, &c->hidden_size, err)) != MILLM_OK ||
+		(rc = get_int(json, arch->n_layers, 1, MILLM_MAX_LAYERS, &c->n_layers, err)) != MILLM_OK ||
+		(rc = get_int(json, arch->n_heads, 1, MILLM_MAX_HEADS, &c->n_heads, err)) != MILLM_OK ||
+		(rc = get_int(json, arch->n_kv_heads, 1, MILLM_MAX_HEADS, &c->n_kv_heads, err)) != MILLM_OK ||
+		(rc = get_int(json, (const MillmKeys) {"head_dim"}, 1, MILLM_MAX_HEAD_DIM, &c->head_dim, err)) != MILLM_OK ||
+		(rc = get_int(json, arch->intermediate_size, 1, 16 * MILLM_MAX_HIDDEN, &c->intermediate_size, err)) != MILLM_OK ||
+		(rc = get_int(json, (const MillmKeys) {"vocab_size"}, 1, MILLM_MAX_VOCAB, &c->vocab_size, err)) != MILLM_OK ||
+		(rc = get_int(json, arch->max_positions, 1, MILLM_MAX_POSITIONS, &c->max_positions, err)) != MILLM_OK ||
+		(rc = get_double(json, arch->norm_eps[0], 0.0, 1.0, &eps, err)) != MILLM_OK)
+		return rc;
+	if (!c->hidden_size)
+		return missing(err, arch->hidden_size[0]);
+	if (!c->n_layers)
+		return missing(err, arch->n_layers[0]);
+	if (!c->n_heads)
+		return missing(err, arch->n_heads[0]);
+	if (!c->vocab_size)
+		return missing(err, "vocab_size");
+	if (!c->intermediate_size && !arch->default_ffn_mult)
+		return missing(err, arch->intermediate_size[0]);
+	if (!c->intermediate_size)
+		c->intermediate_size = arch->default_ffn_mult * c->hidden_size;
+	if (!c->n_kv_heads)
+		c->n_kv_heads = c->n_heads;
+	if (!c->head_dim)
+		c->head_dim = c->hidden_size / c->n_heads;
+	if (c->head_dim < 1 || c->n_heads % c->n_kv_heads != 0)
+	{
+		millm_fail(err, MILLM_E_INVALID_MODEL_FILE, "contradictory attention sizes in config.json");
+		millm_detail(err, "%d heads, %d KV heads, head_dim %d, hidden size %d: heads must be a multiple of KV heads, and a head needs dimensions.",
+					 c->n_heads, c->n_kv_heads, c->head_dim, c->hidden_size);
+		return MILLM_E_INVALID_MODEL_FILE;
+	}
+
+	c->norm = arch->norm;
+	c->norm_bias = arch->norm_bias;
+	c->norm_eps = (float) eps;
+	c->position = arch->position;
+	c->rope_interleaved = arch->rope_interleaved;
+	c->mlp_gated = arch->mlp_gated;
+	c->tied = arch->default_tied;
+	if ((rc = get_bool(json, "tie_word_embeddings", &c->tied, err)) != MILLM_OK)
+		return rc;
+	if (arch->scale_switch && (rc = get_bool(json, arch->scale_switch, &scaled, err)) != MILLM_OK)
+		return rc;
+	c->attention_scale = scaled ? 1.0f / sqrtf((float) c->head_dim) : 1.0f;
+	if (arch->layer_inv_scale_switch && (rc = get_bool(json, arch->layer_inv_scale_switch, &c->layer_inv_scale, err)) != MILLM_OK)
+		return rc;
+	if ((v = get(json, arch->act[0])))
+	{
+		if (!json_is_string(v))
+			return bad_value(err, arch->act[0], v, "a string");
+		act = json_string_value(v);
+	}
+	if ((rc = parse_act(act, c, &c->act, err)) != MILLM_OK)
+		return rc;
+	if (c->position == MILLM_POS_ROPE && (rc = resolve_rope(json, arch, c, err)) != MILLM_OK)
+		return rc;
+
+	c->bos_id = -1;
+	if ((v = get(json, "bos_token_id")) && json_is_integer(v) && json_integer_value(v) >= 0 && json_integer_value(v) <= INT_MAX)
+		c->bos_id = (int) json_integer_value(v);
+	if ((v = get(json, "eos_token_id")) && (rc = millm_config_eos(v, c, err)) != MILLM_OK)
+		return rc;
+	return MILLM_OK;
+}
+
+MillmCode
+millm_config_resolve(json_t *json, MillmConfig *config, MillmError *err)
+{
+	json_t	   *type = get(json, "model_type");
+	const MillmArch *arch;
+	MillmCode	rc;
+
+	memset(config, 0, sizeof(*config));
+	if (!json_is_object(json))
+		return millm_fail(err, MILLM_E_INVALID_MODEL_FILE, "config.json is not a JSON object");
+	if (!json_is_string(type))
+	{
+		millm_fail(err, MILLM_E_UNSUPPORTED_ARCHITECTURE, "config.json does not name a model_type");
+		millm_hint(err, "Supported are: %s.", millm_supported_model_types());
+		return MILLM_E_UNSUPPORTED_ARCHITECTURE;
+	}
+	arch = millm_arch_find(json_string_value(type));
+	if (!arch)
+	{
+		millm_fail(err, MILLM_E_UNSUPPORTED_ARCHITECTURE, "model type \"%.100s\" is not supported", json_string_value(type));
+		millm_hint(err, "Supported are: %s.", millm_supported_model_types());
+		return MILLM_E_UNSUPPORTED_ARCHITECTURE;
+	}
+	snprintf(config->model_type, sizeof(config->model_type), "%s", arch->model_type);
+	if ((rc = resolve(json, arch, config, err)) != MILLM_OK)
+		millm_config_free(config);
+	return rc;
+}
+
+MillmCode
+millm_config_parse(const char *text, size_t len, MillmConfig *config, MillmError *err)
+{
+	json_error_t jerr;
+	json_t	   *json = json_loadb(text, len, 0, &jerr);
+	MillmCode	rc;
+
+	if (!json)
+	{
+		millm_fail(err, MILLM_E_INVALID_MODEL_FILE, "config.json is not valid JSON");
+		millm_detail(err, "Line %d: %s.", jerr.line, jerr.text);
+		return MILLM_E_INVALID_MODEL_FILE;
+	}
+	rc = millm_config_resolve(json, config, err);
+	json_decref(json);
+	return rc;
+}
+
+void
+millm_config_free(MillmConfig *config)
+{
+	free(config->inv_freq);
+	config->inv_freq = NULL;
+}

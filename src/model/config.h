@@ -1,0 +1,18 @@
+/*
+ * config.h -- what config.c and generation.c offer to the rest of the room.
+ */
+#ifndef MILLM_CONFIG_H
+#define MILLM_CONFIG_H
+
+#include <jansson.h>
+
+#include "model.h"
+
+/* millm_config_parse() on a parsed file.  On failure *config owns nothing. */
+extern MillmCode millm_config_resolve(json_t *json, MillmConfig *config, MillmError *err);
+/* Set the eos ids from an int or a list. */
+extern MillmCode millm_config_eos(json_t *value, MillmConfig *config, MillmError *err);
+/* Resolve generation_config.json; its eos list replaces config's. */
+extern MillmCode millm_generation_resolve(json_t *json, MillmGenerationConfig *g, MillmConfig *config, MillmError *err);
+
+#endif

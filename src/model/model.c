@@ -1,0 +1,643 @@
+/*
+ * model.c -- open a model directory: find its files, map them, bind every tensor to its place.
+ *
+ * Binding is strict in both directions: each tensor that the family's row names must be there with the shape that
+ * the config implies, and each tensor of the files must be used or be on the row's list of known buffers.  A wrong
+ * flag (a bias that exists, a norm that does not) shows here, before it could change a number.
+ *
+ * Owns the mappings, the float32 copies of the vectors, the layers.  Matrices are views of the mapping.
+ */
+#include "model.h"
+
+#include <errno.h>
+#include <fcntl.h>
+#include <jansson.h>
+#include <math.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/mman.h>
+#include <sys/stat.h>
+#include <unistd.h>
+
+#include "arch.h"
+#include "config.h"
+#include "half.h"
+#include "safetensors.h"
+
+#define MAX_SHARDS 4096
+#define MAX_JSON_BYTES (64 << 20)
+#define MAX_NAME 256
+
+typedef struct Entry
+{
+	const MillmStTensor *tensor;
+	bool		used;
+} Entry;
+
+struct MillmModelFiles
+{
+	MillmSafetensors **shards;
+	int			n_shards;
+	Entry	   *entries;		/* all tensors, by name */
+	size_t		n_entries;
+};
+
+/* What binding carries along. */
+typedef struct Binder
+{
+	MillmModel *model;
+	const MillmArch *arch;
+	const char *prefix;			/* the row's, or "" */
+	MillmError *err;
+	json_t	   *config;			/* the file, for boolean keys */
+} Binder;
+
+/* --- Files ------------------------------------------------------------------------------------ */
+
+/* Parse dir/name; *out is NULL when there is no such file. */
+static MillmCode
+read_json(const char *dir, const char *name, json_t **out, MillmError *err)
+{
+	char		path[4096];
+	struct stat sb;
+	json_error_t jerr;
+	FILE	   *f;
+
+	*out = NULL;
+	if ((size_t) snprintf(path, sizeof(path), "%s/%s", dir, name) >= sizeof(path))
+		return millm_fail(err, MILLM_E_INVALID_ARGUMENT, "path is too long");
+	f = fopen(path, "re");
+	if (!f && errno == ENOENT)
+		return MILLM_OK;
+	if (!f)
+		return millm_fail(err, MILLM_E_MODEL_FILES_MISSING, "could not open \"%s\": %s", path, strerror(errno));
+	if (fstat(fileno(f), &sb) != 0 || !S_ISREG(sb.st_mode) || sb.st_size > MAX_JSON_BYTES)
+	{
+		fclose(f);
+		millm_fail(err, MILLM_E_INVALID_MODEL_FILE, "\"%s\" is not a file that can be read", path);
+		millm_detail(err, "It must be a regular file of at most %d MB.", MAX_JSON_BYTES >> 20);
+		return MILLM_E_INVALID_MODEL_FILE;
+	}
+	*out = json_loadf(f, 0, &jerr);
+	fclose(f);
+	if (!*out)
+	{
+		millm_fail(err, MILLM_E_INVALID_MODEL_FILE, "\"%s\" is not valid JSON", path);
+		millm_detail(err, "Line %d: %s.", jerr.line, jerr.text);
+		return MILLM_E_INVALID_MODEL_FILE;
+	}
+	return MILLM_OK;
+}
+
+static MillmCode
+open_shard(struct MillmModelFiles *files, const char *dir, const char *name, MillmError *err)
+{
+	char		path[4096];
+	MillmCode	rc;
+
+	if (name[0] == '\0' || name[0] == '.' || strchr(name, '/') || strchr(name, '\\'))
+		return millm_fail(err, MILLM_E_INVALID_MODEL_FILE, "invalid shard name \"%.100s\" in model.safetensors.index.json", name);
+	if ((size_t) snprintf(path, sizeof(path), "%s/%s", dir, name) >= sizeof(path))
+		return millm_fail(err, MILLM_E_INVALID_ARGUMENT, "path is too long");
+	if ((rc = millm_st_open(path, &files->shards[files->n_shards], err)) == MILLM_OK)
+		files->n_shards++;
+	return rc;
+}
+
+static int
+by_string(const void *a, const void *b)
+{
+	return strcmp(*(const char *const *) a, *(const char *const *) b);
+}
+
+/* model.safetensors, else each distinct file of the index's weight_map. */
+static MillmCode
+open_shards(struct MillmModelFiles *files, const char *dir, MillmError *err)
+{
+	char		path[4096];
+	json_t	   *index = NULL, *map, *value;
+	const char *key, **names = NULL;
+	size_t		n = 0;
+	MillmCode	rc;
+
+	files->shards = calloc(MAX_SHARDS, sizeof(*files->shards));
+	if (!files->shards)
+		return millm_fail(err, MILLM_E_INSUFFICIENT_MEMORY, "out of memory");
+	snprintf(path, sizeof(path), "%s/model.safetensors", dir);
+	if (access(path, F_OK) == 0)
+		return open_shard(files, dir, "model.safetensors", err);
+
+	if ((rc = read_json(dir, "model.safetensors.index.json", &index, err)) != MILLM_OK)
+		return rc;
+	if (!index)
+	{
+		millm_fail(err, MILLM_E_MODEL_FILES_MISSING, "no weights in \"%s\"", dir);
+		millm_detail(err, "There is neither model.safetensors nor model.safetensors.index.json.");
+		return MILLM_E_MODEL_FILES_MISSING;
+	}
+	map = json_object_get(index, "weight_map");
+	if (!json_is_object(map) || json_object_size(map) == 0 || !(names = calloc(json_object_size(map), sizeof(*names))))
+	{
+		rc = millm_fail(err, MILLM_E_INVALID_MODEL_FILE, "model.safetensors.index.json has no weight_map");
+		goto done;
+	}
+	json_object_foreach(map, key, value)
+	{
+		if (!json_is_string(value))
+		{
+			rc = millm_fail(err, MILLM_E_INVALID_MODEL_FILE, "model.safetensors.index.json maps \"%.100s\" to something that is not a file name", key);
+			goto done;
+		}
+		names[n++] = json_string_value(value);
+	}
+	qsort(names, n, sizeof(*names), by_string);
+	for (size_t i = 0; i < n && rc == MILLM_OK; i++)
+	{
+		if (i > 0 && strcmp(names[i], names[i - 1]) == 0)
+			continue;
+		if (files->n_shards == MAX_SHARDS)
+			rc = millm_fail(err, MILLM_E_INVALID_MODEL_FILE, "model.safetensors.index.json names more than %d files", MAX_SHARDS);
+		else
+			rc = open_shard(files, dir, names[i], err);
+	}
+done:
+	free(names);
+	json_decref(index);
+	return rc;
+}
+
+static int
+by_tensor_name(const void *a, const void *b)
+{
+	return strcmp(((const Entry *) a)->tensor->name, ((const Entry *) b)->tensor->name);
+}
+
+static MillmCode
+index_tensors(struct MillmModelFiles *files, MillmError *err)
+{
+	size_t		n = 0;
+
+	for (int i = 0; i < files->n_shards; i++)
+		n += millm_st_n_tensors(files->shards[i]);
+	files->entries = calloc(n + 1, sizeof(Entry));
+	if (!files->entries)
+		return millm_fail(err, MILLM_E_INSUFFICIENT_MEMORY, "out of memory");
+	for (int i = 0; i < files->n_shards; i++)
+		for (size_t k = 0; k < millm_st_n_tensors(files->shards[i]); k++)
+			files->entries[files->n_entries++].tensor = millm_st_tensor(files->shards[i], k);
+	qsort(files->entries, n, sizeof(Entry), by_tensor_name);
+	for (size_t i = 1; i < n; i++)
+		if (by_tensor_name(&files->entries[i - 1], &files->entries[i]) == 0)
+			return millm_fail(err, MILLM_E_INVALID_MODEL_FILE, "tensor \"%.200s\" is in two files", files->entries[i].tensor->name);
+	return MILLM_OK;
+}
+
+/* --- Binding ---------------------------------------------------------------------------------- */
+
+static Entry *
+find(Binder *b, const char *name)
+{
+	MillmStTensor tensor = {.name = name};
+	Entry		key = {.tensor = &tensor};
+
+	return bsearch(&key, b->model->files->entries, b->model->files->n_entries, sizeof(Entry), by_tensor_name);
+}
+
+/* "layers.{i}.x" with the layer's number, a prefix before and a suffix behind. */
+static const char *
+tensor_name(char buf[MAX_NAME], const char *prefix, const char *template, int layer, const char *suffix)
+{
+	const char *hole = strstr(template, "{i}");
+
+	if (hole)
+		snprintf(buf, MAX_NAME, "%s%.*s%d%s%s", prefix, (int) (hole - template), template, layer, hole + 3, suffix);
+	else
+		snprintf(buf, MAX_NAME, "%s%s%s", prefix, template, suffix);
+	return buf;
+}
+
+/* The named tensor, of that shape (dims[1] 0: a vector) and of a dtype that can be multiplied. */
+static MillmCode
+take(Binder *b, const char *name, int64_t d0, int64_t d1, const MillmStTensor **out)
+{
+	Entry	   *e = find(b, name);
+	const MillmStTensor *t;
+
+	if (!e)
+	{
+		millm_fail(b->err, MILLM_E_INVALID_MODEL_FILE, "tensor \"%s\" is missing", name);
+		millm_detail(b->err, "Its config says \"%s\" with %d layers; the files have %zu tensors.",
+					 b->model->config.model_type, b->model->config.n_layers, b->model->files->n_entries);
+		return MILLM_E_INVALID_MODEL_FILE;
+	}
+	t = e->tensor;
+	if (t->n_dims != (d1 ? 2 : 1) || t->dims[0] != d0 || (d1 && t->dims[1] != d1))
+	{
+		millm_fail(b->err, MILLM_E_INVALID_MODEL_FILE, "tensor \"%s\" has the wrong shape", name);
+		if (d1)
+			millm_detail(b->err, "The config implies [%lld, %lld]; it has %d dimensions, [%lld, %lld].", (long long) d0, (long long) d1,
+						 t->n_dims, (long long) (t->n_dims > 0 ? t->dims[0] : 0), (long long) (t->n_dims > 1 ? t->dims[1] : 0));
+		else
+			millm_detail(b->err, "The config implies [%lld]; it has %d dimensions, the first is %lld.", (long long) d0,
+						 t->n_dims, (long long) (t->n_dims > 0 ? t->dims[0] : 0));
+		return MILLM_E_INVALID_MODEL_FILE;
+	}
+	if (t->dtype >= MILLM_N_WEIGHT_DTYPES)
+	{
+		millm_fail(b->err, MILLM_E_UNSUPPORTED, "dtype %s of tensor \"%s\" is not supported", millm_dtype_name(t->dtype), name);
+		millm_hint(b->err, "Weights may be F32, F16 or BF16.");
+		return MILLM_E_UNSUPPORTED;
+	}
+	e->used = true;
+	*out = t;
+	return MILLM_OK;
+}
+
+/* A matrix.  Stored [n_out, n_in], or [n_in, n_out] when in_out. */
+static MillmCode
+bind_matrix(Binder *b, const char *prefix, const char *template, int layer, int64_t n_out, int64_t n_in, bool in_out, MillmWeight *w)
+{
+	char		buf[MAX_NAME];
+	const MillmStTensor *t;
+	MillmCode	rc;
+
+	tensor_name(buf, prefix, template, layer, ".weight");
+	rc = in_out ? take(b, buf, n_in, n_out, &t) : take(b, buf, n_out, n_in, &t);
+	if (rc == MILLM_OK)
+		*w = (MillmWeight) {.dtype = t->dtype, .in_out = in_out, .n_out = n_out, .n_in = n_in, .stride = in_out ? n_out : n_in, .data = t->data};
+	return rc;
+}
+
+/* Rows first..first+n_out of a fused matrix, as a view. */
+static MillmWeight
+slice(const MillmWeight *fused, int64_t first, int64_t n_out)
+{
+	MillmWeight w = *fused;
+
+	w.data = (const char *) fused->data + first * (fused->in_out ? 1 : fused->stride) * millm_dtype_bytes(fused->dtype);
+	w.n_out = n_out;
+	return w;
+}
+
+static MillmCode
+bind_vector(Binder *b, const char *template, int layer, const char *suffix, int64_t n, MillmVector *v)
+{
+	char		buf[MAX_NAME];
+	const MillmStTensor *t;
+	const char *src;
+	MillmCode	rc = take(b, tensor_name(buf, b->prefix, template, layer, suffix), n, 0, &t);
+
+	if (rc != MILLM_OK)
+		return rc;
+	v->data = aligned_alloc(64, ((size_t) n * sizeof(float) + 63) & ~(size_t) 63);
+	if (!v->data)
+		return millm_fail(b->err, MILLM_E_INSUFFICIENT_MEMORY, "out of memory");
+	v->n = n;
+	src = t->data;
+	for (int64_t i = 0; i < n; i++)
+	{
+		uint16_t	half;
+
+		if (t->dtype == MILLM_F32)
+		{
+			memcpy(&v->data[i], src + 4 * i, 4);
+			continue;
+		}
+		memcpy(&half, src + 2 * i, 2);
+		v->data[i] = t->dtype == MILLM_BF16 ? millm_bf16_to_f32(half) : millm_f16_to_f32(half);
+	}
+	return MILLM_OK;
+}
+
+static bool
+when(const Binder *b, MillmWhen w)
+{
+	return w.always || (w.key && json_is_true(json_object_get(b->config, w.key)));
+}
+
+static MillmCode
+bind_norm(Binder *b, const char *template, int layer, MillmVector *weight, MillmVector *bias)
+{
+	const MillmConfig *c = &b->model->config;
+	MillmCode	rc = bind_vector(b, template, layer, ".weight", c->hidden_size, weight);
+
+	if (rc == MILLM_OK && c->norm_bias)
+		rc = bind_vector(b, template, layer, ".bias", c->hidden_size, bias);
+	return rc;
+}
+
+static MillmVector
+vector_slice(const MillmVector *v, int64_t first, int64_t n)
+{
+	MillmVector s = {aligned_alloc(64, ((size_t) n * sizeof(float) + 63) & ~(size_t) 63), n};
+
+	if (s.data)
+		memcpy(s.data, v->data + first, (size_t) n * sizeof(float));
+	return s;
+}
+
+static MillmCode
+bind_qkv(Binder *b, int i, MillmLayer *l)
+{
+	const MillmArch *a = b->arch;
+	const MillmConfig *c = &b->model->config;
+	int64_t		nq = (int64_t) l->n_heads * l->head_dim, nkv = (int64_t) l->n_kv_heads * l->head_dim;
+	bool		bias = when(b, a->qkv_bias);
+	MillmWeight fused;
+	MillmVector fused_bias = {NULL, 0};
+	MillmCode	rc;
+
+	if (!a->qkv)
+	{
+		if ((rc = bind_matrix(b, b->prefix, a->q, i, nq, c->hidden_size, a->in_out, &l->q)) != MILLM_OK ||
+			(rc = bind_matrix(b, b->prefix, a->k, i, nkv, c->hidden_size, a->in_out, &l->k)) != MILLM_OK ||
+			(rc = bind_matrix(b, b->prefix, a->v, i, nkv, c->hidden_size, a->in_out, &l->v)) != MILLM_OK || !bias)
+			return rc;
+		if ((rc = bind_vector(b, a->q, i, ".bias", nq, &l->q_bias)) != MILLM_OK ||
+			(rc = bind_vector(b, a->k, i, ".bias", nkv, &l->k_bias)) != MILLM_OK)
+			return rc;
+		return bind_vector(b, a->v, i, ".bias", nkv, &l->v_bias);
+	}
+	if ((rc = bind_matrix(b, b->prefix, a->qkv, i, nq + 2 * nkv, c->hidden_size, a->in_out, &fused)) != MILLM_OK)
+		return rc;
+	l->q = slice(&fused, 0, nq);
+	l->k = slice(&fused, nq, nkv);
+	l->v = slice(&fused, nq + nkv, nkv);
+	if (!bias || (rc = bind_vector(b, a->qkv, i, ".bias", nq + 2 * nkv, &fused_bias)) != MILLM_OK)
+		return rc;
+	l->q_bias = vector_slice(&fused_bias, 0, nq);
+	l->k_bias = vector_slice(&fused_bias, nq, nkv);
+	l->v_bias = vector_slice(&fused_bias, nq + nkv, nkv);
+	free(fused_bias.data);
+	if (!l->q_bias.data || !l->k_bias.data || !l->v_bias.data)
+		return millm_fail(b->err, MILLM_E_INSUFFICIENT_MEMORY, "out of memory");
+	return MILLM_OK;
+}
+
+static MillmCode
+bind_layer(Binder *b, int i, MillmLayer *l)
+{
+	const MillmArch *a = b->arch;
+	const MillmConfig *c = &b->model->config;
+	int64_t		h = c->hidden_size, ffn = c->intermediate_size;
+	MillmCode	rc;
+
+	l->n_heads = c->n_heads;
+	l->n_kv_heads = c->n_kv_heads;
+	l->head_dim = c->head_dim;
+	if ((rc = bind_norm(b, a->attn_norm, i, &l->attn_norm, &l->attn_norm_bias)) != MILLM_OK ||
+		(rc = bind_qkv(b, i, l)) != MILLM_OK ||
+		(rc = bind_matrix(b, b->prefix, a->o, i, h, (int64_t) l->n_heads * l->head_dim, a->in_out, &l->o)) != MILLM_OK ||
+		(when(b, a->o_bias) && (rc = bind_vector(b, a->o, i, ".bias", h, &l->o_bias)) != MILLM_OK) ||
+		(rc = bind_norm(b, a->mlp_norm, i, &l->mlp_norm, &l->mlp_norm_bias)) != MILLM_OK ||
+		(c->mlp_gated && (rc = bind_matrix(b, b->prefix, a->gate, i, ffn, h, a->in_out, &l->gate)) != MILLM_OK) ||
+		(rc = bind_matrix(b, b->prefix, a->up, i, ffn, h, a->in_out, &l->up)) != MILLM_OK ||
+		(rc = bind_matrix(b, b->prefix, a->down, i, h, ffn, a->in_out, &l->down)) != MILLM_OK || !when(b, a->mlp_bias))
+		return rc;
+	if ((c->mlp_gated && (rc = bind_vector(b, a->gate, i, ".bias", ffn, &l->gate_bias)) != MILLM_OK) ||
+		(rc = bind_vector(b, a->up, i, ".bias", ffn, &l->up_bias)) != MILLM_OK)
+		return rc;
+	return bind_vector(b, a->down, i, ".bias", h, &l->down_bias);
+}
+
+/*
+ * The LM head: the embedding when tied.  Files that say tied and yet store a head that differs are run with the
+ * stored head, as transformers 5 does.
+ */
+static MillmCode
+bind_head(Binder *b)
+{
+	MillmModel *m = b->model;
+	char		name[MAX_NAME];
+	Entry	   *e = find(b, tensor_name(name, "", b->arch->head, 0, ".weight"));
+	const MillmWeight *emb = &m->embedding;
+	MillmCode	rc;
+
+	if (!e && m->config.tied)
+	{
+		m->head = *emb;
+		return MILLM_OK;
+	}
+	if ((rc = bind_matrix(b, "", b->arch->head, 0, m->config.vocab_size, m->config.hidden_size, false, &m->head)) != MILLM_OK)
+		return rc;
+	if (m->config.tied && m->head.dtype == emb->dtype &&
+		memcmp(m->head.data, emb->data, (size_t) (emb->n_out * emb->n_in) * (size_t) millm_dtype_bytes(emb->dtype)) == 0)
+		m->head = *emb;
+	else
+		m->config.tied = false;
+	return MILLM_OK;
+}
+
+static bool
+ends_with(const char *s, const char *suffix)
+{
+	size_t		n = strlen(s), k = strlen(suffix);
+
+	return n >= k && strcmp(s + n - k, suffix) == 0;
+}
+
+static MillmCode
+check_all_used(Binder *b)
+{
+	const struct MillmModelFiles *files = b->model->files;
+	char		list[600] = "";
+	size_t		n = 0, at = 0;
+
+	for (size_t i = 0; i < files->n_entries; i++)
+	{
+		const char *name = files->entries[i].tensor->name;
+		bool		known = files->entries[i].used;
+
+		for (int k = 0; !known && k < 6 && b->arch->ignored[k]; k++)
+			known = ends_with(name, b->arch->ignored[k]);
+		if (known)
+			continue;
+		n++;
+		if (at < sizeof(list) - 100)
+			at += (size_t) snprintf(list + at, sizeof(list) - at, "%s\"%.90s\"", n > 1 ? ", " : "", name);
+	}
+	if (n == 0)
+		return MILLM_OK;
+	millm_fail(b->err, MILLM_E_INVALID_MODEL_FILE, "%zu tensors of the files have no place in a model of type \"%s\"", n, b->arch->model_type);
+	millm_detail(b->err, "Among them: %s.", list);
+	millm_hint(b->err, "The config may lack a flag, or the model is of another type than it says.");
+	return MILLM_E_INVALID_MODEL_FILE;
+}
+
+static void
+count(MillmModel *m)
+{
+	for (size_t i = 0; i < m->files->n_entries; i++)
+	{
+		const MillmStTensor *t = m->files->entries[i].tensor;
+
+		if (!m->files->entries[i].used)
+			continue;
+		m->weights_bytes += t->bytes;
+		m->n_params += (int64_t) (t->bytes / (uint64_t) millm_dtype_bytes(t->dtype));
+	}
+	if (m->config.tied && m->files->n_entries)	/* a stored copy of the tied head is no parameter of its own */
+	{
+		MillmStTensor tensor = {.name = "lm_head.weight"};
+		Entry		key = {.tensor = &tensor};
+		Entry	   *e = bsearch(&key, m->files->entries, m->files->n_entries, sizeof(Entry), by_tensor_name);
+
+		if (e && e->used)
+			m->n_params -= (int64_t) (e->tensor->bytes / (uint64_t) millm_dtype_bytes(e->tensor->dtype));
+	}
+}
+
+static MillmCode
+bind(Binder *b)
+{
+	MillmModel *m = b->model;
+	const MillmArch *a = b->arch;
+	MillmConfig *c = &m->config;
+	char		name[MAX_NAME];
+	MillmCode	rc;
+
+	/* a file saved from the headless class has no prefix */
+	b->prefix = find(b, tensor_name(name, a->prefix, a->embedding, 0, ".weight")) ? a->prefix : "";
+	if ((rc = bind_matrix(b, b->prefix, a->embedding, 0, c->vocab_size, c->hidden_size, false, &m->embedding)) != MILLM_OK ||
+		(a->position_embedding &&
+		 (rc = bind_matrix(b, b->prefix, a->position_embedding, 0, c->max_positions, c->hidden_size, false, &m->position_embedding)) != MILLM_OK) ||
+		(rc = bind_norm(b, a->final_norm, 0, &m->final_norm, &m->final_norm_bias)) != MILLM_OK ||
+		(rc = bind_head(b)) != MILLM_OK)
+		return rc;
+	m->layers = calloc((size_t) c->n_layers, sizeof(MillmLayer));
+	if (!m->layers)
+		return millm_fail(b->err, MILLM_E_INSUFFICIENT_MEMORY, "out of memory");
+	for (int i = 0; i < c->n_layers; i++)
+		if ((rc = bind_layer(b, i, &m->layers[i])) != MILLM_OK)
+			return rc;
+	if ((rc = check_all_used(b)) != MILLM_OK)
+		return rc;
+	snprintf(m->dtype, sizeof(m->dtype), "%s", millm_dtype_name(m->embedding.dtype));
+	count(m);
+	return MILLM_OK;
+}
+
+/* --- The whole -------------------------------------------------------------------------------- */
+
+MillmCode
+millm_model_open(const char *dir, MillmModel **out, MillmError *err)
+{
+	MillmModel *m = calloc(1, sizeof(*m));
+	json_t	   *config = NULL, *generation = NULL;
+	Binder		binder = {.model = m, .err = err};
+	MillmCode	rc;
+
+	if (!m || !(m->files = calloc(1, sizeof(*m->files))))
+	{
+		free(m);
+		return millm_fail(err, MILLM_E_INSUFFICIENT_MEMORY, "out of memory");
+	}
+	m->generation = (MillmGenerationConfig) {.temperature = NAN, .top_k = -1, .top_p = NAN, .min_p = NAN, .repetition_penalty = NAN};
+	if ((rc = read_json(dir, "config.json", &config, err)) != MILLM_OK)
+		goto done;
+	if (!config)
+	{
+		rc = millm_fail(err, MILLM_E_MODEL_FILES_MISSING, "there is no config.json in \"%s\"", dir);
+		goto done;
+	}
+	if ((rc = millm_config_resolve(config, &m->config, err)) != MILLM_OK ||
+		(rc = read_json(dir, "generation_config.json", &generation, err)) != MILLM_OK ||
+		(generation && (rc = millm_generation_resolve(generation, &m->generation, &m->config, err)) != MILLM_OK) ||
+		(rc = open_shards(m->files, dir, err)) != MILLM_OK ||
+		(rc = index_tensors(m->files, err)) != MILLM_OK)
+		goto done;
+	binder.arch = millm_arch_find(m->config.model_type);
+	binder.config = config;
+	if ((rc = bind(&binder)) != MILLM_OK)
+		goto done;
+	*out = m;
+	m = NULL;
+done:
+	json_decref(config);
+	json_decref(generation);
+	millm_model_close(m);
+	return rc;
+}
+
+void
+millm_model_close(MillmModel *m)
+{
+	if (!m)
+		return;
+	for (int i = 0; m->layers && i < m->config.n_layers; i++)
+	{
+		MillmLayer *l = &m->layers[i];
+		MillmVector *vectors[] = {&l->attn_norm, &l->attn_norm_bias, &l->q_bias, &l->k_bias, &l->v_bias, &l->o_bias,
+		&l->mlp_norm, &l->mlp_norm_bias, &l->gate_bias, &l->up_bias, &l->down_bias};
+
+		for (size_t k = 0; k < sizeof(vectors) / sizeof(vectors[0]); k++)
+			free(vectors[k]->data);
+	}
+	free(m->layers);
+	free(m->final_norm.data);
+	free(m->final_norm_bias.data);
+	free(m->head_bias.data);
+	for (int i = 0; i < m->files->n_shards; i++)
+		millm_st_close(m->files->shards[i]);
+	free(m->files->shards);
+	free(m->files->entries);
+	free(m->files);
+	millm_config_free(&m->config);
+	free(m);
+}
+
+void
+millm_model_populate(const MillmModel *m, void (*progress) (void *arg, int percent), void *arg)
+{
+	const size_t piece = 64 << 20;
+	size_t		total = 0, done = 0;
+
+	for (int i = 0; i < m->files->n_shards; i++)
+	{
+		size_t		len;
+
+		millm_st_map(m->files->shards[i], &len);
+		total += len;
+	}
+	for (int i = 0; i < m->files->n_shards; i++)
+	{
+		size_t		len;
+		const char *map = millm_st_map(m->files->shards[i], &len);
+
+		for (size_t at = 0; at < len; at += piece)
+		{
+			size_t		n = len - at < piece ? len - at : piece;
+			char	   *p = (char *) (uintptr_t) (map + at);
+
+#ifdef MADV_POPULATE_READ
+			if (madvise(p, n, MADV_POPULATE_READ) != 0)
+#endif
+				(void) madvise(p, n, MADV_WILLNEED);	/* only a hint: reads fault pages in later */
+			done += n;
+			if (progress)
+				progress(arg, (int) (done * 100 / total));
+		}
+	}
+}
+
+json_t *
+millm_model_inspect_json(const MillmModel *m)
+{
+	const MillmConfig *c = &m->config;
+	json_t	   *files = json_array();
+
+	for (int i = 0; i < m->files->n_shards; i++)
+	{
+		const char *path = millm_st_path(m->files->shards[i]);
+		const char *slash = strrchr(path, '/');
+
+		json_array_append_new(files, json_string(slash ? slash + 1 : path));
+	}
+	return json_pack("{s:s, s:s, s:i, s:i, s:i, s:i, s:i, s:i, s:i, s:i, s:b, s:s, s:I, s:I, s:o}",
+					 "model_type", c->model_type, "architecture", c->architecture, "hidden_size", c->hidden_size,
+					 "intermediate_size", c->intermediate_size, "num_hidden_layers", c->n_layers, "num_attention_heads", c->n_heads,
+					 "num_key_value_heads", c->n_kv_heads, "head_dim", c->head_dim, "vocab_size", c->vocab_size,
+					 "max_position_embeddings", c->max_positions, "tie_word_embeddings", c->tied, "dtype", m->dtype,
+					 "params", (json_int_t) m->n_params, "weights_bytes", (json_int_t) m->weights_bytes, "files", files);
+}

@@ -1,0 +1,93 @@
+/*
+ * mutate.c -- test support: falsify one flag of an open model, so that a test can show that the flag matters.
+ *
+ * A comparison with the genuine library proves a flag only if the comparison fails without it.  Each name below stands for
+ * one field that the forward pass reads; test/parity/test_logits.py flips each and demands that some tiny model notices.
+ */
+#include <math.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "model.h"
+
+static void
+drop(MillmVector *v)
+{
+	free(v->data);
+	*v = (MillmVector) {NULL, 0};
+}
+
+typedef void (*Mutation) (MillmModel *m);
+
+static void
+each_layer(MillmModel *m, void (*f) (MillmLayer *l))
+{
+	for (int i = 0; i < m->config.n_layers; i++)
+		f(&m->layers[i]);
+}
+
+static void norm(MillmModel *m) { m->config.norm = m->config.norm == MILLM_NORM_RMS ? MILLM_NORM_LAYER : MILLM_NORM_RMS; }
+static void norm_eps(MillmModel *m) { m->config.norm_eps *= 100; }
+static void rope_interleaved(MillmModel *m) { m->config.rope_interleaved = !m->config.rope_interleaved; }
+static void rotary_dim(MillmModel *m) { m->config.rotary_dim -= m->config.rotary_dim > 2 ? 2 : 0; }
+static void rope_attention_factor(MillmModel *m) { m->config.rope_attention_factor *= 1.1f; }
+static void attention_scale(MillmModel *m) { m->config.attention_scale *= 2; }
+static void layer_inv_scale(MillmModel *m) { m->config.layer_inv_scale = !m->config.layer_inv_scale; }
+static void act(MillmModel *m) { m->config.act = m->config.act == MILLM_ACT_GELU_TANH ? MILLM_ACT_GELU_ERF : MILLM_ACT_GELU_TANH; }
+static void position_embedding(MillmModel *m) { m->position_embedding.data = NULL; }
+
+static void
+inv_freq(MillmModel *m)
+{
+	for (int j = 0; j < m->config.rotary_dim / 2 && m->config.inv_freq; j++)
+		m->config.inv_freq[j] *= 1.1f;
+}
+
+static void l_window(MillmLayer *l) { l->window = 5; }
+static void l_attn_norm_bias(MillmLayer *l) { drop(&l->attn_norm_bias); }
+static void l_mlp_norm_bias(MillmLayer *l) { drop(&l->mlp_norm_bias); }
+static void l_q_bias(MillmLayer *l) { drop(&l->q_bias); }
+static void l_k_bias(MillmLayer *l) { for (int64_t i = 0; i < l->k_bias.n; i++) l->k_bias.data[i] = -l->k_bias.data[i]; }
+static void l_v_bias(MillmLayer *l) { drop(&l->v_bias); }
+static void l_o_bias(MillmLayer *l) { drop(&l->o_bias); }
+static void l_gate_bias(MillmLayer *l) { drop(&l->gate_bias); }
+static void l_up_bias(MillmLayer *l) { drop(&l->up_bias); }
+static void l_down_bias(MillmLayer *l) { drop(&l->down_bias); }
+static void l_mlp_gated(MillmLayer *l) { MillmWeight w = l->gate; if (w.data) { l->gate = l->up; l->up = w; } }
+static void l_qkv_order(MillmLayer *l) { MillmWeight w = l->k; l->k = l->v; l->v = w; }
+static void l_in_out(MillmLayer *l) { if (l->o.n_in == l->o.n_out) l->o.in_out = !l->o.in_out; }
+
+static const struct
+{
+	const char *name;
+	Mutation	model;
+	void		(*layer) (MillmLayer *l);
+}			mutations[] = {
+	{"norm", norm, NULL}, {"norm_eps", norm_eps, NULL}, {"rope_interleaved", rope_interleaved, NULL}, {"rotary_dim", rotary_dim, NULL},
+	{"inv_freq", inv_freq, NULL}, {"rope_attention_factor", rope_attention_factor, NULL}, {"attention_scale", attention_scale, NULL},
+	{"layer_inv_scale", layer_inv_scale, NULL}, {"act", act, NULL}, {"position_embedding", position_embedding, NULL},
+	{"window", NULL, l_window}, {"attn_norm_bias", NULL, l_attn_norm_bias}, {"mlp_norm_bias", NULL, l_mlp_norm_bias}, {"q_bias", NULL, l_q_bias},
+	{"k_bias", NULL, l_k_bias}, {"v_bias", NULL, l_v_bias}, {"o_bias", NULL, l_o_bias}, {"gate_bias", NULL, l_gate_bias}, {"up_bias", NULL, l_up_bias},
+	{"down_bias", NULL, l_down_bias}, {"mlp_gated", NULL, l_mlp_gated}, {"qkv_order", NULL, l_qkv_order}, {"in_out", NULL, l_in_out},
+};
+
+const char *
+millm_mutation_name(int i)
+{
+	return i >= 0 && (size_t) i < sizeof(mutations) / sizeof(mutations[0]) ? mutations[i].name : NULL;
+}
+
+MillmCode
+millm_model_mutate(MillmModel *model, const char *flag, MillmError *err)
+{
+	for (size_t i = 0; i < sizeof(mutations) / sizeof(mutations[0]); i++)
+		if (strcmp(mutations[i].name, flag) == 0)
+		{
+			if (mutations[i].model)
+				mutations[i].model(model);
+			else
+				each_layer(model, mutations[i].layer);
+			return MILLM_OK;
+		}
+	return millm_fail(err, MILLM_E_INVALID_ARGUMENT, "there is no flag \"%s\" to mutate", flag);
+}

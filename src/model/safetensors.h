@@ -1,0 +1,58 @@
+/*
+ * safetensors.h -- one safetensors file, mapped and indexed.
+ *
+ * Format (github.com/huggingface/safetensors): 8 bytes little-endian length N of the header, N bytes of
+ * JSON {name: {dtype, shape, data_offsets: [begin, end]}, "__metadata__": {...}}, then the data, to which the
+ * offsets refer.  The data must be covered without holes or overlaps, as the genuine reader demands.
+ */
+#ifndef MILLM_SAFETENSORS_H
+#define MILLM_SAFETENSORS_H
+
+#include <stdbool.h>
+#include <stddef.h>
+#include <stdint.h>
+
+#include "error.h"
+#include "tensor.h"
+
+#define MILLM_ST_HEADER_MAX	((uint64_t) 100 << 20)	/* the genuine reader's limit */
+#define MILLM_ST_MAX_DIMS	8
+
+typedef struct MillmStTensor
+{
+	const char *name;			/* the file's */
+	MillmDtype	dtype;
+	int			n_dims;
+	int64_t		dims[MILLM_ST_MAX_DIMS];
+	uint64_t	begin;			/* offset in the file's data */
+	uint64_t	bytes;
+	const void *data;			/* in the mapping */
+} MillmStTensor;
+
+typedef struct MillmSafetensors MillmSafetensors;
+
+/*
+ * Map path and index its tensors.  On MILLM_OK the caller owns *out; on failure it is untouched.
+ * MODEL_FILES_MISSING when it cannot be opened, INVALID_MODEL_FILE when it is damaged, UNSUPPORTED
+ * for a dtype that we do not know.
+ */
+extern MillmCode millm_st_open(const char *path, MillmSafetensors **out, MillmError *err);
+extern void millm_st_close(MillmSafetensors *st);	/* NULL is fine */
+
+/*
+ * The same checks on bytes in memory, which must outlive *out.  name is for messages.
+ */
+extern MillmCode millm_st_parse(const void *bytes, size_t len, const char *name, MillmSafetensors **out, MillmError *err);
+
+extern size_t millm_st_n_tensors(const MillmSafetensors *st);
+extern const MillmStTensor *millm_st_tensor(const MillmSafetensors *st, size_t i);	/* in order of their names */
+extern const MillmStTensor *millm_st_find(const MillmSafetensors *st, const char *name);	/* NULL: none */
+extern const char *millm_st_path(const MillmSafetensors *st);
+/* The mapping, for madvise(). */
+extern const void *millm_st_map(const MillmSafetensors *st, size_t *len);
+
+/* Bytes of one element, and the format's name ("BF16"). */
+extern int	millm_dtype_bytes(MillmDtype dtype);
+extern const char *millm_dtype_name(MillmDtype dtype);
+
+#endif
