@@ -1,0 +1,727 @@
+/*
+ * engine.c -- the model thread: load, step after step, unload.
+ *
+ * One thread owns the forward pass, the KV cache, the scheduler and every request that it has taken from the inbox.
+ * All others reach it through the fields under the lock: the inbox, the load or unload that is asked for, the counters.
+ *
+ *     IDLE --load--> LOADING --done--> LOADED --unload--> UNLOADING --nobody left--> IDLE
+ *                       \___failed___________________________________________________/
+ *
+ * A request is counted in n_active from accept to its end; what is counted and not running is waiting, be it in
+ * the hands of an encoding thread, in the inbox, or in the scheduler's line.  A request's pages are back, and the counters say
+ * so, before its sink hears of the end.
+ *
+ * No wait is without end: a paused stream is looked at every PAUSE_POLL_MS, an unload ends at its deadline.
+ */
+#include "engine.h"
+
+#include <pthread.h>
+#include <stdlib.h>
+#include <string.h>
+#include <time.h>
+
+#include "generation.h"
+#include "load.h"
+
+#define PAUSE_POLL_MS		20		/* only while some reader is behind */
+#define DRAIN_REPORT_MS		250		/* of an unload that waits */
+
+struct MillmEngine
+{
+	pthread_t	thread;
+	pthread_mutex_t lock;
+	pthread_cond_t wake;
+
+	/* under the lock */
+	MillmEngineState state;
+	bool		is_woken;			/* something below has changed since the model thread looked */
+	MillmRequest *inbox;			/* first in, first out */
+	MillmRequest **inbox_end;
+	const MillmLoaded *loaded;
+	MillmLoadOptions load;			/* of the load under way, its strings owned */
+	MillmLoadSink sink;				/* of the load or unload under way */
+	int64_t		drain_until_ms;
+	int			n_active;
+	int			n_running;
+	int64_t		pages_free;
+
+	atomic_bool is_ending;			/* the process shuts down */
+	atomic_bool cancels_all;		/* nobody may go on: shutdown, or an unload whose time is over */
+
+	/* the model thread's */
+	MillmForward *fw;
+	MillmScheduler *sched;
+	MillmRequest **live;			/* [n_live], taken from the inbox and not ended */
+	int			n_live;
+	MillmPlanItem *plan;			/* [max_sequences] */
+	MillmBatchToken *batch;			/* [max_batch_tokens] */
+};
+
+static double
+now_ms(void)
+{
+	struct timespec ts;
+
+	clock_gettime(CLOCK_MONOTONIC, &ts);
+	return (double) ts.tv_sec * 1e3 + (double) ts.tv_nsec / 1e6;
+}
+
+/* Under the lock. */
+static void
+wake_thread(MillmEngine *e)
+{
+	e->is_woken = true;
+	pthread_cond_signal(&e->wake);
+}
+
+/* ---- the end of a request ------------------------------------------------------------------ */
+
+/* Give the place back; err NULL is success.  Any thread; the caller's reference goes. */
+static void
+end_request(MillmEngine *e, MillmRequest *r, const MillmError *err)
+{
+	pthread_mutex_lock(&e->lock);
+	e->n_active--;
+	if (e->state == MILLM_UNLOADING)
+		wake_thread(e);
+	pthread_mutex_unlock(&e->lock);
+
+	if (err)
+		r->sink.failed(r->sink.arg, err);
+	else
+	{
+		MillmResult result = {.text = r->text ? r->text : "", .len = r->len, .stopped = r->stopped,
+			.prompt_tokens = r->n_prompt, .completion_tokens = r->n_completion, .seed = r->sampling.seed};
+
+		r->sink.done(r->sink.arg, &result);
+	}
+	millm_request_unref(r);
+}
+
+static void
+publish(MillmEngine *e)
+{
+	pthread_mutex_lock(&e->lock);
+	e->n_running = e->sched ? millm_sched_n_running(e->sched) : 0;
+	e->pages_free = e->fw ? millm_kv_pages_free(e->fw) : -1;
+	pthread_mutex_unlock(&e->lock);
+}
+
+/* The model thread's requests end here: pages first. */
+static void
+retire(MillmEngine *e, int at, const MillmError *err)
+{
+	MillmRequest *r = e->live[at];
+
+	e->live[at] = e->live[--e->n_live];
+	millm_sched_remove(e->sched, &r->slot);
+	publish(e);
+	end_request(e, r, err);
+}
+
+static void
+canceled(MillmEngine *e, MillmError *err)
+{
+	if (atomic_load(&e->is_ending))
+		millm_fail(err, MILLM_E_CANCELED, "generation canceled: the engine shuts down");
+	else if (atomic_load(&e->cancels_all))
+		millm_fail(err, MILLM_E_CANCELED, "generation canceled: the model is being unloaded");
+	else
+		millm_fail(err, MILLM_E_CANCELED, "generation canceled");
+}
+
+/* ---- pages, for the scheduler -------------------------------------------------------------- */
+
+static MillmRequest *
+request_of(MillmSlot *slot)
+{
+	return (MillmRequest *) slot;	/* its first member */
+}
+
+static bool
+pages_reserve(void *arg, MillmSlot *slot, int length)
+{
+	MillmEngine *e = arg;
+	MillmRequest *r = request_of(slot);
+
+	if (!r->seq && !(r->seq = millm_sequence_create(e->fw)))
+		return false;
+	return millm_sequence_reserve(r->seq, length);
+}
+
+static void
+pages_release(void *arg, MillmSlot *slot)
+{
+	MillmRequest *r = request_of(slot);
+
+	(void) arg;
+	millm_sequence_free(r->seq);
+	r->seq = NULL;
+}
+
+static int64_t
+pages_n_free(void *arg)
+{
+	return millm_kv_pages_free(((MillmEngine *) arg)->fw);
+}
+
+/* ---- a step -------------------------------------------------------------------------------- */
+
+typedef struct Step
+{
+	MillmEngine *engine;
+	const MillmPlanItem *plan;
+	int			n;
+} Step;
+
+/* Asked between layers: does anybody still want this step? */
+static bool
+step_is_unwanted(void *arg)
+{
+	Step	   *step = arg;
+
+	if (atomic_load(&step->engine->cancels_all))
+		return true;
+	for (int i = 0; i < step->n; i++)
+		if (!atomic_load(&request_of(step->plan[i].slot)->is_canceled))
+			return false;
+	return true;
+}
+
+static int
+find_live(MillmEngine *e, MillmRequest *r)
+{
+	int			i = 0;
+
+	while (e->live[i] != r)
+		i++;
+	return i;
+}
+
+/* Run the planned step, choose a token for each sequence that has come to its end, retire what is finished. */
+static void
+run_step(MillmEngine *e, int n)
+{
+	Step		step = {e, e->plan, n};
+	int			n_batch = 0;
+	int			row = 0;
+	int			vocab = e->loaded->model->config.vocab_size;
+	double		start = now_ms();
+	const float *logits;
+	MillmError	err;
+	MillmCode	rc;
+
+	for (int i = 0; i < n; i++)
+	{
+		MillmRequest *r = request_of(e->plan[i].slot);
+		int			last = r->slot.n_past + e->plan[i].n_tokens;
+
+		for (int pos = r->slot.n_past; pos < last; pos++)
+			e->batch[n_batch++] = (MillmBatchToken) {.seq = r->seq, .position = pos, .token = r->tokens[pos],
+				.want_logits = pos == r->slot.n_tokens - 1};
+	}
+	rc = millm_forward_step(e->fw, e->batch, n_batch, step_is_unwanted, &step, &logits, &err);
+	if (rc == MILLM_E_CANCELED)
+		return;					/* nothing has grown; the next round retires them */
+	if (rc != MILLM_OK)
+	{
+		for (int i = 0; i < n; i++)
+			retire(e, find_live(e, request_of(e->plan[i].slot)), &err);
+		return;
+	}
+	millm_sched_done(e->sched, e->plan, n, now_ms() - start);
+
+	for (int i = 0; i < n; i++)
+	{
+		MillmRequest *r = request_of(e->plan[i].slot);
+
+		if (r->slot.n_past < r->slot.n_tokens)
+			continue;			/* more of its prompt is to come */
+		rc = generation_take(r, logits + (size_t) row++ * (size_t) vocab, &err);
+		if (rc != MILLM_OK || r->is_finished)
+			retire(e, find_live(e, r), rc != MILLM_OK ? &err : NULL);
+	}
+}
+
+/* Retire what is canceled or stalled; pause whose reader is behind.  Returns whether any is paused. */
+static bool
+look_at_readers(MillmEngine *e)
+{
+	bool		any_paused = false;
+
+	for (int i = e->n_live - 1; i >= 0; i--)
+	{
+		MillmRequest *r = e->live[i];
+		MillmError	err;
+		int			stalled_ms = 0;
+
+		if (atomic_load(&r->is_canceled) || atomic_load(&e->cancels_all))
+		{
+			canceled(e, &err);
+			retire(e, i, &err);
+			continue;
+		}
+		if (!r->sink.text || !r->sink.is_behind)
+			continue;
+		r->slot.is_paused = r->sink.is_behind(r->sink.arg, &stalled_ms);
+		if (stalled_ms > e->loaded->stream_stall_timeout_ms)
+		{
+			millm_fail(&err, MILLM_E_CANCELED, "generation canceled: its reader stopped reading");
+			millm_detail(&err, "Nothing was read for %d ms; stream_stall_timeout is %d ms.", stalled_ms,
+						 e->loaded->stream_stall_timeout_ms);
+			retire(e, i, &err);
+			continue;
+		}
+		any_paused |= r->slot.is_paused;
+	}
+	return any_paused;
+}
+
+/* ---- load and unload, on the model thread -------------------------------------------------- */
+
+static void
+free_load_strings(MillmLoadOptions *o)
+{
+	free((char *) o->path);
+	free((char *) o->model);
+	free((char *) o->model_uuid);
+	free((char *) o->kernels);
+	*o = (MillmLoadOptions) {0};
+}
+
+static void
+free_model(MillmEngine *e)
+{
+	millm_sched_free(e->sched);
+	free(e->live);
+	free(e->plan);
+	free(e->batch);
+	millm_forward_free(e->fw);
+	e->sched = NULL;
+	e->live = NULL;
+	e->plan = NULL;
+	e->batch = NULL;
+	e->fw = NULL;
+}
+
+static MillmCode
+set_up_steps(MillmEngine *e, const MillmLoaded *loaded, MillmError *err)
+{
+	MillmSchedPages pages = {pages_reserve, pages_release, pages_n_free, MILLM_KV_PAGE_TOKENS, e};
+	int			max_batch = millm_forward_max_batch_tokens(e->fw);
+
+	e->sched = millm_sched_create(&pages, loaded->max_sequences, loaded->max_queue, max_batch);
+	e->live = calloc((size_t) loaded->max_sequences + (size_t) loaded->max_queue, sizeof(*e->live));
+	e->plan = calloc((size_t) loaded->max_sequences, sizeof(*e->plan));
+	e->batch = calloc((size_t) max_batch, sizeof(*e->batch));
+	if (e->sched && e->live && e->plan && e->batch)
+		return MILLM_OK;
+	return millm_fail(err, MILLM_E_INTERNAL, "out of memory");
+}
+
+static void
+run_load(MillmEngine *e)
+{
+	MillmLoadSink sink = e->sink;
+	const MillmLoaded *loaded = NULL;
+	MillmError	err;
+	MillmCode	rc = load_model(&e->load, sink.progress, sink.arg, &loaded, &e->fw, &err);
+
+	if (rc == MILLM_OK)
+		rc = set_up_steps(e, loaded, &err);
+	if (rc != MILLM_OK)
+	{
+		free_model(e);
+		millm_loaded_release(loaded);
+		loaded = NULL;
+	}
+
+	pthread_mutex_lock(&e->lock);
+	free_load_strings(&e->load);
+	e->loaded = loaded;
+	e->state = loaded ? MILLM_LOADED : MILLM_IDLE;
+	pthread_mutex_unlock(&e->lock);
+	publish(e);
+	if (rc == MILLM_OK)
+		sink.loaded(sink.arg, loaded);
+	else
+		sink.failed(sink.arg, &err);
+}
+
+static void
+finish_unload(MillmEngine *e)
+{
+	MillmLoadSink sink = e->sink;
+	const MillmLoaded *loaded;
+
+	free_model(e);
+	pthread_mutex_lock(&e->lock);
+	loaded = e->loaded;
+	e->loaded = NULL;
+	e->state = MILLM_IDLE;
+	atomic_store(&e->cancels_all, atomic_load(&e->is_ending));
+	pthread_mutex_unlock(&e->lock);
+	publish(e);
+	sink.unloaded(sink.arg, loaded->name, loaded->private_bytes);
+	millm_loaded_release(loaded);
+}
+
+/* ---- the thread ---------------------------------------------------------------------------- */
+
+/* Wait until something changes, or for so long (< 0: no limit, somebody will wake us).  Under the lock. */
+static void
+wait_for_work(MillmEngine *e, int limit_ms)
+{
+	struct timespec until;
+
+	if (e->is_woken)
+		return;
+	if (limit_ms < 0)
+	{
+		pthread_cond_wait(&e->wake, &e->lock);
+		return;
+	}
+	clock_gettime(CLOCK_MONOTONIC, &until);
+	until.tv_nsec += (long) limit_ms % 1000 * 1000000;
+	until.tv_sec += limit_ms / 1000 + until.tv_nsec / 1000000000;
+	until.tv_nsec %= 1000000000;
+	pthread_cond_timedwait(&e->wake, &e->lock, &until);
+}
+
+static void
+take_inbox(MillmEngine *e)
+{
+	MillmRequest *r;
+
+	pthread_mutex_lock(&e->lock);
+	r = e->inbox;
+	e->inbox = NULL;
+	e->inbox_end = &e->inbox;
+	e->is_woken = false;
+	pthread_mutex_unlock(&e->lock);
+
+	while (r)
+	{
+		MillmRequest *next = r->next;
+
+		/* n_active <= max_sequences + max_queue, so there is room in both. */
+		e->live[e->n_live++] = r;
+		millm_sched_add(e->sched, &r->slot);
+		r = next;
+	}
+}
+
+/* One look at everything, and one step if there is something to compute; returns how long to wait then, 0: do not. */
+static int
+run_round(MillmEngine *e)
+{
+	bool		any_paused;
+	int			n;
+	int			n_active;
+	bool		unloading;
+	int64_t		drain_until;
+
+	take_inbox(e);
+	any_paused = look_at_readers(e);
+	n = millm_sched_plan(e->sched, e->plan);
+	publish(e);
+	if (n > 0)
+		run_step(e, n);
+
+	pthread_mutex_lock(&e->lock);
+	n_active = e->n_active;
+	unloading = e->state == MILLM_UNLOADING;
+	drain_until = e->drain_until_ms;
+	pthread_mutex_unlock(&e->lock);
+	if (unloading && n_active == 0)
+	{
+		finish_unload(e);
+		return -1;
+	}
+	if (unloading && !atomic_load(&e->cancels_all) && (int64_t) now_ms() >= drain_until)
+	{
+		atomic_store(&e->cancels_all, true);
+		return 0;
+	}
+	if (n > 0)
+		return 0;
+	if (any_paused)
+		return PAUSE_POLL_MS;
+	if (unloading && !atomic_load(&e->cancels_all))
+		return drain_until - (int64_t) now_ms() < DRAIN_REPORT_MS ? 1 + (int) (drain_until - (int64_t) now_ms()) : DRAIN_REPORT_MS;
+	return -1;
+}
+
+static void *
+model_thread(void *arg)
+{
+	MillmEngine *e = arg;
+	MillmError	err;
+	int			wait_ms = -1;
+	double		reported = 0;
+
+	pthread_mutex_lock(&e->lock);
+	while (!atomic_load(&e->is_ending))
+	{
+		MillmEngineState state = e->state;
+		int			n_active = e->n_active;
+
+		if (state == MILLM_IDLE || state == MILLM_LOADED || state == MILLM_UNLOADING)
+		{
+			if (wait_ms != 0)
+				wait_for_work(e, wait_ms);
+			state = e->state;
+		}
+		if (state == MILLM_IDLE)
+			e->is_woken = false;
+		pthread_mutex_unlock(&e->lock);
+
+		wait_ms = -1;
+		if (state == MILLM_LOADING)
+			run_load(e);
+		else if (state != MILLM_IDLE)
+		{
+			if (state == MILLM_UNLOADING && e->sink.progress && now_ms() - reported >= DRAIN_REPORT_MS)
+			{
+				reported = now_ms();
+				e->sink.progress(e->sink.arg, n_active);
+			}
+			wait_ms = run_round(e);
+		}
+		pthread_mutex_lock(&e->lock);
+	}
+	pthread_mutex_unlock(&e->lock);
+
+	if (e->sched)
+	{
+		take_inbox(e);
+		canceled(e, &err);
+		while (e->n_live > 0)
+			retire(e, e->n_live - 1, &err);
+	}
+	free_model(e);
+	return NULL;
+}
+
+/* ---- what the other threads call ------------------------------------------------------------ */
+
+MillmCode
+millm_engine_create(MillmEngine **out, MillmError *err)
+{
+	MillmEngine *e = calloc(1, sizeof(*e));
+	pthread_condattr_t attr;
+
+	if (!e)
+		return millm_fail(err, MILLM_E_INTERNAL, "out of memory");
+	e->inbox_end = &e->inbox;
+	e->pages_free = -1;
+	pthread_mutex_init(&e->lock, NULL);
+	pthread_condattr_init(&attr);
+	pthread_condattr_setclock(&attr, CLOCK_MONOTONIC);
+	pthread_cond_init(&e->wake, &attr);
+	pthread_condattr_destroy(&attr);
+	if (pthread_create(&e->thread, NULL, model_thread, e) != 0)
+	{
+		pthread_cond_destroy(&e->wake);
+		pthread_mutex_destroy(&e->lock);
+		free(e);
+		return millm_fail(err, MILLM_E_INTERNAL, "could not start the model thread");
+	}
+	*out = e;
+	return MILLM_OK;
+}
+
+void
+millm_engine_free(MillmEngine *e)
+{
+	atomic_store(&e->cancels_all, true);
+	atomic_store(&e->is_ending, true);
+	pthread_mutex_lock(&e->lock);
+	wake_thread(e);
+	pthread_mutex_unlock(&e->lock);
+	pthread_join(e->thread, NULL);
+	if (e->state == MILLM_UNLOADING)
+	{
+		MillmError	err;
+
+		millm_fail(&err, MILLM_E_CANCELED, "unload canceled: the engine shuts down");
+		e->sink.failed(e->sink.arg, &err);
+	}
+	else if (e->state == MILLM_LOADING)
+	{
+		MillmError	err;
+
+		millm_fail(&err, MILLM_E_CANCELED, "load canceled: the engine shuts down");
+		e->sink.failed(e->sink.arg, &err);
+		free_load_strings(&e->load);
+	}
+	millm_loaded_release(e->loaded);
+	pthread_cond_destroy(&e->wake);
+	pthread_mutex_destroy(&e->lock);
+	free(e);
+}
+
+static bool
+copy_string(const char *from, const char **to)
+{
+	*to = from ? strdup(from) : NULL;
+	return !from || *to;
+}
+
+MillmCode
+millm_engine_load(MillmEngine *e, const MillmLoadOptions *options, const MillmLoadSink *sink, MillmError *err)
+{
+	MillmLoadOptions copy = *options;
+	MillmCode	rc = MILLM_OK;
+
+	copy.path = copy.model = copy.model_uuid = copy.kernels = NULL;
+	if (!copy_string(options->path, &copy.path) || !copy_string(options->model, &copy.model) ||
+		!copy_string(options->model_uuid, &copy.model_uuid) || !copy_string(options->kernels, &copy.kernels))
+	{
+		free_load_strings(&copy);
+		return millm_fail(err, MILLM_E_INTERNAL, "out of memory");
+	}
+	pthread_mutex_lock(&e->lock);
+	if (e->state == MILLM_LOADED)
+	{
+		rc = millm_fail(err, MILLM_E_MODEL_ALREADY_LOADED, "model \"%s\" is loaded", e->loaded->name);
+		millm_hint(err, "Unload it first.");
+	}
+	else if (e->state != MILLM_IDLE)
+		rc = millm_fail(err, MILLM_E_MODEL_BUSY, "a model is being %s", e->state == MILLM_LOADING ? "loaded" : "unloaded");
+	else
+	{
+		e->state = MILLM_LOADING;
+		e->load = copy;
+		e->sink = *sink;
+		wake_thread(e);
+	}
+	pthread_mutex_unlock(&e->lock);
+	if (rc != MILLM_OK)
+		free_load_strings(&copy);
+	return rc;
+}
+
+/* Fill err for a state in which the loaded model cannot be asked for anything.  Under the lock. */
+static MillmCode
+not_loaded(MillmEngine *e, MillmError *err)
+{
+	if (e->state == MILLM_UNLOADING)
+		return millm_fail(err, MILLM_E_MODEL_BUSY, "model \"%s\" is being unloaded", e->loaded->name);
+	if (e->state == MILLM_LOADING)
+	{
+		millm_fail(err, MILLM_E_MODEL_NOT_LOADED, "the model is still being loaded");
+		millm_hint(err, "Wait until the load is complete.");
+	}
+	else
+	{
+		millm_fail(err, MILLM_E_MODEL_NOT_LOADED, "no model is loaded");
+		millm_hint(err, "Load one first.");
+	}
+	return MILLM_E_MODEL_NOT_LOADED;
+}
+
+MillmCode
+millm_engine_unload(MillmEngine *e, int timeout_ms, const MillmLoadSink *sink, MillmError *err)
+{
+	MillmCode	rc = MILLM_OK;
+
+	pthread_mutex_lock(&e->lock);
+	if (e->state == MILLM_LOADED)
+	{
+		e->state = MILLM_UNLOADING;
+		e->sink = *sink;
+		e->drain_until_ms = (int64_t) now_ms() + timeout_ms;
+		wake_thread(e);
+	}
+	else if (e->state == MILLM_LOADING)
+		rc = millm_fail(err, MILLM_E_MODEL_BUSY, "a model is being loaded");
+	else
+		rc = not_loaded(e, err);
+	pthread_mutex_unlock(&e->lock);
+	return rc;
+}
+
+MillmCode
+millm_engine_loaded(MillmEngine *e, const MillmLoaded **out, MillmError *err)
+{
+	MillmCode	rc = MILLM_OK;
+
+	pthread_mutex_lock(&e->lock);
+	if (e->state == MILLM_LOADED)
+		*out = millm_loaded_ref(e->loaded);
+	else
+		rc = not_loaded(e, err);
+	pthread_mutex_unlock(&e->lock);
+	return rc;
+}
+
+void
+millm_engine_status(MillmEngine *e, MillmEngineStatus *out)
+{
+	pthread_mutex_lock(&e->lock);
+	out->state = e->state;
+	out->running = e->n_running;
+	out->waiting = e->n_active > e->n_running ? e->n_active - e->n_running : 0;
+	out->pages_free = e->pages_free;
+	out->loaded = e->loaded ? millm_loaded_ref(e->loaded) : NULL;
+	pthread_mutex_unlock(&e->lock);
+}
+
+MillmCode
+millm_engine_accept(MillmEngine *e, MillmRequest *r, MillmError *err)
+{
+	const MillmLoaded *loaded = r->loaded;
+	MillmCode	rc = MILLM_OK;
+
+	pthread_mutex_lock(&e->lock);
+	if (e->state != MILLM_LOADED || e->loaded != loaded)
+		rc = not_loaded(e, err);
+	else if (e->n_active >= loaded->max_sequences + loaded->max_queue)
+	{
+		rc = millm_fail(err, MILLM_E_SERVER_BUSY, "too many requests for model \"%s\"", loaded->name);
+		millm_detail(err, "%d are running and %d are waiting; at most %d may run and %d wait.", e->n_running,
+					 e->n_active - e->n_running, loaded->max_sequences, loaded->max_queue);
+		millm_hint(err, "Try again later, or raise millm.max_queue.");
+	}
+	else
+	{
+		e->n_active++;
+		millm_request_ref(r);
+	}
+	pthread_mutex_unlock(&e->lock);
+	return rc;
+}
+
+void
+millm_engine_submit(MillmEngine *e, MillmRequest *r, const char *prompt, size_t len)
+{
+	MillmError	err;
+
+	if (atomic_load(&r->is_canceled) || atomic_load(&e->cancels_all))
+	{
+		canceled(e, &err);
+		end_request(e, r, &err);
+		return;
+	}
+	if (generation_begin(r, prompt, len, &err) != MILLM_OK)
+	{
+		end_request(e, r, &err);
+		return;
+	}
+	pthread_mutex_lock(&e->lock);
+	r->next = NULL;
+	*e->inbox_end = r;
+	e->inbox_end = &r->next;
+	wake_thread(e);
+	pthread_mutex_unlock(&e->lock);
+}
+
+void
+millm_engine_cancel(MillmEngine *e, MillmRequest *r)
+{
+	atomic_store(&r->is_canceled, true);
+	pthread_mutex_lock(&e->lock);
+	wake_thread(e);
+	pthread_mutex_unlock(&e->lock);
+}

@@ -1,0 +1,151 @@
+/*
+ * engine.h -- the loaded model and the one thread that computes with it.
+ *
+ * Callers (the event loop, the command line) hand requests over and get called back on the model thread.
+ * Every request that was accepted ends with exactly one done() or failed().
+ */
+#ifndef MILLM_ENGINE_H
+#define MILLM_ENGINE_H
+
+#include <stdbool.h>
+#include <stddef.h>
+#include <stdint.h>
+
+#include "error.h"
+#include "model.h"
+#include "request.h"
+#include "token.h"
+
+typedef struct MillmEngine MillmEngine;
+typedef struct MillmRequest MillmRequest;
+
+extern MillmCode millm_engine_create(MillmEngine **out, MillmError *err);
+/* Cancel everything, end the model thread, free the model.  Requests get CANCELED before this returns. */
+extern void millm_engine_free(MillmEngine *engine);
+
+/* ---- load and unload ----------------------------------------------------------------------- */
+
+typedef struct MillmLoadOptions
+{
+	const char *path;
+	const char *model;			/* the name that people know it by; NULL: the path */
+	const char *model_uuid;		/* NULL: none */
+	const char *kernels;		/* NULL: the best, or $MILLM_KERNELS */
+	int			threads;		/* 0: one per CPU */
+	int			context_length;	/* 0: the model's maximum or 8192, the smaller */
+	int			max_sequences;
+	int			max_queue;
+	int64_t		kv_cache_bytes;	/* 0: max_sequences x context, at most a quarter of the available memory */
+	int			stream_stall_timeout_ms;
+	bool		deterministic;
+} MillmLoadOptions;
+
+/* 16 sequences, 64 in the queue, 30 s; everything else chosen. */
+extern void millm_load_options_init(MillmLoadOptions *options);
+
+typedef struct MillmLoaded
+{
+	char	   *path;
+	char	   *name;
+	char	   *uuid;			/* NULL: none */
+	MillmModel *model;
+	MillmTokenizer *tokenizer;
+	int			context_length;
+	int			max_sequences;
+	int			max_queue;
+	int			stream_stall_timeout_ms;
+	char		kernels[32];
+	int			threads;
+	bool		deterministic;
+	int64_t		pages_total;
+	int64_t		kv_bytes;
+	int64_t		private_bytes;	/* the KV cache and the workspace: what is ours alone, not the page cache's */
+	int64_t		loaded_at;		/* unix seconds */
+	double		load_ms;
+	char		warnings[10][256];
+	int			n_warnings;
+} MillmLoaded;
+
+typedef struct MillmLoadSink
+{
+	void		(*progress) (void *arg, int n);	/* load: percent; unload: requests still pending */
+	void		(*loaded) (void *arg, const MillmLoaded *loaded);
+	void		(*unloaded) (void *arg, const char *name, int64_t freed_bytes);
+	void		(*failed) (void *arg, const MillmError *err);
+	void	   *arg;
+} MillmLoadSink;
+
+/*
+ * Begin to load or unload; what comes of it comes through the sink, on the model thread.  What is refused at once is
+ * returned: MODEL_ALREADY_LOADED, MODEL_BUSY while another load or unload is under way, MODEL_NOT_LOADED; then the sink is
+ * not called.  The load goes through millm_model_open()'s errors, INVALID_ARGUMENT and INSUFFICIENT_MEMORY with figures.
+ */
+extern MillmCode millm_engine_load(MillmEngine *engine, const MillmLoadOptions *options, const MillmLoadSink *sink, MillmError *err);
+/* Take no new requests, wait so long for those there are, cancel the rest. */
+extern MillmCode millm_engine_unload(MillmEngine *engine, int timeout_ms, const MillmLoadSink *sink, MillmError *err);
+
+/*
+ * A reference to the loaded model, which is immutable until millm_loaded_release(); its tokenizer and its config may be
+ * used from any thread.  MODEL_NOT_LOADED when there is none, MODEL_BUSY while it is being unloaded.
+ */
+extern MillmCode millm_engine_loaded(MillmEngine *engine, const MillmLoaded **out, MillmError *err);
+extern const MillmLoaded *millm_loaded_ref(const MillmLoaded *loaded);
+extern void millm_loaded_release(const MillmLoaded *loaded);	/* NULL is fine */
+
+typedef enum MillmEngineState {MILLM_IDLE, MILLM_LOADING, MILLM_LOADED, MILLM_UNLOADING} MillmEngineState;
+
+typedef struct MillmEngineStatus
+{
+	MillmEngineState state;
+	int			running;
+	int			waiting;
+	int64_t		pages_free;		/* -1 without a model */
+	const MillmLoaded *loaded;	/* a reference, or NULL */
+} MillmEngineStatus;
+
+extern void millm_engine_status(MillmEngine *engine, MillmEngineStatus *out);
+
+/* ---- generate ------------------------------------------------------------------------------ */
+
+typedef struct MillmResult
+{
+	const char *text;			/* all of it; "" when it was streamed */
+	size_t		len;
+	bool		stopped;		/* an eos id or a stop sequence; else max_tokens are reached */
+	int			prompt_tokens;
+	int			completion_tokens;	/* every chosen token, the eos id too */
+	int64_t		seed;
+} MillmResult;
+
+typedef struct MillmSink
+{
+	/* The next piece, whole characters, never empty.  NULL: not streamed, the result has the text. */
+	void		(*text) (void *arg, const char *text, size_t len);
+	void		(*done) (void *arg, const MillmResult *result);
+	void		(*failed) (void *arg, const MillmError *err);
+	/* With text: is the reader behind?  *stalled_ms: for how long nothing could be written to him.  May be NULL. */
+	bool		(*is_behind) (void *arg, int *stalled_ms);
+	void	   *arg;
+} MillmSink;
+
+/*
+ * A request for this model, with one reference, the caller's.  Keeps copies of what it needs; takes its own
+ * reference to loaded.  Checks the options (INVALID_ARGUMENT).
+ */
+extern MillmCode millm_request_create(const MillmLoaded *loaded, const MillmGenerateOptions *options, const MillmSink *sink,
+									  MillmRequest **out, MillmError *err);
+extern MillmRequest *millm_request_ref(MillmRequest *r);
+extern void millm_request_unref(MillmRequest *r);		/* NULL is fine */
+
+/*
+ * A place for the request: at most max_sequences + max_queue may be under way, the next gets SERVER_BUSY with the figures;
+ * MODEL_BUSY while the model is being unloaded, MODEL_NOT_LOADED when it is gone.  After MILLM_OK it ends
+ * with done() or failed().
+ */
+extern MillmCode millm_engine_accept(MillmEngine *engine, MillmRequest *r, MillmError *err);
+/* Encode the prompt and hand the accepted request to the model thread; any thread but that one; failed() may be called here. */
+extern void millm_engine_submit(MillmEngine *engine, MillmRequest *r, const char *prompt, size_t len);
+/* Nobody wants the answer any more: its pages come back within milliseconds.  Any thread, any time. */
+extern void millm_engine_cancel(MillmEngine *engine, MillmRequest *r);
+
+#endif

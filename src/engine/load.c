@@ -1,0 +1,157 @@
+/*
+ * load.c -- from a directory to a MillmLoaded and a forward pass, or an error and nothing.
+ */
+#include "load.h"
+
+#include <stdatomic.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <time.h>
+
+#include "memory.h"
+
+#define DEFAULT_CONTEXT_LENGTH 8192
+#define MIN_BATCH_TOKENS 256
+
+typedef struct Counted
+{
+	MillmLoaded loaded;			/* first, so that one is the other */
+	atomic_int	refs;
+} Counted;
+
+void
+millm_load_options_init(MillmLoadOptions *options)
+{
+	*options = (MillmLoadOptions) {.max_sequences = 16, .max_queue = 64, .stream_stall_timeout_ms = 30000};
+}
+
+const MillmLoaded *
+millm_loaded_ref(const MillmLoaded *loaded)
+{
+	atomic_fetch_add(&((Counted *) loaded)->refs, 1);
+	return loaded;
+}
+
+void
+millm_loaded_release(const MillmLoaded *loaded)
+{
+	Counted    *c = (Counted *) loaded;
+
+	if (!c || atomic_fetch_sub(&c->refs, 1) != 1)
+		return;
+	millm_tokenizer_close(c->loaded.tokenizer);
+	millm_model_close(c->loaded.model);
+	free(c->loaded.path);
+	free(c->loaded.name);
+	free(c->loaded.uuid);
+	free(c);
+}
+
+static MillmCode
+choose_context(const MillmLoadOptions *options, const MillmConfig *config, int *out, MillmError *err)
+{
+	int			max = config->max_positions;
+
+	if (options->context_length > max)
+	{
+		millm_fail(err, MILLM_E_INVALID_ARGUMENT, "context_length is larger than the model's maximum");
+		millm_detail(err, "It is %d; the model knows %d positions.", options->context_length, max);
+		return MILLM_E_INVALID_ARGUMENT;
+	}
+	*out = options->context_length > 0 ? options->context_length :
+		max < DEFAULT_CONTEXT_LENGTH ? max : DEFAULT_CONTEXT_LENGTH;
+	return MILLM_OK;
+}
+
+static void
+warn_of_ignored(MillmLoaded *loaded)
+{
+	const MillmGenerationConfig *g = &loaded->model->generation;
+	int			n = (int) (sizeof(g->ignored) / sizeof(g->ignored[0]));
+
+	for (int i = 0; i < g->n_ignored && i < n; i++)
+		snprintf(loaded->warnings[loaded->n_warnings++], sizeof(loaded->warnings[0]),
+				 "generation_config.json sets \"%.48s\", which is not honoured", g->ignored[i]);
+	if (g->n_ignored > n)
+		snprintf(loaded->warnings[loaded->n_warnings++], sizeof(loaded->warnings[0]),
+				 "generation_config.json sets %d more keys that are not honoured", g->n_ignored - n);
+}
+
+static double
+now_ms(void)
+{
+	struct timespec ts;
+
+	clock_gettime(CLOCK_MONOTONIC, &ts);
+	return (double) ts.tv_sec * 1e3 + (double) ts.tv_nsec / 1e6;
+}
+
+/* Open, plan, reserve; loaded is zeroed and keeps what it got when this fails. */
+static MillmCode
+fill(MillmLoaded *loaded, const MillmLoadOptions *options, void (*progress) (void *arg, int percent), void *arg,
+	 MillmForward **fw, MillmError *err)
+{
+	MillmForwardOptions fo = {.n_threads = options->threads, .deterministic = options->deterministic,
+		.kernels = options->kernels};
+	MillmMemoryPlan plan = {.page_tokens = MILLM_KV_PAGE_TOKENS, .max_sequences = options->max_sequences,
+		.kv_cache_bytes = options->kv_cache_bytes};
+	double		start = now_ms();
+	MillmCode	rc;
+
+	loaded->path = strdup(options->path);
+	loaded->name = strdup(options->model ? options->model : options->path);
+	loaded->uuid = options->model_uuid ? strdup(options->model_uuid) : NULL;
+	if (!loaded->path || !loaded->name || (options->model_uuid && !loaded->uuid))
+		return millm_fail(err, MILLM_E_INTERNAL, "out of memory");
+	if ((rc = millm_model_open(options->path, &loaded->model, err)) != MILLM_OK ||
+		(rc = millm_tokenizer_open(options->path, &loaded->tokenizer, err)) != MILLM_OK ||
+		(rc = choose_context(options, &loaded->model->config, &loaded->context_length, err)) != MILLM_OK)
+		return rc;
+
+	fo.max_batch_tokens = options->max_sequences > MIN_BATCH_TOKENS ? options->max_sequences : MIN_BATCH_TOKENS;
+	plan.page_bytes = millm_kv_page_bytes(loaded->model);
+	plan.context_length = loaded->context_length;
+	plan.weights_bytes = (int64_t) loaded->model->weights_bytes;
+	plan.workspace_bytes = millm_forward_workspace_bytes(loaded->model, &fo);
+	plan.available_bytes = millm_memory_available();
+	if ((rc = millm_memory_plan(&plan, err)) != MILLM_OK)
+		return rc;
+	fo.n_pages = plan.n_pages;
+
+	millm_model_populate(loaded->model, progress, arg);
+	if ((rc = millm_forward_create(loaded->model, &fo, fw, err)) != MILLM_OK)
+		return rc;
+
+	loaded->max_sequences = options->max_sequences;
+	loaded->max_queue = options->max_queue;
+	loaded->stream_stall_timeout_ms = options->stream_stall_timeout_ms;
+	loaded->deterministic = options->deterministic;
+	snprintf(loaded->kernels, sizeof(loaded->kernels), "%s", millm_forward_kernels(*fw));
+	loaded->threads = millm_forward_threads(*fw);
+	loaded->pages_total = plan.n_pages;
+	loaded->kv_bytes = plan.n_pages * plan.page_bytes;
+	loaded->private_bytes = loaded->kv_bytes + plan.workspace_bytes;
+	loaded->loaded_at = (int64_t) time(NULL);
+	loaded->load_ms = now_ms() - start;
+	warn_of_ignored(loaded);
+	return MILLM_OK;
+}
+
+MillmCode
+load_model(const MillmLoadOptions *options, void (*progress) (void *arg, int percent), void *arg,
+		   const MillmLoaded **out, MillmForward **fw, MillmError *err)
+{
+	Counted    *c = calloc(1, sizeof(*c));
+	MillmCode	rc;
+
+	if (!c)
+		return millm_fail(err, MILLM_E_INTERNAL, "out of memory");
+	atomic_init(&c->refs, 1);
+	rc = fill(&c->loaded, options, progress, arg, fw, err);
+	if (rc == MILLM_OK)
+		*out = &c->loaded;
+	else
+		millm_loaded_release(&c->loaded);
+	return rc;
+}

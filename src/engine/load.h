@@ -1,0 +1,17 @@
+/*
+ * load.h -- from a directory to a loaded model.  Internal to the engine.
+ */
+#ifndef MILLM_LOAD_H
+#define MILLM_LOAD_H
+
+#include "engine.h"
+#include "forward.h"
+
+/*
+ * Open the model and its tokenizer, decide and reserve memory.  On MILLM_OK the caller owns *out (one reference,
+ * millm_loaded_release()) and *fw, which must be freed first.  progress may be NULL.
+ */
+extern MillmCode load_model(const MillmLoadOptions *options, void (*progress) (void *arg, int percent), void *arg,
+							const MillmLoaded **out, MillmForward **fw, MillmError *err);
+
+#endif

@@ -1,0 +1,342 @@
+/*
+ * sampler.c -- from a row of logits to a token.
+ *
+ * The order and the rules for ties are those of transformers (reference/architectures.md 6):
+ *
+ *   repetition penalty   on each distinct id of prompt and output: score < 0 ? score * p : score / p
+ *   frequency, presence  as OpenAI defines them, over generated tokens only:
+ *                        score -= count * frequency + (count > 0) * presence
+ *   temperature          score / t; 0 is greedy: the largest score, of equal ones the lowest id
+ *   top_k                keeps every score >= the k-th largest, so ties survive
+ *   top_p                from the smallest up, drops while the cumulative probability <= 1 - top_p; keeps at least one
+ *   min_p                drops what is less probable than min_p * the most probable
+ *   softmax, draw        weights in float32, sums in double; candidates in the order (score descending, id ascending)
+ *
+ * The most probable candidate is always kept, so min_p is decided by the ratio to it and needs no second softmax.
+ * With top_p only as many candidates as survive are taken from a heap: the vocabulary is never sorted whole.
+ */
+#include "sampler.h"
+
+#include <math.h>
+#include <stdlib.h>
+#include <string.h>
+
+typedef struct Candidate
+{
+	float		score;
+	int32_t		id;
+} Candidate;
+
+#define IN_PROMPT	0x80000000u		/* in seen[]: the id occurs in the prompt; below it, the count of generated ones */
+
+struct MillmSampler
+{
+	MillmSampling options;
+	int			n_vocab;
+	bool		penalizes;
+	uint32_t   *seen;				/* [n_vocab], only when it penalizes */
+	int32_t    *distinct;			/* [n_vocab], ids whose seen[] is not 0 */
+	int			n_distinct;
+	float	   *scores;				/* [n_vocab] */
+	Candidate  *candidates;			/* [n_vocab], only when it samples */
+};
+
+MillmSampler *
+millm_sampler_create(const MillmSampling *sampling, int n_vocab)
+{
+	MillmSampler *s = calloc(1, sizeof(*s));
+	size_t		n = (size_t) n_vocab;
+
+	if (!s)
+		return NULL;
+	s->options = *sampling;
+	s->n_vocab = n_vocab;
+	s->penalizes = sampling->repetition_penalty != 1.0f || sampling->frequency_penalty != 0.0f ||
+		sampling->presence_penalty != 0.0f;
+	if ((s->penalizes && (!(s->seen = calloc(n, sizeof(*s->seen))) ||
+						  !(s->distinct = malloc(n * sizeof(*s->distinct))))) ||
+		((s->penalizes || sampling->temperature > 0) && !(s->scores = malloc(n * sizeof(*s->scores)))) ||
+		(sampling->temperature > 0 && !(s->candidates = malloc(n * sizeof(*s->candidates)))))
+	{
+		millm_sampler_free(s);
+		return NULL;
+	}
+	return s;
+}
+
+void
+millm_sampler_free(MillmSampler *s)
+{
+	if (!s)
+		return;
+	free(s->seen);
+	free(s->distinct);
+	free(s->scores);
+	free(s->candidates);
+	free(s);
+}
+
+static void
+note(MillmSampler *s, int32_t id, bool generated)
+{
+	if (!s->penalizes || id < 0 || id >= s->n_vocab)
+		return;
+	if (s->seen[id] == 0)
+		s->distinct[s->n_distinct++] = id;
+	s->seen[id] = generated ? s->seen[id] + 1 : s->seen[id] | IN_PROMPT;
+}
+
+void
+millm_sampler_note_prompt(MillmSampler *s, const int32_t *ids, int n)
+{
+	for (int i = 0; i < n; i++)
+		note(s, ids[i], false);
+}
+
+void
+millm_sampler_note_generated(MillmSampler *s, int32_t id)
+{
+	note(s, id, true);
+}
+
+static uint64_t
+mix(uint64_t x)
+{
+	/* the finalizer of splitmix64 (Steele, Lea, Flood 2014) */
+	x += 0x9E3779B97F4A7C15u;
+	x = (x ^ x >> 30) * 0xBF58476D1CE4E5B9u;
+	x = (x ^ x >> 27) * 0x94D049BB133111EBu;
+	return x ^ x >> 31;
+}
+
+double
+millm_random_uniform(int64_t seed, int choice, int position)
+{
+	uint64_t	x = mix(mix(mix((uint64_t) seed) ^ (uint64_t) (uint32_t) choice) ^ (uint64_t) (uint32_t) position);
+
+	return (double) (x >> 11) * 0x1p-53;
+}
+
+static void
+penalize(MillmSampler *s)
+{
+	const MillmSampling *o = &s->options;
+
+	for (int i = 0; i < s->n_distinct; i++)
+	{
+		int32_t		id = s->distinct[i];
+		uint32_t	count = s->seen[id] & ~IN_PROMPT;
+		float		score = s->scores[id];
+
+		score = score < 0 ? score * o->repetition_penalty : score / o->repetition_penalty;
+		if (count > 0)
+			score -= (float) count * o->frequency_penalty + o->presence_penalty;
+		s->scores[id] = score;
+	}
+}
+
+/* Does a stand before b in the order (score descending, id ascending)? */
+static bool
+before(Candidate a, Candidate b)
+{
+	return a.score > b.score || (a.score == b.score && a.id < b.id);
+}
+
+/* Restore the heap at i; its root stands before all others. */
+static void
+sift_down(Candidate *heap, int n, int i)
+{
+	Candidate	c = heap[i];
+
+	for (;;)
+	{
+		int			child = 2 * i + 1;
+
+		if (child >= n)
+			break;
+		if (child + 1 < n && before(heap[child + 1], heap[child]))
+			child++;
+		if (!before(heap[child], c))
+			break;
+		heap[i] = heap[child];
+		i = child;
+	}
+	heap[i] = c;
+}
+
+static void
+heapify(Candidate *heap, int n)
+{
+	for (int i = n / 2 - 1; i >= 0; i--)
+		sift_down(heap, n, i);
+}
+
+/* Move the root behind the heap that is left; the order of what has been moved is that of candidates from the end. */
+static void
+pop(Candidate *heap, int n)
+{
+	Candidate	root = heap[0];
+
+	heap[0] = heap[n - 1];
+	heap[n - 1] = root;
+	sift_down(heap, n - 1, 0);
+}
+
+/* The k-th largest of scores[0..n), k <= n: a heap of the k largest seen, the smallest at its root. */
+static float
+kth_largest(const float *scores, int n, int k, float *heap)
+{
+	int			size = 0;
+
+	for (int i = 0; i < n; i++)
+	{
+		float		x = scores[i];
+		int			at;
+
+		if (size < k)
+		{
+			at = size++;
+			while (at > 0 && heap[(at - 1) / 2] > x)
+			{
+				heap[at] = heap[(at - 1) / 2];
+				at = (at - 1) / 2;
+			}
+		}
+		else if (x > heap[0])
+		{
+			at = 0;
+			for (int child; (child = 2 * at + 1) < k; at = child)
+			{
+				if (child + 1 < k && heap[child + 1] < heap[child])
+					child++;
+				if (heap[child] >= x)
+					break;
+				heap[at] = heap[child];
+			}
+		}
+		else
+			continue;
+		heap[at] = x;
+	}
+	return heap[0];
+}
+
+/* The index of the largest of scores[0..n), the first of equal ones. */
+static int32_t
+argmax(const float *scores, int n)
+{
+	int32_t		best = 0;
+
+	for (int32_t i = 1; i < n; i++)
+		if (scores[i] > scores[best])
+			best = i;
+	return best;
+}
+
+/* NaN and +infinity are damage; -infinity everywhere leaves no choice. */
+static MillmCode
+check_logits(const float *logits, int n, MillmError *err)
+{
+	bool		any = false;
+
+	for (int i = 0; i < n; i++)
+	{
+		if (isnan(logits[i]) || logits[i] == INFINITY)
+			return millm_fail(err, MILLM_E_INTERNAL, "the logit of token %d is %s", i, isnan(logits[i]) ? "NaN" : "infinite");
+		any |= logits[i] != -INFINITY;
+	}
+	if (!any)
+		return millm_fail(err, MILLM_E_INTERNAL, "all logits are -infinity");
+	return MILLM_OK;
+}
+
+/* Make s->candidates a heap of the scores that top_k keeps; returns how many. */
+static int
+gather(MillmSampler *s)
+{
+	Candidate  *c = s->candidates;
+	int			k = s->options.top_k;
+	float		threshold = -INFINITY;
+	int			n = 0;
+
+	/* The heap of kth_largest() lies in the candidates' memory, which is not yet used. */
+	if (k > 0 && k < s->n_vocab)
+		threshold = kth_largest(s->scores, s->n_vocab, k, (float *) c);
+	for (int32_t i = 0; i < s->n_vocab; i++)
+		if (s->scores[i] >= threshold && s->scores[i] != -INFINITY)
+			c[n++] = (Candidate) {s->scores[i], i};
+	heapify(c, n);
+	return n;
+}
+
+/* Draw from the heap of n candidates what top_p and min_p leave of them; u is uniform in [0, 1). */
+static int32_t
+draw(Candidate *c, int n, float top_p, float min_p, double u)
+{
+	float		max = c[0].score;
+	double		total = 0;		/* weight of all */
+	double		sum = 0;		/* weight of those that stay */
+	double		walked = 0;
+	int			popped = 0;
+	int			kept;
+
+	for (int i = 0; i < n; i++)
+	{
+		float		weight = expf(c[i].score - max);
+
+		total += weight;
+		if (weight >= min_p)
+			sum += weight;
+	}
+	kept = n;
+	if (top_p < 1)
+	{
+		/* The cumulative probability from the smallest up to this one is 1 - sum / total. */
+		for (sum = 0, kept = 0; kept < n && (kept == 0 || sum / total < top_p); kept++)
+		{
+			float		weight = expf(c[0].score - max);
+
+			if (weight < min_p)
+				break;
+			sum += weight;
+			pop(c, n - kept);
+		}
+		popped = kept;
+	}
+	for (int i = 0; i < kept; i++)
+	{
+		if (i == popped)
+			pop(c, n - popped++);
+		walked += expf(c[n - 1 - i].score - max);
+		if (walked > u * sum)
+			return c[n - 1 - i].id;
+	}
+	return c[n - kept].id;		/* rounding left a crumb: the last */
+}
+
+MillmCode
+millm_sampler_choose(MillmSampler *s, const float *logits, int position, int32_t *out, MillmError *err)
+{
+	const MillmSampling *o = &s->options;
+	MillmCode	rc = check_logits(logits, s->n_vocab, err);
+
+	if (rc != MILLM_OK)
+		return rc;
+	if (s->scores)
+	{
+		memcpy(s->scores, logits, (size_t) s->n_vocab * sizeof(*logits));
+		logits = s->scores;
+		if (s->penalizes)
+			penalize(s);
+	}
+	if (o->temperature == 0)
+	{
+		*out = argmax(logits, s->n_vocab);
+		return MILLM_OK;
+	}
+	for (int i = 0; i < s->n_vocab; i++)
+		s->scores[i] /= o->temperature;
+
+	*out = draw(s->candidates, gather(s), o->top_p, o->min_p, millm_random_uniform(o->seed, o->choice, position));
+	return MILLM_OK;
+}

@@ -1,0 +1,65 @@
+/*
+ * scheduler.h -- decide, step after step, which tokens run through the model next.
+ *
+ * Knows counts, never token ids, text or bytes of the KV cache, which it asks for through two functions:
+ * so its rules are tested without a model.
+ */
+#ifndef MILLM_SCHEDULER_H
+#define MILLM_SCHEDULER_H
+
+#include <stdbool.h>
+#include <stdint.h>
+
+/* A seat for one sequence.  Embedded in its owner's struct; the owner keeps n_tokens and is_paused. */
+typedef struct MillmSlot
+{
+	int			n_tokens;		/* tokens known: the prompt and what was generated */
+	int			n_past;			/* of them, positions that are in the KV cache; n_tokens > n_past while it lives */
+	bool		is_paused;		/* its reader is behind: computes nothing for now */
+	bool		is_running;		/* admitted; the scheduler's */
+	uint64_t	arrival;		/* the scheduler's */
+	int64_t		n_preempted;	/* times its pages were taken; the scheduler's */
+} MillmSlot;
+
+typedef struct MillmSchedPages
+{
+	/* Make room for the slot's positions up to length; false, and nothing changed, when the pool is too full. */
+	bool		(*reserve) (void *arg, MillmSlot *slot, int length);
+	/* Give all pages of the slot back. */
+	void		(*release) (void *arg, MillmSlot *slot);
+	int64_t		(*n_free) (void *arg);		/* pages */
+	int			page_tokens;				/* positions of a page */
+	void	   *arg;
+} MillmSchedPages;
+
+typedef struct MillmPlanItem
+{
+	MillmSlot  *slot;
+	int			n_tokens;		/* the next so many tokens of the slot, from its n_past on */
+} MillmPlanItem;
+
+typedef struct MillmScheduler MillmScheduler;
+
+/*
+ * At most max_running sequences share steps of at most max_batch_tokens (>= max_running) tokens; max_waiting more may
+ * wait.  The pool must hold the longest sequence that will be added.  NULL: out of memory.
+ */
+extern MillmScheduler *millm_sched_create(const MillmSchedPages *pages, int max_running, int max_waiting, int max_batch_tokens);
+extern void millm_sched_free(MillmScheduler *s);
+
+/* Queue a slot, last in line.  False when max_running + max_waiting are there already. */
+extern bool millm_sched_add(MillmScheduler *s, MillmSlot *slot);
+/* Take a slot out, wherever it is, and release its pages. */
+extern void millm_sched_remove(MillmScheduler *s, MillmSlot *slot);
+extern int	millm_sched_n_running(const MillmScheduler *s);
+extern int	millm_sched_n_waiting(const MillmScheduler *s);
+
+/*
+ * The next step, into items [max_running]: returns how many, 0 when there is nothing to do.  May admit and preempt: a
+ * preempted slot has n_past 0 and waits again.  Pages for the planned positions are reserved.
+ */
+extern int	millm_sched_plan(MillmScheduler *s, MillmPlanItem *items);
+/* The planned step has run, in so many milliseconds: n_past grows, and the next chunk is fitted to it. */
+extern void millm_sched_done(MillmScheduler *s, const MillmPlanItem *items, int n, double ms);
+
+#endif
