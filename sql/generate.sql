@@ -1,0 +1,52 @@
+-- generate, generate_stream, tokenize, detokenize, count_tokens: what they are declared, and what they refuse
+-- before any model is there.  What they return is test/t/010_generate.pl's.
+
+-- Volatility, cost, strictness, parallel safety, and who may execute
+SELECT p.proname, pg_get_function_result(p.oid) AS result, p.provolatile AS volatile, p.procost AS cost, p.proisstrict AS strict,
+	p.proparallel AS parallel, p.proleakproof AS leakproof, p.prosecdef AS definer, has_function_privilege('public', p.oid, 'EXECUTE') AS public,
+	obj_description(p.oid) IS NOT NULL AS described
+FROM pg_proc p
+WHERE p.pronamespace = 'millm'::regnamespace
+	AND p.proname IN ('generate', 'generate_stream', 'tokenize', 'detokenize', 'count_tokens')
+ORDER BY p.proname;
+
+SELECT pg_get_function_arguments(oid) FROM pg_proc WHERE pronamespace = 'millm'::regnamespace AND proname = 'generate';
+SELECT count(DISTINCT pg_get_function_arguments(oid)) FROM pg_proc WHERE pronamespace = 'millm'::regnamespace AND proname IN ('generate', 'generate_stream');
+
+-- NULL is no call
+SELECT millm.generate(NULL);
+SELECT millm.generate_stream(NULL);
+SELECT millm.tokenize(NULL), millm.detokenize(NULL), millm.count_tokens(NULL);
+
+-- Refused before the engine is asked
+SELECT millm.generate('x', system => 'Be brief.');
+SELECT millm.generate('x', raw => true, system => 'Be brief.');
+SELECT millm.generate('x', raw => true, temperature => 'NaN');
+SELECT millm.generate('x', raw => true, top_p => '-Infinity');
+SELECT millm.generate('x', raw => true, stop => ARRAY['a', NULL]);
+SELECT millm.generate_stream('x', raw => true, stop => ARRAY['a', NULL]);
+SELECT millm.generate('x', raw => true, model => 'nobody');
+SELECT millm.generate('x', raw => true, model => '12345');
+SELECT millm.detokenize(ARRAY[1, NULL]);
+SELECT millm.generate(repeat('x', 17000000), raw => true);
+SELECT millm.generate('x', raw => true, nonsense => 1);
+-- A set has no place here
+SELECT CASE WHEN true THEN millm.generate_stream('x') END;
+
+-- No model is loaded: MODEL_NOT_LOADED, one SQLSTATE for all
+\set VERBOSITY sqlstate
+SELECT millm.generate('x', raw => true);
+SELECT millm.generate_stream('x', raw => true);
+SELECT millm.tokenize('x');
+SELECT millm.detokenize('{1}');
+SELECT millm.count_tokens('x');
+\set VERBOSITY default
+
+-- plpgsql catches it by that state
+DO $$
+BEGIN
+	PERFORM millm.generate('x', raw => true);
+EXCEPTION WHEN SQLSTATE 'ML006' THEN
+	RAISE NOTICE 'not loaded';
+END
+$$;
