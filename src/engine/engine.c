@@ -718,6 +718,12 @@ millm_engine_submit(MillmEngine *e, MillmRequest *r, const char *prompt, size_t 
 }
 
 void
+millm_engine_refuse(MillmEngine *e, MillmRequest *r, const MillmError *err)
+{
+	end_request(e, r, err);
+}
+
+void
 millm_engine_cancel(MillmEngine *e, MillmRequest *r)
 {
 	atomic_store(&r->is_canceled, true);

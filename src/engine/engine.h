@@ -145,6 +145,8 @@ extern void millm_request_unref(MillmRequest *r);		/* NULL is fine */
 extern MillmCode millm_engine_accept(MillmEngine *engine, MillmRequest *r, MillmError *err);
 /* Encode the prompt and hand the accepted request to the model thread; any thread but that one; failed() may be called here. */
 extern void millm_engine_submit(MillmEngine *engine, MillmRequest *r, const char *prompt, size_t len);
+/* Instead of submitting it: end an accepted request with this error. */
+extern void millm_engine_refuse(MillmEngine *engine, MillmRequest *r, const MillmError *err);
 /* Nobody wants the answer any more: its pages come back within milliseconds.  Any thread, any time. */
 extern void millm_engine_cancel(MillmEngine *engine, MillmRequest *r);
 

@@ -1,0 +1,829 @@
+/*
+ * main.c -- millm-engine's command line: for people without a server, for the tests, and `serve`.
+ *
+ * Each command reads its options against its own table; an option that is not in it is an error.  Errors go to stderr in
+ * PostgreSQL's shape, and the exit status is 1; a wrong command line is 2.
+ */
+#include <errno.h>
+#include <inttypes.h>
+#include <math.h>
+#include <semaphore.h>
+#include <stdarg.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <time.h>
+#include <unistd.h>
+
+#include <jansson.h>
+
+#include "engine.h"
+#include "forward.h"
+#include "server.h"
+#include "version.h"
+
+#define MAX_INPUT_BYTES ((size_t) 64 << 20)	/* of a text on stdin or an ids file */
+
+static const char usage[] =
+	"millm-engine " MILLM_VERSION ": load a model of the HuggingFace format and compute with it\n"
+	"\n"
+	"  millm-engine generate DIR PROMPT   continue the text; the result goes to stdout as it is made\n"
+	"      --max-tokens N       at most N tokens (default 256)\n"
+	"      --temperature T      0 is greedy (default: the model's generation_config.json)\n"
+	"      --top-k N  --top-p P  --min-p P  --repetition-penalty P\n"
+	"      --frequency-penalty P  --presence-penalty P\n"
+	"      --seed N             the same seed gives the same text (default: random)\n"
+	"      --stop TEXT          end before this text; may be given up to 16 times\n"
+	"      --context-length N   (default: the model's maximum or 8192, the smaller)\n"
+	"  millm-engine bench DIR             measure prefill and decode, medians of the rounds\n"
+	"      --prompt N  --gen N  --rounds N   (default 512, 64, 3)\n"
+	"      --json               print one JSON object\n"
+	"  millm-engine inspect DIR           what the model is\n"
+	"  millm-engine tokenize DIR [TEXT]   ids and their texts, one a line; TEXT from stdin when it is not given\n"
+	"      --ids                only the ids, on one line\n"
+	"      --no-special         without what the tokenizer adds (BOS)\n"
+	"  millm-engine greedy DIR --ids IDS  print the ids that follow\n"
+	"      --max-tokens N       (default 64)\n"
+	"  millm-engine logits DIR --ids IDS --output FILE\n"
+	"                                     write float32 logits of every position, [n, vocabulary]\n"
+	"      --chunk N            so many tokens a step\n"
+	"      --mutate FLAG        falsify a flag of the model first; --list-mutations prints them\n"
+	"  millm-engine serve --socket PATH   answer requests (src/wire/protocol.md) until told to end\n"
+	"  millm-engine --version | help\n"
+	"\n"
+	"DIR holds config.json, model.safetensors and tokenizer.json.  IDS is 1,2,3 or a file with such a list.\n"
+	"generate, bench, greedy and logits also take:\n"
+	"      --threads N          (default: one per CPU)\n"
+	"      --kernels NAME       ref, avx2 or avx512 (default: the best that this CPU has)\n";
+
+/* ---- the command line ---------------------------------------------------------------------- */
+
+typedef enum OptionKind {OPT_FLAG, OPT_TEXT, OPT_INT, OPT_DOUBLE, OPT_STOP} OptionKind;
+
+typedef struct Option
+{
+	const char *name;			/* "--threads"; NULL ends the table */
+	OptionKind	kind;
+	void	   *out;			/* bool, const char *, int64_t, double, MillmGenerateOptions */
+	int64_t		min;			/* of an OPT_INT */
+	int64_t		max;
+} Option;
+
+__attribute__((noreturn, format(printf, 1, 2))) static void
+wrong_usage(const char *fmt, ...)
+{
+	va_list		ap;
+
+	fprintf(stderr, "millm-engine: ");
+	va_start(ap, fmt);
+	vfprintf(stderr, fmt, ap);
+	va_end(ap);
+	fprintf(stderr, "\nTry \"millm-engine help\".\n");
+	exit(2);
+}
+
+static int
+report(const MillmError *err)
+{
+	fprintf(stderr, "millm-engine: %s: %s\n", millm_code_name(err->code), err->message);
+	if (err->detail[0])
+		fprintf(stderr, "DETAIL:  %s\n", err->detail);
+	if (err->hint[0])
+		fprintf(stderr, "HINT:  %s\n", err->hint);
+	return 1;
+}
+
+static void
+take_value(const Option *o, const char *value)
+{
+	MillmGenerateOptions *g;
+	char	   *end = NULL;
+
+	errno = 0;
+	switch (o->kind)
+	{
+		case OPT_FLAG:
+			break;
+		case OPT_TEXT:
+			*(const char **) o->out = value;
+			return;
+		case OPT_INT:
+			{
+				long long	n = strtoll(value, &end, 10);
+
+				if (errno || end == value || *end || n < o->min || n > o->max)
+					wrong_usage("%s takes an integer from %" PRId64 " to %" PRId64 ", not \"%s\"", o->name, o->min, o->max, value);
+				*(int64_t *) o->out = n;
+				return;
+			}
+		case OPT_DOUBLE:
+			*(double *) o->out = strtod(value, &end);
+			if (errno || end == value || *end || !isfinite(*(double *) o->out))
+				wrong_usage("%s takes a number, not \"%s\"", o->name, value);
+			return;
+		case OPT_STOP:
+			g = o->out;
+			if (g->n_stops == MILLM_MAX_STOPS)
+				wrong_usage("at most %d stop sequences", MILLM_MAX_STOPS);
+			g->stops[g->n_stops++] = value;
+			return;
+	}
+}
+
+/* Read argv[0..argc): options by the table, the rest into args; between min_args and max_args of them. */
+static void
+parse(int argc, char **argv, const Option *options, const char **args, int min_args, int max_args)
+{
+	int			n = 0;
+	bool		no_more = false;
+
+	for (int i = 0; i < argc; i++)
+	{
+		const Option *o = options;
+
+		if (!no_more && strcmp(argv[i], "--") == 0)
+		{
+			no_more = true;
+			continue;
+		}
+		if (no_more || argv[i][0] != '-' || argv[i][1] == '\0')
+		{
+			if (n == max_args)
+				wrong_usage("unexpected argument \"%s\"", argv[i]);
+			args[n++] = argv[i];
+			continue;
+		}
+		while (o->name && strcmp(o->name, argv[i]) != 0)
+			o++;
+		if (!o->name)
+			wrong_usage("unrecognized option \"%s\"", argv[i]);
+		if (o->kind == OPT_FLAG)
+			*(bool *) o->out = true;
+		else if (i + 1 == argc)
+			wrong_usage("%s needs a value", o->name);
+		else
+			take_value(o, argv[++i]);
+	}
+	if (n < min_args)
+		wrong_usage("an argument is missing");
+	for (; n < max_args; n++)
+		args[n] = NULL;
+}
+
+#define MACHINE_OPTIONS(threads, kernels) \
+	{"--threads", OPT_INT, &(threads), 1, 1024}, {"--kernels", OPT_TEXT, &(kernels), 0, 0}
+
+/* Read all of f; NUL-terminated, the caller frees it. */
+static char *
+read_all(FILE *f, const char *name, size_t *len)
+{
+	size_t		capacity = 65536;
+	char	   *buf = malloc(capacity);
+	size_t		n = 0;
+
+	for (;;)
+	{
+		size_t		k;
+
+		if (!buf)
+			wrong_usage("out of memory");
+		k = fread(buf + n, 1, capacity - n - 1, f);
+		n += k;
+		if (k == 0)
+			break;
+		if (capacity - n == 1)
+		{
+			if (capacity >= MAX_INPUT_BYTES)
+				wrong_usage("\"%s\" has more than %zu bytes", name, MAX_INPUT_BYTES);
+			capacity *= 2;
+			buf = realloc(buf, capacity);
+		}
+	}
+	if (ferror(f))
+		wrong_usage("could not read \"%s\": %s", name, strerror(errno));
+	buf[n] = '\0';
+	*len = n;
+	return buf;
+}
+
+/* "1,2,3" or the name of a file with such a list, commas or white space between. */
+static int32_t *
+read_ids(const char *arg, int vocab, int *n)
+{
+	FILE	   *f = fopen(arg, "re");
+	size_t		len;
+	char	   *text = f ? read_all(f, arg, &len) : strdup(arg);
+	size_t		capacity = 0;
+	int32_t    *ids = NULL;
+
+	*n = 0;
+	if (f)
+		fclose(f);
+	for (char *p = text + strspn(text, ", \t\r\n"); *p; p += strspn(p, ", \t\r\n"))
+	{
+		char	   *end;
+		long		id = strtol(p, &end, 10);
+
+		if (end == p || id < 0 || id >= vocab)
+			wrong_usage("\"%.20s\" is not a token id from 0 to %d", p, vocab - 1);
+		if ((size_t) *n == capacity)
+		{
+			capacity = capacity ? 2 * capacity : 1024;
+			ids = realloc(ids, capacity * sizeof(*ids));
+			if (!ids)
+				wrong_usage("out of memory");
+		}
+		ids[(*n)++] = (int32_t) id;
+		p = end;
+	}
+	free(text);
+	if (*n == 0)
+		wrong_usage("--ids is empty");
+	return ids;
+}
+
+static double
+now_s(void)
+{
+	struct timespec ts;
+
+	clock_gettime(CLOCK_MONOTONIC, &ts);
+	return (double) ts.tv_sec + (double) ts.tv_nsec / 1e9;
+}
+
+/* ---- generate ------------------------------------------------------------------------------ */
+
+/* What main() waits for; the model thread fills it. */
+typedef struct Wait
+{
+	sem_t		done;
+	bool		failed;
+	MillmError	err;
+	MillmResult result;
+} Wait;
+
+static void
+on_loaded(void *arg, const MillmLoaded *loaded)
+{
+	for (int i = 0; i < loaded->n_warnings; i++)
+		fprintf(stderr, "millm-engine: warning: %s\n", loaded->warnings[i]);
+	sem_post(&((Wait *) arg)->done);
+}
+
+static void
+on_failed(void *arg, const MillmError *err)
+{
+	Wait	   *w = arg;
+
+	w->failed = true;
+	w->err = *err;
+	sem_post(&w->done);
+}
+
+static void
+on_text(void *arg, const char *text, size_t len)
+{
+	(void) arg;
+	fwrite(text, 1, len, stdout);
+	fflush(stdout);
+}
+
+static void
+on_done(void *arg, const MillmResult *result)
+{
+	Wait	   *w = arg;
+
+	w->result = *result;
+	sem_post(&w->done);
+}
+
+static bool
+wait_for(Wait *w)
+{
+	while (sem_wait(&w->done) != 0)
+		;						/* a signal */
+	return !w->failed;
+}
+
+/* Load and generate; the engine is the caller's. */
+static bool
+generate(MillmEngine *engine, const MillmLoadOptions *load, const MillmGenerateOptions *options, const char *prompt, Wait *w)
+{
+	MillmLoadSink load_sink = {.loaded = on_loaded, .failed = on_failed, .arg = w};
+	MillmSink	sink = {.text = on_text, .done = on_done, .failed = on_failed, .arg = w};
+	const MillmLoaded *loaded;
+	MillmRequest *r;
+	MillmCode	rc = millm_engine_load(engine, load, &load_sink, &w->err);
+
+	if (rc != MILLM_OK || !wait_for(w) || millm_engine_loaded(engine, &loaded, &w->err) != MILLM_OK)
+		return false;
+	rc = millm_request_create(loaded, options, &sink, &r, &w->err);
+	millm_loaded_release(loaded);
+	if (rc != MILLM_OK)
+		return false;
+	rc = millm_engine_accept(engine, r, &w->err);
+	if (rc == MILLM_OK)
+		millm_engine_submit(engine, r, prompt, strlen(prompt));
+	millm_request_unref(r);
+	return rc == MILLM_OK && wait_for(w);
+}
+
+static int
+command_generate(int argc, char **argv)
+{
+	MillmGenerateOptions g;
+	MillmLoadOptions load;
+	const char *args[2];
+	int64_t		threads = 0;
+	int64_t		context_length = 0;
+	int64_t		seed = INT64_MIN;
+	bool		ok;
+	Wait		w = {0};
+	MillmEngine *engine;
+	MillmError	err;
+	Option		options[] = {
+		{"--max-tokens", OPT_INT, &g.max_tokens, 1, INT32_MAX},
+		{"--temperature", OPT_DOUBLE, &g.temperature, 0, 0},
+		{"--top-k", OPT_INT, &g.top_k, 0, MILLM_MAX_TOP_K},
+		{"--top-p", OPT_DOUBLE, &g.top_p, 0, 0},
+		{"--min-p", OPT_DOUBLE, &g.min_p, 0, 0},
+		{"--repetition-penalty", OPT_DOUBLE, &g.repetition_penalty, 0, 0},
+		{"--frequency-penalty", OPT_DOUBLE, &g.frequency_penalty, 0, 0},
+		{"--presence-penalty", OPT_DOUBLE, &g.presence_penalty, 0, 0},
+		{"--seed", OPT_INT, &seed, INT64_MIN + 1, INT64_MAX},
+		{"--stop", OPT_STOP, &g, 0, 0},
+		{"--context-length", OPT_INT, &context_length, 1, MILLM_MAX_POSITIONS},
+		MACHINE_OPTIONS(threads, load.kernels),
+		{0}
+	};
+
+	millm_generate_options_init(&g);
+	millm_load_options_init(&load);
+	parse(argc, argv, options, args, 2, 2);
+	g.has_seed = seed != INT64_MIN;
+	g.seed = seed;
+	load.path = args[0];
+	load.threads = (int) threads;
+	load.context_length = (int) context_length;
+	load.max_sequences = 1;
+	load.max_queue = 0;
+
+	if (millm_engine_create(&engine, &err) != MILLM_OK)
+		return report(&err);
+	sem_init(&w.done, 0, 0);
+	ok = generate(engine, &load, &g, args[1], &w);
+	millm_engine_free(engine);
+	sem_destroy(&w.done);
+	if (!ok)
+		return report(&w.err);
+	if (isatty(STDOUT_FILENO))
+		fprintf(stderr, "\n[%d prompt tokens, %d generated, %s, seed %" PRId64 "]\n", w.result.prompt_tokens,
+				w.result.completion_tokens, w.result.stopped ? "stop" : "length", w.result.seed);
+	return 0;
+}
+
+/* ---- the forward pass alone: bench, greedy, logits ------------------------------------------- */
+
+typedef struct Runner
+{
+	MillmModel *model;
+	MillmForward *fw;
+	MillmSequence *seq;
+} Runner;
+
+/* A model with one sequence that has room for n_positions. */
+static MillmCode
+runner_open(Runner *run, const char *dir, const char *mutate, int64_t threads, const char *kernels, int64_t n_positions,
+			MillmError *err)
+{
+	MillmForwardOptions options = {.n_threads = (int) threads, .kernels = kernels,
+		.n_pages = (n_positions + MILLM_KV_PAGE_TOKENS - 1) / MILLM_KV_PAGE_TOKENS};
+	MillmCode	rc;
+
+	if ((!run->model && (rc = millm_model_open(dir, &run->model, err)) != MILLM_OK) ||
+		(mutate && (rc = millm_model_mutate(run->model, mutate, err)) != MILLM_OK))
+		return rc;
+	if (n_positions > run->model->config.max_positions)
+	{
+		millm_fail(err, MILLM_E_CONTEXT_LENGTH_EXCEEDED, "too many tokens for the model");
+		millm_detail(err, "There would be %" PRId64 "; it knows %d positions.", n_positions, run->model->config.max_positions);
+		return MILLM_E_CONTEXT_LENGTH_EXCEEDED;
+	}
+	if ((rc = millm_forward_create(run->model, &options, &run->fw, err)) != MILLM_OK)
+		return rc;
+	run->seq = millm_sequence_create(run->fw);
+	if (!run->seq || !millm_sequence_reserve(run->seq, (int) n_positions))
+		return millm_fail(err, MILLM_E_INTERNAL, "out of memory");
+	return MILLM_OK;
+}
+
+static void
+runner_close(Runner *run)
+{
+	millm_sequence_free(run->seq);
+	if (run->fw)
+		millm_forward_free(run->fw);
+	millm_model_close(run->model);
+}
+
+/* Append ids[0..n), at most chunk a step; every row of logits goes to out if there is one, else *last is the last one. */
+static MillmCode
+runner_feed(Runner *run, const int32_t *ids, int n, int chunk, FILE *out, const float **last, MillmError *err)
+{
+	size_t		vocab = (size_t) run->model->config.vocab_size;
+	int			max = millm_forward_max_batch_tokens(run->fw);
+	MillmBatchToken *batch = calloc((size_t) max, sizeof(*batch));
+	MillmCode	rc = batch ? MILLM_OK : millm_fail(err, MILLM_E_INTERNAL, "out of memory");
+
+	if (chunk < 1 || chunk > max)
+		chunk = max;
+	for (int at = 0, k; at < n && rc == MILLM_OK; at += k)
+	{
+		int			past = millm_sequence_length(run->seq);
+
+		k = n - at < chunk ? n - at : chunk;
+		for (int i = 0; i < k; i++)
+			batch[i] = (MillmBatchToken) {.seq = run->seq, .position = past + i, .token = ids[at + i],
+				.want_logits = out || at + i == n - 1};
+		rc = millm_forward_step(run->fw, batch, k, NULL, NULL, last, err);
+		if (rc == MILLM_OK && out && fwrite(*last, sizeof(float) * vocab, (size_t) k, out) != (size_t) k)
+			rc = millm_fail(err, MILLM_E_INTERNAL, "could not write: %s", strerror(errno));
+	}
+	free(batch);
+	return rc;
+}
+
+static int
+compare_doubles(const void *a, const void *b)
+{
+	double		x = *(const double *) a;
+	double		y = *(const double *) b;
+
+	return (x > y) - (x < y);
+}
+
+static double
+median(double *x, int n)
+{
+	qsort(x, (size_t) n, sizeof(*x), compare_doubles);
+	return n % 2 ? x[n / 2] : (x[n / 2 - 1] + x[n / 2]) / 2;
+}
+
+/* One round: a prompt, then one token after the other; seconds of each part. */
+static MillmCode
+bench_round(Runner *run, const int32_t *ids, int n_prompt, int n_gen, double *prefill_s, double *decode_s, MillmError *err)
+{
+	const float *logits;
+	double		start;
+	MillmCode	rc;
+
+	millm_sequence_truncate(run->seq, 0);
+	if (!millm_sequence_reserve(run->seq, n_prompt + n_gen))
+		return millm_fail(err, MILLM_E_INTERNAL, "the KV cache is too small");
+	start = now_s();
+	rc = runner_feed(run, ids, n_prompt, 0, NULL, &logits, err);
+	*prefill_s = now_s() - start;
+	start = now_s();
+	for (int i = 0; i < n_gen && rc == MILLM_OK; i++)
+		rc = runner_feed(run, &ids[n_prompt + i], 1, 1, NULL, &logits, err);
+	*decode_s = now_s() - start;
+	return rc;
+}
+
+static int
+command_bench(int argc, char **argv)
+{
+	const char *args[1];
+	const char *kernels = NULL;
+	int64_t		threads = 0;
+	int64_t		n_prompt = 512;
+	int64_t		n_gen = 64;
+	int64_t		n_rounds = 3;
+	bool		as_json = false;
+	Option		options[] = {
+		{"--prompt", OPT_INT, &n_prompt, 1, 1 << 20},
+		{"--gen", OPT_INT, &n_gen, 1, 1 << 20},
+		{"--rounds", OPT_INT, &n_rounds, 1, 1000},
+		{"--json", OPT_FLAG, &as_json, 0, 0},
+		MACHINE_OPTIONS(threads, kernels),
+		{0}
+	};
+	Runner		run = {0};
+	double		prefill[1000];
+	double		decode[1000];
+	double		prefill_tps;
+	double		decode_tps;
+	int32_t    *ids;
+	MillmError	err;
+	MillmCode	rc;
+
+	parse(argc, argv, options, args, 1, 1);
+	rc = runner_open(&run, args[0], NULL, threads, kernels, n_prompt + n_gen, &err);
+	ids = malloc((size_t) (n_prompt + n_gen) * sizeof(*ids));
+	if (rc == MILLM_OK && !ids)
+		rc = millm_fail(&err, MILLM_E_INTERNAL, "out of memory");
+	if (rc == MILLM_OK)
+	{
+		double		unused[2];
+
+		millm_model_populate(run.model, NULL, NULL);
+		for (int i = 0; i < n_prompt + n_gen; i++)
+			ids[i] = (int32_t) (millm_random_uniform(1, 0, i) * run.model->config.vocab_size);
+		/* Once unmeasured: threads, caches and the clock wake up. */
+		rc = bench_round(&run, ids, (int) (n_prompt < 16 ? n_prompt : 16), (int) (n_gen < 4 ? n_gen : 4), &unused[0], &unused[1], &err);
+	}
+	for (int i = 0; i < n_rounds && rc == MILLM_OK; i++)
+		rc = bench_round(&run, ids, (int) n_prompt, (int) n_gen, &prefill[i], &decode[i], &err);
+	free(ids);
+	if (rc != MILLM_OK)
+	{
+		runner_close(&run);
+		return report(&err);
+	}
+	prefill_tps = (double) n_prompt / median(prefill, (int) n_rounds);
+	decode_tps = (double) n_gen / median(decode, (int) n_rounds);
+	if (as_json)
+	{
+		json_t	   *result = json_pack("{s:s, s:s, s:s, s:s, s:i, s:I, s:I, s:I, s:f, s:f, s:I}", "version", MILLM_VERSION,
+									   "model_type", run.model->config.model_type, "dtype", run.model->dtype,
+									   "kernels", millm_forward_kernels(run.fw), "threads", millm_forward_threads(run.fw),
+									   "prompt", (json_int_t) n_prompt, "gen", (json_int_t) n_gen, "rounds", (json_int_t) n_rounds,
+									   "prefill_tps", prefill_tps, "decode_tps", decode_tps,
+									   "weights_bytes", (json_int_t) run.model->weights_bytes);
+
+		json_dumpf(result, stdout, JSON_COMPACT | JSON_REAL_PRECISION(6));
+		printf("\n");
+		json_decref(result);
+	}
+	else
+		printf("%s %s, %.1f MB, kernels %s, %d threads, median of %" PRId64 " rounds\n"
+			   "prefill %5" PRId64 " tokens  %9.1f tokens/s\n"
+			   "decode  %5" PRId64 " tokens  %9.1f tokens/s\n",
+			   run.model->config.model_type, run.model->dtype, (double) run.model->weights_bytes / 1e6,
+			   millm_forward_kernels(run.fw), millm_forward_threads(run.fw), n_rounds, n_prompt, prefill_tps, n_gen, decode_tps);
+	runner_close(&run);
+	return 0;
+}
+
+static int
+command_greedy(int argc, char **argv)
+{
+	const char *args[1];
+	const char *ids_arg = NULL;
+	const char *kernels = NULL;
+	int64_t		threads = 0;
+	int64_t		max_tokens = 64;
+	MillmSampling greedy = {.repetition_penalty = 1, .top_p = 1};
+	MillmSampler *sampler = NULL;
+	Option		options[] = {
+		{"--ids", OPT_TEXT, &ids_arg, 0, 0},
+		{"--max-tokens", OPT_INT, &max_tokens, 1, MILLM_MAX_POSITIONS},
+		MACHINE_OPTIONS(threads, kernels),
+		{0}
+	};
+	Runner		run = {0};
+	const float *logits;
+	int32_t    *ids = NULL;
+	int			n;
+	MillmError	err;
+	MillmCode	rc;
+
+	parse(argc, argv, options, args, 1, 1);
+	if (!ids_arg)
+		wrong_usage("--ids is missing");
+	rc = millm_model_open(args[0], &run.model, &err);
+	if (rc == MILLM_OK)
+	{
+		ids = read_ids(ids_arg, run.model->config.vocab_size, &n);
+		rc = runner_open(&run, args[0], NULL, threads, kernels, n + max_tokens, &err);
+	}
+	if (rc == MILLM_OK && !(sampler = millm_sampler_create(&greedy, run.model->config.vocab_size)))
+		rc = millm_fail(&err, MILLM_E_INTERNAL, "out of memory");
+	if (rc == MILLM_OK)
+		rc = runner_feed(&run, ids, n, 0, NULL, &logits, &err);
+	for (int i = 0; i < max_tokens && rc == MILLM_OK; i++)
+	{
+		const MillmConfig *config = &run.model->config;
+		int32_t		id;
+		bool		ends = false;
+
+		rc = millm_sampler_choose(sampler, logits, n + i, &id, &err);
+		for (int k = 0; k < config->n_eos && rc == MILLM_OK; k++)
+			ends |= config->eos_ids[k] == id;
+		if (rc != MILLM_OK || ends)
+			break;
+		printf("%s%" PRId32, i ? " " : "", id);
+		if (i + 1 < max_tokens)
+			rc = runner_feed(&run, &id, 1, 1, NULL, &logits, &err);
+	}
+	printf("\n");
+	free(ids);
+	millm_sampler_free(sampler);
+	runner_close(&run);
+	return rc == MILLM_OK ? 0 : report(&err);
+}
+
+static int
+command_logits(int argc, char **argv)
+{
+	const char *args[1];
+	const char *ids_arg = NULL;
+	const char *output = NULL;
+	const char *mutate = NULL;
+	const char *kernels = NULL;
+	int64_t		threads = 0;
+	int64_t		chunk = 0;
+	bool		lists = false;
+	Option		options[] = {
+		{"--ids", OPT_TEXT, &ids_arg, 0, 0},
+		{"--output", OPT_TEXT, &output, 0, 0},
+		{"--mutate", OPT_TEXT, &mutate, 0, 0},
+		{"--list-mutations", OPT_FLAG, &lists, 0, 0},
+		{"--chunk", OPT_INT, &chunk, 1, MILLM_MAX_POSITIONS},
+		MACHINE_OPTIONS(threads, kernels),
+		{0}
+	};
+	Runner		run = {0};
+	const float *logits;
+	int32_t    *ids = NULL;
+	int			n;
+	FILE	   *out;
+	MillmError	err;
+	MillmCode	rc;
+
+	parse(argc, argv, options, args, 0, 1);
+	if (lists)
+	{
+		for (int i = 0; millm_mutation_name(i); i++)
+			printf("%s\n", millm_mutation_name(i));
+		return 0;
+	}
+	if (!args[0] || !ids_arg || !output)
+		wrong_usage("logits needs DIR, --ids and --output");
+	rc = millm_model_open(args[0], &run.model, &err);
+	if (rc == MILLM_OK)
+	{
+		ids = read_ids(ids_arg, run.model->config.vocab_size, &n);
+		rc = runner_open(&run, args[0], mutate, threads, kernels, n, &err);
+	}
+	if (rc == MILLM_OK)
+	{
+		out = fopen(output, "we");
+		if (!out)
+			rc = millm_fail(&err, MILLM_E_INVALID_ARGUMENT, "could not open \"%s\": %s", output, strerror(errno));
+		else
+		{
+			rc = runner_feed(&run, ids, n, (int) chunk, out, &logits, &err);
+			if (fclose(out) != 0 && rc == MILLM_OK)
+				rc = millm_fail(&err, MILLM_E_INTERNAL, "could not write \"%s\": %s", output, strerror(errno));
+		}
+	}
+	free(ids);
+	runner_close(&run);
+	return rc == MILLM_OK ? 0 : report(&err);
+}
+
+/* ---- inspect, tokenize, serve ---------------------------------------------------------------- */
+
+static int
+command_inspect(int argc, char **argv)
+{
+	const char *args[1];
+	Option		options[] = {{0}};
+	MillmModel *model;
+	MillmTokenizer *tok = NULL;
+	const MillmConfig *c;
+	MillmError	err;
+	MillmError	tok_err;
+
+	parse(argc, argv, options, args, 1, 1);
+	if (millm_model_open(args[0], &model, &err) != MILLM_OK)
+		return report(&err);
+	c = &model->config;
+	printf("model type       %s (%s)\n", c->model_type, c->architecture[0] ? c->architecture : "no architecture named");
+	printf("parameters       %" PRId64 "\n", model->n_params);
+	printf("weights          %.1f MB, %s\n", (double) model->weights_bytes / 1e6, model->dtype);
+	printf("layers           %d\n", c->n_layers);
+	printf("hidden size      %d\n", c->hidden_size);
+	printf("FFN size         %d%s\n", c->intermediate_size, c->mlp_gated ? ", gated" : "");
+	printf("heads            %d, %d for keys and values, %d dimensions each\n", c->n_heads, c->n_kv_heads, c->head_dim);
+	printf("positions        %d, %s\n", c->max_positions, c->position == MILLM_POS_ROPE ? "rotary" : "learned");
+	printf("vocabulary       %d\n", c->vocab_size);
+	printf("eos ids         ");
+	for (int i = 0; i < c->n_eos; i++)
+		printf(" %d", c->eos_ids[i]);
+	printf("%s\n", c->n_eos ? "" : " none");
+	printf("KV cache         %.1f kB per token\n", (double) millm_kv_page_bytes(model) / MILLM_KV_PAGE_TOKENS / 1e3);
+	if (millm_tokenizer_open(args[0], &tok, &tok_err) == MILLM_OK)
+		printf("tokenizer        %d ids%s\n", millm_tokenizer_n_ids(tok),
+			   millm_tokenizer_has_chat_template(tok) ? ", with a chat template" : "");
+	else
+		printf("tokenizer        %s\n", tok_err.message);
+	for (int i = 0; i < model->generation.n_ignored && i < 8; i++)
+		printf("not honoured     %s of generation_config.json\n", model->generation.ignored[i]);
+	millm_tokenizer_close(tok);
+	millm_model_close(model);
+	return 0;
+}
+
+static int
+command_tokenize(int argc, char **argv)
+{
+	const char *args[2];
+	bool		only_ids = false;
+	bool		no_special = false;
+	Option		options[] = {
+		{"--ids", OPT_FLAG, &only_ids, 0, 0},
+		{"--no-special", OPT_FLAG, &no_special, 0, 0},
+		{0}
+	};
+	MillmTokenizer *tok;
+	MillmIds	ids = {0};
+	char	   *input = NULL;
+	size_t		len;
+	MillmError	err;
+	MillmCode	rc;
+
+	parse(argc, argv, options, args, 1, 2);
+	if (millm_tokenizer_open(args[0], &tok, &err) != MILLM_OK)
+		return report(&err);
+	if (args[1])
+		len = strlen(args[1]);
+	else
+		input = read_all(stdin, "stdin", &len);
+	rc = millm_encode(tok, args[1] ? args[1] : input, len,
+					  (MillmEncodeOptions) {.add_special = !no_special, .parse_special = true}, 0, &ids, &err);
+	for (size_t i = 0; i < ids.n && rc == MILLM_OK; i++)
+	{
+		char	   *text;
+		size_t		n;
+
+		if (only_ids)
+		{
+			printf("%s%" PRId32, i ? " " : "", ids.ids[i]);
+			continue;
+		}
+		rc = millm_decode(tok, &ids.ids[i], 1, false, &text, &n, &err);
+		if (rc == MILLM_OK)
+		{
+			json_t	   *quoted = json_stringn(text, n);
+
+			printf("%" PRId32 "\t", ids.ids[i]);
+			json_dumpf(quoted, stdout, JSON_ENCODE_ANY);
+			printf("\n");
+			json_decref(quoted);
+			free(text);
+		}
+	}
+	if (only_ids)
+		printf("\n");
+	millm_ids_free(&ids);
+	free(input);
+	millm_tokenizer_close(tok);
+	return rc == MILLM_OK ? 0 : report(&err);
+}
+
+static int
+command_serve(int argc, char **argv)
+{
+	const char *path = NULL;
+	Option		options[] = {{"--socket", OPT_TEXT, &path, 0, 0}, {0}};
+
+	parse(argc, argv, options, NULL, 0, 0);
+	if (!path)
+		wrong_usage("serve needs --socket PATH");
+	return millm_engine_serve(path);
+}
+
+int
+main(int argc, char **argv)
+{
+	static const struct
+	{
+		const char *name;
+		int			(*run) (int argc, char **argv);
+	}			commands[] = {
+		{"generate", command_generate}, {"bench", command_bench}, {"inspect", command_inspect}, {"tokenize", command_tokenize},
+		{"greedy", command_greedy}, {"logits", command_logits}, {"serve", command_serve},
+	};
+
+	if (argc < 2)
+	{
+		fputs(usage, stderr);
+		return 2;
+	}
+	if (strcmp(argv[1], "--version") == 0)
+	{
+		printf("millm-engine %s\n", MILLM_VERSION);
+		return 0;
+	}
+	if (strcmp(argv[1], "help") == 0 || strcmp(argv[1], "--help") == 0)
+	{
+		fputs(usage, stdout);
+		return 0;
+	}
+	for (size_t i = 0; i < sizeof(commands) / sizeof(commands[0]); i++)
+		if (strcmp(argv[1], commands[i].name) == 0)
+			return commands[i].run(argc - 2, argv + 2);
+	wrong_usage("unrecognized command \"%s\"", argv[1]);
+}

@@ -1,0 +1,737 @@
+/*
+ * server.c -- the requests of protocol.md, from the event loop to the engine and back.
+ *
+ * The loop's thread reads the fields and hands the work over.  Texts up to QUICK_TEXT_BYTES are encoded right there,
+ * for their time is less than a hop; longer ones go to the worker, so that tokenizing megabytes delays no token.
+ *
+ * A generate request's connection owns a reference to its MillmRequest (the connection's data), so that
+ * closing can cancel it; the request's Call owns a reference to the connection until the final frame is sent.
+ */
+#include "server.h"
+
+#include <inttypes.h>
+#include <math.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <unistd.h>
+
+#include "engine.h"
+#include "serve.h"
+#include "version.h"
+#include "worker.h"
+
+#define QUICK_TEXT_BYTES	(16 << 10)
+#define QUICK_IDS			4096
+#define MAX_QUEUED_TEXTS	64			/* long texts, up to WIRE_MAX_REQUEST_BYTES each, that wait for the worker */
+#define MAX_PENDING_BYTES	(1u << 20)	/* of a stream's unread frames; beyond it the sequence pauses */
+#define MAX_TIMEOUT_MS		(24 * 3600 * 1000)
+
+typedef struct EngineServer
+{
+	MillmEngine *engine;
+	MillmWorker *worker;
+} EngineServer;
+
+/* One request under way, of whatever op. */
+typedef struct Call
+{
+	EngineServer *server;
+	MillmConn  *conn;			/* a reference */
+	json_t	   *request;		/* a reference, while texts in it are borrowed */
+	MillmRequest *generation;	/* a reference; generate only */
+	const MillmLoaded *loaded;	/* a reference; text ops only */
+	const char *text;			/* borrowed from request */
+	size_t		len;
+	json_t	   *ids;			/* borrowed from request */
+	bool		add_special;
+	bool		counts;			/* count_tokens: the number, not the ids */
+	bool		streams;		/* generate */
+	char	   *name;			/* load, unload: for the log */
+} Call;
+
+static void
+free_call(Call *call)
+{
+	millm_conn_unref(call->conn);
+	json_decref(call->request);
+	millm_request_unref(call->generation);
+	millm_loaded_release(call->loaded);
+	free(call->name);
+	free(call);
+}
+
+/* NULL, with the client told, when memory is out. */
+static Call *
+new_call(EngineServer *server, MillmConn *conn, json_t *request)
+{
+	Call	   *call = calloc(1, sizeof(*call));
+	MillmError	err;
+
+	if (!call)
+	{
+		millm_fail(&err, MILLM_E_INTERNAL, "out of memory");
+		millm_conn_error(conn, &err);
+		return NULL;
+	}
+	call->server = server;
+	call->conn = millm_conn_ref(conn);
+	call->request = json_incref(request);
+	return call;
+}
+
+/* The last frame of a call. */
+static void
+end_with_error(Call *call, const MillmError *err)
+{
+	millm_conn_error(call->conn, err);
+	free_call(call);
+}
+
+static void
+end_with_result(Call *call, json_t *result)
+{
+	millm_conn_result(call->conn, result);
+	free_call(call);
+}
+
+static void
+too_many_texts(MillmError *err)
+{
+	millm_fail(err, MILLM_E_SERVER_BUSY, "too many long texts are waiting to be tokenized");
+	millm_detail(err, "At most %d may wait.", MAX_QUEUED_TEXTS);
+}
+
+/* Every op begins so: its name is one of the fields. */
+static void
+begin_fields(MillmFields *f, json_t *request, MillmError *err)
+{
+	const char *op;
+
+	millm_fields_begin(f, request, err);
+	millm_field_string(f, "op", &op);
+}
+
+/* ---- status -------------------------------------------------------------------------------- */
+
+static json_t *
+string_or_null(const char *s)
+{
+	json_t	   *value = s ? json_string(s) : NULL;
+
+	return value ? value : json_null();
+}
+
+static json_t *
+integer_or_null(bool known, int64_t n)
+{
+	return known ? json_integer(n) : json_null();
+}
+
+static void
+op_status(EngineServer *server, MillmConn *conn, json_t *request)
+{
+	static const char *const states[] = {"idle", "loading", "loaded", "unloading"};
+	MillmFields f;
+	MillmError	err;
+	MillmEngineStatus st;
+	const MillmLoaded *m;
+
+	begin_fields(&f, request, &err);
+	if (millm_fields_end(&f) != MILLM_OK)
+	{
+		millm_conn_error(conn, &err);
+		return;
+	}
+	millm_engine_status(server->engine, &st);
+	m = st.loaded;
+	millm_conn_result(conn, json_pack("{s:s, s:i, s:s, s:o, s:o, s:o, s:s, s:s, s:o, s:o, s:o, s:o, s:i, s:i, s:o, s:o, s:o, s:o, s:o}",
+									  "state", states[st.state],
+									  "pid", (int) getpid(),
+									  "version", MILLM_VERSION,
+									  "kernels", string_or_null(m ? m->kernels : NULL),
+									  "threads", integer_or_null(m, m ? m->threads : 0),
+									  "deterministic", m ? json_boolean(m->deterministic) : json_null(),
+									  "device", "cpu",
+									  "device_reason", "this build has no other device",
+									  "model", string_or_null(m ? m->name : NULL),
+									  "model_uuid", string_or_null(m ? m->uuid : NULL),
+									  "path", string_or_null(m ? m->path : NULL),
+									  "context_length", integer_or_null(m, m ? m->context_length : 0),
+									  "running", st.running,
+									  "waiting", st.waiting,
+									  "pages_total", integer_or_null(m, m ? m->pages_total : 0),
+									  "pages_free", integer_or_null(m && st.pages_free >= 0, st.pages_free),
+									  "weights_bytes", integer_or_null(m, m ? (int64_t) m->model->weights_bytes : 0),
+									  "kv_bytes", integer_or_null(m, m ? m->kv_bytes : 0),
+									  "loaded_at", integer_or_null(m, m ? m->loaded_at : 0)));
+	millm_loaded_release(m);
+}
+
+/* ---- load and unload ----------------------------------------------------------------------- */
+
+static void
+load_progress(void *arg, int percent)
+{
+	Call	   *call = arg;
+
+	millm_conn_send(call->conn, WIRE_PROGRESS, json_pack("{s:s, s:i}", "stage", "loading_weights", "progress", percent));
+}
+
+static void
+load_done(void *arg, const MillmLoaded *m)
+{
+	json_t	   *warnings = json_array();
+
+	for (int i = 0; i < m->n_warnings; i++)
+	{
+		millm_log("WARNING", "model \"%s\": %s", m->name, m->warnings[i]);
+		json_array_append_new(warnings, json_string(m->warnings[i]));
+	}
+	millm_log("LOG", "loaded model \"%s\": %s, %.1f MB of weights, %.1f MB of KV cache, kernels %s, %d threads, %.0f ms",
+			  m->name, m->model->config.model_type, (double) m->model->weights_bytes / 1e6, (double) m->kv_bytes / 1e6,
+			  m->kernels, m->threads, m->load_ms);
+	end_with_result(arg, json_pack("{s:f, s:I, s:I, s:I, s:i, s:i, s:o}", "load_ms", m->load_ms,
+								   "weights_bytes", (json_int_t) m->model->weights_bytes, "kv_bytes", (json_int_t) m->kv_bytes,
+								   "private_bytes", (json_int_t) m->private_bytes, "context_length", m->context_length,
+								   "max_sequences", m->max_sequences, "warnings", warnings));
+}
+
+static void
+load_failed(void *arg, const MillmError *err)
+{
+	Call	   *call = arg;
+
+	millm_log("WARNING", "could not load model \"%s\": %s", call->name, err->message);
+	end_with_error(call, err);
+}
+
+static void
+unload_progress(void *arg, int pending)
+{
+	Call	   *call = arg;
+
+	millm_conn_send(call->conn, WIRE_PROGRESS, json_pack("{s:s, s:i}", "stage", "draining", "pending", pending));
+}
+
+static void
+unload_done(void *arg, const char *name, int64_t freed_bytes)
+{
+	millm_log("LOG", "unloaded model \"%s\"", name);
+	end_with_result(arg, json_pack("{s:o, s:I}", "model", string_or_null(name), "freed_bytes", (json_int_t) freed_bytes));
+}
+
+static void
+unload_failed(void *arg, const MillmError *err)
+{
+	end_with_error(arg, err);
+}
+
+static MillmCode
+check_device(const char *device, MillmError *err)
+{
+	if (strcmp(device, "auto") == 0 || strcmp(device, "cpu") == 0)
+		return MILLM_OK;
+	millm_fail(err, MILLM_E_UNSUPPORTED, "device \"%.50s\" is not available", device);
+	millm_detail(err, "This build computes on the CPU only.");
+	millm_hint(err, "Use \"auto\" or \"cpu\".");
+	return MILLM_E_UNSUPPORTED;
+}
+
+static void
+op_load(EngineServer *server, MillmConn *conn, json_t *request)
+{
+	MillmLoadOptions o;
+	MillmLoadSink sink = {.progress = load_progress, .loaded = load_done, .failed = load_failed};
+	MillmFields f;
+	MillmError	err;
+	const char *device = "auto";
+	int64_t		threads = 0;
+	int64_t		context_length = 0;
+	int64_t		max_sequences;
+	int64_t		max_queue;
+	int64_t		stall_ms;
+	Call	   *call;
+
+	millm_load_options_init(&o);
+	max_sequences = o.max_sequences;
+	max_queue = o.max_queue;
+	stall_ms = o.stream_stall_timeout_ms;
+	begin_fields(&f, request, &err);
+	millm_field_string(&f, "path", &o.path);
+	millm_field_string(&f, "model", &o.model);
+	millm_field_string(&f, "model_uuid", &o.model_uuid);
+	millm_field_string(&f, "device", &device);
+	millm_field_int(&f, "threads", 0, 1024, &threads);
+	millm_field_int(&f, "context_length", 0, MILLM_MAX_POSITIONS, &context_length);
+	millm_field_int(&f, "max_sequences", 1, 1024, &max_sequences);
+	millm_field_int(&f, "max_queue", 0, 65536, &max_queue);
+	millm_field_int(&f, "kv_cache_bytes", 0, INT64_MAX, &o.kv_cache_bytes);
+	millm_field_int(&f, "stream_stall_timeout_ms", 1, MAX_TIMEOUT_MS, &stall_ms);
+	millm_field_bool(&f, "deterministic", &o.deterministic);
+	o.threads = (int) threads;
+	o.context_length = (int) context_length;
+	o.max_sequences = (int) max_sequences;
+	o.max_queue = (int) max_queue;
+	o.stream_stall_timeout_ms = (int) stall_ms;
+	if (millm_fields_end(&f) != MILLM_OK || check_device(device, &err) != MILLM_OK)
+	{
+		millm_conn_error(conn, &err);
+		return;
+	}
+	if (!o.path)
+	{
+		millm_fail(&err, MILLM_E_INVALID_ARGUMENT, "field \"path\" is missing");
+		millm_conn_error(conn, &err);
+		return;
+	}
+
+	call = new_call(server, conn, request);
+	if (!call)
+		return;
+	call->name = strdup(o.model ? o.model : o.path);
+	sink.arg = call;
+	if (!call->name)
+	{
+		millm_fail(&err, MILLM_E_INTERNAL, "out of memory");
+		end_with_error(call, &err);
+	}
+	else if (millm_engine_load(server->engine, &o, &sink, &err) != MILLM_OK)
+		end_with_error(call, &err);
+}
+
+static void
+op_unload(EngineServer *server, MillmConn *conn, json_t *request)
+{
+	MillmLoadSink sink = {.progress = unload_progress, .unloaded = unload_done, .failed = unload_failed};
+	MillmFields f;
+	MillmError	err;
+	int64_t		timeout_ms = 30000;
+	Call	   *call;
+
+	begin_fields(&f, request, &err);
+	millm_field_int(&f, "timeout_ms", 0, MAX_TIMEOUT_MS, &timeout_ms);
+	if (millm_fields_end(&f) != MILLM_OK)
+	{
+		millm_conn_error(conn, &err);
+		return;
+	}
+	call = new_call(server, conn, request);
+	if (!call)
+		return;
+	sink.arg = call;
+	if (millm_engine_unload(server->engine, (int) timeout_ms, &sink, &err) != MILLM_OK)
+		end_with_error(call, &err);
+}
+
+/* ---- generate ------------------------------------------------------------------------------ */
+
+static void
+generate_text(void *arg, const char *text, size_t len)
+{
+	Call	   *call = arg;
+
+	millm_conn_send(call->conn, WIRE_TEXT, json_pack("{s:s%}", "text", text, len));
+}
+
+static bool
+generate_is_behind(void *arg, int *stalled_ms)
+{
+	Call	   *call = arg;
+
+	*stalled_ms = millm_conn_stalled_ms(call->conn);
+	return millm_conn_pending_bytes(call->conn) > MAX_PENDING_BYTES;
+}
+
+static void
+generate_done(void *arg, const MillmResult *r)
+{
+	Call	   *call = arg;
+	json_t	   *result = json_pack("{s:s, s:{s:i, s:i}, s:I}", "finish_reason", r->stopped ? "stop" : "length",
+								   "usage", "prompt_tokens", r->prompt_tokens, "completion_tokens", r->completion_tokens,
+								   "seed", (json_int_t) r->seed);
+
+	if (!call->streams)
+		json_object_set_new(result, "text", json_stringn(r->text, r->len));
+	end_with_result(call, result);
+}
+
+static void
+generate_failed(void *arg, const MillmError *err)
+{
+	end_with_error(arg, err);
+}
+
+static void
+submit(void *arg, bool is_ending)
+{
+	Call	   *call = arg;
+
+	json_t	   *request = call->request;	/* the prompt's home; not needed once it is encoded */
+
+	call->request = NULL;
+	if (is_ending)
+		millm_engine_cancel(call->server->engine, call->generation);
+	/* The call may be gone when this returns. */
+	millm_engine_submit(call->server->engine, call->generation, call->text, call->len);
+	json_decref(request);
+}
+
+/* Is the loaded model the one that the request names? */
+static MillmCode
+check_model(const MillmLoaded *loaded, const char *uuid, MillmError *err)
+{
+	if (!uuid || (loaded->uuid && strcmp(uuid, loaded->uuid) == 0))
+		return MILLM_OK;
+	millm_fail(err, MILLM_E_MODEL_NOT_LOADED, "the model that was asked for is not loaded");
+	millm_detail(err, "The loaded model is \"%s\".", loaded->name);
+	millm_hint(err, "Load it first.");
+	return MILLM_E_MODEL_NOT_LOADED;
+}
+
+static MillmCode
+check_raw(const MillmLoaded *loaded, bool raw, MillmError *err)
+{
+	if (raw || !millm_tokenizer_has_chat_template(loaded->tokenizer))
+		return MILLM_OK;
+	millm_fail(err, MILLM_E_UNSUPPORTED, "the chat template of model \"%s\" cannot be applied yet", loaded->name);
+	millm_hint(err, "Use raw => true to continue the text as it is.");
+	return MILLM_E_UNSUPPORTED;
+}
+
+static MillmCode
+read_stops(json_t *array, MillmGenerateOptions *o, MillmError *err)
+{
+	size_t		n = json_array_size(array);
+
+	if (n > MILLM_MAX_STOPS)
+	{
+		millm_fail(err, MILLM_E_INVALID_ARGUMENT, "too many stop sequences");
+		millm_detail(err, "There are %zu; at most %d are accepted.", n, MILLM_MAX_STOPS);
+		return MILLM_E_INVALID_ARGUMENT;
+	}
+	for (size_t i = 0; i < n; i++)
+	{
+		json_t	   *stop = json_array_get(array, i);
+		const char *text = json_string_value(stop);
+
+		if (!text || strlen(text) != json_string_length(stop))
+			return millm_fail(err, MILLM_E_INVALID_ARGUMENT, "field \"stop\" must be an array of strings without U+0000");
+		o->stops[o->n_stops++] = text;
+	}
+	return MILLM_OK;
+}
+
+static void
+read_options(MillmFields *f, MillmGenerateOptions *o)
+{
+	int64_t		seed = INT64_MIN;
+	int64_t		top_k = o->top_k;
+	int64_t		max_tokens = o->max_tokens;
+	json_t	   *given;
+
+	/* The ranges are request.c's, which words them better; -1 is its "not given", so it is refused here. */
+	millm_field_int(f, "max_tokens", 1, INT32_MAX, &max_tokens);
+	millm_field_double(f, "temperature", 0, MILLM_MAX_TEMPERATURE, &o->temperature);
+	millm_field_int(f, "top_k", 0, MILLM_MAX_TOP_K, &top_k);
+	millm_field_double(f, "top_p", 0, 1, &o->top_p);
+	millm_field_double(f, "min_p", 0, 1, &o->min_p);
+	millm_field_double(f, "repetition_penalty", 0.01, 100, &o->repetition_penalty);
+	millm_field_double(f, "frequency_penalty", -2, 2, &o->frequency_penalty);
+	millm_field_double(f, "presence_penalty", -2, 2, &o->presence_penalty);
+	millm_field_int(f, "seed", INT64_MIN, INT64_MAX, &seed);
+	given = json_object_get(f->object, "seed");
+	o->has_seed = given && !json_is_null(given);
+	o->seed = seed;
+	o->top_k = top_k;
+	o->max_tokens = max_tokens;
+}
+
+static void
+op_generate(EngineServer *server, MillmConn *conn, json_t *request)
+{
+	MillmGenerateOptions o;
+	MillmSink	sink = {.done = generate_done, .failed = generate_failed, .is_behind = generate_is_behind};
+	MillmFields f;
+	MillmError	err;
+	const char *uuid = NULL;
+	const char *prompt = NULL;
+	size_t		len = 0;
+	bool		raw = true;
+	bool		stream = false;
+	json_t	   *stops = NULL;
+	Call	   *call;
+	const MillmLoaded *loaded = NULL;
+	MillmRequest *r;
+
+	millm_generate_options_init(&o);
+	begin_fields(&f, request, &err);
+	millm_field_text(&f, "prompt", &prompt, &len);
+	millm_field_string(&f, "model_uuid", &uuid);
+	millm_field_bool(&f, "raw", &raw);
+	millm_field_bool(&f, "stream", &stream);
+	read_options(&f, &o);
+	millm_field_array(&f, "stop", &stops);
+	if (millm_fields_end(&f) != MILLM_OK)
+	{
+		millm_conn_error(conn, &err);
+		return;
+	}
+	call = new_call(server, conn, request);
+	if (!call)
+		return;
+	call->text = prompt;
+	call->len = len;
+	call->streams = stream;
+	sink.arg = call;
+	sink.text = stream ? generate_text : NULL;
+
+	if (!prompt)
+		millm_fail(&err, MILLM_E_INVALID_ARGUMENT, "field \"prompt\" is missing");
+	else if (read_stops(stops, &o, &err) == MILLM_OK &&
+			 millm_engine_loaded(server->engine, &loaded, &err) == MILLM_OK &&
+			 check_model(loaded, uuid, &err) == MILLM_OK &&
+			 check_raw(loaded, raw, &err) == MILLM_OK &&
+			 millm_request_create(loaded, &o, &sink, &call->generation, &err) == MILLM_OK &&
+			 millm_engine_accept(server->engine, call->generation, &err) == MILLM_OK)
+	{
+		/* Accepted: from here on it ends through the sink. */
+		millm_loaded_release(loaded);
+		r = millm_request_ref(call->generation);
+		millm_conn_set_data(conn, r);
+		if (len <= QUICK_TEXT_BYTES)
+			submit(call, false);
+		else if (!millm_worker_post(server->worker, submit, call))
+		{
+			too_many_texts(&err);
+			millm_engine_refuse(server->engine, r, &err);
+		}
+		return;
+	}
+	millm_loaded_release(loaded);
+	end_with_error(call, &err);
+}
+
+/* ---- text: tokenize, count_tokens, detokenize ---------------------------------------------- */
+
+/* A RESULT of many ids is written straight as JSON: a tree of them would take forty times their bytes. */
+static void
+send_ids(MillmConn *conn, const MillmIds *ids)
+{
+	static const char head[] = "{\"ids\":[";
+	char	   *json = malloc(sizeof(head) + ids->n * 12 + 2);
+	size_t		n = sizeof(head) - 1;
+	MillmError	err;
+
+	if (!json)
+	{
+		millm_fail(&err, MILLM_E_INTERNAL, "out of memory");
+		millm_conn_error(conn, &err);
+		return;
+	}
+	memcpy(json, head, n);
+	for (size_t i = 0; i < ids->n; i++)
+		n += (size_t) sprintf(json + n, "%s%" PRId32, i ? "," : "", ids->ids[i]);
+	json[n++] = ']';
+	json[n++] = '}';
+	if (n <= WIRE_MAX_REPLY_BYTES)
+		millm_conn_send_bytes(conn, WIRE_RESULT, json, n);
+	else
+	{
+		millm_fail(&err, MILLM_E_INVALID_ARGUMENT, "the text has too many tokens for one answer");
+		millm_detail(&err, "It has %zu tokens.", ids->n);
+		millm_conn_error(conn, &err);
+	}
+	free(json);
+}
+
+/* Skip the work when nobody waits for it any more. */
+static bool
+is_unwanted(Call *call, bool is_ending)
+{
+	MillmError	err;
+
+	if (!is_ending && !millm_conn_is_closed(call->conn))
+		return false;
+	millm_fail(&err, MILLM_E_CANCELED, "canceled: the engine shuts down");
+	end_with_error(call, &err);
+	return true;
+}
+
+static void
+encode(void *arg, bool is_ending)
+{
+	Call	   *call = arg;
+	MillmEncodeOptions options = {.add_special = call->add_special, .parse_special = true};
+	MillmIds	ids = {0};
+	MillmError	err;
+
+	if (is_unwanted(call, is_ending))
+		return;
+	if (millm_encode(call->loaded->tokenizer, call->text, call->len, options, 0, &ids, &err) != MILLM_OK)
+		millm_conn_error(call->conn, &err);
+	else if (call->counts)
+		millm_conn_result(call->conn, json_pack("{s:I}", "count", (json_int_t) ids.n));
+	else
+		send_ids(call->conn, &ids);
+	millm_ids_free(&ids);
+	free_call(call);
+}
+
+static void
+decode(void *arg, bool is_ending)
+{
+	Call	   *call = arg;
+	size_t		n = json_array_size(call->ids);
+	int32_t    *ids;
+	char	   *text = NULL;
+	size_t		len;
+	MillmError	err;
+
+	if (is_unwanted(call, is_ending))
+		return;
+	ids = malloc((n + 1) * sizeof(*ids));
+	if (!ids)
+	{
+		millm_fail(&err, MILLM_E_INTERNAL, "out of memory");
+		end_with_error(call, &err);
+		return;
+	}
+	for (size_t i = 0; i < n; i++)
+	{
+		json_t	   *id = json_array_get(call->ids, i);
+
+		if (!json_is_integer(id) || json_integer_value(id) < 0 || json_integer_value(id) > INT32_MAX)
+		{
+			millm_fail(&err, MILLM_E_INVALID_ARGUMENT, "field \"ids\" must be an array of token ids");
+			millm_detail(&err, "Element %zu is not one.", i);
+			free(ids);
+			end_with_error(call, &err);
+			return;
+		}
+		ids[i] = (int32_t) json_integer_value(id);
+	}
+	if (millm_decode(call->loaded->tokenizer, ids, n, false, &text, &len, &err) != MILLM_OK)
+		millm_conn_error(call->conn, &err);
+	else
+		millm_conn_result(call->conn, json_pack("{s:s%}", "text", text, len));
+	free(text);
+	free(ids);
+	free_call(call);
+}
+
+static void
+op_text(EngineServer *server, MillmConn *conn, json_t *request, bool decodes, bool counts)
+{
+	Call	   *call = new_call(server, conn, request);
+	MillmWorkFn work = decodes ? decode : encode;
+	const char *wanted = decodes ? "ids" : "text";
+	MillmFields f;
+	MillmError	err;
+
+	if (!call)
+		return;
+	call->add_special = true;
+	call->counts = counts;
+	begin_fields(&f, request, &err);
+	if (decodes)
+		millm_field_array(&f, "ids", &call->ids);
+	else
+		millm_field_text(&f, "text", &call->text, &call->len);
+	if (!decodes && !counts)
+		millm_field_bool(&f, "add_special", &call->add_special);
+	if (millm_fields_end(&f) == MILLM_OK && !call->ids && !call->text)
+		f.code = millm_fail(&err, MILLM_E_INVALID_ARGUMENT, "field \"%s\" is missing", wanted);
+	if (f.code != MILLM_OK || millm_engine_loaded(server->engine, &call->loaded, &err) != MILLM_OK)
+		end_with_error(call, &err);
+	else if (call->len <= QUICK_TEXT_BYTES && json_array_size(call->ids) <= QUICK_IDS)
+		work(call, false);
+	else if (!millm_worker_post(server->worker, work, call))
+	{
+		too_many_texts(&err);
+		end_with_error(call, &err);
+	}
+}
+
+/* ---- the service --------------------------------------------------------------------------- */
+
+static void
+on_request(void *arg, MillmConn *conn, json_t *request)
+{
+	EngineServer *server = arg;
+	const char *op = json_string_value(json_object_get(request, "op"));
+	MillmError	err;
+
+	if (!op)
+		millm_fail(&err, MILLM_E_INVALID_ARGUMENT, "field \"op\" is missing or not a string");
+	else if (strcmp(op, "status") == 0)
+		return op_status(server, conn, request);
+	else if (strcmp(op, "load") == 0)
+		return op_load(server, conn, request);
+	else if (strcmp(op, "unload") == 0)
+		return op_unload(server, conn, request);
+	else if (strcmp(op, "generate") == 0)
+		return op_generate(server, conn, request);
+	else if (strcmp(op, "tokenize") == 0)
+		return op_text(server, conn, request, false, false);
+	else if (strcmp(op, "count_tokens") == 0)
+		return op_text(server, conn, request, false, true);
+	else if (strcmp(op, "detokenize") == 0)
+		return op_text(server, conn, request, true, false);
+	else
+	{
+		millm_fail(&err, MILLM_E_INVALID_ARGUMENT, "unrecognized op \"%.50s\"", op);
+		millm_hint(&err, "The ops are: status, load, unload, generate, tokenize, count_tokens, detokenize, shutdown.");
+	}
+	millm_conn_error(conn, &err);
+}
+
+static void
+on_close(void *arg, MillmConn *conn)
+{
+	EngineServer *server = arg;
+	MillmRequest *r = millm_conn_data(conn);
+
+	if (r)
+		millm_engine_cancel(server->engine, r);
+}
+
+static void
+on_free(void *arg, MillmConn *conn)
+{
+	(void) arg;
+	millm_request_unref(millm_conn_data(conn));
+}
+
+static void
+on_shutdown(void *arg)
+{
+	EngineServer *server = arg;
+
+	millm_worker_free(server->worker);
+	millm_engine_free(server->engine);
+}
+
+int
+millm_engine_serve(const char *socket_path)
+{
+	EngineServer server;
+	MillmService service = {"millm-engine", on_request, on_close, on_shutdown, on_free, &server};
+	MillmError	err;
+	int			rc;
+
+	if (millm_engine_create(&server.engine, &err) != MILLM_OK)
+	{
+		millm_log("ERROR", "%s", err.message);
+		return 1;
+	}
+	server.worker = millm_worker_create(MAX_QUEUED_TEXTS);
+	if (!server.worker)
+	{
+		millm_log("ERROR", "could not start a thread");
+		millm_engine_free(server.engine);
+		return 1;
+	}
+	rc = millm_serve(&service, socket_path, true);
+	return rc;
+}

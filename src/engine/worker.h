@@ -1,0 +1,20 @@
+/*
+ * worker.h -- one thread for work that is too long for the event loop: encoding and decoding long texts.
+ */
+#ifndef MILLM_WORKER_H
+#define MILLM_WORKER_H
+
+#include <stdbool.h>
+
+typedef struct MillmWorker MillmWorker;
+
+/* Jobs are run one after the other, in order.  With is_ending the process ends: answer so, without doing the work. */
+typedef void (*MillmWorkFn) (void *arg, bool is_ending);
+
+extern MillmWorker *millm_worker_create(int max_queued);	/* NULL: no memory, or no thread */
+/* Queue a job; false when max_queued are there. */
+extern bool millm_worker_post(MillmWorker *w, MillmWorkFn fn, void *arg);
+/* Every queued job is called with is_ending before this returns. */
+extern void millm_worker_free(MillmWorker *w);
+
+#endif
