@@ -1,0 +1,343 @@
+/* test_scheduler.c -- the scheduler's rules, with a pool that only counts. */
+#include <setjmp.h>
+#include <stdarg.h>
+#include <stddef.h>
+#include <stdint.h>
+#include <stdlib.h>
+#include <string.h>
+#include <cmocka.h>
+
+#include "scheduler.h"
+
+#define PAGE 4
+
+typedef struct Seq
+{
+	MillmSlot	slot;			/* first */
+	int			pages;
+	int			goal;			/* tokens in all */
+	int			number;
+} Seq;
+
+typedef struct Pool
+{
+	int64_t		n_free;
+} Pool;
+
+static bool
+reserve(void *arg, MillmSlot *slot, int length)
+{
+	Pool	   *pool = arg;
+	Seq		   *seq = (Seq *) slot;
+	int			more = (length + PAGE - 1) / PAGE - seq->pages;
+
+	if (more <= 0)
+		return true;
+	if (more > pool->n_free)
+		return false;
+	pool->n_free -= more;
+	seq->pages += more;
+	return true;
+}
+
+static void
+release(void *arg, MillmSlot *slot)
+{
+	((Pool *) arg)->n_free += ((Seq *) slot)->pages;
+	((Seq *) slot)->pages = 0;
+}
+
+static int64_t
+n_free(void *arg)
+{
+	return ((Pool *) arg)->n_free;
+}
+
+static MillmScheduler *
+create(Pool *pool, int64_t pages, int max_running, int max_waiting, int max_batch)
+{
+	MillmSchedPages p = {reserve, release, n_free, PAGE, pool};
+
+	pool->n_free = pages;
+	return millm_sched_create(&p, max_running, max_waiting, max_batch);
+}
+
+/* What every plan must satisfy. */
+static void
+check_plan(const MillmPlanItem *items, int n, int max_batch)
+{
+	int			total = 0;
+
+	for (int i = 0; i < n; i++)
+	{
+		const Seq  *seq = (const Seq *) items[i].slot;
+
+		total += items[i].n_tokens;
+		assert_true(items[i].n_tokens >= 1);
+		assert_true(seq->slot.is_running && !seq->slot.is_paused);
+		assert_true(seq->slot.n_past + items[i].n_tokens <= seq->slot.n_tokens);
+		assert_true(seq->pages * PAGE >= seq->slot.n_past + items[i].n_tokens);
+		for (int j = 0; j < i; j++)
+			assert_ptr_not_equal(items[i].slot, items[j].slot);
+	}
+	assert_true(total <= max_batch);
+}
+
+/* Run the step; sequences that computed their last known token get another. */
+static void
+finish_step(MillmScheduler *s, MillmPlanItem *items, int n)
+{
+	millm_sched_done(s, items, n, 1);
+	for (int i = 0; i < n; i++)
+		if (items[i].slot->n_past == items[i].slot->n_tokens)
+		{
+			Seq		   *seq = (Seq *) items[i].slot;
+
+			seq->slot.n_tokens++;
+			if (seq->slot.n_tokens >= seq->goal)
+				millm_sched_remove(s, &seq->slot);
+		}
+}
+
+static void
+decode_goes_first(void **state)
+{
+	Pool		pool;
+	MillmScheduler *s = create(&pool, 1000, 4, 4, 32);
+	Seq			a = {.slot.n_tokens = 10, .goal = 100};
+	Seq			b = {.slot.n_tokens = 50, .goal = 100};
+	Seq			c = {.slot.n_tokens = 5, .goal = 100};
+	MillmPlanItem items[4];
+
+	(void) state;
+	assert_true(millm_sched_add(s, &a.slot));
+	assert_int_equal(millm_sched_plan(s, items), 1);
+	assert_int_equal(items[0].n_tokens, 10);
+	finish_step(s, items, 1);
+	assert_true(millm_sched_add(s, &b.slot));
+	assert_true(millm_sched_add(s, &c.slot));
+
+	/* a decodes, b's chunk fills the rest; c waits for its turn */
+	assert_int_equal(millm_sched_plan(s, items), 2);
+	assert_ptr_equal(items[0].slot, &a.slot);
+	assert_int_equal(items[0].n_tokens, 1);
+	assert_ptr_equal(items[1].slot, &b.slot);
+	assert_int_equal(items[1].n_tokens, 31);
+	finish_step(s, items, 2);
+	/* b's last chunk and c share the step */
+	assert_int_equal(millm_sched_plan(s, items), 3);
+	assert_int_equal(items[1].n_tokens, 19);
+	assert_ptr_equal(items[2].slot, &c.slot);
+	assert_int_equal(items[2].n_tokens, 5);
+	finish_step(s, items, 3);
+	assert_int_equal(millm_sched_plan(s, items), 3);
+	for (int i = 0; i < 3; i++)
+		assert_int_equal(items[i].n_tokens, 1);
+	assert_int_equal(millm_sched_n_running(s), 3);
+	millm_sched_free(s);
+}
+
+/* A step that was canceled is planned again as it was: a prompt of one token too. */
+static void
+canceled_step(void **state)
+{
+	Pool		pool;
+	MillmScheduler *s = create(&pool, 1000, 4, 4, 32);
+	Seq			a = {.slot.n_tokens = 1, .goal = 10};
+	MillmPlanItem items[4];
+
+	(void) state;
+	millm_sched_add(s, &a.slot);
+	for (int i = 0; i < 3; i++)
+	{
+		assert_int_equal(millm_sched_plan(s, items), 1);
+		check_plan(items, 1, 32);
+	}
+	millm_sched_free(s);
+}
+
+static void
+limits(void **state)
+{
+	Pool		pool;
+	MillmScheduler *s = create(&pool, 1000, 2, 1, 32);
+	Seq			q[4] = {0};
+	MillmPlanItem items[2];
+
+	(void) state;
+	for (int i = 0; i < 4; i++)
+		q[i].slot.n_tokens = 3, q[i].goal = 10;
+	for (int i = 0; i < 3; i++)
+		assert_true(millm_sched_add(s, &q[i].slot));
+	assert_false(millm_sched_add(s, &q[3].slot));
+	assert_int_equal(millm_sched_plan(s, items), 2);
+	assert_int_equal(millm_sched_n_running(s), 2);
+	assert_int_equal(millm_sched_n_waiting(s), 1);
+	millm_sched_remove(s, &q[0].slot);
+	assert_int_equal(millm_sched_plan(s, items), 2);
+	assert_ptr_equal(items[1].slot, &q[2].slot);
+	millm_sched_free(s);
+}
+
+/* Nobody overtakes a head of the line that waits for pages; a paused one lets the others pass. */
+static void
+no_overtaking(void **state)
+{
+	Pool		pool;
+	MillmScheduler *s = create(&pool, 10, 4, 4, 64);
+	Seq			a = {.slot.n_tokens = 20, .goal = 40};
+	Seq			b = {.slot.n_tokens = 36, .goal = 40};
+	Seq			c = {.slot.n_tokens = 2, .goal = 40};
+	MillmPlanItem items[4];
+
+	(void) state;
+	millm_sched_add(s, &a.slot);
+	millm_sched_add(s, &b.slot);
+	millm_sched_add(s, &c.slot);
+	assert_int_equal(millm_sched_plan(s, items), 1);
+	assert_ptr_equal(items[0].slot, &a.slot);
+	b.slot.is_paused = true;
+	assert_int_equal(millm_sched_plan(s, items), 2);
+	assert_ptr_equal(items[1].slot, &c.slot);
+	millm_sched_free(s);
+}
+
+static void
+preempts_the_youngest(void **state)
+{
+	Pool		pool;
+	MillmScheduler *s = create(&pool, 6, 4, 4, 64);		/* 24 positions */
+	Seq			a = {.slot.n_tokens = 8, .goal = 24};
+	Seq			b = {.slot.n_tokens = 8, .goal = 24};
+	MillmPlanItem items[4];
+	int			n;
+	int			steps = 0;
+
+	(void) state;
+	millm_sched_add(s, &a.slot);
+	millm_sched_add(s, &b.slot);
+	while (b.slot.n_preempted == 0)
+	{
+		n = millm_sched_plan(s, items);
+		check_plan(items, n, 64);
+		finish_step(s, items, n);
+		assert_true(++steps < 100);
+	}
+	assert_int_equal(b.slot.n_past, 0);
+	assert_int_equal(b.pages, 0);
+	assert_int_equal(a.slot.n_preempted, 0);
+	assert_true(b.slot.n_tokens > 8);	/* what it had generated is not forgotten */
+	while ((n = millm_sched_plan(s, items)) > 0)
+	{
+		check_plan(items, n, 64);
+		finish_step(s, items, n);
+		assert_true(++steps < 200);
+	}
+	assert_int_equal(a.slot.n_tokens, 24);
+	assert_int_equal(b.slot.n_tokens, 24);
+	assert_int_equal(pool.n_free, 6);
+	millm_sched_free(s);
+}
+
+/* Many random sequences in a small pool, with cancels and pauses: everything ends, every page comes back. */
+static void
+storm(void **state)
+{
+	(void) state;
+	for (unsigned seed = 1; seed <= 60; seed++)
+	{
+		Pool		pool;
+		int			max_batch = 8 + (int) (seed % 40);
+		MillmScheduler *s = create(&pool, 20, 6, 30, max_batch);
+		Seq			q[36] = {0};
+		bool		gone[36] = {0};
+		MillmPlanItem items[6];
+		int			steps = 0;
+		int			n;
+		int			left = 36;
+
+		srandom(seed);
+		for (int i = 0; i < 36; i++)
+		{
+			q[i].goal = 2 + (int) (random() % 78);		/* at most 80 positions: the pool holds one */
+			q[i].slot.n_tokens = 1 + (int) (random() % (q[i].goal - 1));
+			q[i].number = i;
+			assert_true(millm_sched_add(s, &q[i].slot));
+		}
+		while (left > 0)
+		{
+			int			pick = (int) (random() % 36);
+
+			if (random() % 20 == 0 && !gone[pick])
+			{
+				millm_sched_remove(s, &q[pick].slot);
+				gone[pick] = true;
+			}
+			q[pick].slot.is_paused = steps < 300 && random() % 2;
+			if (steps >= 300)
+				for (int i = 0; i < 36; i++)
+					q[i].slot.is_paused = false;
+			n = millm_sched_plan(s, items);
+			check_plan(items, n, max_batch);
+			if (n > 0 && random() % 30 > 0)		/* else: the step was canceled */
+				finish_step(s, items, n);
+			left = 0;
+			for (int i = 0; i < 36; i++)
+			{
+				if (q[i].slot.n_tokens >= q[i].goal)
+					gone[i] = true;
+				left += !gone[i];
+			}
+			assert_true(++steps < 20000);
+		}
+		assert_int_equal(pool.n_free, 20);
+		assert_int_equal(millm_sched_n_running(s) + millm_sched_n_waiting(s), 0);
+		millm_sched_free(s);
+	}
+}
+
+/* While somebody decodes, prefill gets what takes about 50 ms; alone it gets the batch. */
+static void
+chunk_follows_time(void **state)
+{
+	Pool		pool;
+	MillmScheduler *s = create(&pool, 100000, 4, 4, 1024);
+	Seq			a = {.slot.n_tokens = 100, .goal = 1000000};
+	Seq			b = {.slot.n_tokens = 200000, .goal = 1000000};
+	MillmPlanItem items[4];
+	int			n;
+
+	(void) state;
+	millm_sched_add(s, &b.slot);
+	n = millm_sched_plan(s, items);
+	assert_int_equal(items[0].n_tokens, 1024);
+	millm_sched_remove(s, &b.slot);
+
+	millm_sched_add(s, &a.slot);
+	n = millm_sched_plan(s, items);
+	millm_sched_done(s, items, n, 100);		/* 1 ms a token */
+	a.slot.n_tokens++;
+	millm_sched_add(s, &b.slot);
+	for (int i = 0; i < 20; i++)
+	{
+		n = millm_sched_plan(s, items);
+		assert_int_equal(n, 2);
+		assert_int_equal(items[0].n_tokens, 1);
+		assert_in_range(items[1].n_tokens, 16, 60);
+		millm_sched_done(s, items, n, items[1].n_tokens + 1.0);
+		a.slot.n_tokens++;
+	}
+	millm_sched_free(s);
+}
+
+int
+main(void)
+{
+	const struct CMUnitTest tests[] = {
+		cmocka_unit_test(decode_goes_first), cmocka_unit_test(canceled_step), cmocka_unit_test(limits),
+		cmocka_unit_test(no_overtaking), cmocka_unit_test(preempts_the_youngest), cmocka_unit_test(storm),
+		cmocka_unit_test(chunk_follows_time),
+	};
+
+	return cmocka_run_group_tests(tests, NULL, NULL);
+}
