@@ -467,23 +467,25 @@ millm_client_receive(MillmClient *client, StringInfo out, int timeout_ms)
 	return kind;
 }
 
-/* Write out what the backend has for its SQL client, whatever the socket takes; then wait until it has taken the rest. */
+/*
+ * Write out what the backend has for its SQL client, whatever the socket takes; then wait until it has taken the rest.
+ * A backend that must end here ends without a word, as it does in PostgreSQL's own wait: the word would wait for the client too.
+ */
 static void
 flush_rows(void)
 {
-	if (pq_flush_if_writable() != 0)
-		CHECK_FOR_INTERRUPTS();
-	while (pq_is_send_pending())
+	while (pq_flush_if_writable() == 0 && pq_is_send_pending())
 	{
 		int			rc = WaitLatchOrSocket(MyLatch, WL_LATCH_SET | WL_EXIT_ON_PM_DEATH | WL_SOCKET_WRITEABLE,
 										   MyProcPort->sock, -1, WAIT_EVENT_CLIENT_WRITE);
 
 		if (rc & WL_LATCH_SET)
 			ResetLatch(MyLatch);
+		if (ProcDiePending)
+			whereToSendOutput = DestNone;
 		CHECK_FOR_INTERRUPTS();
-		if ((rc & WL_SOCKET_WRITEABLE) && pq_flush_if_writable() != 0)
-			CHECK_FOR_INTERRUPTS();
 	}
+	CHECK_FOR_INTERRUPTS();		/* a failed write has left its mark there */
 }
 
 void
