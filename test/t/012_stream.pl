@@ -35,24 +35,28 @@ is($type, 'D', 'a first row');
 is((engine_pages($node))[1], 1, 'while the engine is at work on the next');
 
 # --- Ways to leave -----------------------------------------------------------------------------
-# The reader stops reading.  The kernel's buffers may hold the whole text, so the rows are made wide: then either the text
-# ends, or the server waits for the reader, the engine for the server, and its patience has an end.
+# The reader stops reading: the server waits for the reader, the engine for the server, and its patience has an end.
 undef $session;
 wait_pages($node, $free, 'a connection dropped in the middle');
 
-my $reader = MillmTest::Session->new($node);
-$reader->send("SELECT millm.generate_stream($LONG), repeat('x', 200000)");
-do { ($type) = $reader->message } until !$type || $type eq 'D';
-is($type, 'D', 'the reader has read one row and reads no more');
-wait_pages($node, $free, 'a reader who stopped');
-# The server's process is still interruptible, though its client takes nothing.
 my $other = MillmTest::Session->new($node);
-is($other->query('SELECT pg_terminate_backend(' . $reader->pid . ', 10000)')->{rows}[0], 't', 'its backend can be ended');
-$reader->hang_up;
+my $waits = sub { my ($pid) = @_; ($other->query("SELECT wait_event FROM pg_stat_activity WHERE pid = $pid")->{rows}[0] // '') eq 'ClientWrite' };
+# 4 kB fit into the server's own buffer, so the wait is ours; 200 kB do not, and the wait is PostgreSQL's.
+for my $width (4000, 200000)
+{
+	my $reader = MillmTest::Session->new($node);
+	$reader->send("SELECT millm.generate_stream($LONG), repeat('x', $width)");
+	do { ($type) = $reader->message } until !$type || $type eq 'D';
+	is($type, 'D', "the reader has read one row of $width bytes and reads no more");
+	ok(wait_true(sub { $waits->($reader->pid) }), 'the server waits for it');
+	wait_pages($node, $free, 'a reader who stopped');
+	is($other->query('SELECT pg_terminate_backend(' . $reader->pid . ', 10000)')->{rows}[0], 't', 'its backend can still be ended');
+	$reader->hang_up;
+}
 
 # A reader who is only slow gets everything.
 my $expected = $node->safe_psql('postgres', q(SELECT md5(string_agg(p, '')) FROM millm.generate_stream('Once upon a time', raw => true, temperature => 0, max_tokens => 40) p));
-$reader = MillmTest::Session->new($node);
+my $reader = MillmTest::Session->new($node);
 $reader->send(q(SELECT millm.generate_stream('Once upon a time', raw => true, temperature => 0, max_tokens => 40)));
 my $text = '';
 while ((my ($t, $payload) = $reader->message))
@@ -133,16 +137,18 @@ $session->query('COMMIT');
 
 # caught while waiting for the engine
 $session->query('BEGIN');
+$session->query("SET LOCAL statement_timeout = '300ms'");
 $result = $session->query(<<"SQL");
 DO \$\$
 BEGIN
-	SET LOCAL statement_timeout = '300ms';
 	PERFORM millm.generate($LONG);
 EXCEPTION WHEN query_canceled THEN PERFORM set_config('test.rows', 'caught', false);
 END \$\$
 SQL
-$session->query('ROLLBACK') if $result->{state};
+is($result->{state}, '', 'a canceled generation is caught') or diag $result->{message};
 wait_pages($node, $free, 'a caught cancel');
+is($session->query(q(SELECT current_setting('test.rows')))->{rows}[0], 'caught', 'by its state');
+$session->query('COMMIT');
 
 # EXIT of a loop
 $session->query("DO \$\$ DECLARE p text; BEGIN FOR p IN SELECT millm.generate_stream($LONG) LOOP EXIT; END LOOP; END \$\$");
