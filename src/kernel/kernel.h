@@ -1,0 +1,154 @@
+/*
+ * kernel.h -- the CPU kernels: one table of pointers, filled once from what this CPU can do.
+ *
+ * ref.c fills every entry in portable C; avx2.c and avx512.c overwrite what they do better.  Nobody
+ * calls a kernel by name, so "which code ran?" has one answer: the table's variant.
+ *
+ * A kernel allocates nothing, starts no thread, fails never: shapes and pointers were checked by
+ * whoever made the weight.  It computes a range of its output, so that a caller may split the work
+ * over threads; ranges that do not overlap may run at the same time.  All arithmetic is float32 or better.
+ *
+ * Batch-invariance: every entry computes an output element in an order that depends neither on the
+ * range nor on the other tokens.  Only the form of an activation (see below) may depend on how many
+ * tokens a step has; who needs the same bits in any company asks for MILLM_FORM_F32 always.
+ */
+#ifndef MILLM_KERNEL_H
+#define MILLM_KERNEL_H
+
+#include <stdbool.h>
+#include <stddef.h>
+#include <stdint.h>
+
+#include "tensor.h"
+
+/* What this CPU *and* its operating system let us use (CPUID and XGETBV). */
+enum
+{
+	MILLM_CPU_AVX2 = 1 << 0,		/* with FMA and F16C */
+	MILLM_CPU_AVX512 = 1 << 1,		/* F, BW, VL, DQ */
+	MILLM_CPU_AVX512_BF16 = 1 << 2
+};
+extern unsigned millm_cpu_flags(void);
+
+/* Positions of one KV page; the transposed K below makes it the width of a vector. */
+#define MILLM_KERNEL_PAGE 16
+
+/*
+ * The form in which a matmul wants its activation.  A row of n_in values takes
+ * millm_form_row_bytes(); the F32 form is the activation itself.
+ */
+typedef enum MillmForm
+{
+	MILLM_FORM_F32,
+	MILLM_FORM_BF16,			/* rounded to nearest even, zeros up to a multiple of 32 */
+	MILLM_N_FORMS
+} MillmForm;
+
+/* y[t, o] = (accumulate ? y[t, o] : 0) + bias[o] + sum_i x[t, i] * w[o, i] */
+typedef struct MillmMatmul
+{
+	float	   *y;				/* [n_tokens, y_stride] */
+	int64_t		y_stride;		/* in floats */
+	const MillmWeight *w;
+	const float *bias;			/* [n_out] or NULL */
+	bool		accumulate;
+	MillmForm	form;
+	const void *x;				/* n_tokens rows of n_in in that form, 64-byte aligned for BF16 */
+	int64_t		x_stride;		/* bytes from a row to the next */
+	int			n_tokens;
+} MillmMatmul;
+
+typedef void (*MillmMatmulFn) (const MillmMatmul *m, int64_t begin, int64_t end);	/* outputs [begin, end) */
+
+/*
+ * One layer of the paged KV cache as attention sees it.  Page p has, for each KV head h,
+ *   k + p * page_bytes + h * head_dim * 16 elements:  [head_dim, 16]  (positions side by side)
+ *   v + p * page_bytes + h * head_dim * 16 elements:  [16, head_dim]
+ * in the table's kv_dtype.  Slots that were never written may hold anything.
+ */
+typedef struct MillmKvLayer
+{
+	char	   *k;
+	char	   *v;
+	int64_t		page_bytes;
+	int			n_kv_heads;
+	int			head_dim;
+	int			group;			/* query heads per KV head */
+	int			window;			/* keys a query sees, itself included; 0: all */
+	float		scale;			/* multiplies q.k */
+} MillmKvLayer;
+
+typedef enum MillmUnary {MILLM_UNARY_SILU, MILLM_UNARY_GELU_TANH, MILLM_UNARY_GELU_ERF, MILLM_UNARY_RELU, MILLM_N_UNARY} MillmUnary;
+
+typedef struct MillmKernels
+{
+	const char *variant;		/* "ref", "avx2", "avx512" */
+	MillmDtype	kv_dtype;		/* MILLM_F32 in ref (exact), MILLM_F16 elsewhere */
+
+	/* [form][dtype][in_out]; NULL where best_form() never sends one */
+	MillmMatmulFn matmul[MILLM_N_FORMS][MILLM_N_WEIGHT_DTYPES][2];
+	MillmForm	(*best_form) (const MillmWeight *w, int n_tokens);
+	void		(*pack_bf16) (uint16_t *y, const float *x, int64_t n);	/* y: the row's padding too */
+
+	/* y[i] = x[i] / sqrt(mean(x^2) + eps) * w[i];  w [n]; y may be x */
+	void		(*rms_norm) (float *y, const float *x, const float *w, float eps, int64_t n);
+	/* y[i] = (x[i] - mean) / sqrt(variance + eps) * w[i] + b[i];  w, b [n] or NULL; y may be x */
+	void		(*layer_norm) (float *y, const float *x, const float *w, const float *b, float eps, int64_t n);
+	/*
+	 * Rotate the first 2 * n_pairs dims of each of n_heads heads of x [n_heads, head_dim] in place:
+	 * (a, b) -> (a c - b s, b c + a s) for pairs (j, j + n_pairs), or (2j, 2j + 1) when interleaved.
+	 */
+	void		(*rope) (float *x, int n_heads, int head_dim, int n_pairs, bool interleaved,
+						 const float *cosine, const float *sine);
+	/* Store the K and V heads of one position, [n_kv_heads, head_dim] each, in slot (0..15) of a page. */
+	void		(*kv_store) (const MillmKvLayer *kv, int32_t page, int slot, const float *k, const float *v);
+	/*
+	 * Attention of the query at position for the heads of one KV head: y, q [n_heads, head_dim]; only
+	 * heads kv_head * group .. + group are read and written.  pages[i] holds positions 16 i .. 16 i + 15.
+	 * Online softmax in float32.
+	 */
+	void		(*attention) (float *y, const float *q, const MillmKvLayer *kv, const int32_t *pages,
+							  int64_t position, int kv_head);
+	/* y[i] = f(x[i]), times up[i] unless up is NULL; y may be x */
+	void		(*unary[MILLM_N_UNARY]) (float *y, const float *x, const float *up, int64_t n);
+	/* y[i] = w[i], or y[i] += w[i]: n stored values of a dtype to float32 */
+	void		(*load_row) (float *y, const void *w, MillmDtype dtype, int64_t n, bool add);
+	bool		(*is_finite) (const float *x, int64_t n);
+} MillmKernels;
+
+/* Bytes of a row of n_in values in a form; a multiple of 64. */
+static inline int64_t
+millm_form_row_bytes(MillmForm form, int64_t n_in)
+{
+	int64_t		bytes = n_in * (form == MILLM_FORM_F32 ? 4 : 2);
+
+	return (bytes + 63) / 64 * 64;
+}
+
+static inline int
+millm_dtype_bytes(MillmDtype dtype)	/* of the dtypes that can be multiplied */
+{
+	return dtype == MILLM_F32 ? 4 : 2;
+}
+
+/* The address of element 0 of stored row i. */
+static inline const char *
+millm_weight_row(const MillmWeight *w, int64_t i)
+{
+	return (const char *) w->data + i * w->stride * millm_dtype_bytes(w->dtype);
+}
+
+/*
+ * Fill *k with the variant of that name, or, when name is NULL, with the best one.  Returns false,
+ * k untouched, when there is no such variant or this machine cannot run it (is_known tells which).
+ */
+extern bool millm_kernels_init(MillmKernels *k, const char *name, bool *is_known);
+/* Names in ascending order, NULL-terminated; static. */
+extern const char *const *millm_kernels_names(void);
+
+/* The steps of millm_kernels_init(). */
+extern void millm_kernels_ref(MillmKernels *k);
+extern void millm_kernels_avx2(MillmKernels *k);
+extern void millm_kernels_avx512(MillmKernels *k, unsigned cpu);
+
+#endif

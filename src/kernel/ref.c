@@ -1,0 +1,323 @@
+/*
+ * ref.c -- every kernel in portable C: the complete table, and the measure of the others.
+ *
+ * Sums run in LANES interleaved partial sums, which a compiler can keep in vectors on any machine and
+ * which lose less than one running sum does.  The KV cache is float32.
+ */
+#include "kernel.h"
+
+#include <math.h>
+#include <string.h>
+
+#include "half.h"
+
+#define LANES 16
+#define TILE 4					/* tokens that share one reading of a weight */
+
+static inline __attribute__((always_inline)) float
+element(const char *p, int64_t i, MillmDtype dtype)
+{
+	float		f;
+	uint16_t	h;
+
+	if (dtype == MILLM_F32)
+	{
+		memcpy(&f, p + i * 4, sizeof(f));
+		return f;
+	}
+	memcpy(&h, p + i * 2, sizeof(h));
+	return dtype == MILLM_F16 ? millm_f16_to_f32(h) : millm_bf16_to_f32(h);
+}
+
+static inline void
+finish(const MillmMatmul *m, int t, int64_t o, float sum)
+{
+	float	   *y = m->y + t * m->y_stride + o;
+
+	if (m->bias)
+		sum += m->bias[o];
+	*y = m->accumulate ? *y + sum : sum;
+}
+
+/* w [n_out, n_in]: dot products. */
+static inline __attribute__((always_inline)) void
+matmul_rows(const MillmMatmul *m, int64_t begin, int64_t end, MillmDtype dtype)
+{
+	const int64_t n = m->w->n_in;
+
+	for (int64_t o = begin; o < end; o++)
+	{
+		const char *w = millm_weight_row(m->w, o);
+
+		for (int t = 0; t < m->n_tokens; t += TILE)
+		{
+			int			n_tile = m->n_tokens - t < TILE ? m->n_tokens - t : TILE;
+			float		acc[TILE][LANES] = {{0}};
+			const float *x[TILE];
+			int64_t		i;
+
+			for (int j = 0; j < TILE; j++)	/* a short tile computes its last token again */
+				x[j] = (const float *) ((const char *) m->x + (t + (j < n_tile ? j : n_tile - 1)) * m->x_stride);
+			for (i = 0; i + LANES <= n; i += LANES)
+			{
+				float		v[LANES];
+
+				for (int l = 0; l < LANES; l++)
+					v[l] = element(w, i + l, dtype);
+				for (int j = 0; j < TILE; j++)
+					for (int l = 0; l < LANES; l++)
+						acc[j][l] += v[l] * x[j][i + l];
+			}
+			for (int j = 0; j < n_tile; j++)
+			{
+				float		sum = 0;
+
+				for (int64_t k = i; k < n; k++)
+					acc[j][k - i] += element(w, k, dtype) * x[j][k];
+				for (int l = 0; l < LANES; l++)
+					sum += acc[j][l];
+				finish(m, t + j, o, sum);
+			}
+		}
+	}
+}
+
+/* w [n_in, n_out]: a block of outputs at a time, row after row. */
+static inline __attribute__((always_inline)) void
+matmul_columns(const MillmMatmul *m, int64_t begin, int64_t end, MillmDtype dtype)
+{
+	enum {BLOCK = 64};
+
+	for (int t = 0; t < m->n_tokens; t++)
+	{
+		const float *x = (const float *) ((const char *) m->x + t * m->x_stride);
+
+		for (int64_t o = begin; o < end; o += BLOCK)
+		{
+			int			n = (int) (end - o < BLOCK ? end - o : BLOCK);
+			float		acc[BLOCK] = {0};
+
+			for (int64_t i = 0; i < m->w->n_in; i++)
+			{
+				const char *w = millm_weight_row(m->w, i);
+
+				for (int j = 0; j < n; j++)
+					acc[j] += x[i] * element(w, o + j, dtype);
+			}
+			for (int j = 0; j < n; j++)
+				finish(m, t, o + j, acc[j]);
+		}
+	}
+}
+
+#define MATMUL(name, dtype) \
+static void rows_##name(const MillmMatmul *m, int64_t begin, int64_t end) { matmul_rows(m, begin, end, dtype); } \
+static void columns_##name(const MillmMatmul *m, int64_t begin, int64_t end) { matmul_columns(m, begin, end, dtype); }
+MATMUL(f32, MILLM_F32)
+MATMUL(f16, MILLM_F16)
+MATMUL(bf16, MILLM_BF16)
+
+static MillmForm
+best_form(const MillmWeight *w, int n_tokens)
+{
+	(void) w;
+	(void) n_tokens;
+	return MILLM_FORM_F32;
+}
+
+static void
+pack_bf16(uint16_t *y, const float *x, int64_t n)
+{
+	int64_t		padded = millm_form_row_bytes(MILLM_FORM_BF16, n) / 2;
+
+	for (int64_t i = 0; i < padded; i++)
+		y[i] = i < n ? millm_f32_to_bf16(x[i]) : 0;
+}
+
+static void
+rms_norm(float *y, const float *x, const float *w, float eps, int64_t n)
+{
+	double		sum = 0;
+	float		r;
+
+	for (int64_t i = 0; i < n; i++)
+		sum += (double) x[i] * x[i];
+	r = (float) (1 / sqrt(sum / (double) n + eps));
+	for (int64_t i = 0; i < n; i++)
+		y[i] = w[i] * (x[i] * r);
+}
+
+static void
+layer_norm(float *y, const float *x, const float *w, const float *b, float eps, int64_t n)
+{
+	double		sum = 0,
+				squares = 0;
+	float		mean,
+				r;
+
+	for (int64_t i = 0; i < n; i++)
+		sum += x[i];
+	mean = (float) (sum / (double) n);
+	for (int64_t i = 0; i < n; i++)
+		squares += (double) (x[i] - mean) * (x[i] - mean);
+	r = (float) (1 / sqrt(squares / (double) n + eps));
+	for (int64_t i = 0; i < n; i++)
+	{
+		float		v = (x[i] - mean) * r;
+
+		if (w)
+			v *= w[i];
+		y[i] = b ? v + b[i] : v;
+	}
+}
+
+static void
+rope(float *x, int n_heads, int head_dim, int n_pairs, bool interleaved, const float *cosine, const float *sine)
+{
+	const int	first = interleaved ? 2 : 1;	/* distance between the first members of two pairs */
+	const int	second = interleaved ? 1 : n_pairs; /* distance within a pair */
+
+	for (int h = 0; h < n_heads; h++, x += head_dim)
+		for (int j = 0; j < n_pairs; j++)
+		{
+			float		a = x[first * j],
+						b = x[first * j + second];
+
+			x[first * j] = a * cosine[j] - b * sine[j];
+			x[first * j + second] = b * cosine[j] + a * sine[j];
+		}
+}
+
+static void
+kv_store(const MillmKvLayer *kv, int32_t page, int slot, const float *k, const float *v)
+{
+	const int64_t head = (int64_t) kv->head_dim * MILLM_KERNEL_PAGE;
+	float	   *kp = (float *) (kv->k + page * kv->page_bytes);
+	float	   *vp = (float *) (kv->v + page * kv->page_bytes);
+
+	for (int h = 0; h < kv->n_kv_heads; h++)
+		for (int d = 0; d < kv->head_dim; d++)
+		{
+			kp[h * head + d * MILLM_KERNEL_PAGE + slot] = k[h * kv->head_dim + d];
+			vp[h * head + slot * kv->head_dim + d] = v[h * kv->head_dim + d];
+		}
+}
+
+static void
+attention(float *y, const float *q, const MillmKvLayer *kv, const int32_t *pages, int64_t position, int kv_head)
+{
+	const int	hd = kv->head_dim;
+	const int64_t head_offset = (int64_t) kv_head * hd * MILLM_KERNEL_PAGE;
+	const int64_t first = kv->window > 0 && position >= kv->window ? position - kv->window + 1 : 0;
+
+	for (int g = 0; g < kv->group; g++)
+	{
+		const float *qh = q + (int64_t) (kv_head * kv->group + g) * hd;
+		float	   *yh = y + (int64_t) (kv_head * kv->group + g) * hd;
+		float		max = -INFINITY,
+					sum = 0;
+
+		memset(yh, 0, sizeof(float) * (size_t) hd);
+		for (int64_t p = first / MILLM_KERNEL_PAGE; p * MILLM_KERNEL_PAGE <= position; p++)
+		{
+			const float *k = (const float *) (kv->k + pages[p] * kv->page_bytes) + head_offset;
+			const float *v = (const float *) (kv->v + pages[p] * kv->page_bytes) + head_offset;
+			int64_t		base = p * MILLM_KERNEL_PAGE;
+			int			from = (int) (first > base ? first - base : 0);
+			int			to = (int) (position - base < MILLM_KERNEL_PAGE - 1 ? position - base : MILLM_KERNEL_PAGE - 1);
+			float		score[MILLM_KERNEL_PAGE] = {0};
+			float		page_max = max,
+						rescale;
+
+			for (int d = 0; d < hd; d++)
+				for (int s = from; s <= to; s++)
+					score[s] += qh[d] * k[d * MILLM_KERNEL_PAGE + s];
+			for (int s = from; s <= to; s++)
+			{
+				score[s] *= kv->scale;
+				if (!(score[s] <= page_max))	/* a NaN is taken along: it must reach the output */
+					page_max = score[s];
+			}
+			rescale = expf(max - page_max);
+			max = page_max;
+			sum *= rescale;
+			for (int d = 0; d < hd; d++)
+				yh[d] *= rescale;
+			for (int s = from; s <= to; s++)
+			{
+				float		weight = expf(score[s] - max);
+
+				sum += weight;
+				for (int d = 0; d < hd; d++)
+					yh[d] += weight * v[s * hd + d];
+			}
+		}
+		for (int d = 0; d < hd; d++)
+			yh[d] /= sum;
+	}
+}
+
+#define UNARY(name, expression) \
+static void \
+name(float *y, const float *x, const float *up, int64_t n) \
+{ \
+	for (int64_t i = 0; i < n; i++) \
+	{ \
+		float		v = x[i]; \
+		float		f = (expression); \
+\
+		y[i] = up ? f * up[i] : f; \
+	} \
+}
+UNARY(silu, v / (1 + expf(-v)))
+UNARY(gelu_tanh, 0.5f * v * (1 + tanhf(0.7978845608f * (v + 0.044715f * v * v * v))))
+UNARY(gelu_erf, 0.5f * v * (1 + erff(v * 0.7071067812f)))
+UNARY(relu, v < 0 ? 0 : v)
+
+static void
+load_row(float *y, const void *w, MillmDtype dtype, int64_t n, bool add)
+{
+	for (int64_t i = 0; i < n; i++)
+		y[i] = (add ? y[i] : 0) + element(w, i, dtype);
+}
+
+static bool
+is_finite(const float *x, int64_t n)
+{
+	float		zero = 0;
+
+	for (int64_t i = 0; i < n; i++)
+		zero += x[i] * 0;			/* NaN and infinity times 0 are NaN, and stay so */
+	return zero == 0;
+}
+
+void
+millm_kernels_ref(MillmKernels *k)
+{
+	*k = (MillmKernels) {
+		.variant = "ref",
+		.kv_dtype = MILLM_F32,
+		.matmul = {
+			[MILLM_FORM_F32] = {
+				[MILLM_F32] = {rows_f32, columns_f32},
+				[MILLM_F16] = {rows_f16, columns_f16},
+				[MILLM_BF16] = {rows_bf16, columns_bf16},
+			},
+		},
+		.best_form = best_form,
+		.pack_bf16 = pack_bf16,
+		.rms_norm = rms_norm,
+		.layer_norm = layer_norm,
+		.rope = rope,
+		.kv_store = kv_store,
+		.attention = attention,
+		.unary = {
+			[MILLM_UNARY_SILU] = silu,
+			[MILLM_UNARY_GELU_TANH] = gelu_tanh,
+			[MILLM_UNARY_GELU_ERF] = gelu_erf,
+			[MILLM_UNARY_RELU] = relu,
+		},
+		.load_row = load_row,
+		.is_finite = is_finite,
+	};
+}
