@@ -1,0 +1,405 @@
+"""millm-engine serve, from outside: every op of src/wire/protocol.md, cancels, company, strangers, the end.
+
+The model is a tiny random llama of the fixtures; what it says makes no sense, and must be the same every time.
+"""
+import json
+import os
+import shutil
+import signal
+import socket
+import struct
+import threading
+import time
+
+import pytest
+
+from conftest import TINY
+from engine_client import HELLO, PROGRESS, REQUEST, RESULT, TEXT, VERSION, Conversation, Engine, HelperError, frame
+
+LLAMA = TINY / "llama-long"
+PROMPT = "Hello world"
+CONTEXT = 64		# of the small load that the tests of limits use
+SOON = 20			# seconds for what takes milliseconds
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    """The tiny llama with 8192 positions, without an eos, so that it always says as much as it is asked to."""
+    path = tmp_path_factory.mktemp("model") / "llama"
+    shutil.copytree(LLAMA, path)
+    for name in ("config.json", "generation_config.json"):
+        file = path / name
+        if file.exists():
+            config = json.loads(file.read_text())
+            config.pop("eos_token_id", None)
+            file.write_text(json.dumps(config))
+    return path
+
+
+@pytest.fixture(scope="module")
+def engine(model):
+    e = Engine()
+    e.loaded = e.call("load", path=str(model), model="tiny", model_uuid="u-1", context_length=2048)
+    yield e
+    assert e.stop() == 0
+
+
+def refused(code, engine, op, **fields):
+    with pytest.raises(HelperError) as e:
+        engine.call(op, **fields)
+    assert e.value.code == code, e.value
+    return e.value
+
+
+def generate(engine, prompt=PROMPT, **fields):
+    return engine.call("generate", prompt=prompt, **fields)
+
+
+def all_free(engine):
+    """Wait until nothing runs and every page is back."""
+    end = time.monotonic() + SOON
+    while True:
+        s = engine.call("status")
+        if s["running"] == s["waiting"] == 0 and s["pages_free"] == s["pages_total"]:
+            return s
+        assert time.monotonic() < end, s
+        time.sleep(0.005)
+
+
+def test_load_and_status(engine, model):
+    r = engine.loaded
+    assert r["weights_bytes"] > 0 and r["kv_bytes"] > 0 and r["private_bytes"] > r["kv_bytes"] and r["load_ms"] > 0
+    s = all_free(engine)
+    assert s["state"] == "loaded" and s["model"] == "tiny" and s["model_uuid"] == "u-1" and s["path"] == str(model)
+    assert s["pid"] == engine.process.pid and s["version"] == VERSION and s["device"] == "cpu"
+    assert s["context_length"] == r["context_length"] and s["weights_bytes"] == r["weights_bytes"]
+    assert abs(s["loaded_at"] - time.time()) < 600
+    e = refused("MODEL_ALREADY_LOADED", engine, "load", path=str(model))
+    assert "tiny" in e.message and e.hint
+
+
+def test_greedy_is_repeatable(engine):
+    a = generate(engine, max_tokens=12, temperature=0)
+    assert a["finish_reason"] == "length" and a["usage"]["completion_tokens"] == 12 and a["text"]
+    assert generate(engine, max_tokens=12, temperature=0)["text"] == a["text"]
+    assert a["usage"]["prompt_tokens"] == len(engine.call("tokenize", text=PROMPT)["ids"])
+
+
+def test_seed(engine):
+    a = generate(engine, max_tokens=20, temperature=1, seed=7)
+    assert a["seed"] == 7
+    assert generate(engine, max_tokens=20, temperature=1, seed=7)["text"] == a["text"]
+    assert generate(engine, max_tokens=20, temperature=1, seed=8)["text"] != a["text"]
+    b = generate(engine, max_tokens=20, temperature=1)
+    assert 0 <= b["seed"] < 2**53
+    assert generate(engine, max_tokens=20, temperature=1, seed=b["seed"])["text"] == b["text"]
+
+
+def test_stream_is_the_text(engine):
+    whole = generate(engine, max_tokens=30, temperature=1, seed=3)["text"]
+    with engine.open("generate", prompt=PROMPT, max_tokens=30, temperature=1, seed=3, stream=True) as c:
+        result = c.result()
+    assert "text" not in result
+    pieces = [p["text"] for kind, p in c.before if kind == TEXT]
+    assert all(pieces) and "".join(pieces) == whole and len(pieces) > 1
+
+
+def test_stop_sequences(engine):
+    text = generate(engine, max_tokens=40, temperature=1, seed=5)["text"]
+    for at in range(2, len(text) - 3, 5):
+        stop = text[at:at + 3]
+        for stream in (False, True):
+            with engine.open("generate", prompt=PROMPT, max_tokens=40, temperature=1, seed=5, stop=[stop, "never said"], stream=stream) as c:
+                r = c.result()
+            got = "".join(p["text"] for _, p in c.before) if stream else r["text"]
+            assert got == text[:text.index(stop)]
+            assert r["finish_reason"] == "stop"
+            assert r["usage"]["completion_tokens"] <= 40
+    early = generate(engine, max_tokens=200, temperature=1, seed=5, stop=[text[1:4]])
+    assert early["usage"]["completion_tokens"] < 100, "a stop sequence ends the work, not only the text"
+
+
+def test_eos_ends(model, tmp_path):
+    """Make a token that greedy decoding chooses the eos: it ends there, and is not in the text."""
+    path = tmp_path / "m"
+    shutil.copytree(model, path)
+    e = Engine()
+    e.call("load", path=str(model))
+    whole = generate(e, max_tokens=10, temperature=0)
+    ids = e.call("tokenize", text=whole["text"], add_special=False)["ids"]
+    e.call("unload")
+    config = json.loads((path / "config.json").read_text())
+    for name in ("config.json", "generation_config.json"):
+        if (path / name).exists():
+            c = json.loads((path / name).read_text())
+            (path / name).write_text(json.dumps({**c, "eos_token_id": [config["vocab_size"] - 1, ids[-1]]}))
+    e.call("load", path=str(path))
+    r = generate(e, max_tokens=10, temperature=0)
+    assert whole["text"].startswith(r["text"])
+    if r["finish_reason"] == "stop":
+        assert len(r["text"]) < len(whole["text"]) and r["usage"]["completion_tokens"] <= 10
+    else:				# the text's last token was not the one that was generated
+        assert r["text"] == whole["text"]
+    assert e.stop() == 0
+
+
+def test_close_frees_pages(engine):
+    for n_read in (0, 3):
+        c = engine.open("generate", prompt="x " * 200, max_tokens=200, temperature=1, stream=True)
+        for _ in range(n_read):
+            assert c.receive()[0] == TEXT
+        if n_read:
+            s = engine.call("status")
+            assert s["running"] == 1 and s["pages_free"] < s["pages_total"]
+        c.close()
+        start = time.monotonic()
+        all_free(engine)
+        assert time.monotonic() - start < 2
+
+
+def test_twenty_at_once(engine):
+    alone = [generate(engine, prompt=f"Number {i}", max_tokens=24, temperature=0)["text"] for i in range(20)]
+    together = [None] * 20
+
+    def one(i):
+        together[i] = generate(engine, prompt=f"Number {i}", max_tokens=24, temperature=0)["text"]
+
+    threads = [threading.Thread(target=one, args=[i]) for i in range(20)]
+    for t in threads:
+        t.start()
+    for t in threads:
+        t.join(60)
+    assert together == alone
+    all_free(engine)
+
+
+def test_tokens(engine):
+    ids = engine.call("tokenize", text=PROMPT)["ids"]
+    bare = engine.call("tokenize", text=PROMPT, add_special=False)["ids"]
+    assert ids[-len(bare):] == bare
+    assert engine.call("count_tokens", text=PROMPT)["count"] == len(ids)
+    assert engine.call("detokenize", ids=bare)["text"] == PROMPT
+    assert engine.call("tokenize", text="", add_special=False)["ids"] == []
+    long = "The quick brown fox. " * 20000
+    count = engine.call("count_tokens", text=long)["count"]
+    assert count > 20000 and len(engine.call("tokenize", text=long)["ids"]) == count
+    refused("INVALID_ARGUMENT", engine, "detokenize", ids=[-1])
+    refused("INVALID_ARGUMENT", engine, "detokenize", ids=[1 << 30])
+    refused("INVALID_ARGUMENT", engine, "detokenize", ids=["a"])
+
+
+def test_tokenize_while_generating(engine):
+    with engine.open("generate", prompt=PROMPT, max_tokens=200, temperature=1, stream=True) as c:
+        c.receive()
+        assert engine.call("count_tokens", text="a b c")["count"] > 0
+        assert engine.call("status")["running"] == 1
+    all_free(engine)
+
+
+@pytest.mark.parametrize("fields, word", [
+    ({"temperature": -1}, "temperature"), ({"temperature": 1e-9}, "temperature"), ({"temperature": "hot"}, "temperature"),
+    ({"top_p": 1.5}, "top_p"), ({"top_k": -1}, "top_k"), ({"min_p": 2}, "min_p"), ({"max_tokens": 0}, "max_tokens"),
+    ({"max_tokens": -1}, "max_tokens"), ({"max_tokens": 1 << 40}, "max_tokens"), ({"repetition_penalty": 0}, "repetition_penalty"),
+    ({"frequency_penalty": 3}, "frequency_penalty"), ({"presence_penalty": -3}, "presence_penalty"), ({"seed": 1.5}, "seed"),
+    ({"stop": [""]}, "stop"), ({"stop": ["a"] * 17}, "stop"), ({"stop": "a"}, "stop"), ({"stop": [5]}, "stop"),
+    ({"stop": ["x" * 1025]}, "stop"), ({"stream": 1}, "stream"), ({"raw": "yes"}, "raw"), ({"tempreature": 1}, "tempreature"),
+])
+def test_named_refusals(engine, fields, word):
+    e = refused("INVALID_ARGUMENT", engine, "generate", prompt=PROMPT, **fields)
+    assert word in e.message
+
+
+def test_other_refusals(engine):
+    refused("INVALID_ARGUMENT", engine, "generate")
+    refused("INVALID_ARGUMENT", engine, "fly")
+    refused("INVALID_ARGUMENT", engine, "status", verbose=True)
+    refused("INVALID_ARGUMENT", engine, "tokenize")
+    assert "tiny" in refused("MODEL_NOT_LOADED", engine, "generate", prompt=PROMPT, model_uuid="other").detail
+    assert generate(engine, model_uuid="u-1", max_tokens=1)["usage"]["completion_tokens"] == 1
+    assert generate(engine, max_tokens=None, temperature=None, stop=None, seed=None)["text"]
+
+
+def test_context(engine):
+    n = engine.loaded["context_length"]
+    too_long = "word " * (2 * n)
+    e = refused("CONTEXT_LENGTH_EXCEEDED", engine, "generate", prompt=too_long)
+    count = engine.call("count_tokens", text=too_long)["count"]
+    assert str(count) in e.detail and str(n) in e.detail
+    e = refused("CONTEXT_LENGTH_EXCEEDED", engine, "generate", prompt=PROMPT, max_tokens=n)
+    assert str(n) in e.detail and e.hint
+    prompt_tokens = engine.call("count_tokens", text=PROMPT)["count"]
+    r = generate(engine, max_tokens=n - prompt_tokens, temperature=0)
+    assert r["usage"]["completion_tokens"] == n - prompt_tokens
+    all_free(engine)
+
+
+def test_strangers(engine):
+    hello = {"protocol": 1, "version": VERSION, "program": "test"}
+
+    def answer(*frames):
+        with Conversation(engine.path) as c:
+            for f in frames:
+                c.sock.sendall(f)
+            with pytest.raises(HelperError) as e:
+                c.result()
+            return e.value
+
+    assert answer(b"GET / HTTP/1.1\r\n\r\n").code == "PROTOCOL_VIOLATION"
+    assert answer(frame(REQUEST, {"op": "status"})).code == "PROTOCOL_VIOLATION"
+    assert answer(frame(HELLO, {**hello, "version": "0.0.1"})).code == "VERSION_MISMATCH"
+    assert answer(frame(HELLO, {**hello, "protocol": 2})).code == "VERSION_MISMATCH"
+    assert answer(frame(HELLO, hello), frame(REQUEST, b"{nonsense")).code == "PROTOCOL_VIOLATION"
+    assert answer(frame(HELLO, hello), frame(REQUEST, b'{"op":"status","op":"status"}')).code == "PROTOCOL_VIOLATION"
+    assert answer(frame(HELLO, hello), frame(RESULT, {})).code == "PROTOCOL_VIOLATION"
+    assert answer(frame(HELLO, hello), struct.pack("<II", 1 << 30, REQUEST)).code == "PROTOCOL_VIOLATION"
+    for cut in (1, 7, 9, 40):
+        with Conversation(engine.path) as c:
+            c.sock.sendall((frame(HELLO, hello) + frame(REQUEST, {"op": "status"}))[:cut])
+    assert engine.call("status")["state"] == "loaded"
+
+
+def test_stalled_reader(model):
+    """A client that does not read costs its own generation, after the timeout; the others do not wait for it."""
+    e = Engine()
+    e.call("load", path=str(model), stream_stall_timeout_ms=100, max_sequences=2)
+    stuck = []
+    for _ in range(2):
+        c = Conversation(e.path)
+        c.sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2048)
+        c.send(HELLO, {"protocol": 1, "version": VERSION, "program": "test"})
+        c.send(REQUEST, {"op": "generate", "prompt": PROMPT, "max_tokens": e.call("status")["context_length"] - 40,
+                         "temperature": 1, "stream": True})
+        stuck.append(c)
+    assert generate(e, max_tokens=4)["usage"]["completion_tokens"] == 4
+    all_free(e)
+    for c in stuck:			# what was said before, and why it ended
+        with pytest.raises(HelperError) as error:
+            c.result()
+        assert error.value.code == "CANCELED" and "100 ms" in error.value.detail
+    assert e.stop() == 0
+
+
+def test_queue_is_bounded(model):
+    e = Engine()
+    e.call("load", path=str(model), max_sequences=1, max_queue=2)
+    n = e.call("status")["context_length"] - 40
+    open_ones = [e.open("generate", prompt=PROMPT, max_tokens=n, temperature=1, stream=True) for _ in range(3)]
+    open_ones[0].receive()
+    deadline = time.monotonic() + SOON
+    while e.call("status")["waiting"] < 2 and time.monotonic() < deadline:
+        time.sleep(0.002)
+    s = e.call("status")
+    if s["running"] + s["waiting"] == 3:	# none has ended meanwhile
+        error = refused("SERVER_BUSY", e, "generate", prompt=PROMPT)
+        assert "2" in error.detail
+    for c in open_ones:
+        c.close()
+    all_free(e)
+    assert generate(e, max_tokens=2)["usage"]["completion_tokens"] == 2
+    assert e.stop() == 0
+
+
+def test_preempted_sequences_say_the_same(model):
+    """A pool for one full context, eight sequences that want more: each text is what it is alone."""
+    e = Engine()
+    loaded = e.call("load", path=str(model), context_length=CONTEXT)
+    one = loaded["kv_bytes"] // 16
+    prompts = [f"{i} {i * 7}" for i in range(8)]
+    alone = [generate(e, prompt=p, max_tokens=40, temperature=1, seed=i)["text"] for i, p in enumerate(prompts)]
+    e.call("unload")
+    small = e.call("load", path=str(model), context_length=CONTEXT, kv_cache_bytes=one)
+    assert small["kv_bytes"] <= one
+    open_ones = [e.open("generate", prompt=p, max_tokens=40, temperature=1, seed=i, stream=True) for i, p in enumerate(prompts)]
+    for c, text in zip(open_ones, alone):
+        c.result()
+        assert "".join(p["text"] for _, p in c.before) == text
+    all_free(e)
+    refused("INVALID_ARGUMENT", e, "load", path=str(model), kv_cache_bytes="all")
+    e.call("unload")
+    assert "context" in refused("INVALID_ARGUMENT", e, "load", path=str(model), context_length=CONTEXT, kv_cache_bytes=one // 2).message
+    assert e.stop() == 0
+
+
+def test_load_and_unload(model, tmp_path):
+    e = Engine()
+    assert e.call("status")["state"] == "idle"
+    assert e.call("status")["model"] is None and e.call("status")["pages_total"] is None
+    refused("MODEL_NOT_LOADED", e, "generate", prompt=PROMPT)
+    refused("MODEL_NOT_LOADED", e, "tokenize", text="x")
+    refused("MODEL_NOT_LOADED", e, "unload")
+    refused("INVALID_ARGUMENT", e, "load")
+    assert "cuda:7" in refused("UNSUPPORTED", e, "load", path=str(model), device="cuda:7").message
+    refused("INVALID_ARGUMENT", e, "load", path=str(model), context_length=1 << 23)
+    refused("INSUFFICIENT_MEMORY", e, "load", path=str(model), kv_cache_bytes=1 << 50)
+    with pytest.raises(HelperError):
+        e.call("load", path=str(tmp_path))
+    assert e.call("status")["state"] == "idle"
+
+    with e.open("load", path=str(model)) as c:
+        c.result()
+    percents = [p["progress"] for kind, p in c.before if kind == PROGRESS]
+    assert percents == sorted(percents) and all(0 <= p <= 100 for p in percents)
+    assert e.call("status")["model"] == str(model)
+    # a running generation holds the unload up until its time is over
+    c = e.open("generate", prompt=PROMPT, max_tokens=e.call("status")["context_length"] - 40, temperature=1, stream=True)
+    c.receive()
+    u = e.call("unload", timeout_ms=0)
+    assert u["model"] == str(model) and u["freed_bytes"] > 0
+    with pytest.raises(HelperError) as error:
+        c.result()
+    assert error.value.code == "CANCELED"
+    assert e.call("status")["state"] == "idle"
+    # a load goes on when its client has gone
+    e.open("load", path=str(model)).close()
+    deadline = time.monotonic() + SOON
+    while e.call("status")["state"] != "loaded":
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+    assert generate(e, max_tokens=2)["text"] is not None
+    e.call("unload")
+    assert e.stop() == 0
+
+
+def test_chat_template_is_refused_by_name(model, tmp_path):
+    path = tmp_path / "m"
+    shutil.copytree(model, path)
+    (path / "chat_template.jinja").write_text("{% for m in messages %}{{ m.content }}{% endfor %}")
+    e = Engine()
+    e.call("load", path=str(model))
+    assert generate(e, raw=False, max_tokens=1)["usage"]["completion_tokens"] == 1
+    e.call("unload")
+    e.call("load", path=str(path))
+    error = refused("UNSUPPORTED", e, "generate", prompt=PROMPT, raw=False)
+    assert "raw" in error.hint
+    assert generate(e, raw=True, max_tokens=1)["usage"]["completion_tokens"] == 1
+    assert e.stop() == 0
+
+
+def test_ignored_keys_are_named(model, tmp_path):
+    path = tmp_path / "m"
+    shutil.copytree(model, path)
+    (path / "generation_config.json").write_text(json.dumps({"no_repeat_ngram_size": 3}))
+    e = Engine()
+    warnings = e.call("load", path=str(path))["warnings"]
+    assert any("no_repeat_ngram_size" in w for w in warnings)
+    assert any(line.startswith("WARNING") and "no_repeat_ngram_size" in line for line in e.lines())
+    assert e.stop() == 0
+
+
+@pytest.mark.parametrize("how", ["eof", "term", "shutdown"])
+def test_the_end_in_the_middle_of_work(model, how):
+    e = Engine()
+    e.call("load", path=str(model))
+    c = e.open("generate", prompt=PROMPT, max_tokens=e.call("status")["context_length"] - 40, temperature=1, stream=True)
+    c.receive()
+    if how == "term":
+        os.kill(e.process.pid, signal.SIGTERM)
+    elif how == "shutdown":
+        assert e.call("shutdown") == {}
+    else:
+        e.line.close()
+    with pytest.raises((HelperError, ConnectionError)):
+        c.result()
+    assert e.process.wait(15) == 0
+    assert not os.path.exists(e.path)
+    e.stop()
