@@ -1,0 +1,53 @@
+/*
+ * bytes.h -- two containers of this room: a growing run of bytes, and a map from byte strings to numbers.
+ */
+#ifndef MILLM_BYTES_H
+#define MILLM_BYTES_H
+
+#include <stdbool.h>
+#include <stddef.h>
+#include <stdint.h>
+
+/* Zeroed is empty.  May hold NUL; is not NUL-terminated. */
+typedef struct Bytes
+{
+	char	   *data;
+	size_t		n;
+	size_t		capacity;
+} Bytes;
+
+/* These return false, and change nothing, when memory is out. */
+extern bool millm_bytes_reserve(Bytes *b, size_t extra);
+extern bool millm_bytes_add(Bytes *b, const void *data, size_t n);
+extern void millm_bytes_free(Bytes *b);
+
+/* A part of some Bytes, or of a text, by position: such a pair survives that its owner moves. */
+typedef struct Span
+{
+	uint32_t	offset;
+	uint32_t	n;
+} Span;
+
+typedef struct StringMapSlot
+{
+	uint32_t	hash;
+	Span		key;			/* in the map's keys */
+	int32_t		value;			/* -1: the slot is free */
+} StringMapSlot;
+
+/* Keys are copied into one arena of less than 4 GiB.  Zeroed is empty.  Read-only use is thread-safe. */
+typedef struct StringMap
+{
+	Bytes		keys;
+	StringMapSlot *slots;
+	size_t		n_slots;		/* a power of two, or 0 */
+	size_t		n;
+} StringMap;
+
+/* The value under key, or -1. */
+extern int32_t millm_map_get(const StringMap *map, const char *key, size_t n);
+/* Set the value (>= 0) under key, whether it is there or not; false: out of memory. */
+extern bool millm_map_put(StringMap *map, const char *key, size_t n, int32_t value);
+extern void millm_map_free(StringMap *map);
+
+#endif

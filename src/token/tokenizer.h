@@ -1,0 +1,176 @@
+/*
+ * tokenizer.h -- what the files of this room share: a loaded tokenizer as data.
+ *
+ *     load.c     fills a MillmTokenizer from tokenizer.json and tokenizer_config.json
+ *     encode.c   text -> added tokens, normalizer, pre-tokenizer, model, post-processor -> ids
+ *     decode.c   ids -> decoders -> text, at once or one by one
+ *
+ * After loading nothing here changes; every call brings its own working memory.
+ */
+#ifndef MILLM_TOKENIZER_H
+#define MILLM_TOKENIZER_H
+
+#include "bpe.h"
+#include "bytes.h"
+#include "pattern.h"
+#include "token.h"
+
+/* ---- added tokens: found in the text before anything else sees it ---- */
+
+typedef struct AddedToken
+{
+	int32_t		id;
+	Span		content;		/* in the tokenizer's contents.keys */
+	bool		single_word;
+	bool		lstrip;
+	bool		rstrip;
+	bool		normalized;		/* looked for in the normalized text */
+	bool		special;
+} AddedToken;
+
+/* A string to look for. */
+typedef struct AddedPattern
+{
+	const char *text;			/* borrowed, or the set's own */
+	size_t		n;
+	uint32_t	token;			/* index into the tokenizer's added */
+} AddedPattern;
+
+/* Patterns in the order of their bytes; those that begin with byte b are first[b] .. first[b + 1] - 1. */
+typedef struct AddedSet
+{
+	AddedPattern *patterns;
+	size_t		n;
+	uint32_t	first[257];
+	Bytes		texts;			/* of normalized patterns */
+} AddedSet;
+
+/* ---- stages ---- */
+
+#define MAX_STAGES 32			/* of one kind, after Sequences are taken apart */
+#define MAX_SEQUENCE_DEPTH 8
+
+typedef enum NormalizerKind
+{
+	NORMALIZE_NFC,
+	NORMALIZE_PREPEND,			/* text, when the segment is not empty */
+	NORMALIZE_REPLACE			/* every match of pattern becomes text */
+} NormalizerKind;
+
+typedef struct Normalizer
+{
+	NormalizerKind kind;
+	Pattern		pattern;
+	char	   *text;			/* owned */
+	size_t		text_n;
+} Normalizer;
+
+typedef enum Behavior			/* what becomes of the matches of a splitter */
+{
+	SPLIT_REMOVED,
+	SPLIT_ISOLATED,
+	SPLIT_MERGED_WITH_PREVIOUS,
+	SPLIT_MERGED_WITH_NEXT,
+	SPLIT_CONTIGUOUS
+} Behavior;
+
+typedef enum PreTokenizerKind
+{
+	PRE_SPLIT,
+	PRE_PREFIX_SPACE,			/* a space before every piece that has none */
+	PRE_METASPACE				/* spaces become text, and perhaps one is put before */
+} PreTokenizerKind;
+
+typedef enum Prepend
+{
+	PREPEND_NEVER,
+	PREPEND_FIRST,				/* only at the beginning of the input */
+	PREPEND_ALWAYS
+} Prepend;
+
+typedef struct PreTokenizer
+{
+	PreTokenizerKind kind;
+	Pattern		pattern;		/* PRE_SPLIT */
+	Behavior	behavior;
+	bool		invert;
+	Prepend		prepend;		/* PRE_METASPACE */
+	char	   *text;			/* owned */
+	size_t		text_n;
+} PreTokenizer;
+
+typedef enum DecoderKind
+{
+	DECODE_BYTE_LEVEL,			/* alone */
+	DECODE_REPLACE,				/* pattern becomes text, in each token */
+	DECODE_BYTE_FALLBACK,		/* "<0xHH>" are bytes */
+	DECODE_METASPACE,			/* pattern becomes a space, none in the first token if is_first_dropped */
+	DECODE_STRIP,				/* up to n_start of pattern from the start, n_stop from the end, of each token */
+	DECODE_FUSE					/* the tokens become one string */
+} DecoderKind;
+
+typedef struct Decoder
+{
+	DecoderKind kind;
+	Pattern		pattern;		/* a literal */
+	char	   *text;			/* owned */
+	size_t		text_n;
+	bool		is_first_dropped;
+	size_t		n_start;
+	size_t		n_stop;
+} Decoder;
+
+typedef struct Token
+{
+	Span		content;		/* in contents.keys */
+	Span		bytes;			/* in decoded: what the ByteLevel decoder makes of it */
+	uint32_t	added;			/* 1 + its index in added; 0: not an added token */
+	bool		exists;
+	bool		special;		/* skipped by decoding */
+} Token;
+
+struct MillmTokenizer
+{
+	StringMap	contents;		/* token string to id: the vocabulary and the added tokens */
+	Token	   *tokens;			/* [n_ids] */
+	int			n_ids;
+
+	AddedToken *added;
+	size_t		n_added;
+	AddedSet	raw;			/* those with normalized false */
+	AddedSet	normalized;
+
+	Normalizer	normalizers[MAX_STAGES];
+	int			n_normalizers;
+	PreTokenizer pre[MAX_STAGES];
+	int			n_pre;
+	Bpe			bpe;
+
+	int32_t    *before;			/* what the post-processor adds */
+	size_t		n_before;
+	int32_t    *after;
+	size_t		n_after;
+
+	Decoder		decoders[MAX_STAGES];
+	int			n_decoders;		/* 0: tokens are joined with a space */
+	Bytes		decoded;
+
+	bool		has_chat_template;
+};
+
+/*
+ * A tokenizer from the bytes of its two files; config may be NULL.  As millm_tokenizer_open(), but for
+ * the chat template in a file of its own.
+ */
+extern MillmCode millm_tokenizer_parse(const char *json, size_t json_n, const char *config, size_t config_n,
+									   MillmTokenizer **out, MillmError *err);
+
+/* Run the normalizers over text[0..n); *result is text itself or one of the two buffers. */
+extern MillmCode millm_normalize(const MillmTokenizer *tok, PatternScratch *scratch, const char *text, size_t n,
+								 Bytes buffers[2], const char **result, size_t *result_n, MillmError *err);
+
+/* Replace every match of pattern in text[0..n) by with[0..with_n), into *out, which is emptied first. */
+extern MillmCode millm_replace(const Pattern *pattern, PatternScratch *scratch, const char *text, size_t n,
+							   const char *with, size_t with_n, Bytes *out, MillmError *err);
+
+#endif
