@@ -38,12 +38,12 @@ typedef struct Call
 {
 	EngineServer *server;
 	MillmConn  *conn;			/* a reference */
-	json_t	   *request;		/* a reference, while texts in it are borrowed */
 	MillmRequest *generation;	/* a reference; generate only */
 	const MillmLoaded *loaded;	/* a reference; text ops only */
-	const char *text;			/* borrowed from request */
+	char	   *text;			/* a prompt, or what to encode; a copy, for jansson's objects stay on the loop's thread */
 	size_t		len;
-	json_t	   *ids;			/* borrowed from request */
+	int32_t    *ids;			/* what to decode */
+	size_t		n_ids;
 	bool		add_special;
 	bool		counts;			/* count_tokens: the number, not the ids */
 	bool		streams;		/* generate */
@@ -54,16 +54,17 @@ static void
 free_call(Call *call)
 {
 	millm_conn_unref(call->conn);
-	json_decref(call->request);
 	millm_request_unref(call->generation);
 	millm_loaded_release(call->loaded);
+	free(call->text);
+	free(call->ids);
 	free(call->name);
 	free(call);
 }
 
 /* NULL, with the client told, when memory is out. */
 static Call *
-new_call(EngineServer *server, MillmConn *conn, json_t *request)
+new_call(EngineServer *server, MillmConn *conn)
 {
 	Call	   *call = calloc(1, sizeof(*call));
 	MillmError	err;
@@ -76,8 +77,41 @@ new_call(EngineServer *server, MillmConn *conn, json_t *request)
 	}
 	call->server = server;
 	call->conn = millm_conn_ref(conn);
-	call->request = json_incref(request);
 	return call;
+}
+
+static MillmCode
+keep_text(Call *call, const char *text, size_t len, MillmError *err)
+{
+	call->text = malloc(len + 1);
+	if (!call->text)
+		return millm_fail(err, MILLM_E_INTERNAL, "out of memory");
+	memcpy(call->text, text, len);
+	call->len = len;
+	return MILLM_OK;
+}
+
+static MillmCode
+keep_ids(Call *call, json_t *array, MillmError *err)
+{
+	size_t		n = json_array_size(array);
+
+	call->ids = malloc((n + 1) * sizeof(*call->ids));
+	if (!call->ids)
+		return millm_fail(err, MILLM_E_INTERNAL, "out of memory");
+	for (; call->n_ids < n; call->n_ids++)
+	{
+		json_t	   *id = json_array_get(array, call->n_ids);
+
+		if (!json_is_integer(id) || json_integer_value(id) < 0 || json_integer_value(id) > INT32_MAX)
+		{
+			millm_fail(err, MILLM_E_INVALID_ARGUMENT, "field \"ids\" must be an array of token ids");
+			millm_detail(err, "Element %zu is not one.", call->n_ids);
+			return MILLM_E_INVALID_ARGUMENT;
+		}
+		call->ids[call->n_ids] = (int32_t) json_integer_value(id);
+	}
+	return MILLM_OK;
 }
 
 /* The last frame of a call. */
@@ -286,7 +320,7 @@ op_load(EngineServer *server, MillmConn *conn, json_t *request)
 		return;
 	}
 
-	call = new_call(server, conn, request);
+	call = new_call(server, conn);
 	if (!call)
 		return;
 	call->name = strdup(o.model ? o.model : o.path);
@@ -316,7 +350,7 @@ op_unload(EngineServer *server, MillmConn *conn, json_t *request)
 		millm_conn_error(conn, &err);
 		return;
 	}
-	call = new_call(server, conn, request);
+	call = new_call(server, conn);
 	if (!call)
 		return;
 	sink.arg = call;
@@ -367,14 +401,14 @@ submit(void *arg, bool is_ending)
 {
 	Call	   *call = arg;
 
-	json_t	   *request = call->request;	/* the prompt's home; not needed once it is encoded */
+	char	   *prompt = call->text;
 
-	call->request = NULL;
+	call->text = NULL;
 	if (is_ending)
 		millm_engine_cancel(call->server->engine, call->generation);
 	/* The call may be gone when this returns. */
-	millm_engine_submit(call->server->engine, call->generation, call->text, call->len);
-	json_decref(request);
+	millm_engine_submit(call->server->engine, call->generation, prompt, call->len);
+	free(prompt);
 }
 
 /* Is the loaded model the one that the request names? */
@@ -477,18 +511,17 @@ op_generate(EngineServer *server, MillmConn *conn, json_t *request)
 		millm_conn_error(conn, &err);
 		return;
 	}
-	call = new_call(server, conn, request);
+	call = new_call(server, conn);
 	if (!call)
 		return;
-	call->text = prompt;
-	call->len = len;
 	call->streams = stream;
 	sink.arg = call;
 	sink.text = stream ? generate_text : NULL;
 
 	if (!prompt)
 		millm_fail(&err, MILLM_E_INVALID_ARGUMENT, "field \"prompt\" is missing");
-	else if (read_stops(stops, &o, &err) == MILLM_OK &&
+	else if (keep_text(call, prompt, len, &err) == MILLM_OK &&
+			 read_stops(stops, &o, &err) == MILLM_OK &&
 			 millm_engine_loaded(server->engine, &loaded, &err) == MILLM_OK &&
 			 check_model(loaded, uuid, &err) == MILLM_OK &&
 			 check_raw(loaded, raw, &err) == MILLM_OK &&
@@ -582,50 +615,28 @@ static void
 decode(void *arg, bool is_ending)
 {
 	Call	   *call = arg;
-	size_t		n = json_array_size(call->ids);
-	int32_t    *ids;
 	char	   *text = NULL;
 	size_t		len;
 	MillmError	err;
 
 	if (is_unwanted(call, is_ending))
 		return;
-	ids = malloc((n + 1) * sizeof(*ids));
-	if (!ids)
-	{
-		millm_fail(&err, MILLM_E_INTERNAL, "out of memory");
-		end_with_error(call, &err);
-		return;
-	}
-	for (size_t i = 0; i < n; i++)
-	{
-		json_t	   *id = json_array_get(call->ids, i);
-
-		if (!json_is_integer(id) || json_integer_value(id) < 0 || json_integer_value(id) > INT32_MAX)
-		{
-			millm_fail(&err, MILLM_E_INVALID_ARGUMENT, "field \"ids\" must be an array of token ids");
-			millm_detail(&err, "Element %zu is not one.", i);
-			free(ids);
-			end_with_error(call, &err);
-			return;
-		}
-		ids[i] = (int32_t) json_integer_value(id);
-	}
-	if (millm_decode(call->loaded->tokenizer, ids, n, false, &text, &len, &err) != MILLM_OK)
+	if (millm_decode(call->loaded->tokenizer, call->ids, call->n_ids, false, &text, &len, &err) != MILLM_OK)
 		millm_conn_error(call->conn, &err);
 	else
 		millm_conn_result(call->conn, json_pack("{s:s%}", "text", text, len));
 	free(text);
-	free(ids);
 	free_call(call);
 }
 
 static void
 op_text(EngineServer *server, MillmConn *conn, json_t *request, bool decodes, bool counts)
 {
-	Call	   *call = new_call(server, conn, request);
+	Call	   *call = new_call(server, conn);
 	MillmWorkFn work = decodes ? decode : encode;
-	const char *wanted = decodes ? "ids" : "text";
+	const char *text = NULL;
+	size_t		len = 0;
+	json_t	   *ids = NULL;
 	MillmFields f;
 	MillmError	err;
 
@@ -635,16 +646,18 @@ op_text(EngineServer *server, MillmConn *conn, json_t *request, bool decodes, bo
 	call->counts = counts;
 	begin_fields(&f, request, &err);
 	if (decodes)
-		millm_field_array(&f, "ids", &call->ids);
+		millm_field_array(&f, "ids", &ids);
 	else
-		millm_field_text(&f, "text", &call->text, &call->len);
+		millm_field_text(&f, "text", &text, &len);
 	if (!decodes && !counts)
 		millm_field_bool(&f, "add_special", &call->add_special);
-	if (millm_fields_end(&f) == MILLM_OK && !call->ids && !call->text)
-		f.code = millm_fail(&err, MILLM_E_INVALID_ARGUMENT, "field \"%s\" is missing", wanted);
-	if (f.code != MILLM_OK || millm_engine_loaded(server->engine, &call->loaded, &err) != MILLM_OK)
+	if (millm_fields_end(&f) == MILLM_OK && !ids && !text)
+		f.code = millm_fail(&err, MILLM_E_INVALID_ARGUMENT, "field \"%s\" is missing", decodes ? "ids" : "text");
+	if (f.code != MILLM_OK ||
+		(ids ? keep_ids(call, ids, &err) : keep_text(call, text, len, &err)) != MILLM_OK ||
+		millm_engine_loaded(server->engine, &call->loaded, &err) != MILLM_OK)
 		end_with_error(call, &err);
-	else if (call->len <= QUICK_TEXT_BYTES && json_array_size(call->ids) <= QUICK_IDS)
+	else if (call->len <= QUICK_TEXT_BYTES && call->n_ids <= QUICK_IDS)
 		work(call, false);
 	else if (!millm_worker_post(server->worker, work, call))
 	{
