@@ -110,7 +110,9 @@ fill(MillmLoaded *loaded, const MillmLoadOptions *options, void (*progress) (voi
 		return rc;
 
 	fo.max_batch_tokens = options->max_sequences > MIN_BATCH_TOKENS ? options->max_sequences : MIN_BATCH_TOKENS;
-	plan.page_bytes = millm_kv_page_bytes(loaded->model);
+	plan.page_bytes = millm_kv_page_bytes(loaded->model, &fo);
+	if (plan.page_bytes < 0)
+		return millm_forward_create(loaded->model, &fo, fw, err);	/* no such kernels: it says which there are */
 	plan.context_length = loaded->context_length;
 	plan.weights_bytes = (int64_t) loaded->model->weights_bytes;
 	plan.workspace_bytes = millm_forward_workspace_bytes(loaded->model, &fo);

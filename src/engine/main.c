@@ -693,6 +693,8 @@ command_inspect(int argc, char **argv)
 	MillmModel *model;
 	MillmTokenizer *tok = NULL;
 	const MillmConfig *c;
+	MillmForwardOptions best_kernels = {0};
+	int64_t		page_bytes;
 	MillmError	err;
 	MillmError	tok_err;
 
@@ -713,7 +715,9 @@ command_inspect(int argc, char **argv)
 	for (int i = 0; i < c->n_eos; i++)
 		printf(" %d", c->eos_ids[i]);
 	printf("%s\n", c->n_eos ? "" : " none");
-	printf("KV cache         %.1f kB per token\n", (double) millm_kv_page_bytes(model) / MILLM_KV_PAGE_TOKENS / 1e3);
+	page_bytes = millm_kv_page_bytes(model, &best_kernels);
+	if (page_bytes > 0)
+		printf("KV cache         %.1f kB per token\n", (double) page_bytes / MILLM_KV_PAGE_TOKENS / 1e3);
 	if (millm_tokenizer_open(args[0], &tok, &tok_err) == MILLM_OK)
 		printf("tokenizer        %d ids%s\n", millm_tokenizer_n_ids(tok),
 			   millm_tokenizer_has_chat_template(tok) ? ", with a chat template" : "");

@@ -564,7 +564,7 @@ send_ids(MillmConn *conn, const MillmIds *ids)
 	}
 	memcpy(json, head, n);
 	for (size_t i = 0; i < ids->n; i++)
-		n += (size_t) sprintf(json + n, "%s%" PRId32, i ? "," : "", ids->ids[i]);
+		n += (size_t) snprintf(json + n, 13, "%s%" PRId32, i ? "," : "", ids->ids[i]);
 	json[n++] = ']';
 	json[n++] = '}';
 	if (n <= WIRE_MAX_REPLY_BYTES)

@@ -140,7 +140,7 @@ listen_on(Process *p)
 				  strlen(p->path), sizeof(addr.sun_path) - 1);
 		return false;
 	}
-	strcpy(addr.sun_path, p->path);
+	memcpy(addr.sun_path, p->path, strlen(p->path));
 	if (lstat(p->path, &st) == 0)
 	{
 		int			probe;
