@@ -37,6 +37,7 @@
 #include "utils/memutils.h"
 #include "utils/wait_event.h"
 
+#include "compat.h"
 #include "json.h"
 #include "live.h"
 #include "version.h"
@@ -70,20 +71,16 @@ typedef struct Deadline
 static const char *const helper_program[] = {[MILLM_ENGINE] = "millm-engine", [MILLM_HUB] = "millm-hub"};
 static const MillmCode helper_unavailable[] = {[MILLM_ENGINE] = MILLM_E_ENGINE_UNAVAILABLE, [MILLM_HUB] = MILLM_E_HUB_UNAVAILABLE};
 
-/* What pg_stat_activity shows of a wait: a name of our own where PostgreSQL lets extensions have one. */
-#if PG_VERSION_NUM >= 170000
+/* What pg_stat_activity shows of a wait for a helper. */
 static uint32
 wait_event(MillmHelper helper)
 {
 	static uint32 events[2];
 
 	if (events[helper] == 0)
-		events[helper] = WaitEventExtensionNew(helper == MILLM_ENGINE ? "MillmEngine" : "MillmHub");
+		events[helper] = millm_new_wait_event(helper == MILLM_ENGINE ? "MillmEngine" : "MillmHub");
 	return events[helper];
 }
-#else
-#define wait_event(helper) PG_WAIT_EXTENSION
-#endif
 
 static Deadline
 deadline_in(int timeout_ms)
@@ -208,13 +205,11 @@ millm_client_socket(MillmClient *client)
 static void
 check_sql_client(void)
 {
-#if PG_VERSION_NUM >= 150000
-	if (whereToSendOutput == DestRemote && MyProcPort && WaitEventSetCanReportClosed() && !pq_check_connection())
+	if (whereToSendOutput == DestRemote && MyProcPort && millm_can_check_client() && !pq_check_connection())
 	{
 		ClientConnectionLost = true;
 		InterruptPending = true;
 	}
-#endif
 }
 
 /* Sleep until the socket is ready for event, something wants our attention, or the time is up: the caller looks which. */
