@@ -284,7 +284,7 @@ class Handler(BaseHTTPRequestHandler):
         siblings = []
         for p, b in files.items():
             s = {"rfilename": p}
-            if query.get("blobs") == ["true"]:
+            if query.get("blobs", [""])[0].lower() == "true":
                 s |= {"size": b.size, "blobId": b.oid}
                 if b.lfs:
                     s["lfs"] = {"sha256": self.mask(repo, b.sha256), "size": b.size, "pointerSize": 134}
@@ -343,7 +343,7 @@ class Handler(BaseHTTPRequestHandler):
         sha = repo.sha(files)
         if not repo.revision_ok(rev, sha):
             return self.error(404, "RevisionNotFound", f"Invalid rev id: {rev}")
-        recursive = query.get("recursive") == ["true"]
+        recursive = query.get("recursive", [""])[0].lower() == "true"
         entries, seen = [], set()
         for p, b in files.items():
             if sub and not p.startswith(sub + "/"):

@@ -1,0 +1,79 @@
+/*
+ * http.h -- one HTTP request at a time to a hub and the hosts that it points to.
+ *
+ * The rule of this file: the access token goes to the endpoint's own origin (scheme, host, port) and nowhere else.  Redirects are
+ * followed here, not by libcurl, so that each hop is seen.  A body reaches the caller only from a 200 or a 206 of the last hop.
+ */
+#ifndef MILLM_HTTP_H
+#define MILLM_HTTP_H
+
+#include <stdatomic.h>
+#include <stdbool.h>
+#include <stddef.h>
+#include <stdint.h>
+
+#include "error.h"
+
+typedef struct MillmHttp MillmHttp;
+
+/*
+ * endpoint: "https://huggingface.co" (no slash at the end); token: NULL for none.  Both are copied.  *stop, which may become
+ * true at any time from any thread, ends a request within a second.  INVALID_ARGUMENT for an endpoint that is no http(s) URL.
+ */
+extern MillmCode millm_http_open(const char *endpoint, const char *token, atomic_bool *stop, MillmHttp **out, MillmError *err);
+extern void millm_http_close(MillmHttp *http);	/* NULL is fine; the token's memory is wiped */
+extern const char *millm_http_endpoint(const MillmHttp *http);
+extern bool millm_http_has_token(const MillmHttp *http);
+
+/* What an answer said.  Strings are "" and numbers -1 where it said nothing. */
+typedef struct MillmReply
+{
+	int			status;
+	char		commit[48];		/* X-Repo-Commit: 40 hexadecimal digits, or "" */
+	char		etag[72];		/* X-Linked-Etag, else ETag: 40 (git sha1) or 64 (sha256) hexadecimal digits, or "" */
+	int64_t		linked_size;	/* X-Linked-Size */
+	int64_t		length;			/* Content-Length of the last hop */
+	int64_t		range_start, range_total;	/* of Content-Range */
+	char		error_code[32];	/* X-Error-Code */
+	char		error_message[256];
+	char		request_id[96];
+	char		next[2048];		/* Link: rel="next" */
+	int			retry_after;	/* seconds */
+	bool		foreign;		/* the last hop is another host's: its errors are not the hub's */
+	bool		retryable;		/* of a failed request: worth another attempt */
+} MillmReply;
+
+typedef enum MillmFollow
+{
+	FOLLOW_ALL,					/* up to MAX_HOPS */
+	FOLLOW_OWN					/* only within the origin: the answer that points elsewhere is the answer */
+} MillmFollow;
+
+/* Takes a piece of the body; returns false to end the request (why is the caller's to know). */
+typedef bool (*MillmTake) (void *arg, const char *data, size_t len, const MillmReply *reply);
+
+typedef struct MillmRequest
+{
+	const char *method;			/* "GET" or "HEAD" */
+	const char *url;			/* absolute, or a path at the endpoint */
+	int64_t		range_start;	/* -1: the whole */
+	MillmFollow follow;
+	int			timeout_ms;		/* of everything; 0: only stalls end it */
+	MillmTake	take;			/* NULL: the body is dropped */
+	void	   *arg;
+} MillmRequest;
+
+/*
+ * Do it once.  MILLM_OK: the server answered, reply->status says what (also an error's status).  Else: CANCELED by *stop, or
+ * HUB_UNAVAILABLE with the reason (name resolution, connect, timeout, a body cut short; reply->retryable says whether another
+ * attempt makes sense), MODEL_DOWNLOAD_FAILED for redirects that lead nowhere.
+ */
+extern MillmCode millm_http_do(MillmHttp *http, const MillmRequest *request, MillmReply *reply, MillmError *err);
+
+/* Sleep for ms unless *stop becomes true: then CANCELED. */
+extern MillmCode millm_http_pause(MillmHttp *http, int ms, MillmError *err);
+
+/* Percent-encode for a path; slashes stay when keep_slashes.  malloc'ed, NULL when out of memory. */
+extern char *millm_url_encode(const char *text, bool keep_slashes);
+
+#endif

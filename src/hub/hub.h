@@ -1,0 +1,90 @@
+/*
+ * hub.h -- the HuggingFace Hub: what is in a repository, and its files.
+ *
+ * Protocol: reference hub-protocol.md.  This library does not know what the bytes of a file mean; job.c does.
+ */
+#ifndef MILLM_HUB_H
+#define MILLM_HUB_H
+
+#include <jansson.h>
+#include <stdbool.h>
+#include <stdint.h>
+
+#include "error.h"
+#include "http.h"
+
+#define MILLM_HUB_MAX_FILES		10000
+#define MILLM_HUB_MAX_PATH		255
+
+/* owner/name or name: ASCII letters, digits, '_', '-', '.'; see hub-protocol.md 6.1.  INVALID_REPO_ID naming the rule. */
+extern MillmCode millm_repo_id_check(const char *repo_id, MillmError *err);
+/* A branch, tag or commit.  INVALID_ARGUMENT. */
+extern MillmCode millm_revision_check(const char *revision, MillmError *err);
+
+typedef struct MillmHubFile
+{
+	char		path[MILLM_HUB_MAX_PATH + 1];	/* in the repository */
+	int64_t		size;
+	char		hash[72];		/* sha256 (64) or git sha1 (40) of the content; "" when the hub masks it */
+} MillmHubFile;
+
+typedef struct MillmRepo
+{
+	char		id[256];		/* as asked for */
+	char		commit[48];
+	bool		gated;
+	char		license[64];	/* "" unknown */
+	int64_t		params;			/* by the hub's own count; -1 unknown */
+	MillmHubFile *files;
+	size_t		n_files;
+} MillmRepo;
+
+/* Attempts and patience of API requests. */
+typedef struct MillmPatience
+{
+	int			attempts;
+	int			timeout_ms;		/* of one request */
+} MillmPatience;
+
+/*
+ * Model info and the whole tree at the resolved commit.  The caller frees *out.  Errors as hub-protocol.md section 8 maps them.
+ */
+extern MillmCode millm_repo_open(MillmHttp *http, const char *repo_id, const char *revision, MillmPatience patience, MillmRepo **out, MillmError *err);
+extern void millm_repo_free(MillmRepo *repo);	/* NULL is fine */
+extern const MillmHubFile *millm_repo_find(const MillmRepo *repo, const char *path);
+
+/* A small file whole, at most max bytes; malloc'ed and NUL-terminated. */
+extern MillmCode millm_repo_read(MillmHttp *http, const MillmRepo *repo, const char *path, size_t max, MillmPatience patience,
+								 char **out, size_t *len, MillmError *err);
+
+/* Turn an answer of status >= 400 into an error (asks whoami-v2 when it must tell a bad token from a missing grant). */
+extern MillmCode millm_hub_error(MillmHttp *http, const char *repo_id, const char *what, const MillmReply *reply, MillmError *err);
+
+/* "/owner/name/resolve/COMMIT/path", malloc'ed. */
+extern char *millm_resolve_url(const MillmRepo *repo, const char *path);
+
+/* Where the bytes of a file go. */
+typedef struct MillmSink
+{
+	void	   *arg;
+	/* Bytes that an earlier attempt left and that may be kept, or 0. */
+	MillmCode	(*begin) (void *arg, const MillmHubFile *file, int64_t *have, MillmError *err);
+	/* Show the kept bytes to the hash, in pieces. */
+	MillmCode	(*replay) (void *arg, void (*see) (void *see_arg, const void *data, size_t len), void *see_arg, MillmError *err);
+	MillmCode	(*write) (void *arg, const void *data, size_t len, MillmError *err);
+	/* Start over: forget what was written of this file. */
+	MillmCode	(*discard) (void *arg, MillmError *err);
+	/* The bytes are what they should be: keep the file under its name. */
+	MillmCode	(*finish) (void *arg, MillmError *err);
+	/* The attempt ends without finish; what is there may be kept for another (begin). */
+	void		(*abandon) (void *arg);
+} MillmSink;
+
+/*
+ * Bring one file into the sink, verified: size, commit and hash.  Resumes, retries (3 attempts without progress), fetches once more
+ * after a wrong hash.  advance(arg, delta) reports bytes, negative when some must be fetched again.
+ */
+extern MillmCode millm_hub_fetch(MillmHttp *http, const MillmRepo *repo, const MillmHubFile *file, MillmSink *sink,
+								 void (*advance) (void *arg, int64_t delta), void *arg, MillmError *err);
+
+#endif

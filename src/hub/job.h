@@ -1,0 +1,58 @@
+/*
+ * job.h -- what millm-hub does for its callers: look at a repository, download one, look at a directory.
+ *
+ * Here the rooms meet: the Hub's files (hub.h), what they mean to the engine (model.h), and the cache on disk (store.h).
+ */
+#ifndef MILLM_JOB_H
+#define MILLM_JOB_H
+
+#include <jansson.h>
+
+#include "hub.h"
+
+/* What is asked for.  Strings are the caller's, until the call returns. */
+typedef struct MillmJobSpec
+{
+	const char *endpoint;
+	const char *repo_id;
+	const char *revision;
+	const char *token;			/* NULL: none */
+	const char *quantization;	/* "FP16" */
+	bool		trust_remote_code;
+	int			timeout_ms;		/* of one request, in validate */
+	/* download only */
+	const char *cache_dir;
+	const char *directory;
+	const char *model_uuid;
+	const char *owner_id;
+	int64_t		model_id;
+} MillmJobSpec;
+
+typedef struct MillmProgress
+{
+	const char *stage;			/* "resolving", "downloading", "verifying" */
+	const char *file;			/* "" */
+	int64_t		bytes, total_bytes;	/* total_bytes 0: not known yet */
+	double		bytes_per_second;	/* < 0: not measured yet */
+} MillmProgress;
+
+/* Called at most 5 times a second, and at each change of stage. */
+typedef void (*MillmReport) (void *arg, const MillmProgress *progress);
+
+/*
+ * Can this repository be downloaded and run?  Writes nothing.  *out is the RESULT of protocol.md.  Network trouble and timeouts
+ * are HUB_UNAVAILABLE: the caller may queue the download all the same.
+ */
+extern MillmCode millm_job_validate(const MillmJobSpec *spec, atomic_bool *stop, json_t **out, MillmError *err);
+
+/*
+ * Bring a repository to disk.  When it fails or is stopped, everything that it wrote is removed, unless *keep is true by then: then
+ * whole files and partials stay for the next attempt.
+ */
+extern MillmCode millm_job_download(const MillmJobSpec *spec, atomic_bool *stop, atomic_bool *keep, MillmReport report, void *arg,
+									json_t **out, MillmError *err);
+
+/* A directory that is already there. */
+extern MillmCode millm_job_inspect(const char *path, json_t **out, MillmError *err);
+
+#endif

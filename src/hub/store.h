@@ -1,0 +1,45 @@
+/*
+ * store.h -- the directory of one model in the cache: temporary names, renames, the meta file, removal.
+ *
+ * A file has its name only when its content is proved.  Until then it is ".partial-HASH-NAME", so that a partial
+ * file is only ever continued with the content that it was begun for.
+ */
+#ifndef MILLM_STORE_H
+#define MILLM_STORE_H
+
+#include "hub.h"
+
+#define MILLM_META_NAME ".millm_meta.json"
+
+typedef struct MillmStore MillmStore;
+
+/*
+ * Create or open cache_dir/directory ("huggingface/owner--name--FP16").  Every part is opened without following links.
+ * INSUFFICIENT_DISK, MODEL_DOWNLOAD_FAILED when it cannot be written.
+ */
+extern MillmCode millm_store_open(const char *cache_dir, const char *directory, MillmStore **out, MillmError *err);
+extern void millm_store_close(MillmStore *store);	/* NULL is fine; removes nothing */
+extern const char *millm_store_path(const MillmStore *store);
+
+/* Free bytes for us on the file system. */
+extern MillmCode millm_store_free_bytes(const MillmStore *store, int64_t *out, MillmError *err);
+/* Size of a whole file of that name that is already there, or of its partial; 0: none. */
+extern int64_t millm_store_have(const MillmStore *store, const MillmHubFile *file);
+/* Is the whole file there, with that hash? */
+extern bool millm_store_is_proved(const MillmStore *store, const MillmHubFile *file, atomic_bool *stop);
+
+/* The plain sink of one file after the other. */
+extern MillmSink *millm_store_sink(MillmStore *store);
+
+/* Write a small file of our own, atomically. */
+extern MillmCode millm_store_put(MillmStore *store, const char *name, const char *text, size_t len, MillmError *err);
+/* Remove these files, their partials, the meta file, and the directory when it is then empty. */
+extern void millm_store_remove(MillmStore *store, const MillmHubFile *const *files, size_t n);
+
+/*
+ * Remove cache_dir/directory whole, if its meta file has that uuid: rename to cache_dir/trash/uuid, fsync, unlink
+ * without following links.  *removed false: there is no such directory, or it is another model's.
+ */
+extern MillmCode millm_store_trash(const char *cache_dir, const char *directory, const char *uuid, bool *removed, MillmError *err);
+
+#endif
