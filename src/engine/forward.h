@@ -38,8 +38,11 @@ extern void millm_forward_free(MillmForward *fw);
 extern const char *millm_forward_kernels(const MillmForward *fw);	/* the variant in use */
 extern int	millm_forward_threads(const MillmForward *fw);
 extern int	millm_forward_max_batch_tokens(const MillmForward *fw);
-/* Bytes of one KV page over all layers, and what a forward pass of these options takes besides. */
-extern int64_t millm_kv_page_bytes(const MillmModel *model);
+/*
+ * Bytes of one KV page over all layers with the kernels of these options (float32 for "ref", float16 for the others;
+ * -1 when there are no such kernels: create says why), and what a forward pass of these options takes besides.
+ */
+extern int64_t millm_kv_page_bytes(const MillmModel *model, const MillmForwardOptions *options);
 extern int64_t millm_forward_workspace_bytes(const MillmModel *model, const MillmForwardOptions *options);
 extern int64_t millm_kv_pages_total(const MillmForward *fw);
 extern int64_t millm_kv_pages_free(const MillmForward *fw);
@@ -47,13 +50,18 @@ extern int64_t millm_kv_pages_free(const MillmForward *fw);
 /* An empty sequence; NULL when out of memory.  free gives its pages back. */
 extern MillmSequence *millm_sequence_create(MillmForward *fw);
 extern void millm_sequence_free(MillmSequence *seq);	/* NULL is fine */
-/* A second sequence with the same past; pages are shared and copied on write. */
+/*
+ * A second sequence with the same past, NULL when out of memory; pages are shared and copied on write.  Both must
+ * reserve again before their next step: the copy is made there.
+ */
 extern MillmSequence *millm_sequence_fork(MillmSequence *seq);
 extern int	millm_sequence_length(const MillmSequence *seq);	/* positions computed so far */
-/* Forget positions from length on (a rejected draft, a preempted sequence: length 0). */
+/* Forget positions from length on (a rejected draft, a preempted sequence: length 0), and pages reserved past it. */
 extern void millm_sequence_truncate(MillmSequence *seq, int length);
 /* Make room for positions up to length; false (and nothing changed) when the pool has too few free pages. */
 extern bool millm_sequence_reserve(MillmSequence *seq, int length);
+/* For tests: INTERNAL when the pages, their counts and the sequences contradict each other. */
+extern MillmCode millm_forward_check(const MillmForward *fw, MillmError *err);
 
 typedef struct MillmBatchToken
 {
@@ -67,7 +75,8 @@ typedef struct MillmBatchToken
  * Run one step.  Room must have been reserved.  Rows of logits, [n_wanted, vocab_size] float32 in the
  * order of the wanting tokens, are at *logits until the next step.  should_stop(arg), if not NULL, is asked
  * between layers; when it says true the step ends with CANCELED and no sequence has grown.
- * INTERNAL naming the layer when an activation becomes NaN or infinite.
+ * INTERNAL naming the layer when an activation becomes NaN or infinite; INVALID_ARGUMENT for a token id that the
+ * vocabulary does not have, CONTEXT_LENGTH_EXCEEDED past learned positions.  A failed step has not happened.
  */
 extern MillmCode millm_forward_step(MillmForward *fw, const MillmBatchToken *batch, int n,
 									bool (*should_stop) (void *arg), void *arg,

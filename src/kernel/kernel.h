@@ -34,8 +34,8 @@ extern unsigned millm_cpu_flags(void);
 #define MILLM_KERNEL_PAGE 16
 
 /*
- * The form in which a matmul wants its activation.  A row of n_in values takes
- * millm_form_row_bytes(); the F32 form is the activation itself.
+ * The form in which a matmul wants its activation.  F32 is the activation itself, rows as they lie;
+ * a packed row of n_in values takes millm_form_row_bytes().
  */
 typedef enum MillmForm
 {

@@ -1,0 +1,91 @@
+/*
+ * backend.h -- what the forward pass asks of a compute backend.
+ *
+ * Activations live in the backend's memory, as buffers of float32 rows; weights are the model's views,
+ * which a backend may use in place or keep a copy of.  Destination first.  n is always the number
+ * of rows (tokens).  Nothing here fails once the backend and its buffers exist; what may be
+ * wrong in a step was checked by forward.c.  Not thread-safe.
+ */
+#ifndef MILLM_BACKEND_H
+#define MILLM_BACKEND_H
+
+#include <stdbool.h>
+#include <stdint.h>
+
+#include "error.h"
+#include "model.h"
+#include "tensor.h"
+
+typedef struct MillmBackend MillmBackend;
+typedef struct MillmBuffer MillmBuffer;	/* [max rows, columns] float32, the backend's */
+
+/* The attention of one layer, as numbers. */
+typedef struct MillmAttention
+{
+	int			layer;
+	int			n_heads;
+	int			n_kv_heads;
+	int			head_dim;
+	int			window;			/* keys a query sees, itself included; 0: all */
+	float		scale;
+} MillmAttention;
+
+/* One of the matmuls that share an input: y (+)= x w^T + bias */
+typedef struct MillmProjection
+{
+	MillmBuffer *y;				/* [n, w->n_out] */
+	const MillmWeight *w;
+	const MillmVector *bias;	/* data NULL: none */
+	bool		accumulate;		/* add to y: the residual */
+} MillmProjection;
+#define MILLM_MAX_PROJECTIONS 3
+
+struct MillmBackend
+{
+	const char *name;			/* "cpu" */
+	const char *variant;		/* of its kernels: "avx512" */
+	int			n_threads;
+
+	void		(*free) (MillmBackend *be);		/* and its buffers */
+	/* Rows are uninitialised.  INSUFFICIENT_MEMORY with figures. */
+	MillmCode	(*buffer_create) (MillmBackend *be, int64_t n_rows, int64_t n_columns, MillmBuffer **out, MillmError *err);
+	const float *(*buffer_read) (MillmBackend *be, MillmBuffer *x);	/* in host memory, until the buffer is written */
+
+	/* Begin a step of n tokens: where each is, and the page table of its sequence (borrowed for the step). */
+	void		(*begin) (MillmBackend *be, const int32_t *positions, const int32_t *const *pages, int n);
+
+	/* y[t] (+)= table[rows[t]] */
+	void		(*embed) (MillmBackend *be, MillmBuffer *y, const MillmWeight *table, const int32_t *rows, bool add, int n);
+	void		(*norm) (MillmBackend *be, MillmBuffer *y, MillmBuffer *x, MillmNorm kind, const MillmVector *weight,
+						 const MillmVector *bias, float eps, int n);
+	void		(*matmul) (MillmBackend *be, const MillmProjection *p, int n_projections, MillmBuffer *x, int n);
+	/* Rotate q and k by the tokens' positions, when the model has rope; store k and v in their pages. */
+	void		(*rope_and_store) (MillmBackend *be, const MillmAttention *a, MillmBuffer *q, MillmBuffer *k, MillmBuffer *v, int n);
+	/* y = attention of q over what the pages hold, each token up to its own position */
+	void		(*attention) (MillmBackend *be, const MillmAttention *a, MillmBuffer *y, MillmBuffer *q, int n);
+	/* y = act(x), times up unless NULL; y may be x */
+	void		(*activation) (MillmBackend *be, MillmBuffer *y, MillmAct act, MillmBuffer *x, MillmBuffer *up, int64_t n_columns, int n);
+	void		(*select) (MillmBackend *be, MillmBuffer *y, MillmBuffer *x, const int32_t *rows, int n);	/* y[t] = x[rows[t]] */
+	bool		(*is_finite) (MillmBackend *be, MillmBuffer *x, int n);
+
+	void		(*copy_page) (MillmBackend *be, int32_t dst, int32_t src);	/* all layers */
+};
+
+typedef struct MillmBackendOptions
+{
+	int			n_threads;		/* 0: one per CPU */
+	bool		deterministic;
+	const char *kernels;		/* a variant by name; NULL: $MILLM_KERNELS, else the best */
+	int			max_tokens;		/* of a step */
+	int64_t		n_pages;
+} MillmBackendOptions;
+
+/* The model is borrowed for the backend's life. */
+extern MillmCode millm_backend_cpu_create(const MillmModel *model, const MillmBackendOptions *options, MillmBackend **out, MillmError *err);
+
+/* What it will take, for the prediction; -1 when kernels cannot be chosen (create says why). */
+extern int64_t millm_backend_cpu_page_bytes(const MillmModel *model, const char *kernels);
+extern int64_t millm_backend_cpu_buffer_bytes(int64_t n_rows, int64_t n_columns);
+extern int64_t millm_backend_cpu_own_bytes(const MillmModel *model, int max_tokens);
+
+#endif

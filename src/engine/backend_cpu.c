@@ -1,0 +1,604 @@
+/*
+ * backend_cpu.c -- the CPU: kernels of one variant, a team of threads, weights used where they lie.
+ *
+ * Owns:     the team, the buffers, the bytes of the KV pages, the angles of the step.
+ * Borrows:  the model and, for a step, positions and page tables.
+ * Does not: know what a layer is made of (forward.c) or whose a page is (kv.c).
+ *
+ * An activation is packed once into each form that the weights it meets ask for, and the packed rows
+ * stay valid until the buffer is written again.  Small loops run on the calling thread alone: waking
+ * others takes longer.
+ *
+ * KV pages: for each layer K [n_kv_heads, head_dim, 16] then V [n_kv_heads, 16, head_dim], in the
+ * kernels' kv_dtype: float32 for ref, which is exact, float16 otherwise.
+ */
+#include "backend.h"
+
+#include <errno.h>
+#include <inttypes.h>
+#include <math.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/mman.h>
+
+#include "arith.h"
+#include "forward.h"
+#include "kernel.h"
+#include "threads.h"
+
+_Static_assert(MILLM_KV_PAGE_TOKENS == MILLM_KERNEL_PAGE, "a KV page is as wide as the kernels think");
+
+/* Loops with less work than this, in multiply-adds or the like, are not worth waking anybody for. */
+#define MIN_PARALLEL_WORK	(32 * 1024)
+/* A piece of a matmul: large enough for one long read, small enough that threads end together. */
+#define MIN_PIECE_BYTES		(32 * 1024)
+/* With many tokens the piece's weights are read again for each few of them: they must stay in the L2 cache. */
+#define MAX_PANEL_BYTES		(128 * 1024)
+#define PIECES_PER_THREAD	6
+/* Outputs of a piece: a multiple of every kernel's tile. */
+#define OUTPUT_GRANULE		16
+#define COLUMN_GRANULE		256
+
+struct MillmBuffer
+{
+	float	   *data;			/* [n_rows, n_columns] */
+	int64_t		n_columns;
+	char	   *bf16;			/* [n_rows, bf16_stride bytes], 64-byte aligned */
+	int64_t		bf16_stride;
+	int			n_packed;		/* rows of bf16 that are up to date */
+	size_t		mapped;			/* bytes from data on, bf16 included */
+	MillmBuffer *next;
+};
+
+typedef struct CpuBackend
+{
+	MillmBackend base;			/* first: the backend is this */
+	const MillmModel *model;
+	MillmKernels k;
+	MillmTeam  *team;
+	bool		deterministic;
+	MillmBuffer *buffers;
+	/* KV */
+	char	   *kv;				/* [n_pages, page_bytes] */
+	size_t		kv_bytes;
+	int64_t		page_bytes;
+	int64_t    *layer_offset;	/* [n_layers]: bytes from the page's begin */
+	/* the step */
+	const int32_t *positions;
+	const int32_t *const *pages;
+	int			n_pairs;		/* rotary_dim / 2, 0 without rope */
+	float	   *cosine,			/* [max_tokens, n_pairs] */
+			   *sine;
+} CpuBackend;
+
+static CpuBackend *
+cpu(MillmBackend *be)
+{
+	return (CpuBackend *) be;
+}
+
+static float *
+row(const MillmBuffer *b, int64_t t)
+{
+	return b->data + t * b->n_columns;
+}
+
+/* Run work over n rows of about row_work each; few of them stay here. */
+static void
+run_rows(CpuBackend *c, void (*work) (void *arg, int64_t begin, int64_t end), void *arg, int64_t n, int64_t row_work)
+{
+	int64_t		grain = MIN_PARALLEL_WORK / 4 / (row_work < 1 ? 1 : row_work) + 1;
+
+	if (n * row_work < MIN_PARALLEL_WORK)
+		grain = n;
+	millm_team_run(c->team, work, arg, n, grain);
+}
+
+/* ---- memory ---- */
+
+static int64_t
+layer_bytes(const MillmLayer *layer, MillmDtype dtype)
+{
+	/* bounded by MILLM_MAX_HEADS and MILLM_MAX_HEAD_DIM: no overflow */
+	int64_t		bytes = (int64_t) 2 * layer->n_kv_heads * layer->head_dim * MILLM_KERNEL_PAGE * millm_dtype_bytes(dtype);
+
+	return (bytes + 63) / 64 * 64;
+}
+
+static bool
+choose_kernels(const char *name, MillmKernels *k, MillmError *err)
+{
+	bool		is_known;
+
+	if (!name || !*name)
+		name = getenv("MILLM_KERNELS");
+	if (name && !*name)
+		name = NULL;
+	if (millm_kernels_init(k, name, &is_known))
+		return true;
+	millm_fail(err, is_known ? MILLM_E_UNSUPPORTED : MILLM_E_INVALID_ARGUMENT,
+			   is_known ? "this CPU cannot run the kernels \"%s\"" : "there are no kernels named \"%s\"", name);
+	millm_hint(err, "Kernels are \"ref\", \"avx2\" and \"avx512\"; without a name the best that the CPU can run are taken.");
+	return false;
+}
+
+int64_t
+millm_backend_cpu_page_bytes(const MillmModel *model, const char *kernels)
+{
+	MillmKernels k;
+	int64_t		bytes = 0;
+
+	if (!choose_kernels(kernels, &k, NULL))
+		return -1;
+	for (int i = 0; i < model->config.n_layers; i++)
+		bytes += layer_bytes(&model->layers[i], k.kv_dtype);
+	return bytes;
+}
+
+int64_t
+millm_backend_cpu_buffer_bytes(int64_t n_rows, int64_t n_columns)
+{
+	return (n_rows * n_columns * (int64_t) sizeof(float) + 63) / 64 * 64 + n_rows * millm_form_row_bytes(MILLM_FORM_BF16, n_columns);
+}
+
+int64_t
+millm_backend_cpu_own_bytes(const MillmModel *model, int max_tokens)
+{
+	return (int64_t) max_tokens * model->config.rotary_dim * (int64_t) sizeof(float);
+}
+
+/* Zeroed memory that is not touched before it is used. */
+static void *
+map(size_t bytes, const char *what, MillmError *err)
+{
+	void	   *p = mmap(NULL, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+
+	if (p == MAP_FAILED)
+	{
+		millm_fail(err, MILLM_E_INSUFFICIENT_MEMORY, "insufficient memory for %s", what);
+		millm_detail(err, "Need %.1f MB: %s.", (double) bytes / 1e6, strerror(errno));
+		return NULL;
+	}
+	madvise(p, bytes, MADV_HUGEPAGE);	/* a hint; refusal changes nothing */
+	return p;
+}
+
+static MillmCode
+buffer_create(MillmBackend *be, int64_t n_rows, int64_t n_columns, MillmBuffer **out, MillmError *err)
+{
+	CpuBackend *c = cpu(be);
+	MillmBuffer *b = calloc(1, sizeof(*b));
+
+	if (!b)
+		return millm_fail(err, MILLM_E_INSUFFICIENT_MEMORY, "out of memory");
+	b->n_columns = n_columns;
+	b->bf16_stride = millm_form_row_bytes(MILLM_FORM_BF16, n_columns);
+	b->mapped = (size_t) millm_backend_cpu_buffer_bytes(n_rows, n_columns);
+	if (!(b->data = map(b->mapped, "the workspace", err)))
+	{
+		free(b);
+		return MILLM_E_INSUFFICIENT_MEMORY;
+	}
+	b->bf16 = (char *) b->data + (n_rows * n_columns * (int64_t) sizeof(float) + 63) / 64 * 64;
+	b->next = c->buffers;
+	c->buffers = b;
+	*out = b;
+	return MILLM_OK;
+}
+
+static const float *
+buffer_read(MillmBackend *be, MillmBuffer *x)
+{
+	(void) be;
+	return x->data;
+}
+
+static void
+cpu_free(MillmBackend *be)
+{
+	CpuBackend *c = cpu(be);
+
+	while (c->buffers)
+	{
+		MillmBuffer *b = c->buffers;
+
+		c->buffers = b->next;
+		munmap(b->data, b->mapped);
+		free(b);
+	}
+	if (c->kv)
+		munmap(c->kv, c->kv_bytes);
+	millm_team_free(c->team);
+	free(c->layer_offset);
+	free(c->cosine);
+	free(c->sine);
+	free(c);
+}
+
+static void
+copy_page(MillmBackend *be, int32_t dst, int32_t src)
+{
+	CpuBackend *c = cpu(be);
+
+	memcpy(c->kv + dst * c->page_bytes, c->kv + src * c->page_bytes, (size_t) c->page_bytes);
+}
+
+/* ---- the step ---- */
+
+static void
+begin(MillmBackend *be, const int32_t *positions, const int32_t *const *pages, int n)
+{
+	CpuBackend *c = cpu(be);
+	const MillmConfig *config = &c->model->config;
+
+	c->positions = positions;
+	c->pages = pages;
+	for (int t = 0; t < n; t++)
+		for (int j = 0; j < c->n_pairs; j++)
+		{
+			float		angle = (float) positions[t] * config->inv_freq[j];
+
+			c->cosine[(int64_t) t * c->n_pairs + j] = cosf(angle) * config->rope_attention_factor;
+			c->sine[(int64_t) t * c->n_pairs + j] = sinf(angle) * config->rope_attention_factor;
+		}
+}
+
+static void
+embed(MillmBackend *be, MillmBuffer *y, const MillmWeight *table, const int32_t *rows, bool add, int n)
+{
+	y->n_packed = 0;
+	for (int t = 0; t < n; t++)
+		cpu(be)->k.load_row(row(y, t), millm_weight_row(table, rows[t]), table->dtype, table->n_in, add);
+}
+
+typedef struct NormLoop
+{
+	CpuBackend *c;
+	MillmBuffer *y, *x;
+	MillmNorm	kind;
+	const MillmVector *weight, *bias;
+	float		eps;
+} NormLoop;
+
+static void
+norm_rows(void *arg, int64_t begin_row, int64_t end_row)
+{
+	NormLoop   *l = arg;
+
+	for (int64_t t = begin_row; t < end_row; t++)
+		if (l->kind == MILLM_NORM_RMS)
+			l->c->k.rms_norm(row(l->y, t), row(l->x, t), l->weight->data, l->eps, l->x->n_columns);
+		else
+			l->c->k.layer_norm(row(l->y, t), row(l->x, t), l->weight->data, l->bias->data, l->eps, l->x->n_columns);
+}
+
+static void
+norm(MillmBackend *be, MillmBuffer *y, MillmBuffer *x, MillmNorm kind, const MillmVector *weight, const MillmVector *bias,
+	 float eps, int n)
+{
+	NormLoop	l = {cpu(be), y, x, kind, weight, bias, eps};
+
+	y->n_packed = 0;
+	run_rows(l.c, norm_rows, &l, n, x->n_columns * 2);
+}
+
+typedef struct PackLoop
+{
+	CpuBackend *c;
+	MillmBuffer *x;
+	int64_t		n_columns;
+} PackLoop;
+
+static void
+pack_rows(void *arg, int64_t begin_row, int64_t end_row)
+{
+	PackLoop   *l = arg;
+
+	for (int64_t t = begin_row; t < end_row; t++)
+		l->c->k.pack_bf16((uint16_t *) (l->x->bf16 + t * l->x->bf16_stride), row(l->x, t), l->n_columns);
+}
+
+typedef struct MatmulLoop
+{
+	int			n_matmuls;
+	MillmMatmulFn run[MILLM_MAX_PROJECTIONS];
+	MillmMatmul m[MILLM_MAX_PROJECTIONS];
+	int64_t		outputs[MILLM_MAX_PROJECTIONS];		/* of a piece */
+	int64_t		end_piece[MILLM_MAX_PROJECTIONS];	/* pieces of the matmuls up to this one */
+} MatmulLoop;
+
+static void
+matmul_pieces(void *arg, int64_t begin_piece, int64_t end_piece)
+{
+	MatmulLoop *l = arg;
+	int64_t		first = 0;
+
+	for (int i = 0; i < l->n_matmuls; first = l->end_piece[i++])
+	{
+		int64_t		from = begin_piece > first ? begin_piece : first;
+		int64_t		to = end_piece < l->end_piece[i] ? end_piece : l->end_piece[i];
+		int64_t		n_out = l->m[i].w->n_out;
+
+		if (from < to)
+			l->run[i] (&l->m[i], (from - first) * l->outputs[i],
+					   (to - first) * l->outputs[i] < n_out ? (to - first) * l->outputs[i] : n_out);
+	}
+}
+
+static void
+matmul(MillmBackend *be, const MillmProjection *p, int n_projections, MillmBuffer *x, int n)
+{
+	CpuBackend *c = cpu(be);
+	MatmulLoop	l = {.n_matmuls = n_projections};
+	int64_t		bytes = 0,
+				work = 0,
+				n_pieces = 0,
+				piece_bytes;
+
+	for (int i = 0; i < n_projections; i++)
+	{
+		bytes += p[i].w->n_in * p[i].w->n_out * millm_dtype_bytes(p[i].w->dtype);
+		work += p[i].w->n_in * p[i].w->n_out * n;
+	}
+	piece_bytes = bytes / (c->base.n_threads * PIECES_PER_THREAD);
+	if (n > 1 && piece_bytes > MAX_PANEL_BYTES)
+		piece_bytes = MAX_PANEL_BYTES;
+	if (piece_bytes < MIN_PIECE_BYTES)
+		piece_bytes = MIN_PIECE_BYTES;
+
+	for (int i = 0; i < n_projections; i++)
+	{
+		const MillmWeight *w = p[i].w;
+		MillmForm	form = c->deterministic ? MILLM_FORM_F32 : c->k.best_form(w, n);
+		int64_t		granule = w->in_out ? COLUMN_GRANULE : OUTPUT_GRANULE;
+		int64_t		outputs = piece_bytes / (w->n_in * millm_dtype_bytes(w->dtype)) / granule * granule;
+
+		if (form == MILLM_FORM_BF16 && x->n_packed < n)
+		{
+			PackLoop	pack = {c, x, w->n_in};
+
+			run_rows(c, pack_rows, &pack, n, w->n_in);
+			x->n_packed = n;
+		}
+		l.run[i] = c->k.matmul[form][w->dtype][w->in_out];
+		l.m[i] = (MillmMatmul) {
+			.y = p[i].y->data,
+			.y_stride = p[i].y->n_columns,
+			.w = w,
+			.bias = p[i].bias->data,
+			.accumulate = p[i].accumulate,
+			.form = form,
+			.x = form == MILLM_FORM_F32 ? (const void *) x->data : x->bf16,
+			.x_stride = form == MILLM_FORM_F32 ? x->n_columns * (int64_t) sizeof(float) : x->bf16_stride,
+			.n_tokens = n,
+		};
+		l.outputs[i] = outputs < granule ? granule : outputs;
+		n_pieces += (w->n_out + l.outputs[i] - 1) / l.outputs[i];
+		l.end_piece[i] = n_pieces;
+		p[i].y->n_packed = 0;
+	}
+	millm_team_run(c->team, matmul_pieces, &l, n_pieces, work < MIN_PARALLEL_WORK ? n_pieces : 1);
+}
+
+typedef struct AttentionLoop
+{
+	CpuBackend *c;
+	const MillmAttention *a;
+	MillmKvLayer kv;
+	MillmBuffer *y, *q, *k, *v;
+} AttentionLoop;
+
+static AttentionLoop
+attention_loop(MillmBackend *be, const MillmAttention *a)
+{
+	CpuBackend *c = cpu(be);
+	int64_t		k_bytes = (int64_t) a->n_kv_heads * a->head_dim * MILLM_KERNEL_PAGE * millm_dtype_bytes(c->k.kv_dtype);
+	char	   *layer = c->kv + c->layer_offset[a->layer];
+
+	return (AttentionLoop) {
+		.c = c,
+		.a = a,
+		.kv = {
+			.k = layer,
+			.v = layer + k_bytes,
+			.page_bytes = c->page_bytes,
+			.n_kv_heads = a->n_kv_heads,
+			.head_dim = a->head_dim,
+			.group = a->n_heads / a->n_kv_heads,
+			.window = a->window,
+			.scale = a->scale,
+		},
+	};
+}
+
+static void
+rope_and_store_rows(void *arg, int64_t begin_row, int64_t end_row)
+{
+	AttentionLoop *l = arg;
+	const CpuBackend *c = l->c;
+	bool		interleaved = c->model->config.rope_interleaved;
+
+	for (int64_t t = begin_row; t < end_row; t++)
+	{
+		int32_t		position = c->positions[t];
+
+		if (c->n_pairs > 0)
+		{
+			const float *cosine = c->cosine + t * c->n_pairs;
+			const float *sine = c->sine + t * c->n_pairs;
+
+			c->k.rope(row(l->q, t), l->a->n_heads, l->a->head_dim, c->n_pairs, interleaved, cosine, sine);
+			c->k.rope(row(l->k, t), l->a->n_kv_heads, l->a->head_dim, c->n_pairs, interleaved, cosine, sine);
+		}
+		c->k.kv_store(&l->kv, c->pages[t][position / MILLM_KERNEL_PAGE], position % MILLM_KERNEL_PAGE, row(l->k, t), row(l->v, t));
+	}
+}
+
+static void
+rope_and_store(MillmBackend *be, const MillmAttention *a, MillmBuffer *q, MillmBuffer *k, MillmBuffer *v, int n)
+{
+	AttentionLoop l = attention_loop(be, a);
+
+	l.q = q;
+	l.k = k;
+	l.v = v;
+	q->n_packed = k->n_packed = 0;
+	run_rows(l.c, rope_and_store_rows, &l, n, (int64_t) (a->n_heads + 3 * a->n_kv_heads) * a->head_dim);
+}
+
+/* Items are (token, KV head) pairs. */
+static void
+attention_items(void *arg, int64_t begin_item, int64_t end_item)
+{
+	AttentionLoop *l = arg;
+
+	for (int64_t i = begin_item; i < end_item; i++)
+	{
+		int64_t		t = i / l->a->n_kv_heads;
+
+		l->c->k.attention(row(l->y, t), row(l->q, t), &l->kv, l->c->pages[t], l->c->positions[t], (int) (i % l->a->n_kv_heads));
+	}
+}
+
+static void
+attention(MillmBackend *be, const MillmAttention *a, MillmBuffer *y, MillmBuffer *q, int n)
+{
+	AttentionLoop l = attention_loop(be, a);
+	int64_t		n_items = (int64_t) n * a->n_kv_heads;
+	int64_t		work = 0;
+	int64_t		grain = n_items / (l.c->base.n_threads * 16) + 1;
+
+	for (int t = 0; t < n; t++)
+		work += ((int64_t) l.c->positions[t] + 1) * a->n_heads * a->head_dim * 2;
+	l.y = y;
+	l.q = q;
+	y->n_packed = 0;
+	millm_team_run(l.c->team, attention_items, &l, n_items, work < MIN_PARALLEL_WORK ? n_items : grain);
+}
+
+typedef struct ActivationLoop
+{
+	void		(*unary) (float *y, const float *x, const float *up, int64_t n);
+	MillmBuffer *y, *x, *up;
+	int64_t		n_columns;
+} ActivationLoop;
+
+static void
+activation_rows(void *arg, int64_t begin_row, int64_t end_row)
+{
+	ActivationLoop *l = arg;
+
+	for (int64_t t = begin_row; t < end_row; t++)
+		l->unary(row(l->y, t), row(l->x, t), l->up ? row(l->up, t) : NULL, l->n_columns);
+}
+
+static void
+activation(MillmBackend *be, MillmBuffer *y, MillmAct act, MillmBuffer *x, MillmBuffer *up, int64_t n_columns, int n)
+{
+	static const MillmUnary unary_of[] = {
+		[MILLM_ACT_SILU] = MILLM_UNARY_SILU,
+		[MILLM_ACT_GELU_TANH] = MILLM_UNARY_GELU_TANH,
+		[MILLM_ACT_GELU_ERF] = MILLM_UNARY_GELU_ERF,
+		[MILLM_ACT_RELU] = MILLM_UNARY_RELU,
+	};
+	ActivationLoop l = {cpu(be)->k.unary[unary_of[act]], y, x, up, n_columns};
+
+	y->n_packed = 0;
+	run_rows(cpu(be), activation_rows, &l, n, n_columns * 4);
+}
+
+static void
+select_rows(MillmBackend *be, MillmBuffer *y, MillmBuffer *x, const int32_t *rows, int n)
+{
+	(void) be;
+	y->n_packed = 0;
+	for (int t = 0; t < n; t++)
+		memcpy(row(y, t), row(x, rows[t]), sizeof(float) * (size_t) x->n_columns);
+}
+
+static bool
+is_finite(MillmBackend *be, MillmBuffer *x, int n)
+{
+	for (int t = 0; t < n; t++)
+		if (!cpu(be)->k.is_finite(row(x, t), x->n_columns))
+			return false;
+	return true;
+}
+
+/* ---- create ---- */
+
+static MillmCode
+create_kv(CpuBackend *c, int64_t n_pages, MillmError *err)
+{
+	int			n_layers = c->model->config.n_layers;
+
+	if (!(c->layer_offset = calloc((size_t) n_layers + 1, sizeof(*c->layer_offset))))
+		return millm_fail(err, MILLM_E_INSUFFICIENT_MEMORY, "out of memory");
+	for (int i = 0; i < n_layers; i++)
+	{
+		c->layer_offset[i] = c->page_bytes;
+		c->page_bytes += layer_bytes(&c->model->layers[i], c->k.kv_dtype);
+	}
+	if (n_pages < 1 || !millm_mul_size((size_t) n_pages, (size_t) c->page_bytes, &c->kv_bytes))
+		return millm_fail(err, MILLM_E_INVALID_ARGUMENT, "invalid number of KV pages: %" PRId64, n_pages);
+	if (!(c->kv = map(c->kv_bytes, "the KV cache", err)))
+		return MILLM_E_INSUFFICIENT_MEMORY;
+	return MILLM_OK;
+}
+
+MillmCode
+millm_backend_cpu_create(const MillmModel *model, const MillmBackendOptions *options, MillmBackend **out, MillmError *err)
+{
+	CpuBackend *c = calloc(1, sizeof(*c));
+	MillmCode	rc;
+
+	if (!c)
+		return millm_fail(err, MILLM_E_INSUFFICIENT_MEMORY, "out of memory");
+	c->model = model;
+	c->deterministic = options->deterministic;
+	if (!choose_kernels(options->kernels, &c->k, err))
+	{
+		rc = err ? err->code : MILLM_E_UNSUPPORTED;
+		goto failed;
+	}
+	c->base = (MillmBackend) {
+		.name = "cpu",
+		.variant = c->k.variant,
+		.free = cpu_free,
+		.buffer_create = buffer_create,
+		.buffer_read = buffer_read,
+		.begin = begin,
+		.embed = embed,
+		.norm = norm,
+		.matmul = matmul,
+		.rope_and_store = rope_and_store,
+		.attention = attention,
+		.activation = activation,
+		.select = select_rows,
+		.is_finite = is_finite,
+		.copy_page = copy_page,
+	};
+	if ((rc = millm_team_create(options->n_threads, &c->team, err)) != MILLM_OK ||
+		(rc = create_kv(c, options->n_pages, err)) != MILLM_OK)
+		goto failed;
+	c->base.n_threads = millm_team_size(c->team);
+	if (model->config.position == MILLM_POS_ROPE)
+	{
+		size_t		n;
+
+		c->n_pairs = model->config.rotary_dim / 2;
+		n = (size_t) options->max_tokens * (size_t) c->n_pairs;
+		c->cosine = calloc(n, sizeof(float));
+		c->sine = calloc(n, sizeof(float));
+		if (!c->cosine || !c->sine)
+		{
+			rc = millm_fail(err, MILLM_E_INSUFFICIENT_MEMORY, "out of memory");
+			goto failed;
+		}
+	}
+	*out = &c->base;
+	return MILLM_OK;
+failed:
+	cpu_free(&c->base);
+	return rc;
+}

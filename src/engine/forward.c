@@ -1,0 +1,361 @@
+/*
+ * forward.c -- the forward pass: tokens in, rows of logits out, written once against backend.h.
+ *
+ * Owns:     the backend, its buffers, the page pool.
+ * Borrows:  the model; a step's batch.
+ * Does not: know a model by name (it reads MillmConfig and MillmLayer), nor a CPU from a GPU.
+ *
+ * A step runs all its tokens through layer after layer.  It writes K and V past the sequences' lengths,
+ * which nobody reads, and only when the last layer is done do the lengths grow: a step that is
+ * canceled or fails has not happened.
+ *
+ *	 x = embedding                                   [n, hidden]
+ *	 each layer:  x += o(attention(rope(qkv(norm(x)))))
+ *	              x += down(act(gate(norm(x))) * up(norm(x)))
+ *	 logits = head(norm(x of the wanted rows))       [n_wanted, vocab]
+ */
+#include "forward.h"
+
+#include <stdlib.h>
+#include <string.h>
+
+#include "backend.h"
+#include "kv.h"
+
+#define DEFAULT_BATCH_TOKENS	256
+#define MAX_BATCH_TOKENS		65536
+
+struct MillmForward
+{
+	const MillmModel *model;
+	MillmBackend *be;
+	MillmKvPool pool;
+	int			max_batch_tokens;
+	MillmBuffer *x;				/* [n, hidden]: the residual */
+	MillmBuffer *h;				/* [n, hidden]: normed */
+	MillmBuffer *q;				/* [n, heads * head_dim] */
+	MillmBuffer *k, *v;			/* [n, KV heads * head_dim] */
+	MillmBuffer *a;				/* [n, heads * head_dim]: what attention gives */
+	MillmBuffer *gate;			/* [n, FFN]; absent without mlp_gated */
+	MillmBuffer *up;			/* [n, FFN] */
+	MillmBuffer *logits;		/* [n, vocab] */
+	/* the step, [max_batch_tokens] each */
+	int32_t    *tokens;
+	int32_t    *positions;
+	int32_t    *wanted;			/* rows whose logits are wanted */
+	const int32_t **pages;
+};
+
+/* Columns of the buffers: the widest layer decides. */
+typedef struct Widths
+{
+	int64_t		q, kv, ffn;
+} Widths;
+
+static Widths
+widths(const MillmModel *model)
+{
+	Widths		w = {0};
+
+	for (int i = 0; i < model->config.n_layers; i++)
+	{
+		const MillmLayer *layer = &model->layers[i];
+
+		if (layer->q.n_out > w.q)
+			w.q = layer->q.n_out;
+		if (layer->k.n_out > w.kv)
+			w.kv = layer->k.n_out;
+		if (layer->up.n_out > w.ffn)
+			w.ffn = layer->up.n_out;
+	}
+	return w;
+}
+
+static int
+batch_tokens(const MillmForwardOptions *options)
+{
+	return options->max_batch_tokens == 0 ? DEFAULT_BATCH_TOKENS : options->max_batch_tokens;
+}
+
+int64_t
+millm_kv_page_bytes(const MillmModel *model, const MillmForwardOptions *options)
+{
+	return millm_backend_cpu_page_bytes(model, options->kernels);
+}
+
+int64_t
+millm_forward_workspace_bytes(const MillmModel *model, const MillmForwardOptions *options)
+{
+	const MillmConfig *c = &model->config;
+	Widths		w = widths(model);
+	int			n = batch_tokens(options);
+
+	return 2 * millm_backend_cpu_buffer_bytes(n, c->hidden_size) + 2 * millm_backend_cpu_buffer_bytes(n, w.q) +
+		2 * millm_backend_cpu_buffer_bytes(n, w.kv) + (c->mlp_gated ? 2 : 1) * millm_backend_cpu_buffer_bytes(n, w.ffn) +
+		millm_backend_cpu_buffer_bytes(n, c->vocab_size) + millm_backend_cpu_own_bytes(model, n);
+}
+
+static void
+copy_page(void *arg, int32_t dst, int32_t src)
+{
+	MillmBackend *be = arg;
+
+	be->copy_page(be, dst, src);
+}
+
+static MillmCode
+create_buffers(MillmForward *fw, MillmError *err)
+{
+	const MillmConfig *c = &fw->model->config;
+	Widths		w = widths(fw->model);
+	struct
+	{
+		MillmBuffer **buffer;
+		int64_t		n_columns;
+	}			wanted[] = {
+		{&fw->x, c->hidden_size}, {&fw->h, c->hidden_size}, {&fw->q, w.q}, {&fw->k, w.kv}, {&fw->v, w.kv}, {&fw->a, w.q},
+		{&fw->up, w.ffn}, {&fw->logits, c->vocab_size}, {&fw->gate, c->mlp_gated ? w.ffn : 0},
+	};
+
+	for (size_t i = 0; i < sizeof(wanted) / sizeof(wanted[0]); i++)
+	{
+		MillmCode	rc;
+
+		if (wanted[i].n_columns > 0 &&
+			(rc = fw->be->buffer_create(fw->be, fw->max_batch_tokens, wanted[i].n_columns, wanted[i].buffer, err)) != MILLM_OK)
+			return rc;
+	}
+	return MILLM_OK;
+}
+
+MillmCode
+millm_forward_create(const MillmModel *model, const MillmForwardOptions *options, MillmForward **out, MillmError *err)
+{
+	int			n = batch_tokens(options);
+	MillmForward *fw;
+	MillmCode	rc;
+	MillmBackendOptions bo = {.n_threads = options->n_threads, .deterministic = options->deterministic,
+		.kernels = options->kernels, .max_tokens = n, .n_pages = options->n_pages};
+
+	if (n < 1 || n > MAX_BATCH_TOKENS)
+		return millm_fail(err, MILLM_E_INVALID_ARGUMENT, "invalid number of tokens of a step: %d", n);
+	if (!(fw = calloc(1, sizeof(*fw))))
+		return millm_fail(err, MILLM_E_INSUFFICIENT_MEMORY, "out of memory");
+	fw->model = model;
+	fw->max_batch_tokens = n;
+	fw->tokens = calloc((size_t) n, sizeof(*fw->tokens));
+	fw->positions = calloc((size_t) n, sizeof(*fw->positions));
+	fw->wanted = calloc((size_t) n, sizeof(*fw->wanted));
+	fw->pages = calloc((size_t) n, sizeof(*fw->pages));
+	if (!fw->tokens || !fw->positions || !fw->wanted || !fw->pages)
+		rc = millm_fail(err, MILLM_E_INSUFFICIENT_MEMORY, "out of memory");
+	else if ((rc = millm_backend_cpu_create(model, &bo, &fw->be, err)) == MILLM_OK &&
+			 (rc = create_buffers(fw, err)) == MILLM_OK)
+		rc = millm_kv_init(&fw->pool, options->n_pages, copy_page, fw->be, err);
+	if (rc != MILLM_OK)
+	{
+		millm_forward_free(fw);
+		return rc;
+	}
+	*out = fw;
+	return MILLM_OK;
+}
+
+void
+millm_forward_free(MillmForward *fw)
+{
+	if (!fw)
+		return;
+	millm_kv_reset(&fw->pool);
+	if (fw->be)
+		fw->be->free(fw->be);
+	free(fw->tokens);
+	free(fw->positions);
+	free(fw->wanted);
+	free(fw->pages);
+	free(fw);
+}
+
+const char *
+millm_forward_kernels(const MillmForward *fw)
+{
+	return fw->be->variant;
+}
+
+int
+millm_forward_threads(const MillmForward *fw)
+{
+	return fw->be->n_threads;
+}
+
+int
+millm_forward_max_batch_tokens(const MillmForward *fw)
+{
+	return fw->max_batch_tokens;
+}
+
+int64_t
+millm_kv_pages_total(const MillmForward *fw)
+{
+	return fw->pool.n_pages;
+}
+
+int64_t
+millm_kv_pages_free(const MillmForward *fw)
+{
+	return fw->pool.n_free;
+}
+
+MillmSequence *
+millm_sequence_create(MillmForward *fw)
+{
+	return millm_kv_create(&fw->pool);
+}
+
+MillmCode
+millm_forward_check(const MillmForward *fw, MillmError *err)
+{
+	return millm_kv_check(&fw->pool, err);
+}
+
+/* Is the batch what forward.h says it must be?  Fills the step's arrays; *n_wanted rows want logits. */
+static MillmCode
+take_batch(MillmForward *fw, const MillmBatchToken *batch, int n, int *n_wanted, MillmError *err)
+{
+	const MillmConfig *c = &fw->model->config;
+	const MillmSequence *previous = NULL;
+
+	*n_wanted = 0;
+	if (n < 1 || n > fw->max_batch_tokens)
+		return millm_fail(err, MILLM_E_INTERNAL, "a step of %d tokens; at least 1 and at most %d are possible", n, fw->max_batch_tokens);
+	for (int t = 0; t < n; t++)
+	{
+		const MillmBatchToken *b = &batch[t];
+		MillmSequence *seq = b->seq;
+
+		if (b->token < 0 || b->token >= c->vocab_size)
+			return millm_fail(err, MILLM_E_INVALID_ARGUMENT, "token id %d is not in the model's vocabulary of %d", b->token, c->vocab_size);
+		if (seq != previous && seq->n_in_step > 0)
+			return millm_fail(err, MILLM_E_INTERNAL, "the tokens of a sequence are not together in the step");
+		if (b->position != seq->length + seq->n_in_step)
+			return millm_fail(err, MILLM_E_INTERNAL, "a token at position %d where %d is next", b->position, seq->length + seq->n_in_step);
+		if (fw->model->position_embedding.data && b->position >= fw->model->position_embedding.n_out)
+			return millm_fail(err, MILLM_E_CONTEXT_LENGTH_EXCEEDED, "position %d is past the model's %lld positions",
+							  b->position, (long long) fw->model->position_embedding.n_out);
+		seq->n_in_step++;
+		if (!millm_kv_has_room(seq, seq->length + seq->n_in_step))
+			return millm_fail(err, MILLM_E_INTERNAL, "no KV page was reserved for position %d", b->position);
+		previous = seq;
+		fw->tokens[t] = b->token;
+		fw->positions[t] = b->position;
+		fw->pages[t] = seq->tables[0].pages;
+		if (b->want_logits)
+			fw->wanted[(*n_wanted)++] = t;
+	}
+	return MILLM_OK;
+}
+
+static void
+run_layer(MillmForward *fw, int i, int n)
+{
+	static const MillmVector none;
+	MillmBackend *be = fw->be;
+	const MillmConfig *c = &fw->model->config;
+	const MillmLayer *l = &fw->model->layers[i];
+	const MillmAttention attention = {
+		.layer = i,
+		.n_heads = l->n_heads,
+		.n_kv_heads = l->n_kv_heads,
+		.head_dim = l->head_dim,
+		.window = l->window,
+		.scale = c->layer_inv_scale ? c->attention_scale / (float) (i + 1) : c->attention_scale,
+	};
+	const MillmProjection qkv[] = {{fw->q, &l->q, &l->q_bias, false}, {fw->k, &l->k, &l->k_bias, false}, {fw->v, &l->v, &l->v_bias, false}};
+	const MillmProjection o = {fw->x, &l->o, &l->o_bias, true};
+	const MillmProjection up_gate[] = {{fw->up, &l->up, &l->up_bias, false}, {fw->gate, &l->gate, &l->gate_bias, false}};
+	const MillmProjection down = {fw->x, &l->down, &l->down_bias, true};
+
+	be->norm(be, fw->h, fw->x, c->norm, &l->attn_norm, c->norm_bias ? &l->attn_norm_bias : &none, c->norm_eps, n);
+	be->matmul(be, qkv, 3, fw->h, n);
+	be->rope_and_store(be, &attention, fw->q, fw->k, fw->v, n);
+	be->attention(be, &attention, fw->a, fw->q, n);
+	be->matmul(be, &o, 1, fw->a, n);
+
+	be->norm(be, fw->h, fw->x, c->norm, &l->mlp_norm, c->norm_bias ? &l->mlp_norm_bias : &none, c->norm_eps, n);
+	be->matmul(be, up_gate, c->mlp_gated ? 2 : 1, fw->h, n);
+	if (c->mlp_gated)
+		be->activation(be, fw->up, c->act, fw->gate, fw->up, l->up.n_out, n);
+	else
+		be->activation(be, fw->up, c->act, fw->up, NULL, l->up.n_out, n);
+	be->matmul(be, &down, 1, fw->up, n);
+}
+
+static MillmCode
+not_finite(const char *where, int layer, MillmError *err)
+{
+	if (layer >= 0)
+		millm_fail(err, MILLM_E_INTERNAL, "an activation became NaN or infinite in layer %d", layer);
+	else
+		millm_fail(err, MILLM_E_INTERNAL, "an activation became NaN or infinite in %s", where);
+	millm_hint(err, "The weights may be damaged, or of a model that overflows in this precision.");
+	return MILLM_E_INTERNAL;
+}
+
+static MillmCode
+run_step(MillmForward *fw, int n, int n_wanted, bool (*should_stop) (void *arg), void *arg, MillmError *err)
+{
+	MillmBackend *be = fw->be;
+	const MillmModel *model = fw->model;
+	const MillmConfig *c = &model->config;
+
+	be->begin(be, fw->positions, fw->pages, n);
+	be->embed(be, fw->x, &model->embedding, fw->tokens, false, n);
+	if (c->position == MILLM_POS_LEARNED)
+		be->embed(be, fw->x, &model->position_embedding, fw->positions, true, n);
+	if (!be->is_finite(be, fw->x, n))
+		return not_finite("the embedding", -1, err);
+
+	for (int i = 0; i < c->n_layers; i++)
+	{
+		if (should_stop && should_stop(arg))
+			return millm_fail(err, MILLM_E_CANCELED, "canceled");
+		run_layer(fw, i, n);
+		if (!be->is_finite(be, fw->x, n))
+			return not_finite(NULL, i, err);
+	}
+
+	if (n_wanted > 0)
+	{
+		const MillmProjection head = {fw->logits, &model->head, &model->head_bias, false};
+		static const MillmVector none;
+
+		be->select(be, fw->h, fw->x, fw->wanted, n_wanted);
+		be->norm(be, fw->h, fw->h, c->norm, &model->final_norm, c->norm_bias ? &model->final_norm_bias : &none, c->norm_eps, n_wanted);
+		be->matmul(be, &head, 1, fw->h, n_wanted);
+		if (!be->is_finite(be, fw->logits, n_wanted))
+			return not_finite("the logits", -1, err);
+	}
+	return MILLM_OK;
+}
+
+MillmCode
+millm_forward_step(MillmForward *fw, const MillmBatchToken *batch, int n, bool (*should_stop) (void *arg), void *arg,
+				   const float **logits, MillmError *err)
+{
+	int			n_wanted;
+	MillmCode	rc = take_batch(fw, batch, n, &n_wanted, err);
+
+	if (rc == MILLM_OK)
+		rc = run_step(fw, n, n_wanted, should_stop, arg, err);
+	for (int t = 0; t < n; t++)
+	{
+		MillmSequence *seq = batch[t].seq;
+
+		if (rc == MILLM_OK)
+			seq->length += seq->n_in_step;
+		seq->n_in_step = 0;
+	}
+	if (rc == MILLM_OK && logits)
+		*logits = n_wanted > 0 ? fw->be->buffer_read(fw->be, fw->logits) : NULL;
+	return rc;
+}

@@ -1,0 +1,257 @@
+/*
+ * kv.c -- page tables, reference counts, copy-on-write.
+ *
+ * Owns:     the free list, the counts, every sequence's table.
+ * Borrows:  copy_page, which moves the bytes.
+ * Does not: know what a page holds, or when to preempt somebody for one.
+ *
+ * Invariants (millm_kv_check()):
+ *	 - a page's count is the number of tables it is in; pages with count 0 are exactly the free list
+ *	 - a table has at least the pages of its sequence's length
+ *	 - pages past that length (reserved ahead) are in one table only
+ */
+#include "kv.h"
+
+#include <stdlib.h>
+#include <string.h>
+
+#include "arith.h"
+
+static int
+pages_of(int length)
+{
+	return (int) (((int64_t) length + MILLM_KV_PAGE_TOKENS - 1) / MILLM_KV_PAGE_TOKENS);
+}
+
+MillmCode
+millm_kv_init(MillmKvPool *pool, int64_t n_pages, void (*copy_page) (void *arg, int32_t dst, int32_t src), void *arg, MillmError *err)
+{
+	memset(pool, 0, sizeof(*pool));
+	if (n_pages < 1 || n_pages > INT32_MAX / MILLM_KV_PAGE_TOKENS)	/* so that a length fits an int */
+		return millm_fail(err, MILLM_E_INVALID_ARGUMENT, "invalid number of KV pages: %lld", (long long) n_pages);
+	pool->free_pages = calloc((size_t) n_pages, sizeof(*pool->free_pages));
+	pool->references = calloc((size_t) n_pages, sizeof(*pool->references));
+	if (!pool->free_pages || !pool->references)
+	{
+		millm_kv_reset(pool);
+		return millm_fail(err, MILLM_E_INSUFFICIENT_MEMORY, "out of memory for the tables of %lld KV pages", (long long) n_pages);
+	}
+	pool->n_pages = pool->n_free = (int32_t) n_pages;
+	for (int32_t i = 0; i < pool->n_pages; i++)
+		pool->free_pages[i] = pool->n_pages - 1 - i;	/* page 0 is taken first */
+	pool->copy_page = copy_page;
+	pool->arg = arg;
+	return MILLM_OK;
+}
+
+void
+millm_kv_reset(MillmKvPool *pool)
+{
+	free(pool->free_pages);
+	free(pool->references);
+	memset(pool, 0, sizeof(*pool));
+}
+
+static int32_t
+take_page(MillmKvPool *pool)
+{
+	int32_t		page = pool->free_pages[--pool->n_free];
+
+	pool->references[page] = 1;
+	return page;
+}
+
+static void
+drop_page(MillmKvPool *pool, int32_t page)
+{
+	if (--pool->references[page] == 0)
+		pool->free_pages[pool->n_free++] = page;
+}
+
+static bool
+grow_table(MillmPageTable *table, int n_pages)
+{
+	int32_t    *pages;
+	int			capacity = n_pages + n_pages / 2 + 8;
+
+	if (n_pages <= table->capacity)
+		return true;
+	if (!(pages = realloc(table->pages, (size_t) capacity * sizeof(*pages))))
+		return false;
+	table->pages = pages;
+	table->capacity = capacity;
+	return true;
+}
+
+/* Is the page of position length there, begun, and somebody else's too? */
+static bool
+must_copy(const MillmSequence *seq, int group)
+{
+	const MillmPageTable *table = &seq->tables[group];
+
+	return seq->length % MILLM_KV_PAGE_TOKENS != 0 &&
+		seq->pool->references[table->pages[seq->length / MILLM_KV_PAGE_TOKENS]] > 1;
+}
+
+MillmSequence *
+millm_kv_create(MillmKvPool *pool)
+{
+	MillmSequence *seq = calloc(1, sizeof(*seq));
+
+	if (!seq)
+		return NULL;
+	seq->pool = pool;
+	seq->next = pool->sequences;
+	if (seq->next)
+		seq->next->previous = seq;
+	pool->sequences = seq;
+	return seq;
+}
+
+void
+millm_sequence_free(MillmSequence *seq)
+{
+	if (!seq)
+		return;
+	millm_sequence_truncate(seq, 0);
+	for (int g = 0; g < MILLM_KV_GROUPS; g++)
+		free(seq->tables[g].pages);
+	if (seq->next)
+		seq->next->previous = seq->previous;
+	if (seq->previous)
+		seq->previous->next = seq->next;
+	else
+		seq->pool->sequences = seq->next;
+	free(seq);
+}
+
+MillmSequence *
+millm_sequence_fork(MillmSequence *seq)
+{
+	MillmSequence *copy = millm_kv_create(seq->pool);
+	int			n = pages_of(seq->length);	/* not what was reserved ahead: that is going to be written */
+
+	if (!copy)
+		return NULL;
+	for (int g = 0; g < MILLM_KV_GROUPS; g++)
+	{
+		MillmPageTable *table = &copy->tables[g];
+
+		if (!grow_table(table, n))
+		{
+			millm_sequence_free(copy);
+			return NULL;
+		}
+		for (int i = 0; i < n; i++)
+		{
+			table->pages[i] = seq->tables[g].pages[i];
+			seq->pool->references[table->pages[i]]++;
+		}
+		table->n_pages = n;
+	}
+	copy->length = seq->length;
+	return copy;
+}
+
+int
+millm_sequence_length(const MillmSequence *seq)
+{
+	return seq->length;
+}
+
+void
+millm_sequence_truncate(MillmSequence *seq, int length)
+{
+	if (length < 0)
+		length = 0;
+	if (length < seq->length)
+		seq->length = length;
+	for (int g = 0; g < MILLM_KV_GROUPS; g++)
+	{
+		MillmPageTable *table = &seq->tables[g];
+
+		while (table->n_pages > pages_of(length))
+			drop_page(seq->pool, table->pages[--table->n_pages]);
+	}
+}
+
+bool
+millm_sequence_reserve(MillmSequence *seq, int length)
+{
+	MillmKvPool *pool = seq->pool;
+	int			n = pages_of(length);
+	int64_t		n_needed = 0;
+
+	if (length <= seq->length)
+		return true;
+	for (int g = 0; g < MILLM_KV_GROUPS; g++)
+	{
+		if (n > seq->tables[g].n_pages)
+			n_needed += n - seq->tables[g].n_pages;
+		n_needed += must_copy(seq, g);
+	}
+	if (n_needed > pool->n_free)
+		return false;
+	for (int g = 0; g < MILLM_KV_GROUPS; g++)
+		if (!grow_table(&seq->tables[g], n))
+			return false;
+
+	for (int g = 0; g < MILLM_KV_GROUPS; g++)
+	{
+		MillmPageTable *table = &seq->tables[g];
+
+		if (must_copy(seq, g))
+		{
+			int32_t    *mine = &table->pages[seq->length / MILLM_KV_PAGE_TOKENS];
+			int32_t		page = take_page(pool);
+
+			pool->copy_page(pool->arg, page, *mine);
+			drop_page(pool, *mine);
+			*mine = page;
+		}
+		while (table->n_pages < n)
+			table->pages[table->n_pages++] = take_page(pool);
+	}
+	return true;
+}
+
+bool
+millm_kv_has_room(const MillmSequence *seq, int length)
+{
+	for (int g = 0; g < MILLM_KV_GROUPS; g++)
+		if (pages_of(length) > seq->tables[g].n_pages || (length > seq->length && must_copy(seq, g)))
+			return false;
+	return true;
+}
+
+MillmCode
+millm_kv_check(const MillmKvPool *pool, MillmError *err)
+{
+	int32_t    *counts = calloc((size_t) pool->n_pages, sizeof(*counts));
+	MillmCode	rc = MILLM_OK;
+
+	if (!counts)
+		return millm_fail(err, MILLM_E_INSUFFICIENT_MEMORY, "out of memory");
+	for (const MillmSequence *seq = pool->sequences; seq; seq = seq->next)
+		for (int g = 0; g < MILLM_KV_GROUPS; g++)
+		{
+			const MillmPageTable *table = &seq->tables[g];
+
+			if (table->n_pages < pages_of(seq->length))
+				rc = millm_fail(err, MILLM_E_INTERNAL, "a sequence of %d positions has %d KV pages", seq->length, table->n_pages);
+			for (int i = 0; i < table->n_pages; i++)
+			{
+				counts[table->pages[i]]++;
+				if (i >= pages_of(seq->length) && pool->references[table->pages[i]] != 1)
+					rc = millm_fail(err, MILLM_E_INTERNAL, "KV page %d is reserved ahead and shared", table->pages[i]);
+			}
+		}
+	for (int32_t i = 0; i < pool->n_free; i++)
+		if (counts[pool->free_pages[i]]-- != 0)	/* -1: seen in the list */
+			rc = millm_fail(err, MILLM_E_INTERNAL, "KV page %d is free and in use, or free twice", pool->free_pages[i]);
+	for (int32_t i = 0; i < pool->n_pages; i++)
+		if ((counts[i] == -1 ? 0 : counts[i]) != pool->references[i] || counts[i] == 0)
+			rc = millm_fail(err, MILLM_E_INTERNAL, "KV page %d is in %d tables and counts %d references", i, counts[i], pool->references[i]);
+	free(counts);
+	return rc;
+}

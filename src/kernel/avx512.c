@@ -1,0 +1,623 @@
+/*
+ * avx512.c -- kernels for CPUs with AVX-512 F, BW, VL and DQ, and what AVX512-BF16 adds.
+ *
+ * float32 form: a dot product runs in four vectors of sixteen partial sums, chunk after chunk of 64
+ * weights, then the chunks of 16 that are left, the last one masked.  Tiles of rows and tokens keep that
+ * order for each element.
+ *
+ * bfloat16 form (AVX512-BF16, many tokens): vdpbf16ps does twice the work of a float32 FMA on Zen 4, which
+ * costs the rounding of the activation to 8 bits.  One vector of sums per element, whatever the tile.  One or a few
+ * tokens are bound by memory, not by arithmetic, so they keep the exact form.
+ *
+ * The KV cache is float16.
+ */
+#include "kernel.h"
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+#include <math.h>
+#include <string.h>
+
+#define INLINE static inline __attribute__((always_inline))
+/* How far ahead of the reading weights are asked for: measured best, see kernel_bench. */
+#define PREFETCH_BYTES 4096
+/* From this many tokens on the bfloat16 form pays. */
+#define MIN_BF16_TOKENS 8
+
+INLINE __mmask16
+first_lanes(int64_t n)
+{
+	return n >= 16 ? 0xFFFF : (__mmask16) ((1u << n) - 1);
+}
+
+/* 16 weights from element i on as float32; where the mask is 0, zeros, and no memory is read. */
+INLINE __m512
+load_16(const char *p, int64_t i, MillmDtype dtype, __mmask16 mask)
+{
+	__m256i		half;
+
+	if (dtype == MILLM_F32)
+		return mask == 0xFFFF ? _mm512_loadu_ps(p + i * 4) : _mm512_maskz_loadu_ps(mask, p + i * 4);
+	half = mask == 0xFFFF ? _mm256_loadu_si256((const __m256i *) (p + i * 2)) : _mm256_maskz_loadu_epi16(mask, p + i * 2);
+	if (dtype == MILLM_F16)
+		return _mm512_cvtph_ps(half);
+	return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16));
+}
+
+INLINE void
+finish(const MillmMatmul *m, int64_t t, int64_t o, float sum)
+{
+	float	   *y = m->y + t * m->y_stride + o;
+
+	if (m->bias)
+		sum += m->bias[o];
+	*y = m->accumulate ? *y + sum : sum;
+}
+
+/* ---- float32 form ---- */
+
+/* n_rows x n_tokens dot products: at most 2 x 3, whose 24 sums fit the registers. */
+INLINE void
+dot_tile(const MillmMatmul *m, int64_t t, int n_tokens, int64_t o, int n_rows, MillmDtype dtype, bool prefetch)
+{
+	const int	bytes = dtype == MILLM_F32 ? 4 : 2;
+	const int64_t n = m->w->n_in;
+	const char *w[2];
+	const float *x[3];
+	__m512		acc[2][3][4];
+	int64_t		i = 0;
+
+	for (int r = 0; r < n_rows; r++)
+	{
+		w[r] = millm_weight_row(m->w, o + r);
+		for (int j = 0; j < n_tokens; j++)
+			for (int u = 0; u < 4; u++)
+				acc[r][j][u] = _mm512_setzero_ps();
+	}
+	for (int j = 0; j < n_tokens; j++)
+		x[j] = (const float *) ((const char *) m->x + (t + j) * m->x_stride);
+
+	for (; i + 64 <= n; i += 64)
+	{
+		if (prefetch)
+			for (int r = 0; r < n_rows; r++)
+				for (int line = 0; line < 64 * bytes; line += 64)
+					_mm_prefetch(w[r] + i * bytes + line + PREFETCH_BYTES, _MM_HINT_T0);
+		for (int u = 0; u < 4; u++)
+		{
+			__m512		v[2];
+
+			for (int r = 0; r < n_rows; r++)
+				v[r] = load_16(w[r], i + 16 * u, dtype, 0xFFFF);
+			for (int j = 0; j < n_tokens; j++)
+			{
+				__m512		xj = _mm512_loadu_ps(x[j] + i + 16 * u);
+
+				for (int r = 0; r < n_rows; r++)
+					acc[r][j][u] = _mm512_fmadd_ps(v[r], xj, acc[r][j][u]);
+			}
+		}
+	}
+	for (; i < n; i += 16)
+	{
+		__mmask16	mask = first_lanes(n - i);
+
+		for (int j = 0; j < n_tokens; j++)
+			for (int r = 0; r < n_rows; r++)
+				acc[r][j][0] = _mm512_fmadd_ps(load_16(w[r], i, dtype, mask), _mm512_maskz_loadu_ps(mask, x[j] + i), acc[r][j][0]);
+	}
+	for (int r = 0; r < n_rows; r++)
+		for (int j = 0; j < n_tokens; j++)
+			finish(m, t + j, o + r, _mm512_reduce_add_ps(_mm512_add_ps(_mm512_add_ps(acc[r][j][0], acc[r][j][1]),
+																		_mm512_add_ps(acc[r][j][2], acc[r][j][3]))));
+}
+
+INLINE void
+dot_rows(const MillmMatmul *m, int64_t t, int n_tokens, int64_t begin, int64_t end, MillmDtype dtype, bool prefetch)
+{
+	int64_t		o = begin;
+
+	if (n_tokens > 1)			/* a single token reads one long stream */
+		for (; o + 2 <= end; o += 2)
+			dot_tile(m, t, n_tokens, o, 2, dtype, prefetch);
+	for (; o < end; o++)
+		dot_tile(m, t, n_tokens, o, 1, dtype, prefetch);
+}
+
+/* w [n_out, n_in].  The range's rows pass once for each few tokens: they lie in the L2 cache then. */
+INLINE void
+matmul_rows(const MillmMatmul *m, int64_t begin, int64_t end, MillmDtype dtype)
+{
+	int64_t		t = 0;
+
+	if (m->n_tokens == 1)
+		dot_rows(m, 0, 1, begin, end, dtype, true);
+	else if (m->n_tokens == 2)
+		dot_rows(m, 0, 2, begin, end, dtype, true);
+	else
+	{
+		dot_rows(m, 0, 3, begin, end, dtype, true);
+		for (t = 3; t + 3 <= m->n_tokens; t += 3)
+			dot_rows(m, t, 3, begin, end, dtype, false);
+		if (m->n_tokens - t == 2)
+			dot_rows(m, t, 2, begin, end, dtype, false);
+		else if (m->n_tokens - t == 1)
+			dot_rows(m, t, 1, begin, end, dtype, false);
+	}
+}
+
+/* n_vectors * 16 outputs of n_tokens tokens, the last vector masked: each weight row's piece is read once. */
+INLINE void
+column_tile(const MillmMatmul *m, int64_t t, int n_tokens, int64_t o, int n_vectors, __mmask16 last, MillmDtype dtype)
+{
+	const int	bytes = dtype == MILLM_F32 ? 4 : 2;
+	const int64_t row_bytes = m->w->stride * bytes;
+	const char *w = m->w->data;
+	const float *x[4];
+	__m512		acc[4][4];
+
+	for (int j = 0; j < n_tokens; j++)
+	{
+		x[j] = (const float *) ((const char *) m->x + (t + j) * m->x_stride);
+		for (int u = 0; u < n_vectors; u++)
+			acc[j][u] = _mm512_setzero_ps();
+	}
+	for (int64_t i = 0; i < m->w->n_in; i++, w += row_bytes)
+	{
+		if (t == 0)
+			for (int line = 0; line < n_vectors * 16 * bytes; line += 64)
+				_mm_prefetch(w + o * bytes + line + 16 * row_bytes, _MM_HINT_T0);
+		for (int u = 0; u < n_vectors; u++)
+		{
+			__m512		v = load_16(w, o + 16 * u, dtype, u == n_vectors - 1 ? last : 0xFFFF);
+
+			for (int j = 0; j < n_tokens; j++)
+				acc[j][u] = _mm512_fmadd_ps(_mm512_set1_ps(x[j][i]), v, acc[j][u]);
+		}
+	}
+	for (int j = 0; j < n_tokens; j++)
+		for (int u = 0; u < n_vectors; u++)
+		{
+			__mmask16	mask = u == n_vectors - 1 ? last : 0xFFFF;
+			float	   *y = m->y + (t + j) * m->y_stride + o + 16 * u;
+			__m512		sum = acc[j][u];
+
+			if (m->bias)
+				sum = _mm512_add_ps(sum, _mm512_maskz_loadu_ps(mask, m->bias + o + 16 * u));
+			if (m->accumulate)
+				sum = _mm512_add_ps(_mm512_maskz_loadu_ps(mask, y), sum);
+			_mm512_mask_storeu_ps(y, mask, sum);
+		}
+}
+
+INLINE void
+columns_of_tokens(const MillmMatmul *m, int64_t o, int n_vectors, __mmask16 last, MillmDtype dtype)
+{
+	int64_t		t = 0;
+
+	for (; t + 4 <= m->n_tokens; t += 4)
+		column_tile(m, t, 4, o, n_vectors, last, dtype);
+	for (; t < m->n_tokens; t++)
+		column_tile(m, t, 1, o, n_vectors, last, dtype);
+}
+
+/* w [n_in, n_out]: every output is one sum over n_in, in order, fused. */
+INLINE void
+matmul_columns(const MillmMatmul *m, int64_t begin, int64_t end, MillmDtype dtype)
+{
+	int64_t		o = begin;
+
+	for (; o + 64 <= end; o += 64)
+		columns_of_tokens(m, o, 4, 0xFFFF, dtype);
+	for (; o < end; o += 16)
+		columns_of_tokens(m, o, 1, first_lanes(end - o), dtype);
+}
+
+#define MATMUL(name, dtype) \
+static void rows_##name(const MillmMatmul *m, int64_t begin, int64_t end) { matmul_rows(m, begin, end, dtype); } \
+static void columns_##name(const MillmMatmul *m, int64_t begin, int64_t end) { matmul_columns(m, begin, end, dtype); }
+MATMUL(f32, MILLM_F32)
+MATMUL(f16, MILLM_F16)
+MATMUL(bf16, MILLM_BF16)
+
+/* ---- bfloat16 form ---- */
+
+static MillmForm
+best_form_bf16(const MillmWeight *w, int n_tokens)
+{
+	return w->dtype == MILLM_BF16 && !w->in_out && n_tokens >= MIN_BF16_TOKENS ? MILLM_FORM_BF16 : MILLM_FORM_F32;
+}
+
+static void
+pack_bf16(uint16_t *y, const float *x, int64_t n)
+{
+	for (int64_t i = 0; i < n; i += 32)
+	{
+		__m512		low = _mm512_maskz_loadu_ps(first_lanes(n - i), x + i);
+		__m512		high = n - i > 16 ? _mm512_maskz_loadu_ps(first_lanes(n - i - 16), x + i + 16) : _mm512_setzero_ps();
+
+		_mm512_storeu_si512(y + i, (__m512i) _mm512_cvtne2ps_pbh(high, low));
+	}
+}
+
+/* The sums of four vectors, one each. */
+INLINE __m128
+sum_of_4(__m512 a, __m512 b, __m512 c, __m512 d)
+{
+	/* halves, then quarters: lanes (a | b), (c | d) */
+	__m512		ab = _mm512_add_ps(_mm512_shuffle_f32x4(a, b, 0x44), _mm512_shuffle_f32x4(a, b, 0xEE));
+	__m512		cd = _mm512_add_ps(_mm512_shuffle_f32x4(c, d, 0x44), _mm512_shuffle_f32x4(c, d, 0xEE));
+	__m512		abcd = _mm512_add_ps(_mm512_shuffle_f32x4(ab, cd, 0x88), _mm512_shuffle_f32x4(ab, cd, 0xDD));
+
+	/* abcd has one quarter of 4 partial sums for each of a, b, c, d */
+	abcd = _mm512_add_ps(abcd, _mm512_permute_ps(abcd, 0x4E));
+	abcd = _mm512_add_ps(abcd, _mm512_permute_ps(abcd, 0xB1));
+	return _mm512_castps512_ps128(_mm512_maskz_compress_ps(0x1111, abcd));
+}
+
+/* 4 rows x n_tokens, at most 6. */
+INLINE void
+bf16_tile(const MillmMatmul *m, int64_t t, int n_tokens, int64_t o, bool prefetch)
+{
+	const int64_t n = m->w->n_in;
+	const char *w = millm_weight_row(m->w, o);
+	const int64_t row_bytes = m->w->stride * 2;
+	const char *x = (const char *) m->x + t * m->x_stride;
+	__m512		acc[6][4];
+	int64_t		i = 0;
+
+	for (int j = 0; j < n_tokens; j++)
+		for (int r = 0; r < 4; r++)
+			acc[j][r] = _mm512_setzero_ps();
+	for (; i < n; i += 32)
+	{
+		__m512bh	v[4];
+		__mmask32	mask = n - i >= 32 ? 0xFFFFFFFF : (__mmask32) ((1u << (n - i)) - 1);
+
+		for (int r = 0; r < 4; r++)
+		{
+			if (prefetch)
+				_mm_prefetch(w + r * row_bytes + i * 2 + PREFETCH_BYTES, _MM_HINT_T0);
+			v[r] = (__m512bh) (mask == 0xFFFFFFFF ? _mm512_loadu_si512(w + r * row_bytes + i * 2)
+							   : _mm512_maskz_loadu_epi16(mask, w + r * row_bytes + i * 2));
+		}
+		for (int j = 0; j < n_tokens; j++)
+		{
+			__m512bh	xj = (__m512bh) _mm512_load_si512(x + j * m->x_stride + i * 2);
+
+			for (int r = 0; r < 4; r++)
+				acc[j][r] = _mm512_dpbf16_ps(acc[j][r], v[r], xj);
+		}
+	}
+	for (int j = 0; j < n_tokens; j++)
+	{
+		float	   *y = m->y + (t + j) * m->y_stride + o;
+		__m128		sum = sum_of_4(acc[j][0], acc[j][1], acc[j][2], acc[j][3]);
+
+		if (m->bias)
+			sum = _mm_add_ps(sum, _mm_loadu_ps(m->bias + o));
+		if (m->accumulate)
+			sum = _mm_add_ps(_mm_loadu_ps(y), sum);
+		_mm_storeu_ps(y, sum);
+	}
+}
+
+/* One row, one token, in the same order. */
+static void
+bf16_dot(const MillmMatmul *m, int64_t t, int64_t o)
+{
+	const int64_t n = m->w->n_in;
+	const char *w = millm_weight_row(m->w, o);
+	const char *x = (const char *) m->x + t * m->x_stride;
+	__m512		acc = _mm512_setzero_ps();
+
+	for (int64_t i = 0; i < n; i += 32)
+	{
+		__mmask32	mask = n - i >= 32 ? 0xFFFFFFFF : (__mmask32) ((1u << (n - i)) - 1);
+
+		acc = _mm512_dpbf16_ps(acc, (__m512bh) _mm512_maskz_loadu_epi16(mask, w + i * 2), (__m512bh) _mm512_load_si512(x + i * 2));
+	}
+	finish(m, t, o, _mm_cvtss_f32(sum_of_4(acc, acc, acc, acc)));
+}
+
+INLINE void
+bf16_rows(const MillmMatmul *m, int64_t t, int n_tokens, int64_t begin, int64_t end, bool prefetch)
+{
+	int64_t		o = begin;
+
+	for (; o + 4 <= end; o += 4)
+		bf16_tile(m, t, n_tokens, o, prefetch);
+	for (; o < end; o++)
+		for (int j = 0; j < n_tokens; j++)
+			bf16_dot(m, t + j, o);
+}
+
+static void
+matmul_bf16_form(const MillmMatmul *m, int64_t begin, int64_t end)
+{
+	int64_t		t = 0;
+
+	for (; t + 6 <= m->n_tokens; t += 6)
+		if (t == 0)
+			bf16_rows(m, t, 6, begin, end, true);
+		else
+			bf16_rows(m, t, 6, begin, end, false);
+	switch (m->n_tokens - t)
+	{
+		case 5:
+			bf16_rows(m, t, 5, begin, end, false);
+			break;
+		case 4:
+			bf16_rows(m, t, 4, begin, end, false);
+			break;
+		case 3:
+			bf16_rows(m, t, 3, begin, end, false);
+			break;
+		case 2:
+			bf16_rows(m, t, 2, begin, end, false);
+			break;
+		case 1:
+			bf16_rows(m, t, 1, begin, end, false);
+			break;
+	}
+}
+
+/* ---- the rest ---- */
+
+static void
+rms_norm(float *y, const float *x, const float *w, float eps, int64_t n)
+{
+	__m512		squares = _mm512_setzero_ps();
+	__m512		r;
+
+	for (int64_t i = 0; i < n; i += 16)
+	{
+		__m512		v = _mm512_maskz_loadu_ps(first_lanes(n - i), x + i);
+
+		squares = _mm512_fmadd_ps(v, v, squares);
+	}
+	r = _mm512_set1_ps(1 / sqrtf(_mm512_reduce_add_ps(squares) / (float) n + eps));
+	for (int64_t i = 0; i < n; i += 16)
+	{
+		__mmask16	mask = first_lanes(n - i);
+		__m512		v = _mm512_mul_ps(_mm512_maskz_loadu_ps(mask, x + i), r);
+
+		_mm512_mask_storeu_ps(y + i, mask, _mm512_mul_ps(_mm512_maskz_loadu_ps(mask, w + i), v));
+	}
+}
+
+static void
+layer_norm(float *y, const float *x, const float *w, const float *b, float eps, int64_t n)
+{
+	__m512		sum = _mm512_setzero_ps(),
+				squares = _mm512_setzero_ps(),
+				mean,
+				r;
+
+	for (int64_t i = 0; i < n; i += 16)
+		sum = _mm512_add_ps(sum, _mm512_maskz_loadu_ps(first_lanes(n - i), x + i));
+	mean = _mm512_set1_ps(_mm512_reduce_add_ps(sum) / (float) n);
+	for (int64_t i = 0; i < n; i += 16)
+	{
+		__mmask16	mask = first_lanes(n - i);
+		__m512		v = _mm512_maskz_sub_ps(mask, _mm512_maskz_loadu_ps(mask, x + i), mean);
+
+		squares = _mm512_fmadd_ps(v, v, squares);
+	}
+	r = _mm512_set1_ps(1 / sqrtf(_mm512_reduce_add_ps(squares) / (float) n + eps));
+	for (int64_t i = 0; i < n; i += 16)
+	{
+		__mmask16	mask = first_lanes(n - i);
+		__m512		v = _mm512_mul_ps(_mm512_sub_ps(_mm512_maskz_loadu_ps(mask, x + i), mean), r);
+
+		if (w)
+			v = _mm512_mul_ps(v, _mm512_maskz_loadu_ps(mask, w + i));
+		if (b)
+			v = _mm512_add_ps(v, _mm512_maskz_loadu_ps(mask, b + i));
+		_mm512_mask_storeu_ps(y + i, mask, v);
+	}
+}
+
+/* e^x for x <= 88, towards 0 below.  Relative error below 2e-7. */
+INLINE __m512
+exp_16(__m512 x)
+{
+	__m512		n = _mm512_roundscale_ps(_mm512_mul_ps(x, _mm512_set1_ps(1.44269504f)), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+	__m512		r = _mm512_fnmadd_ps(n, _mm512_set1_ps(0.693145752f), x);	/* ln 2 in two parts */
+	__m512		p;
+
+	r = _mm512_fnmadd_ps(n, _mm512_set1_ps(1.42860677e-6f), r);
+	p = _mm512_set1_ps(1.0f / 720);
+	p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(1.0f / 120));
+	p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(1.0f / 24));
+	p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(1.0f / 6));
+	p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(0.5f));
+	p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(1));
+	p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(1));
+	return _mm512_scalef_ps(p, n);
+}
+
+static void
+kv_store(const MillmKvLayer *kv, int32_t page, int slot, const float *k, const float *v)
+{
+	const int	hd = kv->head_dim;
+	uint16_t   *kp = (uint16_t *) (kv->k + page * kv->page_bytes) + slot;
+	uint16_t   *vp = (uint16_t *) (kv->v + page * kv->page_bytes) + (int64_t) slot * hd;
+
+	for (int h = 0; h < kv->n_kv_heads; h++, k += hd, v += hd, kp += hd * MILLM_KERNEL_PAGE, vp += hd * MILLM_KERNEL_PAGE)
+		for (int d = 0; d < hd; d += 16)
+		{
+			__mmask16	mask = first_lanes(hd - d);
+			uint16_t	column[16];
+
+			_mm256_storeu_si256((__m256i *) column, _mm512_cvtps_ph(_mm512_maskz_loadu_ps(mask, k + d), _MM_FROUND_TO_NEAREST_INT));
+			for (int i = 0; i < 16 && d + i < hd; i++)
+				kp[(d + i) * MILLM_KERNEL_PAGE] = column[i];
+			_mm256_mask_storeu_epi16(vp + d, mask, _mm512_cvtps_ph(_mm512_maskz_loadu_ps(mask, v + d), _MM_FROUND_TO_NEAREST_INT));
+		}
+}
+
+/*
+ * n_heads (at most 4) query heads of one KV head, which share every load of K and V.  q, y: the first one.
+ * Scores of a page are one vector, because K lies transposed in its page.
+ */
+INLINE void
+attention_heads(float *y, const float *q, int n_heads, const MillmKvLayer *kv, const int32_t *pages, int64_t position, int64_t head_offset)
+{
+	const int	hd = kv->head_dim;
+	const int64_t first = kv->window > 0 && position >= kv->window ? position - kv->window + 1 : 0;
+	float		max[4],
+				sum[4];
+
+	for (int g = 0; g < n_heads; g++)
+	{
+		max[g] = -INFINITY;
+		sum[g] = 0;
+	}
+	memset(y, 0, sizeof(float) * (size_t) (n_heads * hd));
+	for (int64_t p = first / MILLM_KERNEL_PAGE; p * MILLM_KERNEL_PAGE <= position; p++)
+	{
+		const char *k = (const char *) ((const uint16_t *) (kv->k + pages[p] * kv->page_bytes) + head_offset);
+		const char *v = (const char *) ((const uint16_t *) (kv->v + pages[p] * kv->page_bytes) + head_offset);
+		int64_t		base = p * MILLM_KERNEL_PAGE;
+		int			from = (int) (first > base ? first - base : 0);
+		int			to = (int) (position - base < MILLM_KERNEL_PAGE - 1 ? position - base : MILLM_KERNEL_PAGE - 1);
+		__mmask16	mask = (__mmask16) (first_lanes(to + 1) & ~first_lanes(from));
+		__m512		score[4];
+		float		weight[4][MILLM_KERNEL_PAGE];
+		float		rescale[4];
+
+		for (int g = 0; g < n_heads; g++)
+			score[g] = _mm512_setzero_ps();
+		for (int d = 0; d < hd; d++)
+		{
+			__m512		kd = load_16(k, d * MILLM_KERNEL_PAGE, MILLM_F16, 0xFFFF);
+
+			for (int g = 0; g < n_heads; g++)
+				score[g] = _mm512_fmadd_ps(_mm512_set1_ps(q[g * hd + d]), kd, score[g]);
+		}
+		for (int g = 0; g < n_heads; g++)
+		{
+			__m512		s = _mm512_mul_ps(score[g], _mm512_set1_ps(kv->scale));
+			float		page_max = _mm512_mask_reduce_max_ps(mask, s);
+
+			page_max = page_max > max[g] ? page_max : max[g];
+			/* a NaN score stays NaN here, and so reaches the sum */
+			s = _mm512_maskz_mov_ps(mask, exp_16(_mm512_sub_ps(s, _mm512_set1_ps(page_max))));
+			rescale[g] = expf(max[g] - page_max);
+			max[g] = page_max;
+			sum[g] = sum[g] * rescale[g] + _mm512_reduce_add_ps(s);
+			_mm512_storeu_ps(weight[g], s);
+		}
+		for (int d = 0; d < hd; d += 16)
+		{
+			__mmask16	lanes = first_lanes(hd - d);
+			__m512		out[4];
+
+			for (int g = 0; g < n_heads; g++)
+				out[g] = _mm512_mul_ps(_mm512_maskz_loadu_ps(lanes, y + g * hd + d), _mm512_set1_ps(rescale[g]));
+			for (int s = from; s <= to; s++)
+			{
+				__m512		vs = load_16(v, (int64_t) s * hd + d, MILLM_F16, lanes);
+
+				for (int g = 0; g < n_heads; g++)
+					out[g] = _mm512_fmadd_ps(_mm512_set1_ps(weight[g][s]), vs, out[g]);
+			}
+			for (int g = 0; g < n_heads; g++)
+				_mm512_mask_storeu_ps(y + g * hd + d, lanes, out[g]);
+		}
+	}
+	for (int g = 0; g < n_heads; g++)
+		for (int d = 0; d < hd; d++)
+			y[g * hd + d] /= sum[g];
+}
+
+static void
+attention(float *y, const float *q, const MillmKvLayer *kv, const int32_t *pages, int64_t position, int kv_head)
+{
+	const int64_t head_offset = (int64_t) kv_head * kv->head_dim * MILLM_KERNEL_PAGE;
+
+	for (int g = 0; g < kv->group;)
+	{
+		int64_t		at = (int64_t) (kv_head * kv->group + g) * kv->head_dim;
+		int			n = kv->group - g;
+
+		if (n >= 4)
+			attention_heads(y + at, q + at, 4, kv, pages, position, head_offset);
+		else if (n == 3)
+			attention_heads(y + at, q + at, 3, kv, pages, position, head_offset);
+		else if (n == 2)
+			attention_heads(y + at, q + at, 2, kv, pages, position, head_offset);
+		else
+			attention_heads(y + at, q + at, 1, kv, pages, position, head_offset);
+		g += n >= 4 ? 4 : n;
+	}
+}
+
+/* 1 / (1 + e^-x) */
+INLINE __m512
+sigmoid_16(__m512 x)
+{
+	/* where one is NaN, max and min give their second operand: it passes */
+	__m512		bounded = _mm512_max_ps(_mm512_set1_ps(-87), _mm512_sub_ps(_mm512_setzero_ps(), x));
+
+	bounded = _mm512_min_ps(_mm512_set1_ps(87), bounded);
+	return _mm512_div_ps(_mm512_set1_ps(1), _mm512_add_ps(_mm512_set1_ps(1), exp_16(bounded)));
+}
+
+INLINE __m512
+silu_16(__m512 x)
+{
+	return _mm512_mul_ps(x, sigmoid_16(x));
+}
+
+/* tanh(z) = 2 sigmoid(2 z) - 1, so the whole is x sigmoid(2 z) */
+INLINE __m512
+gelu_tanh_16(__m512 x)
+{
+	__m512		cubed = _mm512_mul_ps(_mm512_mul_ps(x, x), x);
+	__m512		z2 = _mm512_mul_ps(_mm512_set1_ps(1.5957691216f), _mm512_fmadd_ps(_mm512_set1_ps(0.044715f), cubed, x));
+
+	return _mm512_mul_ps(x, sigmoid_16(z2));
+}
+
+#define UNARY(name) \
+static void \
+name(float *y, const float *x, const float *up, int64_t n) \
+{ \
+	for (int64_t i = 0; i < n; i += 16) \
+	{ \
+		__mmask16	mask = first_lanes(n - i); \
+		__m512		f = name##_16(_mm512_maskz_loadu_ps(mask, x + i)); \
+\
+		_mm512_mask_storeu_ps(y + i, mask, up ? _mm512_mul_ps(f, _mm512_maskz_loadu_ps(mask, up + i)) : f); \
+	} \
+}
+UNARY(silu)
+UNARY(gelu_tanh)
+
+void
+millm_kernels_avx512(MillmKernels *k, unsigned cpu)
+{
+	k->variant = "avx512";
+	k->kv_dtype = MILLM_F16;
+	k->matmul[MILLM_FORM_F32][MILLM_F32][0] = rows_f32;
+	k->matmul[MILLM_FORM_F32][MILLM_F32][1] = columns_f32;
+	k->matmul[MILLM_FORM_F32][MILLM_F16][0] = rows_f16;
+	k->matmul[MILLM_FORM_F32][MILLM_F16][1] = columns_f16;
+	k->matmul[MILLM_FORM_F32][MILLM_BF16][0] = rows_bf16;
+	k->matmul[MILLM_FORM_F32][MILLM_BF16][1] = columns_bf16;
+	if (cpu & MILLM_CPU_AVX512_BF16)
+	{
+		k->matmul[MILLM_FORM_BF16][MILLM_BF16][0] = matmul_bf16_form;
+		k->best_form = best_form_bf16;
+		k->pack_bf16 = pack_bf16;
+	}
+	k->rms_norm = rms_norm;
+	k->layer_norm = layer_norm;
+	k->kv_store = kv_store;
+	k->attention = attention;
+	k->unary[MILLM_UNARY_SILU] = silu;
+	k->unary[MILLM_UNARY_GELU_TANH] = gelu_tanh;
+}
+#endif
