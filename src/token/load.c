@@ -348,11 +348,11 @@ load_pre_tokenizer(Loader *l, const json_t *json, int depth)
 
 		if ((rc = get_bool(l, json, "individual_digits", false, &individual)) != MILLM_OK)
 			return rc;
-		return add_split(l, (Pattern) {.kind = PATTERN_CLASS, .categories = UM_N},
+		return add_split(l, (Pattern) {.kind = PATTERN_FLAG, .flag = UC_NUMERIC},
 						 individual ? SPLIT_ISOLATED : SPLIT_CONTIGUOUS, false);
 	}
 	if (strcmp(type, "WhitespaceSplit") == 0)
-		return add_split(l, (Pattern) {.kind = PATTERN_SPACE}, SPLIT_REMOVED, false);
+		return add_split(l, (Pattern) {.kind = PATTERN_FLAG, .flag = UC_SPACE}, SPLIT_REMOVED, false);
 	if (strcmp(type, "Metaspace") == 0)
 	{
 		Pattern		replacement;

@@ -1,5 +1,5 @@
 /*
- * pattern.c -- searching: strings, classes, the hand-written scanners, and PCRE2 for the rest.
+ * pattern.c -- searching: strings, kinds of characters, the hand-written scanners, and PCRE2 for the rest.
  *
  * A scanner is given a text and a position and returns where the word that starts there ends.  Both scanners
  * match at every position, so a text is cut into words without gaps.  In their comments, L, N, S are letters,
@@ -313,14 +313,13 @@ millm_pattern_find(const Pattern *pattern, PatternScratch *scratch, const char *
 				}
 				return MILLM_OK;
 			}
-		case PATTERN_CLASS:
-		case PATTERN_SPACE:
+		case PATTERN_FLAG:
 			for (size_t i = from; i < n;)
 			{
 				uint32_t	cp;
 				unsigned	length = millm_utf8_get(text + i, &cp);
 
-				if (pattern->kind == PATTERN_SPACE ? millm_unicode_is_space(cp) : millm_unicode_is_in(cp, pattern->categories))
+				if (millm_unicode_class(cp) & pattern->flag)
 				{
 					*found = true;
 					*start = i;

@@ -1,5 +1,5 @@
 /*
- * pattern.h -- what a splitter or a replacement looks for: a string, a class of characters, or a regex.
+ * pattern.h -- what a splitter or a replacement looks for: a string, a kind of characters, or a regex.
  *
  * Regexes in tokenizer.json are Oniguruma's.  The two that most models use are hand-written scanners, told by
  * their text; any other is translated to PCRE2 (regex.c), with the classes of our own Unicode tables.
@@ -17,8 +17,7 @@
 typedef enum PatternKind
 {
 	PATTERN_LITERAL,			/* the bytes of literal */
-	PATTERN_CLASS,				/* one character whose category is in categories */
-	PATTERN_SPACE,				/* one White_Space character */
+	PATTERN_FLAG,				/* one character whose class has flag */
 	PATTERN_GPT2,				/* GPT-2's words */
 	PATTERN_LLAMA3,				/* Llama 3's words, also Qwen's and cl100k's: they differ in max_digits */
 	PATTERN_REGEX
@@ -29,7 +28,7 @@ typedef struct Pattern
 	PatternKind kind;
 	char	   *literal;		/* owned */
 	size_t		literal_n;		/* > 0 */
-	uint32_t	categories;
+	uint8_t		flag;			/* UC_SPACE or UC_NUMERIC */
 	unsigned	max_digits;		/* of PATTERN_LLAMA3 */
 	struct pcre2_real_code_8 *code;	/* owned */
 } Pattern;

@@ -33,10 +33,11 @@ typedef enum UnicodeCategory
 #define UM_Z (UM(UC_ZL) | UM(UC_ZP) | UM(UC_ZS))
 #define UM_C (UM(UC_CN) | UM(UC_CC) | UM(UC_CF) | UM(UC_CO) | UM(UC_CS))
 
-/* A class: the category and two flags. */
+/* A class: the category and three flags. */
 #define UC_CATEGORY_BITS 0x1F
 #define UC_SPACE 0x20			/* White_Space */
 #define UC_IS_NEW 0x40			/* its category is not the one of Unicode 14.0 */
+#define UC_NUMERIC 0x80			/* a number in Unicode 17.0, as for Rust's is_numeric() */
 
 #define MILLM_UNICODE_SHIFT 7
 extern const uint16_t millm_unicode_index[];

@@ -1,0 +1,244 @@
+"""What the tokenizer comparisons share: the driver of our tokenizer, the texts, and small tokenizers made on the spot."""
+import json
+import random
+import struct
+import subprocess
+import sysconfig
+import unicodedata
+from pathlib import Path
+
+from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+
+ROOT = Path(__file__).resolve().parents[2]
+DRIVER = ROOT / "build" / "tok_driver"
+
+REGEX_LLAMA3 = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
+                r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+")
+REGEX_QWEN = REGEX_LLAMA3.replace("{1,3}", "")
+REGEX_CL100K = (r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}+|\p{N}{1,3}"
+                r"| ?[^\s\p{L}\p{N}]++[\r\n]*|\s*[\r\n]|\s+(?!\S)|\s+")
+REGEX_QWEN35 = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?[\p{L}\p{M}]+|\p{N}"
+                r"| ?[^\s\p{L}\p{M}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+")
+REGEX_O200K = (r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
+               r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
+               r"|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+")
+REGEX_BLOOM = r" ?[^(\s|[.,!?…。，、।۔،])]+"
+REGEX_DEEPSEEK3 = (r"[!\"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~][A-Za-z]+|[^\r\n\p{L}\p{P}\p{S}]?[\p{L}\p{M}]+"
+                   "| ?[\\p{P}\\p{S}]+[\r\n]*|\\s*[\r\n]+|\\s+(?!\\S)|\\s+")
+REGEX_TIKTOKEN = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?+\p{L}+|\p{N}{1,3}+"
+                  r"| ?[^\s\p{L}\p{N}]++[\r\n]*|\s*[\r\n]|\s+(?!\S)|\s+")
+
+
+class Ours:
+    """Our tokenizer of a model directory, in a process of its own."""
+
+    def __init__(self, directory):
+        assert DRIVER.exists(), f"{DRIVER} is missing: make drivers"
+        self.process = subprocess.Popen([DRIVER, directory], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *exc):
+        self.process.stdin.close()
+        assert self.process.wait(timeout=60) == 0
+
+    def ask(self, kind, n, data, size):
+        self.process.stdin.write(struct.pack("<II", ord(kind), n) + data)
+        self.process.stdin.flush()
+        count, = struct.unpack("<i", self.process.stdout.read(4))
+        if count < 0:
+            count, = struct.unpack("<i", self.process.stdout.read(4))
+            raise ValueError(self.process.stdout.read(count).decode())
+        return count, self.process.stdout.read(count * size)
+
+    def encode(self, text, kind="E"):
+        data = text if isinstance(text, bytes) else text.encode()
+        count, raw = self.ask(kind, len(data), data, 4)
+        return list(struct.unpack(f"<{count}i", raw))
+
+    def decode(self, ids, kind="D"):
+        return self.ask(kind, len(ids), struct.pack(f"<{len(ids)}i", *ids), 1)[1].decode()
+
+
+def differences(ours, genuine, texts, limit=5):
+    """The first texts that the two encode differently, as readable lines."""
+    out = []
+    for text in texts:
+        a, b = ours.encode(text), genuine.encode(text, add_special_tokens=False).ids
+        if a != b:
+            at = next((i for i, (x, y) in enumerate(zip(a, b)) if x != y), min(len(a), len(b)))
+            out.append(f"{text[:60]!r}: at token {at} ours {a[at:at + 6]} genuine {b[at:at + 6]}")
+            if len(out) == limit:
+                break
+    return out
+
+
+# ---- texts ----
+
+MULTILINGUAL = """
+All human beings are born free and equal in dignity and rights. They're endowed with reason; it's so, I'LL say.
+Tous les êtres humains naissent libres et égaux en dignité et en droits. L'été où naît la forêt.
+Alle Menschen sind frei und gleich an Würde und Rechten geboren. Straße, Größe, ÄÖÜ.
+Todos los seres humanos nacen libres e iguales. ¿Qué? ¡Señor!
+Все люди рождаются свободными и равными в своём достоинстве и правах.
+Όλοι οι άνθρωποι γεννιούνται ελεύθεροι και ίσοι. ΣΊΣΥΦΟΣ σίσυφος
+人人生而自由，在尊严和权利上一律平等。他们赋有理性和良心。「你好」、谢谢！
+すべての人間は、生まれながらにして自由であり、かつ、尊厳と権利とについて平等である。カタカナ か\u3099
+모든 인간은 태어날 때부터 자유로우며 그 존엄과 권리에 있어 동등하다. \u1112\u1161\u11ab
+يولد جميع الناس أحرارًا متساوين في الكرامة والحقوق. ١٢٣٤٥
+כל בני האדם נולדו בני חורין ושווים בערכם ובזכויותיהם. שָׁלוֹם
+सभी मनुष्यों को गौरव और अधिकारों के मामले में जन्मजात स्वतन्त्रता और समानता प्राप्त है। १२३ क्षत्रिय
+มนุษย์ทั้งหลายเกิดมามีอิสระและเสมอภาคกันในเกียรติศักดิ์และสิทธิ ๑๒๓
+Tất cả mọi người sinh ra đều được tự do và bình đẳng về nhân phẩm và quyền lợi.
+មនុស្សទាំងអស់កើតមកមានសេរីភាព និងសមភាព
+ყველა ადამიანი იბადება თავისუფალი ß ﬁ ﬆ İ ı ǅ ʰ 𝒜𝒷 𠀀 𱍐 Å\u212bA\u030a
+👩\u200d👩\u200d👧\u200d👦 🇩🇪🇫🇷 👍🏽 1️⃣ 🏴\U000e0067\U000e0062\U000e007f ❤️ \u200d \ue000 \ufdd0 \U0010ffff
+"""
+
+EDGES = [
+    "", " ", "  ", "   ", " " * 16, " " * 255, " " * 256, " " * 10000, "  \n", "\t\t\t", " \n \n", "\r\n", "\r", "\n\r",
+    "\r\n\r\n  x", "\x85", "\xa0", "\u1680", "\u180e", "\u2003", "\u200b", "\u2028", "\u3000", "\ufeff", "\xad",
+    "a\u180eb", "  \u180e  x", "x \u3000 y", "x\xa0\xa0y", "\x1c\x1d\x1e\x1f",
+    "0", "12", "123", "1234", "1234567", "1,234.56", "٣٤٥", "½", "Ⅷ", "²", "१२३", "１２３", "0xdeadbeef",
+    "123e4567-e89b-12d3-a456-426614174000", "2024-12-31T23:59:59", "192.168.0.1", "a1b2c3", "½½½½", "1²3",
+    "I'm don't we'LL it'S '", "’s", "'ſ", "'K", "\u212a'S", "A's", "''''", "'", " 's", "x's't're've'm'll'd", "'Re'VE'lL'D", "'ſt",
+    "don’t", "\u00df'SS", "'sa 'ta 'rea", "😀", "😀😀 😀", "\u200d", "e" + "\u0301" * 50, "\u0301", "\u0301\u0301a", " \u0301",
+    "a" * 100000, "文" * 20000, "!" * 100000, "aA" * 5000, "A" * 3000, "1" * 30000, "\n" * 3000, " \n" * 3000, "\t \r\n" * 2000,
+    "".join(random.Random(1).choice("abcdefghijklmnopqrstuvwxyz") for _ in range(100000)),
+    "<|im_start", "<|im_start|>|>", "<<s>>", "<s ></s>", "▁", "<0x0A>", "Ġ", "Ċ", "é", "<|im_start|>user\nhi<|im_end|>\n",
+    " <|im_end|> ", "<|im_end|><|im_end|>", "<|im_end|", "｜", "<|endoftext|>x", "a<|endoftext|>  b",
+    "    if x:\n        return 1\n\tpass\n", "a->b !== c // d /* e */", "https://x.y///z?a=b&c=d", "C:\\a\\b", "<br/><p>",
+    "\\frac{1}{2}", "\0", "a\0b", "\0\0 \0", "#include <stdio.h>\n\nint\nmain(void)\n{\n}\n",
+]
+
+AWKWARD = (list("aAzZ019 '.,!-_/<>|\n\r\t\0") + ["'s", "'LL", "  ", "\r\n", "ſ", "é", "e\u0301", "ß", "\u212a", "\u0130", "Σ"] +
+           list("\x85\xa0\u180e\u2003\u200b\u2028\u3000\ufeff\u0301\u0940²½Ⅷ٣文か\u3099각\u1100\u1161ʰǅ😀\u200d\U00013430\U0001e030\U000323af") +
+           ["<|im_end|>", "<|im_start|>", "<|endoftext|>", "▁", "Ġ"])
+
+
+def random_texts(n, seed):
+    rng = random.Random(seed)
+    for _ in range(n):
+        yield "".join(rng.choice(AWKWARD) for _ in range(rng.randint(1, 24)))
+
+
+def all_code_points():
+    return [chr(c) for c in range(0x110000) if not 0xD800 <= c < 0xE000]
+
+
+def neighbour_texts():
+    """Every code point beside a letter, a space, a digit, a line end, punctuation and itself; a few hundred in a text."""
+    points = all_code_points()
+    for i in range(0, len(points), 256):
+        yield "".join(f"a{c}b {c}{c} {c}1{c}\n{c}.{c}  {c}'{c}s{c}" for c in points[i:i + 256])
+
+
+def corpus(n_bytes=1_200_000):
+    """Sources and documents that every Python brings, cut into pieces of some kilobytes, and many languages."""
+    out, size = [MULTILINGUAL, MULTILINGUAL * 20], 0
+    stdlib = Path(sysconfig.get_paths()["stdlib"])
+    site = Path(sysconfig.get_paths()["purelib"])
+    files = sorted(stdlib.glob("*.py")) + sorted(site.glob("*/METADATA")) + sorted(ROOT.glob("src/*/*.c"))
+    random.Random(7).shuffle(files)
+    for path in files:
+        text = path.read_text(encoding="utf-8", errors="replace")[:40000]
+        out.append(text)
+        size += len(text.encode())
+        if size > n_bytes:
+            break
+    assert size > 1_000_000, size
+    return out
+
+
+# ---- small tokenizers ----
+
+SPECIALS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+
+
+def trained(pre_tokenizer, normalizer=None, vocabulary=2000, **model):
+    tokenizer = Tokenizer(models.BPE(**model))
+    tokenizer.pre_tokenizer = pre_tokenizer
+    if normalizer:
+        tokenizer.normalizer = normalizer
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.post_processor = processors.ByteLevel(trim_offsets=False)
+    trainer = trainers.BpeTrainer(vocab_size=vocabulary, show_progress=False, special_tokens=SPECIALS,
+                                  initial_alphabet=pre_tokenizers.ByteLevel.alphabet())
+    tokenizer.train_from_iterator([MULTILINGUAL * 3] + corpus()[2:20], trainer)
+    return tokenizer
+
+
+def split(regex):
+    return pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(regex), "isolated"),
+                                    pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+
+
+def sentencepiece_like(vocabulary, metaspace, fallback=True):
+    """The Llama 2 shape: text in pieces of whole words with U+2581, unknown bytes as <0xHH>."""
+    base = Tokenizer(models.BPE(unk_token="<unk>", fuse_unk=True, byte_fallback=fallback))
+    if metaspace:
+        base.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=metaspace, split=False)
+    else:
+        base.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    trainer_base = Tokenizer(models.BPE())
+    trainer_base.pre_tokenizer = pre_tokenizers.Metaspace()
+    specials = ["<unk>", "<s>", "</s>"] + ([f"<0x{b:02X}>" for b in range(256)] if fallback else [])
+    trainer = trainers.BpeTrainer(vocab_size=vocabulary, show_progress=False, special_tokens=specials, limit_alphabet=120)
+    trainer_base.train_from_iterator([MULTILINGUAL * 3] + corpus()[2:12], trainer)
+    data = json.loads(trainer_base.to_str())
+    shape = json.loads(base.to_str())
+    for key in ("unk_token", "fuse_unk", "byte_fallback"):
+        data["model"][key] = shape["model"][key]
+    for key in ("normalizer", "pre_tokenizer"):
+        data[key] = shape[key]
+    data["added_tokens"] = [t for t in data["added_tokens"] if not t["content"].startswith("<0x")]
+    data["decoder"] = {"type": "Sequence", "decoders": [
+        {"type": "Replace", "pattern": {"String": "▁"}, "content": " "}, {"type": "ByteFallback"}, {"type": "Fuse"},
+        {"type": "Strip", "content": " ", "start": 1, "stop": 0}]}
+    data["post_processor"] = {"type": "TemplateProcessing", "single": [
+        {"SpecialToken": {"id": "<s>", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}], "pair": [
+        {"Sequence": {"id": "A", "type_id": 0}}, {"Sequence": {"id": "B", "type_id": 1}}],
+        "special_tokens": {"<s>": {"id": "<s>", "ids": [1], "tokens": ["<s>"]}}}
+    return Tokenizer.from_str(json.dumps(data))
+
+
+def make(name):
+    """The small tokenizer of that name, as the genuine library's object."""
+    bl = pre_tokenizers.ByteLevel
+    if name == "gpt2":
+        return trained(bl(add_prefix_space=False))
+    if name == "prefix-space":
+        return trained(bl(add_prefix_space=True))
+    if name == "digits":
+        return trained(pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), bl(add_prefix_space=False)]))
+    if name == "digit-runs":
+        return trained(pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=False), bl(add_prefix_space=False)]))
+    if name == "llama3":
+        return trained(split(REGEX_LLAMA3), ignore_merges=True)
+    if name == "qwen":
+        return trained(split(REGEX_QWEN), normalizers.NFC())
+    if name == "llama2":
+        return sentencepiece_like(1500, None)
+    if name == "mistral":
+        return sentencepiece_like(1500, "first")
+    if name == "fused-unknown":
+        return sentencepiece_like(900, "always", fallback=False)
+    return trained(split(REGEXES[name]), vocabulary=900)
+
+
+REGEXES = {"cl100k": REGEX_CL100K, "qwen3.5": REGEX_QWEN35, "o200k": REGEX_O200K, "bloom": REGEX_BLOOM,
+           "deepseek3": REGEX_DEEPSEEK3, "tiktoken": REGEX_TIKTOKEN, "word": r"\w+|\W", "edge": r"\b|\s+$", "han": r"\p{Han}+|\d+"}
+SMALL = ["gpt2", "prefix-space", "digits", "digit-runs", "llama3", "qwen", "llama2", "mistral", "fused-unknown"] + list(REGEXES)
+
+
+def write(tokenizer, directory, config=None):
+    directory.mkdir(parents=True, exist_ok=True)
+    tokenizer.save(str(directory / "tokenizer.json"))
+    if config is not None:
+        (directory / "tokenizer_config.json").write_text(json.dumps(config))
+    return directory
+
+
+def is_nfc(text):
+    return unicodedata.is_normalized("NFC", text)
