@@ -44,8 +44,12 @@ disk_error(MillmError *err, const char *doing, const char *name)
 static int
 open_below(const char *cache_dir, const char *directory, bool create)
 {
-	int			fd = open(cache_dir, O_RDONLY | O_DIRECTORY | O_CLOEXEC);
 	char		part[256];
+	int			fd;
+
+	if (create)
+		(void) mkdir(cache_dir, 0700);	/* the open below says whether it is there */
+	fd = open(cache_dir, O_RDONLY | O_DIRECTORY | O_CLOEXEC);
 
 	while (fd >= 0 && *directory)
 	{

@@ -1,0 +1,319 @@
+"""millm-hub against the test hub: what a download leaves on disk, every way a hub can fail, and that a token stays where it belongs."""
+import hashlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+import urllib.request
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT / "test/hub"))
+import hub as hub_module  # noqa: E402
+
+MILLM_HUB = ROOT / "build/millm-hub"
+HUB_ROOT = ROOT / ".fixtures/hub"
+SMOL = "HuggingFaceTB/SmolLM2-135M-Instruct"
+TINY = "millm-test/tiny-llama"
+
+
+@pytest.fixture(scope="module")
+def hub():
+    return hub_module.start(HUB_ROOT)
+
+
+@pytest.fixture(autouse=True)
+def no_faults(hub):
+    faults(hub)
+    yield
+    faults(hub)
+
+
+def faults(hub, *fs):
+    urllib.request.urlopen(urllib.request.Request(hub.endpoint + "/_faults", json.dumps(list(fs)).encode(), method="POST")).read()
+
+
+def command(hub, what, repo, cache=None, token=None, *more):
+    args = [MILLM_HUB, what, repo, "--endpoint", hub.endpoint, *more]
+    if cache:
+        args += ["--cache-dir", cache]
+    if token:
+        file = Path(cache or "/tmp") / "token-file"
+        file.parent.mkdir(exist_ok=True)
+        file.write_text(token + "\n")
+        args += ["--token-file", file]
+    return list(map(str, args))
+
+
+def run(hub, what, repo, cache=None, token=None, *more):
+    return subprocess.run(command(hub, what, repo, cache, token, *more), capture_output=True, text=True, timeout=120)
+
+
+def model_dir(cache, repo):
+    return Path(cache) / "huggingface" / (repo.replace("/", "--") + "--FP16")
+
+
+def leftovers(cache, repo):
+    d = model_dir(cache, repo)
+    return sorted(p.name for p in d.iterdir()) if d.exists() else []
+
+
+def same_files(cache, repo, source=None):
+    d = model_dir(cache, repo)
+    names = [n for n in leftovers(cache, repo) if n != ".millm_meta.json"]
+    for n in names:
+        assert (d / n).read_bytes() == (HUB_ROOT / (source or repo) / n).read_bytes(), n
+    return names
+
+
+def test_download(hub, tmp_path):
+    done = run(hub, "download", TINY, tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert same_files(tmp_path, TINY) == sorted(p.name for p in (HUB_ROOT / TINY).iterdir())
+    meta = json.loads((model_dir(tmp_path, TINY) / ".millm_meta.json").read_text())
+    assert meta["repo_id"] == TINY and meta["quantization"] == "FP16" and len(meta["commit"]) == 40
+    weights = (HUB_ROOT / TINY / "model.safetensors").read_bytes()
+    assert meta["files"]["model.safetensors"] == {"size": len(weights), "hash": hashlib.sha256(weights).hexdigest()}
+    # the second time every file is proved from disk; nothing but small requests
+    hub.log.clear()
+    assert run(hub, "download", TINY, tmp_path).returncode == 0
+    assert not [r for r in hub.log if r["port"] == "cdn"]
+
+
+def test_what_is_fetched(hub, tmp_path):
+    assert run(hub, "download", "millm-test/extras", tmp_path).returncode == 0
+    names = leftovers(tmp_path, "millm-test/extras")
+    assert "LICENSE" in names and "model.safetensors" in names
+    assert not {"onnx.onnx", "modeling.py", "training_args.bin", "original"} & set(names)
+
+
+def test_shards_pages_names(hub, tmp_path):
+    assert run(hub, "download", "millm-test/sharded", tmp_path).returncode == 0
+    assert len([n for n in same_files(tmp_path, "millm-test/sharded") if n.endswith(".safetensors")]) > 1
+    assert run(hub, "download", "tiny-single", tmp_path).returncode == 0
+    assert run(hub, "download", "millm-test/old-name", tmp_path).returncode == 0
+    assert run(hub, "validate", TINY, None, None, "--revision", "refs/pr/1").returncode == 0
+
+
+REFUSALS = [
+    ("millm-test/missing", None, "REPO_NOT_FOUND"), ("millm-test/missing", "hf_good", "REPO_NOT_FOUND"), ("millm-test/private", None, "REPO_NOT_FOUND"),
+    ("millm-test/private", "hf_nogrant", "REPO_NOT_FOUND"), ("millm-test/gated", None, "GATED_MODEL_NO_TOKEN"),
+    ("millm-test/gated", "hf_nogrant", "GATED_MODEL_NO_TOKEN"), ("millm-test/gated", "hf_bad", "INVALID_HF_TOKEN"), (TINY, "hf_bad", "INVALID_HF_TOKEN"),
+    ("millm-test/disabled", None, "MODEL_DOWNLOAD_FAILED"), ("millm-test/unknown-arch", None, "UNSUPPORTED_ARCHITECTURE"),
+    ("millm-test/remote-code", None, "TRUST_REMOTE_CODE_REQUIRED"), ("millm-test/bin-only", None, "MODEL_DOWNLOAD_FAILED"),
+    ("millm-test/no-config", None, "MODEL_DOWNLOAD_FAILED"), ("a/../b", None, "INVALID_REPO_ID"), ("a//b", None, "INVALID_REPO_ID"),
+    ("x--y", None, "INVALID_REPO_ID"), (".a/b", None, "INVALID_REPO_ID"), ("a/b.git", None, "INVALID_REPO_ID"), ("é/b", None, "INVALID_REPO_ID"),
+]
+
+
+@pytest.mark.parametrize("repo,token,code", REFUSALS)
+def test_refusals(hub, tmp_path, repo, token, code):
+    done = run(hub, "download", repo, tmp_path, token)
+    assert done.returncode == 1 and f"millm-hub: {code}:" in done.stderr, done.stderr
+    assert not (tmp_path / "huggingface").exists() or not any((tmp_path / "huggingface").iterdir())
+    if token:
+        assert token not in done.stderr + done.stdout
+
+
+def test_good_token(hub, tmp_path):
+    assert run(hub, "download", "millm-test/gated", tmp_path, "hf_good").returncode == 0
+    assert run(hub, "download", "millm-test/private", tmp_path, "hf_good").returncode == 0
+    assert any(r["authorization"] for r in hub.log if r["port"] == "hub")
+    assert not any(r["authorization"] for r in hub.log if r["port"] == "cdn")
+    assert run(hub, "download", "millm-test/remote-code", tmp_path, None, "--trust-remote-code").returncode == 0
+    for p in tmp_path.rglob("*"):
+        if p.is_file() and p.name != "token-file":
+            assert b"hf_good" not in p.read_bytes()
+
+
+def test_unknown_revision(hub, tmp_path):
+    done = run(hub, "download", TINY, tmp_path, None, "--revision", "nope")
+    assert "REPO_NOT_FOUND" in done.stderr and "nope" in done.stderr
+    assert "INVALID_ARGUMENT" in run(hub, "validate", TINY, None, None, "--revision", "../x").stderr
+
+
+# one fault at a time; then how it ends: True arrives whole, else the error's name
+FAULTS = [
+    ({"where": "cdn", "kind": "truncate", "after": 300_000, "times": 2}, True),
+    ({"where": "cdn", "kind": "truncate", "after": 0}, "MODEL_DOWNLOAD_FAILED"),
+    ({"where": "cdn", "kind": "reset", "after": 300_000, "times": 1}, True),
+    ({"where": "cdn", "kind": "ignore_range"}, True),
+    ({"where": "cdn", "kind": "wrong_bytes", "times": 1}, True),
+    ({"where": "cdn", "kind": "wrong_bytes"}, "MODEL_DOWNLOAD_FAILED"),
+    ({"where": "cdn", "status": 503, "times": 2}, True),
+    ({"where": "cdn", "status": 503}, "MODEL_DOWNLOAD_FAILED"),
+    ({"where": "cdn", "status": 403, "times": 1}, True),
+    ({"where": "cdn", "status": 416, "times": 1}, True),
+    ({"where": "resolve", "status": 500, "times": 2}, True),
+    ({"where": "resolve", "status": 429, "retry_after": 1, "times": 1}, True),
+    ({"where": "resolve", "status": 429, "retry_after": 1}, "MODEL_DOWNLOAD_FAILED"),
+    ({"where": "resolve", "status": 403, "file": "model.safetensors"}, "GATED_MODEL_NO_TOKEN"),
+    ({"where": "resolve", "status": 404, "file": "model.safetensors"}, "MODEL_DOWNLOAD_FAILED"),
+    ({"where": "resolve", "kind": "expired", "file": ".safetensors", "times": 2}, True),
+    ({"where": "resolve", "kind": "wrong_size", "file": ".safetensors"}, "MODEL_DOWNLOAD_FAILED"),
+    ({"where": "resolve", "kind": "wrong_etag", "file": ".safetensors"}, "MODEL_DOWNLOAD_FAILED"),
+    ({"where": "resolve", "kind": "no_size", "file": ".safetensors"}, "MODEL_DOWNLOAD_FAILED"),
+    ({"where": "resolve", "kind": "no_commit"}, "MODEL_DOWNLOAD_FAILED"),
+    ({"where": "resolve", "kind": "wrong_commit"}, "MODEL_DOWNLOAD_FAILED"),
+    ({"where": "info", "status": 502, "times": 1}, True),
+    ({"where": "info", "kind": "html"}, "MODEL_DOWNLOAD_FAILED"),
+    ({"where": "info", "kind": "loop"}, "MODEL_DOWNLOAD_FAILED"),
+    ({"where": "tree", "kind": "html"}, "MODEL_DOWNLOAD_FAILED"),
+    ({"where": "cdn", "kind": "close", "times": 2}, True),
+]
+
+
+@pytest.mark.parametrize("fault,outcome", FAULTS, ids=[f"{f['where']}-{f.get('kind', f.get('status'))}-{f.get('times', 'always')}" for f, _ in FAULTS])
+def test_faults(hub, tmp_path, fault, outcome):
+    faults(hub, fault | {"repo": TINY})
+    done = run(hub, "download", TINY, tmp_path)
+    if outcome is True:
+        assert done.returncode == 0, done.stderr
+        same_files(tmp_path, TINY)
+        return
+    assert done.returncode == 1 and f"millm-hub: {outcome}:" in done.stderr, done.stderr
+    # the command line keeps what is whole for the next attempt; nothing that is not proved has a name
+    same_files(tmp_path, TINY) if not [n for n in leftovers(tmp_path, TINY) if n.startswith(".partial")] else None
+    assert "Signature" not in done.stderr
+    faults(hub)
+    assert run(hub, "download", TINY, tmp_path).returncode == 0
+    same_files(tmp_path, TINY)
+    assert not [n for n in leftovers(tmp_path, TINY) if n.startswith(".partial")]
+
+
+def test_killed_download_resumes(hub, tmp_path):
+    """kill -9 at about half; the next one asks for the rest only, and the whole is proved."""
+    size = (HUB_ROOT / SMOL / "model.safetensors").stat().st_size
+    faults(hub, {"repo": SMOL, "where": "cdn", "bytes_per_second": 150_000_000})
+    p = subprocess.Popen(command(hub, "download", SMOL, tmp_path), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    end = time.monotonic() + 60
+    have = 0
+    while have < size // 2 and time.monotonic() < end:
+        have = max([f.stat().st_size for f in model_dir(tmp_path, SMOL).glob(".partial-*safetensors")] or [0]) if model_dir(tmp_path, SMOL).exists() else 0
+        time.sleep(0.005)
+    p.send_signal(signal.SIGKILL)
+    p.wait()
+    faults(hub)
+    assert run(hub, "download", SMOL, tmp_path).returncode == 0
+    same_files(tmp_path, SMOL)
+    ranges = [int(r["range"].split("=")[1].split("-")[0]) for r in hub.log if r["port"] == "cdn" and r["range"]]
+    assert ranges and ranges[0] >= size // 3, "it started over"
+
+
+def test_stall_and_slow(hub, tmp_path):
+    faults(hub, {"repo": TINY, "where": "info", "delay": 3, "times": 1})
+    done = subprocess.run(command(hub, "validate", TINY), capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0
+
+
+def test_nobody_listens(tmp_path):
+    done = subprocess.run([MILLM_HUB, "validate", TINY, "--endpoint", "http://127.0.0.1:9"], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 1 and "HUB_UNAVAILABLE" in done.stderr and "Hint" in done.stderr
+    done = subprocess.run([MILLM_HUB, "validate", TINY, "--endpoint", "ftp://x"], capture_output=True, text=True, timeout=60)
+    assert "INVALID_ARGUMENT" in done.stderr
+
+
+def test_links_are_not_followed(hub, tmp_path):
+    """Somebody put a link where a model's file would go: it is replaced, not written through."""
+    d = model_dir(tmp_path, TINY)
+    d.mkdir(parents=True)
+    victim = tmp_path / "victim"
+    victim.write_text("precious")
+    (d / "config.json").symlink_to(victim)
+    assert run(hub, "download", TINY, tmp_path).returncode == 0
+    assert victim.read_text() == "precious" and not (d / "config.json").is_symlink()
+
+
+@pytest.fixture
+def serve(tmp_path):
+    """millm-hub as the supervisor runs it; returns a function that opens a conversation."""
+    from engine_client import Conversation
+
+    sock = tmp_path / "hub.sock"
+    p = subprocess.Popen([MILLM_HUB, "serve", "--socket", sock], stderr=subprocess.DEVNULL)
+    end = time.monotonic() + 20
+    while not sock.exists() and time.monotonic() < end:
+        time.sleep(0.01)
+    yield lambda op, **fields: Conversation(sock, op, **fields)
+    p.send_signal(signal.SIGTERM)
+    assert p.wait(20) == 0
+
+
+UUID = "01234567-89ab-cdef-0123-456789abcdef"
+
+
+def job(hub, cache, repo):
+    return {"endpoint": hub.endpoint, "repo_id": repo, "cache_dir": str(cache), "directory": "huggingface/" + repo.replace("/", "--") + "--FP16",
+            "model_id": 1, "model_uuid": UUID, "owner_id": UUID}
+
+
+def test_serve(hub, tmp_path, serve):
+    from engine_client import PROGRESS, HelperError
+
+    assert serve("validate", endpoint=hub.endpoint, repo_id=TINY).result()["params"] > 100_000
+    with pytest.raises(HelperError, match="UNSUPPORTED.*Q4"):
+        serve("validate", endpoint=hub.endpoint, repo_id=TINY, quantization="Q4").result()
+    with pytest.raises(HelperError, match="nonsense"):
+        serve("validate", endpoint=hub.endpoint, repo_id=TINY, nonsense=1).result()
+    with pytest.raises(HelperError, match="repo_id"):
+        serve("validate", endpoint=hub.endpoint).result()
+    frames = list(serve("download", **job(hub, tmp_path, TINY)).frames())
+    progress = [f for kind, f in frames if kind == PROGRESS]
+    assert progress[0]["stage"] == "resolving" and [f["bytes"] for f in progress] == sorted(f["bytes"] for f in progress)
+    result = frames[-1][1]
+    assert result["path"] == str(model_dir(tmp_path, TINY)) and result["config"]["model_type"] == "llama"
+    assert serve("inspect", path=result["path"]).result()["params"] == result["params"]
+    # somebody else's directory is not removed; ours is, whole
+    other = "99999999-89ab-cdef-0123-456789abcdef"
+    assert serve("remove", cache_dir=str(tmp_path), directory=job(hub, tmp_path, TINY)["directory"], model_uuid=other).result() == {"removed": False}
+    assert leftovers(tmp_path, TINY)
+    assert serve("remove", cache_dir=str(tmp_path), directory=job(hub, tmp_path, TINY)["directory"], model_uuid=UUID).result() == {"removed": True}
+    assert not model_dir(tmp_path, TINY).exists() and not any((tmp_path / ".trash").iterdir())
+
+
+def test_serve_errors_leave_nothing(hub, tmp_path, serve):
+    from engine_client import HelperError
+
+    faults(hub, {"repo": TINY, "where": "cdn", "kind": "wrong_bytes"})
+    with pytest.raises(HelperError, match="MODEL_DOWNLOAD_FAILED.*wrong content"):
+        serve("download", **job(hub, tmp_path, TINY)).result()
+    assert not model_dir(tmp_path, TINY).exists()
+
+
+def test_cancel_within_a_second(hub, tmp_path, serve):
+    from engine_client import HelperError
+
+    faults(hub, {"repo": SMOL, "where": "cdn", "bytes_per_second": 20_000_000})
+    c = serve("download", **job(hub, tmp_path, SMOL))
+    while c.receive()[1].get("bytes", 0) < 5_000_000:
+        pass
+    assert serve("status").result()["job"] == UUID
+    with pytest.raises(HelperError, match="SERVER_BUSY"):
+        serve("download", **job(hub, tmp_path, TINY)).result()
+    start = time.monotonic()
+    assert serve("cancel", model_uuid=UUID).result() == {}
+    print(f"canceled after {time.monotonic() - start:.3f} s")
+    assert time.monotonic() - start < 20
+    assert not model_dir(tmp_path, SMOL).exists()
+    with pytest.raises(HelperError, match="CANCELED"):
+        c.result()
+
+
+def test_lost_connection_keeps_what_came(hub, tmp_path, serve):
+    faults(hub, {"repo": SMOL, "where": "cdn", "bytes_per_second": 40_000_000})
+    c = serve("download", **job(hub, tmp_path, SMOL))
+    while c.receive()[1].get("bytes", 0) < 10_000_000:
+        pass
+    c.close()
+    end = time.monotonic() + 20
+    while serve("status").result()["state"] != "idle" and time.monotonic() < end:
+        time.sleep(0.05)
+    assert [n for n in leftovers(tmp_path, SMOL) if n.startswith(".partial")]
+    faults(hub)
+    assert serve("download", **job(hub, tmp_path, SMOL)).result()["disk_bytes"] > 200_000_000
+    same_files(tmp_path, SMOL)
+    assert any(r["range"] for r in hub.log if r["port"] == "cdn")
