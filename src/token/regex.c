@@ -609,7 +609,7 @@ millm_regex_translate(const char *text, size_t n, Bytes *out, MillmError *err)
 	{
 		char		c = t.text[t.i++];
 		size_t		here = out->n;
-		bool		flag;
+		bool		flag = false;
 
 		switch (c)
 		{

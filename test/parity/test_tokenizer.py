@@ -1,0 +1,175 @@
+"""Our token ids and texts against the genuine `tokenizers` library: the fixture model's tokenizer and small ones of
+every supported shape, on a corpus of more than a megabyte, edge cases, random strings and all code points."""
+import json
+import random
+
+import pytest
+from conftest import SMOLLM2
+from tokenizers import AddedToken, Tokenizer, pre_tokenizers
+import tokenizer_cases as cases
+from tokenizer_cases import Ours
+
+# These see every code point beside others; the rest, whose regexes share the class tables, see a sample.
+THOROUGH = ["smollm2", "gpt2", "llama3"]
+
+
+@pytest.fixture(scope="module", params=["smollm2"] + cases.SMALL)
+def pair(request, tmp_path_factory):
+    """(name, ours, genuine)"""
+    if request.param == "smollm2":
+        directory, genuine = SMOLLM2, Tokenizer.from_file(str(SMOLLM2 / "tokenizer.json"))
+    else:
+        genuine = cases.make(request.param)
+        directory = cases.write(genuine, tmp_path_factory.mktemp("tokenizer"))
+    assert genuine.get_vocab_size() > 400
+    with Ours(directory) as ours:
+        yield request.param, ours, genuine
+
+
+def test_edges(pair):
+    name, ours, genuine = pair
+    texts = cases.EDGES + [" " + t for t in cases.EDGES[:120]] + [t + "\n" + t for t in cases.EDGES[:120]]
+    assert cases.differences(ours, genuine, texts) == []
+
+
+def test_corpus(pair):
+    name, ours, genuine = pair
+    assert cases.differences(ours, genuine, cases.corpus()) == []
+
+
+def test_random(pair):
+    name, ours, genuine = pair
+    assert cases.differences(ours, genuine, cases.random_texts(2000, seed=name)) == []
+
+
+def test_code_points(pair):
+    name, ours, genuine = pair
+    texts = list(cases.neighbour_texts())
+    assert cases.differences(ours, genuine, texts if name in THOROUGH else texts[::17] + texts[:12]) == []
+
+
+def test_post_processor(pair):
+    name, ours, genuine = pair
+    for text in ("", "Hello, world"):
+        assert ours.encode(text, "P") == genuine.encode(text).ids
+
+
+def test_decode(pair):
+    name, ours, genuine = pair
+    rng = random.Random(3)
+    ids = sorted(genuine.get_vocab(with_added_tokens=True).values())
+    samples = [[i] for i in ids[:3000]]
+    samples += [[rng.choice(ids) for _ in range(rng.randint(2, 30))] for _ in range(1500)]
+    samples += [genuine.encode(t).ids for t in cases.EDGES if len(t) < 20000]
+    for sample in samples:
+        assert ours.decode(sample) == genuine.decode(sample, skip_special_tokens=False), sample
+        assert ours.decode(sample, "K") == genuine.decode(sample, skip_special_tokens=True), sample
+
+
+def test_stream(pair):
+    name, ours, genuine = pair
+    rng = random.Random(5)
+    ids = sorted(genuine.get_vocab(with_added_tokens=True).values())
+    samples = [genuine.encode(t).ids for t in cases.EDGES + [cases.MULTILINGUAL] if len(t) < 20000]
+    if name not in ("llama2", "mistral"):  # there a broken run of byte tokens may differ (see decode.c)
+        samples += [[rng.choice(ids) for _ in range(rng.randint(2, 30))] for _ in range(1000)]
+    for sample in samples:
+        assert ours.decode(sample, "S") == genuine.decode(sample, skip_special_tokens=True), sample
+
+
+@pytest.mark.parametrize("name", ["gpt2", "llama3", "digits", "cl100k"])
+def test_round_trip(name, tmp_path):
+    """A byte-level tokenizer without a normalizer gives every text back."""
+    with Ours(cases.write(cases.make(name), tmp_path)) as ours:
+        for text in cases.EDGES + [cases.MULTILINGUAL] + list(cases.random_texts(500, seed=11)):
+            assert ours.decode(ours.encode(text)) == text
+
+
+@pytest.fixture(scope="module")
+def added(tmp_path_factory):
+    """Added tokens with every flag, in raw and in normalized text."""
+    genuine = cases.make("qwen")
+    genuine.add_tokens([
+        AddedToken("<L>", lstrip=True, normalized=False), AddedToken("<R>", rstrip=True, normalized=False),
+        AddedToken("<LR>", lstrip=True, rstrip=True, normalized=False), AddedToken("word", single_word=True, normalized=True),
+        AddedToken("\n\n", normalized=False), AddedToken("\n\n\n", normalized=False), AddedToken("e\u0301e", normalized=True),
+        AddedToken("ab", normalized=True), AddedToken("abab", normalized=True), AddedToken("<L", normalized=False),
+        AddedToken("\t", normalized=False), AddedToken("abc d", normalized=True, lstrip=True)])
+    genuine.add_special_tokens([AddedToken("<S>", single_word=True, normalized=False), AddedToken("<SN>", normalized=True, special=True)])
+    directory = cases.write(genuine, tmp_path_factory.mktemp("added"))
+    with Ours(directory) as ours:
+        yield ours, genuine
+
+
+ALPHABET = ["<L>", "<R>", "<LR>", "word", "words", "\n", "\n\n", "é", "e\u0301e", "ab", "abab", "abc d", "<L", "<S>", "<SN>", " ", "  ", "\t",
+            "\u3000", "_", "x", "\u200d", "1", "<", "<|im_end|>"]
+
+
+def added_texts():
+    rng = random.Random(17)
+    return ["".join(rng.choice(ALPHABET) for _ in range(rng.randint(1, 12))) for _ in range(6000)]
+
+
+def test_added_tokens(added):
+    ours, genuine = added
+    assert cases.differences(ours, genuine, added_texts()) == []
+
+
+def test_special_tokens_as_text(added):
+    ours, genuine = added
+    genuine.encode_special_tokens = True
+    try:
+        for text in added_texts():
+            assert ours.encode(text, "N") == genuine.encode(text).ids, text
+    finally:
+        genuine.encode_special_tokens = False
+
+
+BEHAVIORS = ["removed", "isolated", "merged_with_previous", "merged_with_next", "contiguous"]
+
+
+@pytest.mark.parametrize("invert", [False, True])
+@pytest.mark.parametrize("behavior", BEHAVIORS)
+@pytest.mark.parametrize("pattern", ["-", cases.Regex(r"[-a]+|\d"), cases.Regex(r"(?=b)")], ids=["string", "regex", "empty-match"])
+def test_split_behaviors(pattern, behavior, invert, tmp_path):
+    genuine = cases.make("gpt2")
+    genuine.pre_tokenizer = pre_tokenizers.Sequence([
+        pre_tokenizers.Split(pattern, behavior, invert), pre_tokenizers.ByteLevel(add_prefix_space=True, use_regex=False)])
+    rng = random.Random(2)
+    with Ours(cases.write(genuine, tmp_path)) as ours:
+        texts = ["The-final--countdown", "-", "--", "-a-", "a-b1-"] + ["".join(rng.choice("-ab1 é") for _ in range(9)) for _ in range(400)]
+        assert cases.differences(ours, genuine, texts) == []
+
+
+def test_config_over_tokenizer(tmp_path):
+    """tokenizer_config.json: its flags win, special tokens that are missing are added, add_bos_token adds."""
+    genuine = cases.make("gpt2")
+    end = genuine.token_to_id("<|im_end|>")
+    config = {"added_tokens_decoder": {str(end): {"content": "<|im_end|>", "lstrip": True, "rstrip": True, "normalized": False,
+                                                  "single_word": False, "special": True}},
+              "bos_token": "<|im_start|>", "eos_token": {"content": "<|im_end|>"}, "pad_token": "<pad>", "add_bos_token": True}
+    with Ours(cases.write(genuine, tmp_path, config)) as ours:
+        start, pad = genuine.token_to_id("<|im_start|>"), genuine.get_vocab_size()
+        assert ours.encode("a", "P") == [start] + genuine.encode("a").ids
+        assert ours.encode("a  <|im_end|> \nb") == genuine.encode("a").ids + [end] + genuine.encode("b").ids
+        assert ours.encode("<pad>") == [pad]
+        assert ours.decode([pad], "K") == ""
+
+
+def test_transformers_agrees():
+    """The whole of the fixture model's two files, as transformers reads them."""
+    from transformers import AutoTokenizer
+
+    genuine = AutoTokenizer.from_pretrained(SMOLLM2)
+    with Ours(SMOLLM2) as ours:
+        for text in cases.EDGES + [cases.MULTILINGUAL]:
+            assert ours.encode(text, "P") == genuine.encode(text)
+
+
+def test_invalid_text_is_refused(pair):
+    name, ours, genuine = pair
+    for bad in (b"\x80", b"a\xc0\x80", b"\xed\xa0\x80", b"\xf4\x90\x80\x80", b"ab\xe2\x82", b"\xf0\x9f\x98"):
+        with pytest.raises(ValueError, match=f"not valid UTF-8 at byte offset {len(bad) - len(bad.lstrip(b'ab'))}"):
+            ours.encode(bad)
+    with pytest.raises(ValueError, match="token id 99999999 is not in the vocabulary"):
+        ours.decode([99999999])

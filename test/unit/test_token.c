@@ -1,0 +1,357 @@
+/*
+ * test_token.c -- the tokenizer on tokenizer.json files small enough to read.
+ *
+ * Parity with the genuine library is test/parity/test_tokenizer.py's; here are the rules that a reader can check
+ * by eye, the refusals, and use from several threads.
+ */
+#include <setjmp.h>
+#include <stdarg.h>
+#include <stddef.h>
+#include <stdint.h>
+
+#include <cmocka.h>
+
+#include <pthread.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "tokenizer.h"
+#include "unicode.h"
+
+#define BYTE_LEVEL "\"pre_tokenizer\":{\"type\":\"ByteLevel\",\"add_prefix_space\":false},\"decoder\":{\"type\":\"ByteLevel\"}"
+
+/* a 0, b 1, space 2, ab 3, " a" 4, the three bytes of the euro sign 5 6 7, <s> 8, aba 9 */
+static const char tiny[] = "{\"version\":\"1.0\",\"added_tokens\":[{\"id\":8,\"content\":\"<s>\",\"special\":true}]," BYTE_LEVEL ","
+"\"model\":{\"type\":\"BPE\",\"vocab\":{\"a\":0,\"b\":1,\"\\u0120\":2,\"ab\":3,\"\\u0120a\":4,\"\\u00e2\":5,\"\\u0124\":6,\"\\u00ac\":7,"
+"\"<s>\":8,\"aba\":9},\"merges\":[\"a b\",\"\\u0120 a\",\"ab a\"]}}";
+
+static MillmTokenizer *
+open_text(const char *json, const char *config)
+{
+	MillmTokenizer *tok = NULL;
+	MillmError	err = {0};
+
+	if (millm_tokenizer_parse(json, strlen(json), config, config ? strlen(config) : 0, &tok, &err) != MILLM_OK)
+		fail_msg("%s: %s", err.message, err.detail);
+	return tok;
+}
+
+static void
+assert_ids(const MillmTokenizer *tok, const char *text, MillmEncodeOptions options, const char *expected)
+{
+	MillmIds	ids = {0};
+	MillmError	err = {0};
+	char		got[1024] = "";
+	size_t		n = 0;
+
+	if (millm_encode(tok, text, strlen(text), options, 0, &ids, &err) != MILLM_OK)
+		fail_msg("%s", err.message);
+	for (size_t i = 0; i < ids.n; i++)
+		n += (size_t) snprintf(got + n, sizeof(got) - n, "%s%d", i ? " " : "", (int) ids.ids[i]);
+	assert_string_equal(got, expected);
+	millm_ids_free(&ids);
+}
+
+static void
+test_merges(void **state)
+{
+	MillmTokenizer *tok = open_text(tiny, NULL);
+	MillmEncodeOptions parse = {.parse_special = true};
+
+	(void) state;
+	assert_ids(tok, "", parse, "");
+	assert_ids(tok, "ab", parse, "3");
+	assert_ids(tok, "aba", parse, "9");
+	assert_ids(tok, "abab", parse, "3 3");		/* the lower rank first, at both places */
+	assert_ids(tok, "b a", parse, "1 4");
+	assert_ids(tok, "azb", parse, "3");			/* an unknown byte is dropped, and its neighbours meet */
+	assert_ids(tok, "a<s>b", parse, "0 8 1");
+	assert_ids(tok, "a<s>b", (MillmEncodeOptions) {0}, "0 1");
+	assert_int_equal(millm_tokenizer_n_ids(tok), 10);
+	assert_true(millm_token_is_special(tok, 8));
+	assert_false(millm_token_is_special(tok, 3));
+	assert_false(millm_token_is_special(tok, -1));
+	assert_int_equal(millm_token_id(tok, "<s>"), 8);
+	assert_int_equal(millm_token_id(tok, "<t>"), -1);
+	assert_false(millm_tokenizer_has_chat_template(tok));
+	millm_tokenizer_close(tok);
+}
+
+/* A long word goes through the heap, a short one through the scan: both end with the same merges. */
+static void
+test_long_word(void **state)
+{
+	MillmTokenizer *tok = open_text(tiny, NULL);
+	char		text[4001];
+	MillmIds	ids = {0};
+	MillmError	err;
+
+	(void) state;
+	for (int i = 0; i < 4000; i++)
+		text[i] = "ab"[i % 2];
+	text[4000] = '\0';
+	assert_int_equal(millm_encode(tok, text, 3999, (MillmEncodeOptions) {0}, 0, &ids, &err), MILLM_OK);
+	assert_int_equal(ids.n, 1999);				/* ab ab ... ab aba */
+	for (size_t i = 0; i < 1998; i++)
+		assert_int_equal(ids.ids[i], 3);
+	assert_int_equal(ids.ids[1998], 9);
+	millm_ids_free(&ids);
+	millm_tokenizer_close(tok);
+}
+
+static void
+test_limits(void **state)
+{
+	MillmTokenizer *tok = open_text(tiny, NULL);
+	MillmIds	ids = {0};
+	MillmError	err;
+	MillmEncodeOptions none = {0};
+
+	(void) state;
+	assert_int_equal(millm_encode(tok, "ab", 2, none, 1, &ids, &err), MILLM_OK);
+	assert_int_equal(millm_encode(tok, "bbb", 3, none, 2, &ids, &err), MILLM_E_CONTEXT_LENGTH_EXCEEDED);
+	assert_string_equal(err.message, "text is 3 tokens long, the limit is 2");
+	assert_int_equal(ids.n, 1);					/* what was there stays */
+	assert_int_equal(millm_encode(tok, "a\xFFz", 3, none, 0, &ids, &err), MILLM_E_INVALID_ARGUMENT);
+	assert_string_equal(err.message, "text is not valid UTF-8 at byte offset 1");
+	assert_int_equal(millm_encode(tok, "a\xE2\x82", 3, none, 0, &ids, &err), MILLM_E_INVALID_ARGUMENT);
+	millm_ids_free(&ids);
+	millm_tokenizer_close(tok);
+}
+
+static void
+test_stream(void **state)
+{
+	MillmTokenizer *tok = open_text(tiny, NULL);
+	MillmDetok *d = millm_detok_create(tok);
+	size_t		len;
+	char	   *text;
+	MillmError	err;
+
+	(void) state;
+	assert_string_equal(millm_detok_push(d, 4, &len), " a");
+	assert_string_equal(millm_detok_push(d, 5, &len), "");
+	assert_string_equal(millm_detok_push(d, 8, &len), "");	/* special, skipped, and between two bytes */
+	assert_string_equal(millm_detok_push(d, 6, &len), "");
+	assert_string_equal(millm_detok_push(d, 7, &len), "\xE2\x82\xAC");
+	assert_string_equal(millm_detok_push(d, 7, &len), "\xEF\xBF\xBD");	/* can never be a character */
+	assert_string_equal(millm_detok_push(d, 5, &len), "");
+	assert_string_equal(millm_detok_push(d, 0, &len), "\xEF\xBF\xBD" "a");
+	assert_string_equal(millm_detok_push(d, 5, &len), "");
+	assert_string_equal(millm_detok_push(d, 6, &len), "");
+	assert_string_equal(millm_detok_push(d, 12345, &len), "");
+	assert_string_equal(millm_detok_flush(d, &len), "\xEF\xBF\xBD");
+	assert_int_equal(len, 3);
+	millm_detok_free(d);
+
+	assert_int_equal(millm_decode(tok, (int32_t[]) {8, 5, 6, 7, 3}, 5, false, &text, &len, &err), MILLM_OK);
+	assert_string_equal(text, "<s>\xE2\x82\xAC" "ab");
+	free(text);
+	assert_int_equal(millm_decode(tok, (int32_t[]) {10}, 1, false, &text, &len, &err), MILLM_E_INVALID_ARGUMENT);
+	assert_int_equal(millm_decode(tok, (int32_t[]) {-1}, 1, false, &text, &len, &err), MILLM_E_INVALID_ARGUMENT);
+	millm_tokenizer_close(tok);
+}
+
+static void
+test_config(void **state)
+{
+	MillmTokenizer *tok = open_text(tiny, "{\"bos_token\":\"<s>\",\"eos_token\":{\"content\":\"</s>\"},\"add_bos_token\":true,"
+									"\"add_eos_token\":true,\"chat_template\":\"x\"}");
+
+	(void) state;
+	assert_ids(tok, "ab", (MillmEncodeOptions) {.add_special = true}, "8 3 10");
+	assert_ids(tok, "ab", (MillmEncodeOptions) {0}, "3");
+	assert_true(millm_token_is_special(tok, 10));
+	assert_true(millm_tokenizer_has_chat_template(tok));
+	millm_tokenizer_close(tok);
+}
+
+#define MODEL(inside) "{\"model\":{\"type\":\"BPE\"," inside "}}"
+#define VOCAB "\"vocab\":{\"a\":0,\"b\":1,\"ab\":2}"
+#define WITH(part) "{" part ",\"model\":{\"type\":\"BPE\"," VOCAB ",\"merges\":[]}}"
+
+static void
+test_refusals(void **state)
+{
+	static const struct
+	{
+		const char *json;
+		MillmCode	code;
+		const char *says;		/* in the message or the detail */
+	}			cases[] = {
+		{"", MILLM_E_INVALID_MODEL_FILE, "tokenizer.json"},
+		{"[]", MILLM_E_INVALID_MODEL_FILE, "not a JSON object"},
+		{"{}", MILLM_E_INVALID_MODEL_FILE, "no \"model\""},
+		{"{\"version\":\"2.0\"}", MILLM_E_UNSUPPORTED, "2.0"},
+		{"{\"model\":{\"type\":\"Unigram\"}}", MILLM_E_UNSUPPORTED, "Unigram"},
+		{MODEL("\"merges\":[]"), MILLM_E_INVALID_MODEL_FILE, "no vocabulary"},
+		{MODEL(VOCAB), MILLM_E_INVALID_MODEL_FILE, "merges"},
+		{MODEL(VOCAB ",\"merges\":[\"a c\"]"), MILLM_E_INVALID_MODEL_FILE, "Merge 0"},
+		{MODEL(VOCAB ",\"merges\":[\"a b\",\"a  b\"]"), MILLM_E_INVALID_MODEL_FILE, "Merge 1"},
+		{MODEL(VOCAB ",\"merges\":[[\"a\"]]"), MILLM_E_INVALID_MODEL_FILE, "Merge 0"},
+		{MODEL(VOCAB ",\"merges\":[],\"dropout\":0.1"), MILLM_E_UNSUPPORTED, "dropout"},
+		{MODEL(VOCAB ",\"merges\":[],\"unk_token\":\"?\""), MILLM_E_INVALID_MODEL_FILE, "unk_token"},
+		{MODEL(VOCAB ",\"merges\":[],\"ignore_merges\":1"), MILLM_E_INVALID_MODEL_FILE, "ignore_merges"},
+		{MODEL("\"vocab\":{\"a\":-1},\"merges\":[]"), MILLM_E_INVALID_MODEL_FILE, "-1"},
+		{MODEL("\"vocab\":{\"a\":2147483648},\"merges\":[]"), MILLM_E_INVALID_MODEL_FILE, "2147483648"},
+		{MODEL("\"vocab\":{\"a\":1.5},\"merges\":[]"), MILLM_E_INVALID_MODEL_FILE, "not an integer"},
+		{MODEL("\"vocab\":{\"a\":1,\"b\":1},\"merges\":[]"), MILLM_E_INVALID_MODEL_FILE, "two tokens"},
+		{WITH("\"normalizer\":{\"type\":\"Nmt\"}"), MILLM_E_UNSUPPORTED, "Nmt"},
+		{WITH("\"pre_tokenizer\":{\"type\":\"UnicodeScripts\"}"), MILLM_E_UNSUPPORTED, "UnicodeScripts"},
+		{WITH("\"pre_tokenizer\":{}"), MILLM_E_INVALID_MODEL_FILE, "type"},
+		{WITH("\"pre_tokenizer\":{\"type\":\"Split\",\"pattern\":{\"Regex\":\"(a\"},\"behavior\":\"Isolated\"}"),
+		MILLM_E_UNSUPPORTED, "not closed"},
+		{WITH("\"pre_tokenizer\":{\"type\":\"Split\",\"pattern\":{\"Regex\":\"\\\\Ga\"},\"behavior\":\"Isolated\"}"),
+		MILLM_E_UNSUPPORTED, "escape"},
+		{WITH("\"pre_tokenizer\":{\"type\":\"Split\",\"pattern\":{\"Regex\":\"\\\\p{Nope}\"},\"behavior\":\"Isolated\"}"),
+		MILLM_E_UNSUPPORTED, "PCRE2"},
+		{WITH("\"pre_tokenizer\":{\"type\":\"Split\",\"pattern\":{\"String\":\"a\"},\"behavior\":\"Twice\"}"),
+		MILLM_E_INVALID_MODEL_FILE, "Twice"},
+		{WITH("\"post_processor\":{\"type\":\"BertProcessing\"}"), MILLM_E_UNSUPPORTED, "BertProcessing"},
+		{WITH("\"decoder\":{\"type\":\"CTC\"}"), MILLM_E_UNSUPPORTED, "CTC"},
+		{WITH("\"decoder\":{\"type\":\"Sequence\",\"decoders\":[{\"type\":\"Fuse\"},{\"type\":\"ByteFallback\"}]}"),
+		MILLM_E_UNSUPPORTED, "order"},
+		{WITH("\"added_tokens\":[{\"id\":7,\"content\":\"x\"}]"), MILLM_E_INVALID_MODEL_FILE, "its place in the vocabulary is 3"},
+		{WITH("\"added_tokens\":[{\"content\":\"x\"}]"), MILLM_E_INVALID_MODEL_FILE, "id"},
+	};
+
+	(void) state;
+	for (size_t i = 0; i < sizeof(cases) / sizeof(cases[0]); i++)
+	{
+		MillmTokenizer *tok = NULL;
+		MillmError	err = {0};
+		MillmCode	rc = millm_tokenizer_parse(cases[i].json, strlen(cases[i].json), NULL, 0, &tok, &err);
+
+		if (rc != cases[i].code || (!strstr(err.message, cases[i].says) && !strstr(err.detail, cases[i].says)))
+			fail_msg("%s: %s: %s; %s", cases[i].json, millm_code_name(rc), err.message, err.detail);
+		assert_null(tok);
+	}
+}
+
+static void
+test_missing_file(void **state)
+{
+	MillmTokenizer *tok;
+	MillmError	err;
+
+	(void) state;
+	assert_int_equal(millm_tokenizer_open("/nonexistent", &tok, &err), MILLM_E_MODEL_FILES_MISSING);
+	assert_string_equal(err.message, "model directory \"/nonexistent\" has no tokenizer.json");
+}
+
+static void
+test_utf8(void **state)
+{
+	char		buffer[4];
+
+	(void) state;
+	for (uint32_t cp = 0; cp < 0x110000; cp++)
+	{
+		unsigned	n = millm_utf8_put(buffer, cp);
+		uint32_t	back;
+
+		if (cp >= 0xD800 && cp < 0xE000)
+		{
+			assert_true(millm_utf8_check(buffer, n) < 0);
+			continue;
+		}
+		assert_int_equal(millm_utf8_check(buffer, n), n);
+		assert_int_equal(millm_utf8_get(buffer, &back), n);
+		assert_int_equal(back, cp);
+		for (unsigned cut = 1; cut < n; cut++)
+			assert_int_equal(millm_utf8_check(buffer, cut), 0);
+	}
+	assert_int_equal(millm_utf8_check("\xC0\x80", 2), -1);
+	assert_int_equal(millm_utf8_check("\xF0\x9F\x98g", 4), -3);
+	assert_int_equal(millm_utf8_check("\xF4\x90\x80\x80", 4), -1);
+	for (int b = 0; b < 256; b++)
+		assert_int_equal(millm_letter_to_byte(millm_byte_to_letter((uint8_t) b)), b);
+}
+
+/* What the regex translation must rewrite, and how. */
+static void
+test_translation(void **state)
+{
+	static const char *const cases[][2] = {
+		{"a{1,3}+", "(?:a{1,3})+"},
+		{"(?:ab){2}?", "(?:(?:ab){2})?"},
+		{"a{,2}", "a{0,2}"},
+		{"a{x", "a\\{x"},
+		{"\\h+", "[\\x{30}-\\x{39}\\x{41}-\\x{46}\\x{61}-\\x{66}]+"},
+		{"^a$", "(?<=\\n|\\A)a(?=\\n|\\z)"},
+		{"(?m:.)", "(?s:.)"},
+		{"\\p{Han}", "\\p{sc:Han}"},
+		{"[a[bc]]", "[\\x{61}\\x{62}\\x{63}]"},
+		{"[ab&&[^b]]", "(?:(?![\\x{62}])[\\x{61}\\x{62}])"},
+		{"\\u00e9|\\.", "\\x{e9}|\\x{2e}"},
+	};
+
+	(void) state;
+	for (size_t i = 0; i < sizeof(cases) / sizeof(cases[0]); i++)
+	{
+		Bytes		out = {0};
+		MillmError	err;
+
+		assert_int_equal(millm_regex_translate(cases[i][0], strlen(cases[i][0]), &out, &err), MILLM_OK);
+		assert_true(millm_bytes_add(&out, "", 1));
+		assert_string_equal(out.data, cases[i][1]);
+		millm_bytes_free(&out);
+	}
+}
+
+static void *
+encode_often(void *arg)
+{
+	MillmTokenizer *tok = arg;
+	size_t		wrong = 0;
+
+	for (int i = 0; i < 2000; i++)
+	{
+		MillmIds	ids = {0};
+
+		if (millm_encode(tok, "aba ab abab", 11, (MillmEncodeOptions) {0}, 0, &ids, NULL) != MILLM_OK ||
+			ids.n != 6 || ids.ids[0] != 9 || ids.ids[1] != 2 || ids.ids[5] != 3)
+			wrong++;
+		millm_ids_free(&ids);
+	}
+	return (void *) wrong;
+}
+
+static void
+test_threads(void **state)
+{
+	MillmTokenizer *tok = open_text(tiny, NULL);
+	pthread_t	threads[4];
+
+	(void) state;
+	for (int i = 0; i < 4; i++)
+		assert_int_equal(pthread_create(&threads[i], NULL, encode_often, tok), 0);
+	for (int i = 0; i < 4; i++)
+	{
+		void	   *wrong;
+
+		assert_int_equal(pthread_join(threads[i], &wrong), 0);
+		assert_null(wrong);
+	}
+	millm_tokenizer_close(tok);
+}
+
+int
+main(void)
+{
+	const struct CMUnitTest tests[] = {
+		cmocka_unit_test(test_merges),
+		cmocka_unit_test(test_long_word),
+		cmocka_unit_test(test_limits),
+		cmocka_unit_test(test_stream),
+		cmocka_unit_test(test_config),
+		cmocka_unit_test(test_refusals),
+		cmocka_unit_test(test_missing_file),
+		cmocka_unit_test(test_utf8),
+		cmocka_unit_test(test_translation),
+		cmocka_unit_test(test_threads),
+	};
+
+	return cmocka_run_group_tests(tests, NULL, NULL);
+}
