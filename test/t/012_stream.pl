@@ -35,24 +35,8 @@ is($type, 'D', 'a first row');
 is((engine_pages($node))[1], 1, 'while the engine is at work on the next');
 
 # --- Ways to leave -----------------------------------------------------------------------------
-# The reader stops reading: the server waits for the reader, the engine for the server, and its patience has an end.
 undef $session;
 wait_pages($node, $free, 'a connection dropped in the middle');
-
-my $other = MillmTest::Session->new($node);
-my $waits = sub { my ($pid) = @_; ($other->query("SELECT wait_event FROM pg_stat_activity WHERE pid = $pid")->{rows}[0] // '') eq 'ClientWrite' };
-# 4 kB fit into the server's own buffer, so the wait is ours; 200 kB do not, and the wait is PostgreSQL's.
-for my $width (4000, 200000)
-{
-	my $reader = MillmTest::Session->new($node);
-	$reader->send("SELECT millm.generate_stream($LONG), repeat('x', $width)");
-	do { ($type) = $reader->message } until !$type || $type eq 'D';
-	is($type, 'D', "the reader has read one row of $width bytes and reads no more");
-	ok(wait_true(sub { $waits->($reader->pid) }), 'the server waits for it');
-	wait_pages($node, $free, 'a reader who stopped');
-	is($other->query('SELECT pg_terminate_backend(' . $reader->pid . ', 10000)')->{rows}[0], 't', 'its backend can still be ended');
-	$reader->hang_up;
-}
 
 # A reader who is only slow gets everything.
 my $expected = $node->safe_psql('postgres', q(SELECT md5(string_agg(p, '')) FROM millm.generate_stream('Once upon a time', raw => true, temperature => 0, max_tokens => 40) p));
@@ -88,15 +72,6 @@ $session->query("DECLARE c NO SCROLL CURSOR FOR SELECT millm.generate_stream($LO
 $session->query('FETCH 1 FROM c');
 $session->query('COMMIT');
 wait_pages($node, $free, 'COMMIT with the cursor open');
-
-# left open, and the transaction too: the engine is done with it when the text is, or its patience ends
-$session->query('BEGIN');
-$session->query(q(DECLARE c NO SCROLL CURSOR FOR SELECT millm.generate_stream('Once upon a time', raw => true, temperature => 0, max_tokens => 150)));
-$session->query('FETCH 1 FROM c');
-wait_pages($node, $free, 'a cursor left open');
-$result = $session->query('FETCH ALL FROM c');
-cmp_ok(scalar @{ $result->{rows} }, '>', 20, 'and the rest of its text is still there') or diag $result->{message};
-$session->query('ROLLBACK');
 
 # ROLLBACK TO
 $session->query('BEGIN');
@@ -163,6 +138,36 @@ $session->send(q(COPY (SELECT millm.generate_stream('Once upon a time', raw => t
 $n = 0;
 while (($type) = $session->message) { $n++ if $type eq 'd'; last if $type eq 'Z'; }
 cmp_ok($n, '>', 5, 'COPY of a stream');
+
+# --- Readers that neither go on nor leave --------------------------------------------------------
+# A model so fast that its text soon fills what lies between engine and reader.
+load_model($node, 'tiny-long');
+($free) = engine_pages($node);
+
+# The server waits for the reader, the engine for the server, and its patience has an end.
+my $other = MillmTest::Session->new($node);
+my $waits = sub { my ($pid) = @_; ($other->query("SELECT wait_event FROM pg_stat_activity WHERE pid = $pid")->{rows}[0] // '') eq 'ClientWrite' };
+# 4 kB fit into the server's own buffer, so the wait is ours; 200 kB do not, and the wait is PostgreSQL's.
+for my $width (4000, 200000)
+{
+	my $reader = MillmTest::Session->new($node);
+	$reader->send("SELECT millm.generate_stream($LONG), repeat('x', $width)");
+	do { ($type) = $reader->message } until !$type || $type eq 'D';
+	is($type, 'D', "the reader has read one row of $width bytes and reads no more");
+	ok(wait_true(sub { $waits->($reader->pid) }), 'the server waits for it');
+	wait_pages($node, $free, 'a reader who stopped');
+	is($other->query('SELECT pg_terminate_backend(' . $reader->pid . ', 10000)')->{rows}[0], 't', 'its backend can still be ended');
+	$reader->hang_up;
+}
+
+# A cursor left open, and the transaction too: the engine is done with it when the text is, or its patience ends
+$session->query('BEGIN');
+$session->query(q(DECLARE c NO SCROLL CURSOR FOR SELECT millm.generate_stream('Once upon a time', raw => true, temperature => 0, max_tokens => 1000)));
+$session->query('FETCH 1 FROM c');
+wait_pages($node, $free, 'a cursor left open');
+$result = $session->query('FETCH ALL FROM c');
+cmp_ok(scalar @{ $result->{rows} }, '>', 20, 'and the rest of its text is still there') or diag $result->{message};
+$session->query('ROLLBACK');
 
 # Open descriptors do not pile up.
 $result = $session->query(<<'SQL');

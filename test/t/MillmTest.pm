@@ -3,7 +3,8 @@
 #   MillmTest::Session   a frontend of the PostgreSQL protocol that reads exactly when the test says so
 #   MillmTest::Engine    a direct client of millm-engine, past the server, for a look at its pages
 #
-# Models are the fixtures' (MILLM_FIXTURES): "tiny", a random llama, and "SmolLM2-135M-Instruct" where a run must last.
+# Models are the fixtures' (MILLM_FIXTURES): "tiny", a random llama with a context of 128 tokens, "tiny-long", one with 8192
+# that is as fast, and "SmolLM2-135M-Instruct", whose thousands of tokens no test waits for.
 package MillmTest;
 
 use strict;
@@ -21,7 +22,7 @@ our $SMOLLM2 = 'SmolLM2-135M-Instruct';
 our $LONG = q('Count: 1 2 3 4 5 6 7 8 9 10 11 12 13', raw => true, temperature => 0, max_tokens => 6000);
 
 my $fixtures = $ENV{MILLM_FIXTURES} // die "MILLM_FIXTURES is not set\n";
-my %fixture = ('tiny' => "$fixtures/tiny/llama", $SMOLLM2 => "$fixtures/$SMOLLM2");
+my %fixture = ('tiny' => "$fixtures/tiny/llama", 'tiny-long' => "$fixtures/tiny/llama-long", $SMOLLM2 => "$fixtures/$SMOLLM2");
 
 # A started cluster with the extension, in database postgres unless the first of the lines of configuration that may follow names another.
 sub new_server
@@ -43,7 +44,7 @@ sub new_server
 	return $node;
 }
 
-# Register the fixture where it lies and load it.
+# Register the fixture where it lies and load it, instead of what is loaded.
 sub load_model
 {
 	my ($node, $name, $database) = @_;
@@ -149,11 +150,11 @@ sub message
 	}
 }
 
-# Read until the session is idle: { rows => [first columns], state => SQLSTATE or '', message => ..., ended => bool }
+# Read until the session is idle or ended: { rows => [first columns], state => SQLSTATE or '' or 'no answer', message => ..., detail, hint }
 sub until_ready
 {
 	my ($self, $seconds) = @_;
-	my $result = { rows => [], state => '', message => '', ended => 0 };
+	my $result = { rows => [], state => '', message => '', detail => '', hint => '' };
 	while (my ($type, $payload) = $self->message($seconds))
 	{
 		if ($type eq 'D')
@@ -168,7 +169,7 @@ sub until_ready
 		}
 		return $result if $type eq 'Z';
 	}
-	$result->{ended} = 1;
+	$result->{state} ||= 'no answer';
 	return $result;
 }
 
