@@ -129,7 +129,7 @@ extern void millm_model_close(MillmModel *model);	/* NULL is fine */
 extern void millm_model_populate(const MillmModel *model, void (*progress) (void *arg, int percent), void *arg);
 
 /* What `millm-engine inspect` and register_local report: type, sizes, dtype, params, weights_bytes, files.  A new reference. */
-struct json_t;
+
 extern struct json_t *millm_model_inspect_json(const MillmModel *model);
 
 /* Test support (mutate.c): names of the flags that can be falsified, NULL past the last; and do it. */
