@@ -9,6 +9,7 @@
 #include <string.h>
 
 #include "model.h"
+#include "safetensors.h"
 
 static void
 drop(MillmVector *v)
@@ -34,7 +35,18 @@ static void rope_attention_factor(MillmModel *m) { m->config.rope_attention_fact
 static void attention_scale(MillmModel *m) { m->config.attention_scale *= 2; }
 static void layer_inv_scale(MillmModel *m) { m->config.layer_inv_scale = !m->config.layer_inv_scale; }
 static void act(MillmModel *m) { m->config.act = m->config.act == MILLM_ACT_GELU_TANH ? MILLM_ACT_GELU_ERF : MILLM_ACT_GELU_TANH; }
-static void position_embedding(MillmModel *m) { m->position_embedding.data = NULL; }
+
+/* Position p gets the vector of p + 1. */
+static void
+position_embedding(MillmModel *m)
+{
+	MillmWeight *w = &m->position_embedding;
+
+	if (!w->data)
+		return;
+	w->data = (const char *) w->data + w->stride * millm_dtype_bytes(w->dtype);
+	w->n_out--;
+}
 
 static void
 inv_freq(MillmModel *m)
