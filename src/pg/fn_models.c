@@ -1,0 +1,675 @@
+/*
+ * fn_models.c -- models come and go: download(), register_local(), wait(), cancel(), retry(), delete().
+ *
+ * What changes the registry follows the transaction (transaction.h); cancel() acts at once.  Every rule is checked here, where the
+ * change is made; the names of directories are chosen here and nowhere else.
+ */
+#include "postgres.h"
+
+#include <sys/stat.h>
+
+#include "catalog/pg_authid.h"
+#include "catalog/pg_type.h"
+#include "executor/spi.h"
+#include "fmgr.h"
+#include "miscadmin.h"
+#include "utils/acl.h"
+#include "utils/builtins.h"
+#include "utils/wait_event.h"
+
+#include "interval.h"
+#include "json.h"
+#include "registry.h"
+#include "settings.h"
+#include "shmem.h"
+#include "transaction.h"
+
+PG_FUNCTION_INFO_V1(millm_download);
+PG_FUNCTION_INFO_V1(millm_register_local);
+PG_FUNCTION_INFO_V1(millm_wait_id);
+PG_FUNCTION_INFO_V1(millm_wait_name);
+PG_FUNCTION_INFO_V1(millm_cancel_id);
+PG_FUNCTION_INFO_V1(millm_cancel_name);
+PG_FUNCTION_INFO_V1(millm_retry_id);
+PG_FUNCTION_INFO_V1(millm_retry_name);
+PG_FUNCTION_INFO_V1(millm_delete_id);
+PG_FUNCTION_INFO_V1(millm_delete_name);
+
+/* download() answers within 2 s: the hub's share, and the helper's on top of it. */
+#define VALIDATE_MS			1500
+#define VALIDATE_SLACK_MS	300
+#define INSPECT_MS			30000
+#define MAX_NAME_BYTES		200
+#define MAX_PART_BYTES		96		/* of a repo id: the Hub's own limit */
+#define LOOK_MS				1000
+
+static void
+refuse(MillmCode code, const char *message, const char *detail, const char *hint)
+{
+	MillmError	err;
+
+	millm_fail(&err, code, "%s", message);
+	if (detail)
+		millm_detail(&err, "%s", detail);
+	if (hint)
+		millm_hint(&err, "%s", hint);
+	millm_ereport(ERROR, &err);
+}
+
+static char *
+required_text(FunctionCallInfo fcinfo, int arg, const char *name)
+{
+	if (PG_ARGISNULL(arg))
+		refuse(MILLM_E_INVALID_ARGUMENT, psprintf("%s must not be null", name), NULL, NULL);
+	return text_to_cstring(PG_GETARG_TEXT_PP(arg));
+}
+
+/* --- What people write ------------------------------------------------------------------------------ */
+
+/* One side of the slash: letters, digits, '.', '_', '-'; not at its ends, and not twice, '.' or '-'. */
+static bool
+valid_part(const char *s, size_t len)
+{
+	if (len == 0 || len > MAX_PART_BYTES || strchr(".-", s[0]) || strchr(".-", s[len - 1]))
+		return false;
+	for (size_t i = 0; i < len; i++)
+	{
+		if (!((s[i] >= 'a' && s[i] <= 'z') || (s[i] >= 'A' && s[i] <= 'Z') || (s[i] >= '0' && s[i] <= '9') || strchr("._-", s[i])))
+			return false;
+		if (i > 0 && s[i] == s[i - 1] && strchr(".-", s[i]))
+			return false;
+	}
+	return true;
+}
+
+/* Returns the part after the slash, or all of an old id without owner. */
+static const char *
+check_repo_id(const char *repo_id)
+{
+	const char *slash = strchr(repo_id, '/');
+	const char *name = slash ? slash + 1 : repo_id;
+
+	if ((slash && !valid_part(repo_id, slash - repo_id)) || !valid_part(name, strlen(name)))
+		refuse(MILLM_E_INVALID_REPO_ID, psprintf("invalid repository id \"%s\"", repo_id), NULL,
+			  "Write it as on the Hub: owner/name, of letters, digits and single \".\", \"_\" or \"-\".");
+	return name;
+}
+
+static void
+check_quantization(const char *quantization)
+{
+	if (strcmp(quantization, "FP16") == 0)
+		return;
+	if (strcmp(quantization, "Q4") == 0 || strcmp(quantization, "Q8") == 0)
+		refuse(MILLM_E_UNSUPPORTED, psprintf("quantization %s is not supported yet", quantization), NULL, "Use quantization => 'FP16'.");
+	refuse(MILLM_E_INVALID_ARGUMENT, psprintf("invalid quantization \"%s\"", quantization), NULL, "Use quantization => 'FP16'.");
+}
+
+static void
+check_name(const char *name)
+{
+	bool		control = false;
+
+	for (const unsigned char *p = (const unsigned char *) name; *p; p++)
+		control |= *p < ' ' || *p == 0x7F;
+	if (name[0] == '\0' || strlen(name) > MAX_NAME_BYTES || control)
+		refuse(MILLM_E_INVALID_ARGUMENT, psprintf("invalid model name \"%s\"", name),
+			  psprintf("A name has 1 to %d bytes and no control characters.", MAX_NAME_BYTES), NULL);
+	if (strspn(name, "0123456789") == strlen(name))
+		refuse(MILLM_E_INVALID_ARGUMENT, psprintf("invalid model name \"%s\"", name), "A name that is a number would be taken for an id.",
+			  "Give the model another name with name => '...'.");
+}
+
+static void
+check_revision(const char *revision)
+{
+	for (const unsigned char *p = (const unsigned char *) revision; *p; p++)
+		if (*p <= ' ' || *p == 0x7F || strchr("?#%\\", *p))
+			refuse(MILLM_E_INVALID_ARGUMENT, psprintf("invalid revision \"%s\"", revision), NULL, NULL);
+	if (revision[0] == '\0' || strlen(revision) >= MILLM_NAME_BYTES || strstr(revision, ".."))
+		refuse(MILLM_E_INVALID_ARGUMENT, psprintf("invalid revision \"%s\"", revision), NULL, "Use a branch, a tag or a commit of the repository.");
+}
+
+/* The token never appears in a message. */
+static char *
+optional_token(FunctionCallInfo fcinfo, int arg)
+{
+	char	   *token;
+
+	if (PG_ARGISNULL(arg))
+		return NULL;
+	token = text_to_cstring(PG_GETARG_TEXT_PP(arg));
+	for (const unsigned char *p = (const unsigned char *) token; *p; p++)
+		if (*p <= ' ' || *p >= 0x7F)
+			refuse(MILLM_E_INVALID_HF_TOKEN, "hf_token has characters that no access token has", NULL, NULL);
+	if (token[0] == '\0' || strlen(token) >= MILLM_TOKEN_BYTES)
+		refuse(MILLM_E_INVALID_HF_TOKEN, "hf_token is empty or too long", psprintf("At most %d bytes are accepted.", MILLM_TOKEN_BYTES - 1), NULL);
+	return token;
+}
+
+/* --- Asking the hub --------------------------------------------------------------------------------- */
+
+static void
+append_field(StringInfo request, const char *name, const char *value)
+{
+	appendStringInfo(request, ",\"%s\":", name);
+	millm_json_append_string(request, value, strlen(value));
+}
+
+/*
+ * One question to millm-hub; false when it, or the Hub behind it, cannot be reached.  That error is caught without a subtransaction,
+ * which is sound because between open and close nothing but a socket and memory is touched.
+ */
+static bool
+ask_hub(const char *request, StringInfo reply)
+{
+	MillmClient *volatile client = NULL;
+	MemoryContext caller = CurrentMemoryContext;
+	volatile bool answered = false;
+
+	PG_TRY();
+	{
+		client = millm_client_open(MILLM_HUB, request, VALIDATE_SLACK_MS);
+		answered = millm_client_receive(client, reply, VALIDATE_MS + VALIDATE_SLACK_MS) == WIRE_RESULT;
+		millm_client_close(client);
+	}
+	PG_CATCH();
+	{
+		const char *state = millm_code_sqlstate(MILLM_E_HUB_UNAVAILABLE);
+
+		millm_client_close(client);
+		if (geterrcode() != MAKE_SQLSTATE(state[0], state[1], state[2], state[3], state[4]))
+			PG_RE_THROW();
+		MemoryContextSwitchTo(caller);
+		FlushErrorState();
+	}
+	PG_END_TRY();
+	return answered;
+}
+
+/* What is known of a model before it is here. */
+typedef struct Facts
+{
+	char	   *repo_id;
+	char	   *model_type;
+	char	   *architecture;
+	char	   *license;
+	char	   *config;			/* JSON */
+	int64		params;			/* < 0: unknown, as below */
+	int64		disk_bytes;
+} Facts;
+
+static void
+read_facts(StringInfo reply, Facts *facts)
+{
+	MillmJson	object = millm_json(reply->data, reply->len);
+	MillmJson	config;
+
+	facts->repo_id = millm_json_get_string(object, "repo_id");
+	facts->model_type = millm_json_get_string(object, "model_type");
+	facts->architecture = millm_json_get_string(object, "architecture");
+	facts->license = millm_json_get_string(object, "license");
+	facts->config = millm_json_get(object, "config", &config) ? pnstrdup(config.at, config.end - config.at) : NULL;
+	if (!millm_json_get_int(object, "params", &facts->params))
+		facts->params = -1;
+	if (!millm_json_get_int(object, "disk_bytes", &facts->disk_bytes))
+		facts->disk_bytes = -1;
+}
+
+/* --- Inserting -------------------------------------------------------------------------------------- */
+
+static Datum
+text_or_null(const char *value, char *null)
+{
+	*null = value ? ' ' : 'n';
+	return value ? CStringGetTextDatum(value) : (Datum) 0;
+}
+
+static Datum
+int_or_null(int64 value, char *null)
+{
+	*null = value >= 0 ? ' ' : 'n';
+	return Int64GetDatum(value);
+}
+
+/* Somebody has that name, or that repository and quantization. */
+static void
+raise_exists(const char *name, const char *directory)
+{
+	MillmModel *m = millm_model_find((MillmModelKey) {.name = pstrdup(name)});
+	MillmError	err;
+
+	if (m)
+	{
+		millm_fail(&err, MILLM_E_MODEL_ALREADY_EXISTS, "model \"%s\" already exists", name);
+		millm_detail(&err, "Its id is " INT64_FORMAT ".", m->id);
+		millm_hint(&err, "Choose another name with name => '...', or delete that model first.");
+	}
+	else
+	{
+		MillmRegistry r;
+		Oid			type = TEXTOID;
+		Datum		value = CStringGetTextDatum(directory);
+		int64		id = 0;
+
+		millm_registry_begin(&r);
+		if (millm_registry_execute("SELECT id FROM millm.registry WHERE directory = $1", 1, &type, &value, NULL) == 1)
+		{
+			bool		isnull;
+
+			id = DatumGetInt64(SPI_getbinval(SPI_tuptable->vals[0], SPI_tuptable->tupdesc, 1, &isnull));
+		}
+		millm_registry_end(&r);
+		millm_fail(&err, MILLM_E_MODEL_ALREADY_EXISTS, "this repository is already registered with this quantization");
+		if (id)
+			millm_detail(&err, "It is the model with id " INT64_FORMAT ".", id);
+		millm_hint(&err, "Use that model, or delete it first.");
+	}
+	millm_ereport(ERROR, &err);
+}
+
+/* Insert a row; returns its id and, in *uuid, its uuid.  MODEL_ALREADY_EXISTS. */
+static int64
+insert_model(const char *name, const char *source, const char *revision, const char *quantization, const char *directory,
+			 const char *local_path, bool trust_remote_code, const Facts *facts, char **uuid)
+{
+	Oid			types[] = {TEXTOID, TEXTOID, TEXTOID, TEXTOID, TEXTOID, TEXTOID, TEXTOID, TEXTOID, BOOLOID, INT8OID, TEXTOID, TEXTOID, TEXTOID,
+	INT8OID, TEXTOID};
+	char		nulls[lengthof(types)];
+	Datum		values[] = {
+		text_or_null(name, &nulls[0]), text_or_null(source, &nulls[1]), text_or_null(directory ? facts->repo_id : NULL, &nulls[2]),
+		text_or_null(revision, &nulls[3]), text_or_null(quantization, &nulls[4]), text_or_null(directory, &nulls[5]),
+		text_or_null(local_path, &nulls[6]), text_or_null(directory ? "pending" : "ready", &nulls[7]), BoolGetDatum(trust_remote_code),
+		int_or_null(facts->params, &nulls[9]), text_or_null(facts->model_type, &nulls[10]), text_or_null(facts->architecture, &nulls[11]),
+		text_or_null(facts->license, &nulls[12]), int_or_null(facts->disk_bytes, &nulls[13]), text_or_null(facts->config, &nulls[14]),
+	};
+	MillmRegistry r;
+	int64		id = 0;
+	bool		isnull;
+
+	nulls[8] = ' ';
+	millm_transaction_touch();
+	millm_registry_begin(&r);
+	if (millm_registry_execute("INSERT INTO millm.registry (name, source, repo_id, revision, quantization, directory, local_path, status, "
+							   "trust_remote_code, params, model_type, architecture, license, disk_bytes, config) "
+							   "VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, $13, $14, $15::jsonb) "
+							   "ON CONFLICT DO NOTHING RETURNING id, uuid::text", lengthof(types), types, values, nulls) == 1)
+	{
+		HeapTuple	row = SPI_tuptable->vals[0];
+
+		id = DatumGetInt64(SPI_getbinval(row, SPI_tuptable->tupdesc, 1, &isnull));
+		*uuid = MemoryContextStrdup(r.caller, SPI_getvalue(row, SPI_tuptable->tupdesc, 2));
+	}
+	millm_registry_end(&r);
+	if (id == 0)
+		raise_exists(name, directory ? directory : "");
+	return id;
+}
+
+/* --- download, register_local --------------------------------------------------------------------------- */
+
+static void
+check_cache(void)
+{
+	MillmError	err;
+	char		problem[sizeof(millm_shared->cache_problem)];
+	bool		owned;
+
+	LWLockAcquire(millm_shared->lock, LW_SHARED);
+	owned = millm_shared->cache_owned;
+	strlcpy(problem, millm_shared->cache_problem, sizeof(problem));
+	LWLockRelease(millm_shared->lock);
+	if (owned || !problem[0])
+		return;
+	millm_fail(&err, MILLM_E_MODEL_DOWNLOAD_FAILED, "the model cache cannot be written");
+	millm_detail(&err, "%s.", problem);
+	millm_hint(&err, "Give this server a directory of its own with millm.cache_dir.");
+	millm_ereport(ERROR, &err);
+}
+
+/* "owner--name--FP16" below huggingface/. */
+static char *
+directory_of(const char *repo_id, const char *quantization)
+{
+	const char *slash = strchr(repo_id, '/');
+
+	return slash ? psprintf("huggingface/%.*s--%s--%s", (int) (slash - repo_id), repo_id, slash + 1, quantization)
+		: psprintf("huggingface/%s--%s", repo_id, quantization);
+}
+
+/*
+ * millm.download(repo_id, quantization, hf_token, trust_remote_code, name, revision) RETURNS bigint
+ *
+ * The Hub is asked whether there is such a model and we may have it.  When it does not answer in time, the download is queued
+ * all the same and finds out by itself.
+ */
+Datum
+millm_download(PG_FUNCTION_ARGS)
+{
+	char	   *repo_id = required_text(fcinfo, 0, "repo_id");
+	char	   *quantization = required_text(fcinfo, 1, "quantization");
+	char	   *token = optional_token(fcinfo, 2);
+	bool		trust = !PG_ARGISNULL(3) && PG_GETARG_BOOL(3);
+	char	   *name = PG_ARGISNULL(4) ? NULL : text_to_cstring(PG_GETARG_TEXT_PP(4));
+	char	   *revision = PG_ARGISNULL(5) ? "main" : text_to_cstring(PG_GETARG_TEXT_PP(5));
+	char	   *server_token = NULL;
+	Facts		facts = {.params = -1, .disk_bytes = -1};
+	StringInfoData buf;
+	char	   *uuid;
+	int64		id;
+
+	millm_check_ready();
+	check_repo_id(repo_id);
+	check_quantization(quantization);
+	check_revision(revision);
+	if (name)
+		check_name(name);
+	check_cache();
+	PreventCommandIfReadOnly("millm.download()");
+
+	if (!token)
+		server_token = millm_effective_token();
+	initStringInfo(&buf);
+	appendStringInfoString(&buf, "{\"op\":\"validate\"");
+	append_field(&buf, "endpoint", millm_effective_endpoint());
+	append_field(&buf, "repo_id", repo_id);
+	append_field(&buf, "revision", revision);
+	append_field(&buf, "quantization", quantization);
+	if (token || server_token)
+		append_field(&buf, "token", token ? token : server_token);
+	appendStringInfo(&buf, ",\"trust_remote_code\":%s,\"timeout_ms\":%d}", trust ? "true" : "false", VALIDATE_MS);
+	if (ask_hub(pstrdup(buf.data), &buf))
+		read_facts(&buf, &facts);
+	else
+		ereport(NOTICE, (errmsg("the Hub did not answer in time; the download is queued and will ask again")));
+	if (facts.repo_id)
+		check_repo_id(facts.repo_id);	/* it becomes a path */
+	else
+		facts.repo_id = repo_id;
+	if (!name)
+	{
+		name = pstrdup(check_repo_id(facts.repo_id));
+		check_name(name);
+	}
+	id = insert_model(name, "huggingface", revision, quantization, directory_of(facts.repo_id, quantization), NULL, trust, &facts, &uuid);
+	if (token)
+		millm_transaction_token(uuid, token);
+	PG_RETURN_INT64(id);
+}
+
+/* millm.register_local(path, quantization, name) RETURNS bigint */
+Datum
+millm_register_local(PG_FUNCTION_ARGS)
+{
+	char	   *path = required_text(fcinfo, 0, "path");
+	char	   *quantization = required_text(fcinfo, 1, "quantization");
+	char	   *name = PG_ARGISNULL(2) ? NULL : text_to_cstring(PG_GETARG_TEXT_PP(2));
+	struct stat sb;
+	Facts		facts;
+	StringInfoData buf;
+	char	   *uuid;
+
+	millm_check_ready();
+	if (!has_privs_of_role(GetUserId(), ROLE_PG_READ_SERVER_FILES))
+		ereport(ERROR,
+				(errcode(ERRCODE_INSUFFICIENT_PRIVILEGE), errmsg("permission denied to register a model of the server's file system"),
+				 errdetail("Only roles with privileges of the role \"pg_read_server_files\" may do that.")));
+	check_quantization(quantization);
+	if (path[0] != '/')
+		refuse(MILLM_E_INVALID_LOCAL_PATH, psprintf("path \"%s\" is not absolute", path), NULL, NULL);
+	canonicalize_path(path);
+	if (stat(path, &sb) != 0)
+		refuse(MILLM_E_INVALID_LOCAL_PATH, psprintf("could not access \"%s\": %m", path), NULL, NULL);
+	if (!S_ISDIR(sb.st_mode))
+		refuse(MILLM_E_INVALID_LOCAL_PATH, psprintf("\"%s\" is not a directory", path), NULL, NULL);
+	if (!name)
+		name = pstrdup(last_dir_separator(path) + 1);
+	check_name(name);
+	PreventCommandIfReadOnly("millm.register_local()");
+
+	initStringInfo(&buf);
+	appendStringInfoString(&buf, "{\"op\":\"inspect\"");
+	append_field(&buf, "path", path);
+	appendStringInfoChar(&buf, '}');
+	millm_client_call(MILLM_HUB, buf.data, &buf, INSPECT_MS);
+	read_facts(&buf, &facts);
+	PG_RETURN_INT64(insert_model(name, "local", NULL, quantization, NULL, path, false, &facts, &uuid));
+}
+
+/* --- wait ------------------------------------------------------------------------------------------------ */
+
+static void
+refuse_uncommitted(const MillmModel *m, const char *verb)
+{
+	if (m->uncommitted)
+		refuse(MILLM_E_MODEL_NOT_READY, psprintf("cannot %s model \"%s\" in the transaction that has changed it", verb, m->name),
+			  "Its download starts when this transaction commits.",
+			  "COMMIT first. psql -c runs all of its statements in one transaction; use one -c for each.");
+}
+
+/* Tell people who watch, at most once in LOOK_MS and only when there is something new. */
+static void
+report_progress(const MillmModel *m, const MillmJob *job, int *last_percent, TimestampTz *last_time)
+{
+	TimestampTz now = GetCurrentTimestamp();
+
+	if (job->state != MILLM_JOB_RUNNING || job->total_bytes <= 0 || job->percent == *last_percent || now - *last_time < LOOK_MS * INT64CONST(1000))
+		return;
+	*last_percent = job->percent;
+	*last_time = now;
+	if (job->bytes_per_second >= 0)
+		ereport(NOTICE, (errmsg("%s: %d %% of %.1f MB, %.1f MB/s", m->name, job->percent, job->total_bytes / 1e6, job->bytes_per_second / 1e6)));
+	else
+		ereport(NOTICE, (errmsg("%s: %d %% of %.1f MB", m->name, job->percent, job->total_bytes / 1e6)));
+}
+
+static Datum
+ended(const MillmModel *m, bool ready, const char *code, const char *message)
+{
+	if (ready)
+		return CStringGetTextDatum("ready");
+	ereport(WARNING,
+			(errmsg("download of model \"%s\" has failed: %s", m->name, message), errdetail("Error %s.", code),
+			 errhint("Try again with millm.retry().")));
+	return CStringGetTextDatum("error");
+}
+
+/*
+ * millm.wait(model, timeout) RETURNS text; STRICT
+ *
+ * Waits on the model's job in shared memory.  A job that is not there (not seen by the clerk yet, or its place was needed) is
+ * looked for in the registry as of now.
+ */
+static Datum
+wait_for(MillmModelKey key, const Interval *timeout)
+{
+	MillmModel *m;
+	TimestampTz deadline;
+	TimestampTz last_time = 0;
+	int			last_percent = -1;
+
+	millm_check_ready();
+	deadline = GetCurrentTimestamp() + millm_interval_ms(timeout) * INT64CONST(1000);
+	m = millm_model_require(key);
+	if (strcmp(m->status, "pending") == 0)
+		refuse_uncommitted(m, "wait for");
+	ConditionVariablePrepareToSleep(&millm_shared->changed);
+	while (strcmp(m->status, "pending") == 0)
+	{
+		MillmJob	job;
+		MillmJob   *found;
+		bool		timed_out;
+		int64		left_ms;
+
+		LWLockAcquire(millm_shared->lock, LW_SHARED);
+		found = millm_find_job(m->uuid);
+		if (found)
+			job = *found;
+		LWLockRelease(millm_shared->lock);
+		if (found && job.attempt >= m->attempt && job.state == MILLM_JOB_WRITTEN)
+		{
+			ConditionVariableCancelSleep();
+			return ended(m, job.error.code == MILLM_OK, millm_code_name(job.error.code), job.error.message);
+		}
+		if (found)
+			report_progress(m, &job, &last_percent, &last_time);
+		left_ms = (deadline - GetCurrentTimestamp()) / 1000;
+		if (left_ms <= 0)
+		{
+			ConditionVariableCancelSleep();
+			refuse(MILLM_E_MODEL_NOT_READY, psprintf("model \"%s\" is not ready yet", m->name),
+				  found ? psprintf("%d %% is downloaded.", job.percent) : NULL, "The download goes on; wait again.");
+		}
+		timed_out = ConditionVariableTimedSleep(&millm_shared->changed, Min(left_ms, LOOK_MS), PG_WAIT_EXTENSION);
+		if (!found && timed_out)
+		{
+			m = millm_model_require(millm_key_from_id(m->id));
+			ConditionVariablePrepareToSleep(&millm_shared->changed);
+		}
+	}
+	ConditionVariableCancelSleep();
+	return ended(m, strcmp(m->status, "ready") == 0, m->error_code, m->error_message);
+}
+
+Datum
+millm_wait_id(PG_FUNCTION_ARGS)
+{
+	return wait_for(millm_key_from_id(PG_GETARG_INT64(0)), PG_GETARG_INTERVAL_P(1));
+}
+
+Datum
+millm_wait_name(PG_FUNCTION_ARGS)
+{
+	return wait_for(millm_key_from_name(PG_GETARG_TEXT_PP(0)), PG_GETARG_INTERVAL_P(1));
+}
+
+/* --- cancel, retry, delete ----------------------------------------------------------------------------------- */
+
+/* millm.cancel(model) RETURNS void; STRICT.  The row's error CANCELED follows when the bytes have stopped. */
+static void
+cancel(MillmModelKey key)
+{
+	MillmModel *m;
+	MillmJob   *job;
+	bool		full = false;
+
+	millm_check_ready();
+	m = millm_model_require(key);
+	refuse_uncommitted(m, "cancel");
+	if (strcmp(m->status, "pending") != 0)
+		refuse(MILLM_E_INVALID_ARGUMENT, psprintf("model \"%s\" is not being downloaded", m->name), psprintf("Its status is %s.", m->status), NULL);
+	LWLockAcquire(millm_shared->lock, LW_EXCLUSIVE);
+	job = millm_find_job(m->uuid);
+	if (!job || job->attempt < m->attempt)
+	{
+		/* the clerk has not come to it: in its place, so that it finds the job there */
+		job = millm_new_job(m->uuid);
+		full = job == NULL;
+		if (job)
+		{
+			job->model_id = m->id;
+			job->attempt = m->attempt;
+			strlcpy(job->directory, m->directory, sizeof(job->directory));
+			job->state = MILLM_JOB_QUEUED;
+		}
+	}
+	if (job)
+		job->canceled = true;
+	LWLockRelease(millm_shared->lock);
+	if (full)
+		refuse(MILLM_E_SERVER_BUSY, "too many downloads at once", psprintf("At most %d are possible.", MILLM_MAX_JOBS), NULL);
+	millm_wake_supervisor();
+}
+
+Datum
+millm_cancel_id(PG_FUNCTION_ARGS)
+{
+	cancel(millm_key_from_id(PG_GETARG_INT64(0)));
+	PG_RETURN_VOID();
+}
+
+Datum
+millm_cancel_name(PG_FUNCTION_ARGS)
+{
+	cancel(millm_key_from_name(PG_GETARG_TEXT_PP(0)));
+	PG_RETURN_VOID();
+}
+
+/* millm.retry(model, hf_token) RETURNS void */
+static void
+retry(MillmModelKey key, const char *token)
+{
+	MillmModel *m;
+	MillmRegistry r;
+	Oid			type = UUIDOID;
+	Datum		uuid;
+	uint64		n;
+
+	millm_check_ready();
+	check_cache();
+	m = millm_model_require(key);
+	PreventCommandIfReadOnly("millm.retry()");
+	millm_transaction_touch();
+	uuid = DirectFunctionCall1(uuid_in, CStringGetDatum(m->uuid));
+	millm_registry_begin(&r);
+	n = millm_registry_execute("UPDATE millm.registry SET status = 'pending', attempt = attempt + 1, error_code = NULL, error_message = NULL, "
+							   "updated_at = pg_catalog.clock_timestamp() WHERE uuid = $1 AND status = 'error'", 1, &type, &uuid, NULL);
+	millm_registry_end(&r);
+	if (n == 0)
+		refuse(MILLM_E_INVALID_ARGUMENT, psprintf("model \"%s\" has not failed", m->name), psprintf("Its status is %s.", m->status), NULL);
+	if (token)
+		millm_transaction_token(m->uuid, token);
+}
+
+Datum
+millm_retry_id(PG_FUNCTION_ARGS)
+{
+	if (PG_ARGISNULL(0))
+		PG_RETURN_NULL();
+	retry(millm_key_from_id(PG_GETARG_INT64(0)), optional_token(fcinfo, 1));
+	PG_RETURN_VOID();
+}
+
+Datum
+millm_retry_name(PG_FUNCTION_ARGS)
+{
+	if (PG_ARGISNULL(0))
+		PG_RETURN_NULL();
+	retry(millm_key_from_name(PG_GETARG_TEXT_PP(0)), optional_token(fcinfo, 1));
+	PG_RETURN_VOID();
+}
+
+/* millm.delete(model) RETURNS void; STRICT.  A download of it that is under way is canceled after COMMIT. */
+static void
+delete(MillmModelKey key)
+{
+	MillmModel *m;
+	MillmRegistry r;
+	Oid			type = UUIDOID;
+	Datum		uuid;
+
+	millm_check_ready();
+	m = millm_model_require(key);
+	PreventCommandIfReadOnly("millm.delete()");
+	millm_transaction_delete(m->uuid, m->name);
+	uuid = DirectFunctionCall1(uuid_in, CStringGetDatum(m->uuid));
+	millm_registry_begin(&r);
+	(void) millm_registry_execute("WITH gone AS (DELETE FROM millm.registry WHERE uuid = $1 RETURNING uuid, directory) "
+								  "INSERT INTO millm.trash (uuid, directory) SELECT uuid, directory FROM gone WHERE directory IS NOT NULL",
+								  1, &type, &uuid, NULL);
+	millm_registry_end(&r);
+}
+
+Datum
+millm_delete_id(PG_FUNCTION_ARGS)
+{
+	delete(millm_key_from_id(PG_GETARG_INT64(0)));
+	PG_RETURN_VOID();
+}
+
+Datum
+millm_delete_name(PG_FUNCTION_ARGS)
+{
+	delete(millm_key_from_name(PG_GETARG_TEXT_PP(0)));
+	PG_RETURN_VOID();
+}

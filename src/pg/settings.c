@@ -1,0 +1,155 @@
+/*
+ * settings.c -- definitions of the settings, and where a value comes from when one is unset.
+ */
+#include "settings.h"
+
+#include <limits.h>
+#include <pwd.h>
+#include <sys/stat.h>
+#include <unistd.h>
+
+#include "storage/fd.h"
+#include "utils/guc.h"
+
+#include "compat.h"
+
+char	   *millm_database;
+int			millm_max_sequences;
+int			millm_max_queue;
+char	   *millm_cache_dir;
+char	   *millm_hf_endpoint;
+char	   *millm_hf_token_file;
+char	   *millm_hf_token;
+char	   *millm_device;
+int			millm_threads;
+int			millm_context_length;
+int			millm_kv_cache_size;
+int			millm_unload_timeout;
+int			millm_stream_stall_timeout;
+bool		millm_deterministic;
+
+#define DEFAULT_ENDPOINT "https://huggingface.co"
+
+static bool
+check_device(char **value, void **extra, GucSource source)
+{
+	if (strcmp(*value, "auto") == 0 || strcmp(*value, "cpu") == 0)
+		return true;
+	GUC_check_errdetail("Device \"%s\" is not supported; this version has \"auto\" and \"cpu\".", *value);
+	return false;
+}
+
+static bool
+check_absolute(char **value, void **extra, GucSource source)
+{
+	if ((*value)[0] == '\0' || (*value)[0] == '/')
+		return true;
+	GUC_check_errdetail("The path must be absolute.");
+	return false;
+}
+
+static const char *
+show_token(void)
+{
+	return millm_hf_token && millm_hf_token[0] ? "********" : "";
+}
+
+void
+millm_define_settings(void)
+{
+	const int	hidden = GUC_SUPERUSER_ONLY | GUC_NO_SHOW_ALL | GUC_NOT_IN_SAMPLE;
+
+	DefineCustomStringVariable("millm.database", "Database that holds the registry of models.", NULL,
+							   &millm_database, "postgres", PGC_POSTMASTER, 0, NULL, NULL, NULL);
+	DefineCustomIntVariable("millm.max_sequences", "Sequences that the engine runs at once; more requests wait.", NULL,
+							&millm_max_sequences, 16, 1, 1024, PGC_POSTMASTER, 0, NULL, NULL, NULL);
+	DefineCustomIntVariable("millm.max_queue", "Requests that may wait for the engine; more are refused.", NULL,
+							&millm_max_queue, 256, 1, 65536, PGC_POSTMASTER, 0, NULL, NULL, NULL);
+	DefineCustomStringVariable("millm.cache_dir", "Directory of downloaded models.",
+							   "Empty: the environment's MODEL_CACHE_DIR, else .cache/millm under the server user's home.",
+							   &millm_cache_dir, "", PGC_SIGHUP, GUC_SUPERUSER_ONLY, check_absolute, NULL, NULL);
+	DefineCustomStringVariable("millm.hf_endpoint", "Base URL of the HuggingFace Hub.",
+							   "Empty: the environment's HF_ENDPOINT, else " DEFAULT_ENDPOINT ".",
+							   &millm_hf_endpoint, "", PGC_SIGHUP, 0, NULL, NULL, NULL);
+	DefineCustomStringVariable("millm.hf_token_file", "File with the server's access token for the Hub (mode 0600).", NULL,
+							   &millm_hf_token_file, "", PGC_SIGHUP, GUC_SUPERUSER_ONLY, check_absolute, NULL, NULL);
+	DefineCustomStringVariable("millm.hf_token", "The server's access token for the Hub.",
+							   "A token file is the better place. Empty: the environment's HF_TOKEN.",
+							   &millm_hf_token, "", PGC_SIGHUP, hidden, NULL, NULL, show_token);
+	DefineCustomStringVariable("millm.device", "Where models run: auto or cpu.", NULL,
+							   &millm_device, "auto", PGC_SIGHUP, 0, check_device, NULL, NULL);
+	DefineCustomIntVariable("millm.threads", "Threads of the engine.", "0: one for each CPU that the server may use.",
+							&millm_threads, 0, 0, 1024, PGC_SIGHUP, 0, NULL, NULL, NULL);
+	DefineCustomIntVariable("millm.context_length", "Positions of a sequence.", "0: the model's maximum or 8192, the smaller.",
+							&millm_context_length, 0, 0, 16 << 20, PGC_SIGHUP, 0, NULL, NULL, NULL);
+	DefineCustomIntVariable("millm.kv_cache_size", "Memory for keys and values of all sequences.",
+							"0: enough for max_sequences whole contexts, at most a quarter of free memory, at least one context.",
+							&millm_kv_cache_size, 0, 0, INT_MAX, PGC_SIGHUP, GUC_UNIT_MB, NULL, NULL, NULL);
+	DefineCustomIntVariable("millm.unload_timeout", "How long unloading waits for running requests.", NULL,
+							&millm_unload_timeout, 30000, 0, 3600000, PGC_SIGHUP, GUC_UNIT_MS, NULL, NULL, NULL);
+	DefineCustomIntVariable("millm.stream_stall_timeout", "How long a stream may wait for a reader that does not read.", NULL,
+							&millm_stream_stall_timeout, 30000, 100, 3600000, PGC_SIGHUP, GUC_UNIT_MS, NULL, NULL, NULL);
+	DefineCustomBoolVariable("millm.deterministic", "Make a result independent of what else the engine computes at the time.", NULL,
+							 &millm_deterministic, false, PGC_SIGHUP, 0, NULL, NULL, NULL);
+	MarkGUCPrefixReserved("millm");
+}
+
+static char *
+first_set(const char *setting, const char *variable, const char *fallback)
+{
+	const char *env = getenv(variable);
+
+	if (setting && setting[0])
+		return pstrdup(setting);
+	if (env && env[0])
+		return pstrdup(env);
+	return fallback ? pstrdup(fallback) : NULL;
+}
+
+char *
+millm_effective_cache_dir(void)
+{
+	/* getpwuid, not $HOME: the server is often started with somebody else's environment */
+	struct passwd *pw = getpwuid(geteuid());
+	char	   *dir = first_set(millm_cache_dir, "MODEL_CACHE_DIR", NULL);
+
+	return dir ? dir : psprintf("%s/.cache/millm", pw && pw->pw_dir ? pw->pw_dir : "/tmp");
+}
+
+char *
+millm_effective_endpoint(void)
+{
+	char	   *url = first_set(millm_hf_endpoint, "HF_ENDPOINT", DEFAULT_ENDPOINT);
+	size_t		n = strlen(url);
+
+	while (n > 0 && url[n - 1] == '/')
+		url[--n] = '\0';
+	return url;
+}
+
+char *
+millm_effective_token(void)
+{
+	char	   *token = NULL;
+
+	if (millm_hf_token_file && millm_hf_token_file[0])
+	{
+		struct stat sb;
+		FILE	   *f = AllocateFile(millm_hf_token_file, "r");
+		char		line[512];
+
+		if (!f || fstat(fileno(f), &sb) != 0)
+			ereport(WARNING, (errcode_for_file_access(), errmsg("could not read millm.hf_token_file: %m")));
+		else if (sb.st_mode & (S_IRWXG | S_IRWXO))
+			ereport(WARNING, (errmsg("millm.hf_token_file is not used because others may read it"), errhint("Set its mode to 0600.")));
+		else if (fgets(line, sizeof(line), f))
+			token = pstrdup(line);
+		if (f)
+			FreeFile(f);
+	}
+	else
+		token = first_set(millm_hf_token, "HF_TOKEN", NULL);
+	if (token)
+		token[strcspn(token, " \t\r\n")] = '\0';
+	return token && token[0] ? token : NULL;
+}

@@ -1,0 +1,34 @@
+/*
+ * settings.h -- the extension's settings (GUCs).
+ *
+ * Those of the helpers count where the supervisor reads them; a session that sets one changes nothing.
+ */
+#ifndef MILLM_SETTINGS_H
+#define MILLM_SETTINGS_H
+
+#include "postgres.h"
+
+extern char *millm_database;
+extern int	millm_max_sequences;
+extern int	millm_max_queue;
+extern char *millm_cache_dir;
+extern char *millm_hf_endpoint;
+extern char *millm_hf_token_file;
+extern char *millm_hf_token;
+extern char *millm_device;
+extern int	millm_threads;
+extern int	millm_context_length;
+extern int	millm_kv_cache_size;		/* MB */
+extern int	millm_unload_timeout;		/* ms */
+extern int	millm_stream_stall_timeout;	/* ms */
+extern bool millm_deterministic;
+
+extern void millm_define_settings(void);
+
+/* The setting, else the environment's variable, else the default.  palloc'd. */
+extern char *millm_effective_cache_dir(void);
+extern char *millm_effective_endpoint(void);
+/* The server's own access token (file, setting, environment), or NULL.  palloc'd; WARNING when the file cannot be used. */
+extern char *millm_effective_token(void);
+
+#endif

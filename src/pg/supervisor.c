@@ -1,0 +1,795 @@
+/*-------------------------------------------------------------------------
+ * supervisor.c
+ *	  The background worker that is the parent of the helpers and never connects to a database.
+ *
+ * It starts millm-engine and millm-hub and keeps them running; it carries out the one command (load, unload) and the one
+ * active download, whose connections it owns, so that both go on when the session that asked for them is gone; it holds the
+ * cache directory's lock.  It knows nothing of SQL: the clerk does.
+ *
+ *     command:  REQUESTED --> [unload the loaded model -->] load or unload --> DONE
+ *     job:      QUEUED --> RUNNING --> DONE        (then the clerk's)
+ *
+ * Its loop sleeps on its latch, the helpers' pipes and its connections; nothing in it blocks.
+ *-------------------------------------------------------------------------
+ */
+#include "workers.h"
+
+#include <fcntl.h>
+#include <signal.h>
+#include <sys/file.h>
+#include <sys/stat.h>
+#include <unistd.h>
+
+#include "access/xlog.h"
+#include "libpq/pqsignal.h"
+#include "mb/pg_wchar.h"
+#include "miscadmin.h"
+#include "pgstat.h"
+#include "postmaster/bgworker.h"
+#include "postmaster/interrupt.h"
+#include "storage/ipc.h"
+#include "storage/latch.h"
+#include "tcop/tcopprot.h"
+#include "utils/memutils.h"
+#include "utils/resowner.h"
+
+#include "compat.h"
+#include "helper.h"
+#include "json.h"
+#include "settings.h"
+#include "shmem.h"
+
+#define OPEN_TIMEOUT_MS 5000
+#define CACHE_RETRY_MS	5000
+#define LOOK_MS			50		/* while a command waits for the engine to start */
+#define ENGINE_WAIT_MS	10000
+#define MAX_TRIES		6		/* of a download whose hub cannot be reached, 1, 2, 4... s apart */
+#define EVENT_MS		400		/* between two progress events of one thing */
+
+static MillmChild children[2];
+static int	cache_lock_fd = -1;
+static TimestampTz cache_retry_at;
+
+/* The connection that carries out the command, and what it is doing right now. */
+static MillmClient *command_client;
+static MillmCommandKind command_step;	/* a load begins with an unload when another model is there */
+static MemoryContext command_context;
+static TimestampTz command_begin_by;	/* until then a command waits for an engine that is starting; 0: none waits */
+
+/* The connection of the active download. */
+static MillmClient *job_client;
+static MillmJob *job;
+static MillmClient *cancel_client;
+static MemoryContext job_context;
+static TimestampTz job_event_at;
+static TimestampTz next_job_at;	/* when a queued one may begin; 0: none waits for its time */
+
+static void
+at_exit(int code, Datum arg)
+{
+	millm_shared->supervisor = NULL;
+	for (int i = 0; i < 2; i++)
+		millm_child_stop(&children[i]);
+}
+
+/* --- The cache directory ------------------------------------------------------------------------ */
+
+static bool
+make_directory(const char *path)
+{
+	return mkdir(path, S_IRWXU) == 0 || errno == EEXIST;
+}
+
+/* Make the directory and its parents; NULL, or what is wrong. */
+static char *
+make_cache(char *dir)
+{
+	static const char *const parts[] = {"", "/huggingface", "/.trash"};
+
+	for (char *slash = strchr(dir + 1, '/'); slash; slash = strchr(slash + 1, '/'))
+	{
+		*slash = '\0';
+		(void) make_directory(dir);
+		*slash = '/';
+	}
+	for (int i = 0; i < (int) lengthof(parts); i++)
+	{
+		char	   *path = psprintf("%s%s", dir, parts[i]);
+
+		if (!make_directory(path))
+			return psprintf("could not create \"%s\": %m", path);
+	}
+	return NULL;
+}
+
+/* Open and lock <cache_dir>/.lock into cache_lock_fd; NULL, or what is wrong. */
+static char *
+lock_cache(char *dir)
+{
+	char	   *path = psprintf("%s/.lock", dir);
+	char	   *problem;
+
+	if (strlen(dir) >= sizeof(millm_shared->cache_dir))
+		return psprintf("its path is longer than %zu bytes", sizeof(millm_shared->cache_dir) - 1);
+	if (!pg_encoding_verifymbstr(PG_UTF8, dir, strlen(dir)))
+		return "its path is not UTF-8";
+	if (path_is_prefix_of_path(DataDir, dir))
+		return "it is inside the data directory, where base backups would copy it";
+	if (RecoveryInProgress())
+		return "this server is a standby";
+	if ((problem = make_cache(dir)) != NULL)
+		return problem;
+	cache_lock_fd = open(path, O_RDWR | O_CREAT | O_CLOEXEC | O_NOFOLLOW, S_IRUSR | S_IWUSR);
+	if (cache_lock_fd < 0)
+		return psprintf("could not open \"%s\": %m", path);
+	if (flock(cache_lock_fd, LOCK_EX | LOCK_NB) == 0)
+		return NULL;
+	problem = errno == EWOULDBLOCK ? psprintf("another server uses \"%s\"", dir) : psprintf("could not lock \"%s\": %m", path);
+	close(cache_lock_fd);
+	cache_lock_fd = -1;
+	return problem;
+}
+
+/* Become the cache's owner; without its lock this server never writes there, and asks again after a while. */
+static void
+own_cache(void)
+{
+	char	   *dir = millm_effective_cache_dir();
+	char	   *problem = lock_cache(dir);
+	bool		news;
+
+	cache_retry_at = GetCurrentTimestamp() + CACHE_RETRY_MS * INT64CONST(1000);
+	LWLockAcquire(millm_shared->lock, LW_EXCLUSIVE);
+	news = problem && strcmp(problem, millm_shared->cache_problem) != 0;
+	strlcpy(millm_shared->cache_dir, dir, sizeof(millm_shared->cache_dir));
+	strlcpy(millm_shared->cache_problem, problem ? problem : "", sizeof(millm_shared->cache_problem));
+	millm_shared->cache_owned = problem == NULL;
+	LWLockRelease(millm_shared->lock);
+	if (news)
+		ereport(LOG, (errmsg("millm does not write to its model cache \"%s\": %s", dir, problem)));
+	millm_wake_clerk();
+}
+
+/* The setting may name another directory now. */
+static void
+recheck_cache(void)
+{
+	if (cache_lock_fd >= 0 && strcmp(millm_effective_cache_dir(), millm_shared->cache_dir) == 0)
+		return;
+	if (cache_lock_fd >= 0)
+		close(cache_lock_fd);
+	cache_lock_fd = -1;
+	own_cache();
+}
+
+/* --- Talking to a helper without ever leaving the loop by an error ------------------------------- */
+
+/* Open a conversation in context; NULL and *err when it fails. */
+static MillmClient *
+try_open(MemoryContext context, MillmHelper helper, const char *request, MillmError *err)
+{
+	MemoryContext old = MemoryContextSwitchTo(context);
+	MillmClient *volatile client = NULL;
+
+	PG_TRY();
+	{
+		client = millm_client_open(helper, request, OPEN_TIMEOUT_MS);
+	}
+	PG_CATCH();
+	{
+		ErrorData  *e;
+
+		MemoryContextSwitchTo(context);
+		e = CopyErrorData();
+		FlushErrorState();
+		millm_fail(err, helper == MILLM_ENGINE ? MILLM_E_ENGINE_UNAVAILABLE : MILLM_E_HUB_UNAVAILABLE, "%s", e->message);
+		if (e->detail)
+			millm_detail(err, "%s", e->detail);
+		if (e->hint)
+			millm_hint(err, "%s", e->hint);
+		FreeErrorData(e);
+	}
+	PG_END_TRY();
+	MemoryContextSwitchTo(old);
+	return client;
+}
+
+static void
+append_field(StringInfo buf, const char *name, const char *value)
+{
+	appendStringInfo(buf, "%s\"%s\":", buf->data[buf->len - 1] == '{' ? "" : ",", name);
+	millm_json_append_string(buf, value, strlen(value));
+}
+
+/* --- The command: load and unload ----------------------------------------------------------------- */
+
+static void
+command_done(const MillmError *error)
+{
+	MillmCommand *c = &millm_shared->command;
+
+	LWLockAcquire(millm_shared->lock, LW_EXCLUSIVE);
+	if (error)
+		c->error = *error;
+	else
+		c->error.code = MILLM_OK;
+	c->state = MILLM_COMMAND_DONE;
+	command_begin_by = 0;
+	if (error)
+		millm_push_error_event(c->kind == MILLM_LOAD ? "load" : "unload", c->model.id, error);
+	else
+		millm_push_event("{\"event\":\"model:%s:complete\",\"model_id\":" INT64_FORMAT "}", c->kind == MILLM_LOAD ? "load" : "unload", c->model.id);
+	LWLockRelease(millm_shared->lock);
+	millm_client_close(command_client);
+	command_client = NULL;
+	MemoryContextReset(command_context);
+	millm_broadcast();
+	millm_wake_clerk();
+}
+
+static void
+begin_unload(void)
+{
+	MillmCommand *c = &millm_shared->command;
+	int			timeout = c->kind == MILLM_UNLOAD && c->timeout_ms >= 0 ? c->timeout_ms : millm_unload_timeout;
+	MillmError	err;
+
+	command_step = MILLM_UNLOAD;
+	command_client = try_open(command_context, MILLM_ENGINE, psprintf("{\"op\":\"unload\",\"timeout_ms\":%d}", timeout), &err);
+	if (!command_client)
+		command_done(&err);
+}
+
+static void
+begin_load(void)
+{
+	MillmCommand *c = &millm_shared->command;
+	StringInfoData request;
+	MillmError	err;
+
+	initStringInfo(&request);
+	appendStringInfoChar(&request, '{');
+	append_field(&request, "op", "load");
+	append_field(&request, "path", c->path);
+	append_field(&request, "model", c->model.name);
+	append_field(&request, "model_uuid", c->model.uuid);
+	append_field(&request, "device", millm_device);
+	appendStringInfo(&request, ",\"threads\":%d,\"context_length\":%d,\"max_sequences\":%d,\"max_queue\":%d,\"kv_cache_bytes\":" INT64_FORMAT
+					 ",\"stream_stall_timeout_ms\":%d,\"deterministic\":%s}",
+					 millm_threads, millm_context_length, millm_max_sequences, millm_max_queue, (int64) millm_kv_cache_size << 20,
+					 millm_stream_stall_timeout, millm_deterministic ? "true" : "false");
+	command_step = MILLM_LOAD;
+	command_client = try_open(command_context, MILLM_ENGINE, request.data, &err);
+	pfree(request.data);
+	if (!command_client)
+		command_done(&err);
+}
+
+static void
+set_unloaded(void)
+{
+	LWLockAcquire(millm_shared->lock, LW_EXCLUSIVE);
+	millm_shared->is_loaded = false;
+	LWLockRelease(millm_shared->lock);
+	millm_broadcast();
+}
+
+/* The command's model is loaded, as the engine's answer says. */
+static void
+set_loaded(MillmJson answer)
+{
+	int64		weights;
+	int64		kv;
+	bool		known = millm_json_get_int(answer, "weights_bytes", &weights) && millm_json_get_int(answer, "kv_bytes", &kv);
+
+	LWLockAcquire(millm_shared->lock, LW_EXCLUSIVE);
+	millm_shared->is_loaded = true;
+	millm_shared->loaded = millm_shared->command.model;
+	millm_shared->loaded_at = GetCurrentTimestamp();
+	millm_shared->loaded_bytes = known ? weights + kv : -1;
+	LWLockRelease(millm_shared->lock);
+	millm_broadcast();
+}
+
+/* Every string of an array, one a line. */
+static void
+copy_warnings(MillmJson array, char *dst, size_t size)
+{
+	MillmJson	element;
+	StringInfoData buf;
+
+	initStringInfo(&buf);
+	while (millm_json_next(&array, &element))
+	{
+		if (buf.len)
+			appendStringInfoChar(&buf, '\n');
+		(void) millm_json_string(element, &buf);
+	}
+	strlcpy(dst, buf.data, size);
+	pfree(buf.data);
+}
+
+/* An engine that is only starting is waited for, not very long. */
+static void
+begin_command(void)
+{
+	MillmCommand *c = &millm_shared->command;
+	MillmHelperStatus engine;
+	MillmError	err;
+
+	if (!children[MILLM_ENGINE].ready)
+	{
+		millm_helper_status(MILLM_ENGINE, &engine);
+		if (command_begin_by == 0)
+			command_begin_by = GetCurrentTimestamp() + ENGINE_WAIT_MS * INT64CONST(1000);
+		if (engine.state != MILLM_HELPER_MISSING && GetCurrentTimestamp() < command_begin_by)
+			return;
+		millm_fail(&err, MILLM_E_ENGINE_UNAVAILABLE, "millm-engine is not available");
+		if (engine.state == MILLM_HELPER_MISSING)
+			millm_detail(&err, "The program is missing or cannot be executed.");
+		else if (engine.last_exit[0])
+			millm_detail(&err, "Its last run: %s", engine.last_exit);
+		millm_hint(&err, engine.state == MILLM_HELPER_MISSING ? "Install millm's helper programs beside the extension's library."
+				   : "The server log says why.");
+		command_done(&err);
+		return;
+	}
+	LWLockAcquire(millm_shared->lock, LW_EXCLUSIVE);
+	c->state = MILLM_COMMAND_RUNNING;
+	LWLockRelease(millm_shared->lock);
+	if (c->kind == MILLM_UNLOAD || millm_shared->is_loaded)
+		begin_unload();
+	else
+		begin_load();
+}
+
+static void
+tend_command(void)
+{
+	MillmCommand *c = &millm_shared->command;
+	StringInfoData payload;
+	MillmError	err;
+	int			kind;
+
+	if (c->state == MILLM_COMMAND_REQUESTED)
+		begin_command();
+	if (!command_client)
+		return;
+	initStringInfo(&payload);
+	while (command_client && (kind = millm_client_poll(command_client, &payload, &err)) != 0)
+	{
+		MillmJson	object = millm_json(payload.data, payload.len);
+		int64		n;
+		MillmJson	warnings;
+		char	   *stage;
+
+		switch (kind)
+		{
+			case WIRE_PROGRESS:
+				stage = millm_json_get_string(object, "stage");
+				LWLockAcquire(millm_shared->lock, LW_EXCLUSIVE);
+				strlcpy(c->stage, stage ? stage : "", sizeof(c->stage));
+				if (millm_json_get_int(object, "progress", &n))
+				{
+					if (command_step == MILLM_LOAD && (n / 25 != c->percent / 25))
+						millm_push_event("{\"event\":\"model:load:progress\",\"model_id\":" INT64_FORMAT ",\"stage\":\"%s\",\"progress\":%d}",
+										 c->model.id, c->stage, (int) n);
+					c->percent = Max(c->percent, (int) n);
+				}
+				c->pending = millm_json_get_int(object, "pending", &n) ? n : 0;
+				LWLockRelease(millm_shared->lock);
+				millm_broadcast();
+				millm_wake_clerk();
+				break;
+			case WIRE_RESULT:
+				millm_client_close(command_client);
+				command_client = NULL;
+				if (command_step == MILLM_UNLOAD)
+				{
+					set_unloaded();
+					if (c->kind == MILLM_LOAD)
+					{
+						begin_load();
+						break;
+					}
+				}
+				else
+				{
+					if (millm_json_get(object, "warnings", &warnings))
+						copy_warnings(warnings, c->warnings, sizeof(c->warnings));
+					set_loaded(object);
+				}
+				command_done(NULL);
+				break;
+			case WIRE_ERROR:
+				millm_client_close(command_client);
+				command_client = NULL;
+				/* somebody else's unload came first */
+				if (command_step == MILLM_UNLOAD && err.code == MILLM_E_MODEL_NOT_LOADED)
+				{
+					set_unloaded();
+					if (c->kind == MILLM_LOAD)
+					{
+						begin_load();
+						break;
+					}
+				}
+				command_done(&err);
+				break;
+			default:
+				break;
+		}
+	}
+	pfree(payload.data);
+}
+
+/* --- The download ----------------------------------------------------------------------------------- */
+
+/* The job is nobody's now; the next one may begin. */
+static void
+leave_job(void)
+{
+	millm_client_close(job_client);
+	millm_client_close(cancel_client);
+	job_client = cancel_client = NULL;
+	job = NULL;
+	MemoryContextReset(job_context);
+	millm_broadcast();
+}
+
+static void
+job_done(const MillmError *error)
+{
+	LWLockAcquire(millm_shared->lock, LW_EXCLUSIVE);
+	if (error)
+		job->error = *error;
+	else
+		job->error.code = MILLM_OK;
+	job->state = MILLM_JOB_DONE;
+	LWLockRelease(millm_shared->lock);
+	leave_job();
+	millm_wake_clerk();
+}
+
+static void
+job_canceled(void)
+{
+	MillmError	err;
+
+	millm_fail(&err, MILLM_E_CANCELED, "the download was canceled");
+	millm_hint(&err, "Start it again with millm.retry().");
+	job_done(&err);
+}
+
+/*
+ * millm-hub died, or says that the Hub cannot be reached: what it has verified is kept, and a later try goes on from there.
+ */
+static void
+job_failed(const MillmError *error)
+{
+	if (job->canceled)
+		job_canceled();
+	else if (error->code != MILLM_E_HUB_UNAVAILABLE || job->tries + 1 >= MAX_TRIES)
+		job_done(error);
+	else
+	{
+		LWLockAcquire(millm_shared->lock, LW_EXCLUSIVE);
+		job->not_before = GetCurrentTimestamp() + (INT64CONST(1000000) << job->tries);
+		job->tries++;
+		job->state = MILLM_JOB_QUEUED;
+		LWLockRelease(millm_shared->lock);
+		ereport(LOG, (errmsg("download of \"%s\" is tried again: %s", job->repo_id, error->message)));
+		leave_job();
+	}
+}
+
+/* The token that came with this download, else the server's own.  palloc'd, or NULL. */
+static char *
+job_token(const char *uuid)
+{
+	char	   *token = NULL;
+
+	LWLockAcquire(millm_shared->lock, LW_SHARED);
+	for (int i = 0; i < MILLM_MAX_TOKENS; i++)
+		if (strcmp(millm_shared->tokens[i].uuid, uuid) == 0)
+			token = pstrdup(millm_shared->tokens[i].value);
+	LWLockRelease(millm_shared->lock);
+	return token ? token : millm_effective_token();
+}
+
+static void
+begin_job(void)
+{
+	StringInfoData request;
+	MillmError	err;
+	char	   *token,
+			   *endpoint = millm_effective_endpoint();
+
+	LWLockAcquire(millm_shared->lock, LW_EXCLUSIVE);
+	job->state = MILLM_JOB_RUNNING;
+	LWLockRelease(millm_shared->lock);
+	if (!millm_shared->cache_owned)
+	{
+		millm_fail(&err, MILLM_E_MODEL_DOWNLOAD_FAILED, "the model cache cannot be written");
+		millm_detail(&err, "%s.", millm_shared->cache_problem);
+		millm_hint(&err, "Give this server a directory of its own with millm.cache_dir.");
+		job_done(&err);
+		return;
+	}
+	initStringInfo(&request);
+	appendStringInfoChar(&request, '{');
+	append_field(&request, "op", "download");
+	append_field(&request, "endpoint", endpoint);
+	append_field(&request, "repo_id", job->repo_id);
+	append_field(&request, "revision", job->revision);
+	append_field(&request, "quantization", job->quantization);
+	append_field(&request, "cache_dir", millm_shared->cache_dir);
+	append_field(&request, "directory", job->directory);
+	append_field(&request, "model_uuid", job->uuid);
+	append_field(&request, "owner_id", job->owner);
+	appendStringInfo(&request, ",\"model_id\":" INT64_FORMAT ",\"trust_remote_code\":%s", job->model_id, job->trust_remote_code ? "true" : "false");
+	token = job_token(job->uuid);
+	if (token)
+		append_field(&request, "token", token);
+	appendStringInfoChar(&request, '}');
+	job_client = try_open(job_context, MILLM_HUB, request.data, &err);
+	explicit_bzero(request.data, request.len);
+	pfree(request.data);
+	if (token)
+	{
+		explicit_bzero(token, strlen(token));
+		pfree(token);
+	}
+	pfree(endpoint);
+	if (!job_client)
+		job_failed(&err);
+}
+
+static void
+copy_field(MillmJson object, const char *name, char *dst, size_t size)
+{
+	char	   *value = millm_json_get_string(object, name);
+
+	strlcpy(dst, value ? value : "", size);
+	if (value)
+		pfree(value);
+}
+
+static void
+job_progress(MillmJson object)
+{
+	int64		n;
+	double		speed;
+	TimestampTz now = GetCurrentTimestamp();
+
+	LWLockAcquire(millm_shared->lock, LW_EXCLUSIVE);
+	copy_field(object, "stage", job->stage, sizeof(job->stage));
+	copy_field(object, "file", job->file, sizeof(job->file));
+	if (millm_json_get_int(object, "total_bytes", &n))
+		job->total_bytes = n;
+	if (millm_json_get_int(object, "bytes", &n) && n > job->bytes)
+		job->bytes = n;
+	job->bytes_per_second = millm_json_get_double(object, "speed_bps", &speed) ? speed : -1;
+	if (job->total_bytes > 0)
+		job->percent = Max(job->percent, (int) Min(100, job->bytes * 100 / job->total_bytes));
+	if (now >= job_event_at)
+	{
+		millm_push_event("{\"event\":\"model:download:progress\",\"model_id\":" INT64_FORMAT ",\"progress\":%d,\"bytes_downloaded\":" INT64_FORMAT
+						 ",\"total_bytes\":" INT64_FORMAT ",\"speed_mbps\":%.1f}", job->model_id, job->percent, job->bytes, job->total_bytes,
+						 Max(0, job->bytes_per_second) / 1e6);
+		job_event_at = now + EVENT_MS * INT64CONST(1000);
+	}
+	LWLockRelease(millm_shared->lock);
+	millm_broadcast();
+	millm_wake_clerk();
+}
+
+/* The oldest that may begin now; NULL: none.  *next_at, if there is one that may begin later. */
+static MillmJob *
+next_job(TimestampTz *next_at)
+{
+	MillmJob   *next = NULL;
+	TimestampTz now = GetCurrentTimestamp();
+
+	*next_at = 0;
+	LWLockAcquire(millm_shared->lock, LW_SHARED);
+	for (int i = 0; i < MILLM_MAX_JOBS; i++)
+	{
+		MillmJob   *j = &millm_shared->jobs[i];
+
+		if (j->state != MILLM_JOB_QUEUED)
+			continue;
+		if (j->not_before > now && !j->canceled)
+			*next_at = *next_at ? Min(*next_at, j->not_before) : j->not_before;
+		else if (!next || j->model_id < next->model_id)
+			next = j;
+	}
+	LWLockRelease(millm_shared->lock);
+	return next;
+}
+
+/* A second conversation, whose answer comes when the bytes have stopped and the files are gone. */
+static void
+begin_cancel(void)
+{
+	MillmError	err;
+
+	cancel_client = try_open(job_context, MILLM_HUB, psprintf("{\"op\":\"cancel\",\"model_uuid\":\"%s\"}", job->uuid), &err);
+	if (cancel_client)
+		return;
+	ereport(LOG, (errmsg("could not cancel the download of \"%s\": %s", job->repo_id, err.message)));
+	job_canceled();
+}
+
+static void
+poll_cancel(void)
+{
+	StringInfoData payload;
+	MillmError	err;
+	int			kind;
+
+	initStringInfo(&payload);
+	kind = millm_client_poll(cancel_client, &payload, &err);
+	if (kind == WIRE_RESULT || kind == WIRE_ERROR)
+		job_canceled();
+}
+
+static void
+poll_job(void)
+{
+	StringInfoData payload;
+	MillmError	err;
+	int			kind;
+
+	initStringInfo(&payload);
+	while (job_client && (kind = millm_client_poll(job_client, &payload, &err)) != 0)
+	{
+		MillmJson	object = millm_json(payload.data, payload.len);
+		int64		n;
+
+		if (kind == WIRE_PROGRESS)
+			job_progress(object);
+		else if (kind == WIRE_RESULT)
+		{
+			LWLockAcquire(millm_shared->lock, LW_EXCLUSIVE);
+			copy_field(object, "commit", job->commit, sizeof(job->commit));
+			copy_field(object, "path", job->path, sizeof(job->path));
+			copy_field(object, "model_type", job->model_type, sizeof(job->model_type));
+			copy_field(object, "architecture", job->architecture, sizeof(job->architecture));
+			copy_field(object, "license", job->license, sizeof(job->license));
+			job->params = millm_json_get_int(object, "params", &n) ? n : -1;
+			job->disk_bytes = millm_json_get_int(object, "disk_bytes", &n) ? n : -1;
+			job->percent = 100;
+			LWLockRelease(millm_shared->lock);
+			job_done(NULL);
+		}
+		else if (kind == WIRE_ERROR)
+			job_failed(&err);
+	}
+}
+
+static void
+tend_job(void)
+{
+	if (!job && children[MILLM_HUB].ready)
+	{
+		job = next_job(&next_job_at);
+		if (job && job->canceled)
+			begin_cancel();
+		else if (job)
+			begin_job();
+	}
+	if (job_client && job->canceled && !cancel_client)
+		begin_cancel();
+	if (job_client)
+		poll_job();
+	if (cancel_client)
+		poll_cancel();
+}
+
+/* --- The loop ------------------------------------------------------------------------------------------ */
+
+static long
+smaller(long a, long b)
+{
+	return a < 0 ? b : b < 0 ? a : Min(a, b);
+}
+
+static void
+wait_for_something(void)
+{
+	WaitEventSet *set = millm_create_wait_events(10);
+	WaitEvent	event;
+	long		timeout = smaller(millm_child_timeout(&children[0]), millm_child_timeout(&children[1]));
+
+	if (cache_lock_fd < 0)
+		timeout = smaller(timeout, CACHE_RETRY_MS);
+	if (!job && next_job_at)
+		timeout = smaller(timeout, TimestampDifferenceMilliseconds(GetCurrentTimestamp(), next_job_at) + 1);
+	if (command_begin_by)
+		timeout = smaller(timeout, LOOK_MS);
+	AddWaitEventToSet(set, WL_LATCH_SET, PGINVALID_SOCKET, MyLatch, NULL);
+	AddWaitEventToSet(set, WL_EXIT_ON_PM_DEATH, PGINVALID_SOCKET, NULL, NULL);
+	for (int i = 0; i < 2; i++)
+	{
+		if (children[i].log_fd >= 0)
+			AddWaitEventToSet(set, WL_SOCKET_READABLE, children[i].log_fd, NULL, NULL);
+		if (children[i].control_fd >= 0)
+			AddWaitEventToSet(set, WL_SOCKET_READABLE, children[i].control_fd, NULL, NULL);
+	}
+	if (command_client)
+		AddWaitEventToSet(set, WL_SOCKET_READABLE, millm_client_socket(command_client), NULL, NULL);
+	if (job_client)
+		AddWaitEventToSet(set, WL_SOCKET_READABLE, millm_client_socket(job_client), NULL, NULL);
+	if (cancel_client)
+		AddWaitEventToSet(set, WL_SOCKET_READABLE, millm_client_socket(cancel_client), NULL, NULL);
+	(void) WaitEventSetWait(set, timeout, &event, 1, PG_WAIT_EXTENSION);
+	FreeWaitEventSet(set);
+	ResetLatch(MyLatch);
+}
+
+void
+millm_supervisor_main(Datum arg)
+{
+	MemoryContext turn_context;
+	bool		reloaded = false;
+
+	pqsignal(SIGHUP, SignalHandlerForConfigReload);
+	pqsignal(SIGTERM, SignalHandlerForShutdownRequest);
+	BackgroundWorkerUnblockSignals();
+
+	CurrentResourceOwner = ResourceOwnerCreate(NULL, "millm supervisor");
+	command_context = AllocSetContextCreate(TopMemoryContext, "millm command", ALLOCSET_SMALL_SIZES);
+	job_context = AllocSetContextCreate(TopMemoryContext, "millm download", ALLOCSET_SMALL_SIZES);
+	if (!make_directory(MILLM_RUN_DIR))
+		ereport(FATAL, (errcode_for_file_access(), errmsg("could not create directory \"%s\": %m", MILLM_RUN_DIR)));
+	millm_child_init(&children[0], MILLM_ENGINE);
+	millm_child_init(&children[1], MILLM_HUB);
+
+	/* what an earlier supervisor left unfinished */
+	LWLockAcquire(millm_shared->lock, LW_EXCLUSIVE);
+	for (int i = 0; i < MILLM_MAX_JOBS; i++)
+		if (millm_shared->jobs[i].state == MILLM_JOB_RUNNING)
+			millm_shared->jobs[i].state = MILLM_JOB_QUEUED;
+	if (millm_shared->command.state == MILLM_COMMAND_REQUESTED || millm_shared->command.state == MILLM_COMMAND_RUNNING)
+	{
+		millm_fail(&millm_shared->command.error, MILLM_E_ENGINE_UNAVAILABLE, "millm's supervisor was restarted");
+		millm_shared->command.state = MILLM_COMMAND_DONE;
+	}
+	millm_shared->is_loaded = false;
+	millm_shared->cache_owned = false;
+	millm_shared->supervisor = MyLatch;
+	LWLockRelease(millm_shared->lock);
+	before_shmem_exit(at_exit, (Datum) 0);
+	millm_broadcast();
+
+	/* what a turn allocates is gone after it; what must stay has a context of its own */
+	turn_context = AllocSetContextCreate(TopMemoryContext, "millm supervisor's turn", ALLOCSET_DEFAULT_SIZES);
+	MemoryContextSwitchTo(turn_context);
+	while (!ShutdownRequestPending)
+	{
+		MemoryContextReset(turn_context);
+		if (ConfigReloadPending)
+		{
+			ConfigReloadPending = false;
+			ProcessConfigFile(PGC_SIGHUP);
+			reloaded = true;
+		}
+		/* a download stays where it has begun */
+		if (reloaded && !job)
+		{
+			reloaded = false;
+			recheck_cache();
+		}
+		if (cache_lock_fd < 0 && GetCurrentTimestamp() >= cache_retry_at)
+			own_cache();
+		for (int i = 0; i < 2; i++)
+			if (millm_child_tend(&children[i]) && i == MILLM_ENGINE)
+				set_unloaded();
+		tend_command();
+		tend_job();
+		wait_for_something();
+	}
+	/* not 0: when somebody but the postmaster has stopped us, it shall start us again */
+	proc_exit(1);
+}
