@@ -106,7 +106,7 @@ dot_tile(const MillmMatmul *m, int64_t t, int n_tokens, int64_t o, MillmDtype dt
 		float		sum = sum_8(_mm256_add_ps(_mm256_add_ps(acc[j][0], acc[j][1]), _mm256_add_ps(acc[j][2], acc[j][3])));
 
 		for (int64_t k = i; k < n; k++)
-			sum += load_1(w, k, dtype) * x[j][k];
+			sum = fmaf(load_1(w, k, dtype), x[j][k], sum);
 		finish(m, t + j, o, sum);
 	}
 }

@@ -1,0 +1,433 @@
+/*
+ * test_kernels.c -- every variant that this machine can run, against ref.
+ *
+ * Shapes are chosen for their tails, pointers are unaligned, and the values are those that real
+ * weights contain: ordinary ones, one huge outlier, all zeros, denormals.  ref itself is compared with sums
+ * in double.
+ *
+ * A tolerance is EPSILON * sqrt(n) * sum |w x| at the worst element, plus what a format rounds away; it is
+ * printed with variant, shape and kind when exceeded.
+ */
+#include <setjmp.h>
+#include <stdarg.h>
+#include <stddef.h>
+#include <stdint.h>
+#include <cmocka.h>
+
+#include <math.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "half.h"
+#include "kernel.h"
+
+#define EPSILON_F32		1.2e-7		/* of float32 */
+#define EPSILON_BF16	0x1p-8		/* rounding an activation to bfloat16 */
+#define EPSILON_F16		0x1p-11		/* rounding K and V to float16 */
+
+typedef enum Kind {ORDINARY, OUTLIER, ZEROS, DENORMALS, N_KINDS} Kind;
+static const char *const kind_name[] = {"ordinary", "outlier", "zeros", "denormals"};
+static const char *const dtype_name[] = {"f32", "f16", "bf16"};
+
+static uint64_t seed = 1;
+
+static float
+uniform(void)					/* [-1, 1) */
+{
+	seed = seed * UINT64_C(6364136223846793005) + 1442695040888963407;
+	return (float) (int32_t) (seed >> 32) / 2147483648.0f;
+}
+
+static void
+fill(float *x, int64_t n, Kind kind)
+{
+	for (int64_t i = 0; i < n; i++)
+		x[i] = kind == ZEROS ? 0 : kind == DENORMALS ? uniform() * 1e-39f : uniform();
+	if (kind == OUTLIER && n > 0)
+		x[n / 2] = 1000;
+}
+
+/* Variants other than ref that run here: fills names, returns how many. */
+static int
+variants(MillmKernels *out)
+{
+	int			n = 0;
+	bool		is_known;
+
+	for (const char *const *name = millm_kernels_names(); *name; name++)
+		if (strcmp(*name, "ref") != 0 && millm_kernels_init(&out[n], *name, &is_known))
+			n++;
+	return n;
+}
+
+static double
+weight_at(const MillmWeight *w, int64_t row, int64_t column)
+{
+	const char *p = millm_weight_row(w, row) + column * millm_dtype_bytes(w->dtype);
+	uint16_t	h;
+	float		f;
+
+	if (w->dtype == MILLM_F32)
+	{
+		memcpy(&f, p, sizeof(f));
+		return f;
+	}
+	memcpy(&h, p, sizeof(h));
+	return w->dtype == MILLM_F16 ? millm_f16_to_f32(h) : millm_bf16_to_f32(h);
+}
+
+static void
+one_matmul(const MillmKernels *k, MillmForm form, MillmDtype dtype, bool in_out, int64_t n_in, int64_t n_out, int n_tokens, Kind kind)
+{
+	const int64_t stored_rows = in_out ? n_in : n_out;
+	const int64_t stride = (in_out ? n_out : n_in) + 3;
+	const int	size = millm_dtype_bytes(dtype);
+	char	   *bytes = malloc((size_t) (stored_rows * stride * size) + 1);
+	float	   *x = malloc(sizeof(float) * (size_t) (n_tokens * n_in + 1));
+	int64_t		packed_stride = form == MILLM_FORM_F32 ? n_in * 4 : millm_form_row_bytes(form, n_in);
+	char	   *packed = aligned_alloc(64, (size_t) (millm_form_row_bytes(MILLM_FORM_F32, n_in) * n_tokens));
+	float	   *y = malloc(sizeof(float) * (size_t) (n_tokens * (n_out + 5)));
+	float	   *bias = malloc(sizeof(float) * (size_t) n_out);
+	MillmWeight w = {.dtype = dtype, .in_out = in_out, .n_out = n_out, .n_in = n_in, .stride = stride, .data = bytes + 1};
+	MillmMatmul m = {.y = y, .y_stride = n_out + 5, .w = &w, .bias = bias, .accumulate = true, .form = form,
+		.x = form == MILLM_FORM_F32 ? (char *) (x + 1) : packed, .x_stride = packed_stride, .n_tokens = n_tokens};
+	int64_t		cut = n_out / 3;
+
+	for (int64_t i = 0; i < stored_rows * stride; i++)
+	{
+		float		f = kind == DENORMALS ? uniform() * 1e-6f : uniform();
+		uint16_t	h = dtype == MILLM_F16 ? millm_f32_to_f16(f) : millm_f32_to_bf16(f);
+
+		memcpy(bytes + 1 + i * size, dtype == MILLM_F32 ? (void *) &f : (void *) &h, (size_t) size);
+	}
+	for (int t = 0; t < n_tokens; t++)
+		fill(x + 1 + t * n_in, n_in, kind);
+	if (form == MILLM_FORM_BF16)
+		for (int t = 0; t < n_tokens; t++)
+			k->pack_bf16((uint16_t *) (packed + t * packed_stride), x + 1 + t * n_in, n_in);
+	fill(bias, n_out, ORDINARY);
+	for (int64_t i = 0; i < n_tokens * (n_out + 5); i++)
+		y[i] = 0.25f;
+
+	k->matmul[form][dtype][in_out] (&m, 0, cut);
+	k->matmul[form][dtype][in_out] (&m, cut, n_out);
+
+	for (int t = 0; t < n_tokens; t++)
+	{
+		for (int64_t o = 0; o < n_out; o++)
+		{
+			double		sum = 0,
+						absolute = 0,
+						tolerance;
+			float		got = y[t * (n_out + 5) + o];
+
+			for (int64_t i = 0; i < n_in; i++)
+			{
+				double		p = (in_out ? weight_at(&w, i, o) : weight_at(&w, o, i)) * x[1 + t * n_in + i];
+
+				sum += p;
+				absolute += fabs(p);
+			}
+			sum += (double) bias[o] + 0.25;
+			tolerance = (EPSILON_F32 * sqrt((double) n_in) + (form == MILLM_FORM_BF16 ? EPSILON_BF16 : 0)) * absolute +
+				4 * EPSILON_F32 * (fabs(sum) + 1);
+			if (!(fabs(got - sum) <= tolerance))
+				fail_msg("%s %s form %d in_out %d, n_in %ld n_out %ld n_tokens %d %s: y[%d, %ld] = %.9g, expected %.9g, tolerance %.3g",
+						 k->variant, dtype_name[dtype], form, in_out, (long) n_in, (long) n_out, n_tokens, kind_name[kind], t, (long) o,
+						 got, sum, tolerance);
+		}
+		for (int64_t o = n_out; o < n_out + 5; o++)
+			assert_true(y[t * (n_out + 5) + o] == 0.25f);	/* nothing is written past the outputs */
+	}
+	free(bytes);
+	free(x);
+	free(packed);
+	free(y);
+	free(bias);
+}
+
+static void
+test_matmul(void **state)
+{
+	static const int64_t shapes[][2] = {{1, 1}, {7, 3}, {8, 5}, {15, 16}, {16, 17}, {31, 63}, {32, 64}, {33, 65}, {37, 32}, {64, 37}, {65, 96}, {131, 83}, {576, 41}};
+	static const int tokens[] = {1, 2, 3, 4, 5, 6, 7, 11, 13};
+	MillmKernels k[4];
+	int			n;
+
+	(void) state;
+	millm_kernels_ref(&k[0]);
+	n = 1 + variants(k + 1);
+	for (int v = 0; v < n; v++)
+		for (int form = 0; form < MILLM_N_FORMS; form++)
+			for (int dtype = 0; dtype < MILLM_N_WEIGHT_DTYPES; dtype++)
+				for (int in_out = 0; in_out < 2; in_out++)
+				{
+					if (!k[v].matmul[form][dtype][in_out])
+						continue;
+					for (size_t s = 0; s < sizeof(shapes) / sizeof(shapes[0]); s++)
+						for (size_t t = 0; t < sizeof(tokens) / sizeof(tokens[0]); t++)
+							one_matmul(&k[v], form, dtype, in_out, shapes[s][0], shapes[s][1], tokens[t], (s + t) % N_KINDS);
+				}
+}
+
+/* A row's bits depend neither on its company nor on how the outputs are split. */
+static void
+test_matmul_is_batch_invariant(void **state)
+{
+	enum {N_IN = 131, N_OUT = 101, N_TOKENS = 13};
+	static float x[N_TOKENS * N_IN], w[N_OUT * N_IN], all[N_TOKENS * N_OUT], one[N_OUT];
+	static uint16_t h[N_OUT * N_IN];
+	static _Alignas(64) char packed[N_TOKENS * 320];
+	MillmKernels k[4];
+	int			n;
+
+	(void) state;
+	millm_kernels_ref(&k[0]);
+	n = 1 + variants(k + 1);
+	fill(x, N_TOKENS * N_IN, ORDINARY);
+	fill(w, N_OUT * N_IN, ORDINARY);
+	for (int i = 0; i < N_OUT * N_IN; i++)
+		h[i] = millm_f32_to_bf16(w[i]);
+	for (int v = 0; v < n; v++)
+		for (int form = 0; form < MILLM_N_FORMS; form++)
+			for (int dtype = 0; dtype < MILLM_N_WEIGHT_DTYPES; dtype++)
+				for (int in_out = 0; in_out < 2; in_out++)
+				{
+					MillmWeight weight = {.dtype = dtype, .in_out = in_out, .n_out = N_OUT, .n_in = N_IN,
+						.stride = in_out ? N_OUT : N_IN, .data = dtype == MILLM_F32 ? (void *) w : (void *) h};
+					MillmMatmul m = {.y = all, .y_stride = N_OUT, .w = &weight, .form = form,
+						.x = form == MILLM_FORM_F32 ? (char *) x : packed, .x_stride = form == MILLM_FORM_F32 ? N_IN * 4 : 320, .n_tokens = N_TOKENS};
+					MillmMatmulFn f = k[v].matmul[form][dtype][in_out];
+
+					if (!f || dtype == MILLM_F16)	/* bfloat16's bits would be nonsense as float16 */
+						continue;
+					if (form == MILLM_FORM_BF16)
+						for (int t = 0; t < N_TOKENS; t++)
+							k[v].pack_bf16((uint16_t *) (packed + t * 320), x + t * N_IN, N_IN);
+					f(&m, 0, N_OUT);
+					for (int t = 0; t < N_TOKENS; t++)
+					{
+						MillmMatmul single = m;
+
+						single.y = one;
+						single.n_tokens = 1;
+						single.x = (const char *) m.x + t * m.x_stride;
+						for (int64_t o = 0; o < N_OUT; o += 7)
+							f(&single, o, o + 7 < N_OUT ? o + 7 : N_OUT);
+						if (memcmp(one, all + t * N_OUT, sizeof(one)) != 0)
+							fail_msg("%s %s form %d in_out %d: token %d has other bits alone", k[v].variant, dtype_name[dtype], form, in_out, t);
+					}
+				}
+}
+
+static void
+compare(const char *what, const char *variant, int64_t n, const float *got, const float *expected, double relative, double slack)
+{
+	for (int64_t i = 0; i < n; i++)
+		if (!(fabs((double) got[i] - expected[i]) <= slack + relative * fabs(expected[i])))
+			fail_msg("%s %s n %ld: [%ld] = %.9g, ref %.9g", variant, what, (long) n, (long) i, got[i], expected[i]);
+}
+
+static void
+test_norms_and_activations(void **state)
+{
+	static float x[700], w[700], b[700], up[700], got[700], expected[700];
+	static const int sizes[] = {1, 7, 8, 15, 16, 17, 32, 37, 64, 576, 601};
+	static const char *const unary_name[] = {"silu", "gelu_tanh", "gelu_erf", "relu"};
+	MillmKernels ref, k[3];
+	int			n_variants = variants(k);
+
+	(void) state;
+	millm_kernels_ref(&ref);
+	for (int v = 0; v < n_variants; v++)
+		for (size_t s = 0; s < sizeof(sizes) / sizeof(sizes[0]); s++)
+			for (int kind = 0; kind < N_KINDS; kind++)
+			{
+				int			n = sizes[s];
+
+				fill(x, n + 1, kind);
+				fill(w, n + 1, ORDINARY);
+				fill(b, n + 1, ORDINARY);
+				fill(up, n + 1, ORDINARY);
+				ref.rms_norm(expected, x + 1, w + 1, 1e-5f, n);
+				k[v].rms_norm(got, x + 1, w + 1, 1e-5f, n);
+				compare("rms_norm", k[v].variant, n, got, expected, 2e-6, 1e-12);
+				ref.layer_norm(expected, x + 1, w + 1, b + 1, 1e-5f, n);
+				k[v].layer_norm(got, x + 1, w + 1, b + 1, 1e-5f, n);
+				compare("layer_norm", k[v].variant, n, got, expected, 1e-5, 2e-5);	/* x - mean cancels */
+				for (int u = 0; u < MILLM_N_UNARY; u++)
+				{
+					for (int i = 0; i < n; i++)
+						x[i + 1] *= 12;
+					ref.unary[u] (expected, x + 1, up + 1, n);
+					k[v].unary[u] (got, x + 1, up + 1, n);
+					compare(unary_name[u], k[v].variant, n, got, expected, 2e-6, 2e-6);
+					ref.unary[u] (expected, x + 1, NULL, n);
+					k[v].unary[u] (got, x + 1, NULL, n);
+					compare(unary_name[u], k[v].variant, n, got, expected, 2e-6, 2e-6);
+				}
+			}
+}
+
+/* Softmax attention in double over plain arrays, keys [position, head_dim]. */
+static void
+plain_attention(double *y, const float *q, const float *keys, const float *values, int hd, int64_t stride, int first, int last, float scale)
+{
+	double		max = -INFINITY,
+				sum = 0;
+	double	   *score = calloc((size_t) last + 1, sizeof(*score));
+
+	for (int p = first; p <= last; p++)
+	{
+		for (int d = 0; d < hd; d++)
+			score[p] += (double) q[d] * keys[p * stride + d];
+		score[p] *= scale;
+		max = score[p] > max ? score[p] : max;
+	}
+	memset(y, 0, sizeof(*y) * (size_t) hd);
+	for (int p = first; p <= last; p++)
+		sum += score[p] = exp(score[p] - max);
+	for (int p = first; p <= last; p++)
+		for (int d = 0; d < hd; d++)
+			y[d] += score[p] / sum * values[p * stride + d];
+	free(score);
+}
+
+static void
+test_attention(void **state)
+{
+	static const int shapes[][3] = {{1, 1, 8}, {2, 3, 64}, {1, 5, 16}, {3, 2, 37}, {2, 4, 1}, {1, 7, 80}};	/* KV heads, group, head_dim */
+	static const int windows[] = {0, 1, 5, 16, 40};
+	enum {N_POSITIONS = 83, N_PAGES = 6};
+	MillmKernels k[4];
+	int			n;
+
+	(void) state;
+	millm_kernels_ref(&k[0]);
+	n = 1 + variants(k + 1);
+	for (int v = 0; v < n; v++)
+		for (size_t s = 0; s < sizeof(shapes) / sizeof(shapes[0]); s++)
+		{
+			int			n_kv = shapes[s][0],
+						group = shapes[s][1],
+						hd = shapes[s][2];
+			int64_t		half_bytes = (int64_t) n_kv * hd * MILLM_KERNEL_PAGE * millm_dtype_bytes(k[v].kv_dtype);
+			char	   *pool = malloc((size_t) (2 * half_bytes * N_PAGES));
+			float	   *keys = malloc(sizeof(float) * (size_t) (N_POSITIONS * n_kv * hd));
+			float	   *values = malloc(sizeof(float) * (size_t) (N_POSITIONS * n_kv * hd));
+			float	   *q = malloc(sizeof(float) * (size_t) (n_kv * group * hd));
+			float	   *y = malloc(sizeof(float) * (size_t) (n_kv * group * hd));
+			int32_t		pages[N_PAGES] = {3, 0, 5, 1, 4, 2};
+			MillmKvLayer kv = {.k = pool, .v = pool + half_bytes, .page_bytes = 2 * half_bytes, .n_kv_heads = n_kv, .head_dim = hd,
+				.group = group, .scale = 0.7f};
+
+			memset(pool, 0xFF, (size_t) (2 * half_bytes * N_PAGES));	/* NaNs where nobody wrote */
+			fill(keys, N_POSITIONS * n_kv * hd, ORDINARY);
+			fill(values, N_POSITIONS * n_kv * hd, ORDINARY);
+			fill(q, n_kv * group * hd, ORDINARY);
+			for (int p = 0; p < N_POSITIONS; p++)
+				k[v].kv_store(&kv, pages[p / MILLM_KERNEL_PAGE], p % MILLM_KERNEL_PAGE, keys + p * n_kv * hd, values + p * n_kv * hd);
+			for (size_t w = 0; w < sizeof(windows) / sizeof(windows[0]); w++)
+				for (int position = 0; position < N_POSITIONS; position += 6)
+				{
+					kv.window = windows[w];
+					for (int h = 0; h < n_kv; h++)
+						k[v].attention(y, q, &kv, pages, position, h);
+					for (int h = 0; h < n_kv * group; h++)
+					{
+						double		expected[80];
+						int			first = windows[w] > 0 && position >= windows[w] ? position - windows[w] + 1 : 0;
+
+						plain_attention(expected, q + h * hd, keys + h / group * hd, values + h / group * hd, hd, n_kv * hd, first, position, 0.7f);
+						for (int d = 0; d < hd; d++)
+							if (!(fabs(y[h * hd + d] - expected[d]) <= (k[v].kv_dtype == MILLM_F32 ? 2e-6 : 8 * EPSILON_F16)))
+								fail_msg("%s attention KV heads %d group %d head_dim %d window %d position %d: head %d [%d] = %.9g, expected %.9g",
+										 k[v].variant, n_kv, group, hd, windows[w], position, h, d, y[h * hd + d], expected[d]);
+					}
+				}
+			free(pool);
+			free(keys);
+			free(values);
+			free(q);
+			free(y);
+		}
+}
+
+/* The other entries are ref's own in every variant, or simple: their definition in a few lines each. */
+static void
+test_rope_rows_and_finite(void **state)
+{
+	float		x[8] = {1, 2, 3, 4, 5, 6, 7, 8};
+	const float cosine[] = {0.5f, 0.25f};
+	const float sine[] = {2, 3};
+	const float half_split[] = {1 * 0.5f - 3 * 2, 2 * 0.25f - 4 * 3, 3 * 0.5f + 1 * 2, 4 * 0.25f + 2 * 3, 5, 6, 7, 8};
+	const float interleaved[] = {1 * 0.5f - 2 * 2, 2 * 0.5f + 1 * 2, 3 * 0.25f - 4 * 3, 4 * 0.25f + 3 * 3, 5, 6, 7, 8};
+	uint16_t	row[3] = {0x3F80, 0xC000, 0x4040};
+	float		y[3] = {10, 10, 10};
+	float		bad[19] = {0};
+	MillmKernels k;
+	bool		is_known;
+
+	(void) state;
+	for (const char *const *name = millm_kernels_names(); *name; name++)
+	{
+		float		copy[8];
+
+		if (!millm_kernels_init(&k, *name, &is_known))
+			continue;
+		assert_string_equal(k.variant, *name);
+		memcpy(copy, x, sizeof(x));
+		k.rope(copy, 1, 8, 2, false, cosine, sine);
+		assert_memory_equal(copy, half_split, sizeof(x));
+		memcpy(copy, x, sizeof(x));
+		k.rope(copy, 1, 8, 2, true, cosine, sine);
+		assert_memory_equal(copy, interleaved, sizeof(x));
+
+		y[0] = y[1] = y[2] = 10;
+		k.load_row(y, row, MILLM_BF16, 3, true);
+		assert_true(y[0] == 11 && y[1] == 8 && y[2] == 13);
+		k.load_row(y, row, MILLM_BF16, 3, false);
+		assert_true(y[0] == 1 && y[1] == -2 && y[2] == 3);
+
+		assert_true(k.is_finite(bad, 19));
+		for (int i = 0; i < 19; i++)
+		{
+			bad[i] = i % 2 ? NAN : -INFINITY;
+			assert_false(k.is_finite(bad, 19));
+			bad[i] = 3e38f;
+			assert_true(k.is_finite(bad, 19));
+		}
+		memset(bad, 0, sizeof(bad));
+	}
+}
+
+static void
+test_names(void **state)
+{
+	MillmKernels k;
+	bool		is_known;
+
+	(void) state;
+	assert_true(millm_kernels_init(&k, "ref", &is_known));
+	assert_string_equal(k.variant, "ref");
+	assert_false(millm_kernels_init(&k, "sse9", &is_known));
+	assert_false(is_known);
+	assert_true(millm_kernels_init(&k, NULL, &is_known));
+	assert_string_equal(k.variant, millm_cpu_flags() & MILLM_CPU_AVX512 ? "avx512" : millm_cpu_flags() & MILLM_CPU_AVX2 ? "avx2" : "ref");
+}
+
+int
+main(void)
+{
+	const struct CMUnitTest tests[] = {
+		cmocka_unit_test(test_matmul),
+		cmocka_unit_test(test_matmul_is_batch_invariant),
+		cmocka_unit_test(test_norms_and_activations),
+		cmocka_unit_test(test_attention),
+		cmocka_unit_test(test_rope_rows_and_finite),
+		cmocka_unit_test(test_names),
+	};
+
+	return cmocka_run_group_tests(tests, NULL, NULL);
+}
