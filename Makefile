@@ -54,7 +54,7 @@ include $(PGXS)
 
 $(BUILD)/module/%.o: src/%.c
 	@mkdir -p $(@D)
-	$(CC) $(CFLAGS) $(CFLAGS_SL) $(CPPFLAGS) -MMD -c -o $@ $<
+	$(CC) $(CFLAGS) $(CFLAGS_SL) $(CPPFLAGS) -MMD -MP -c -o $@ $<
 
 # --- The helper programs: every other room ------------------------------------------------------
 ENGINE_ROOMS  = base wire serve token kernel model hub engine
@@ -77,7 +77,7 @@ programs: $(PROGRAMS)
 
 $(BUILD)/src/%.o: src/%.c
 	@mkdir -p $(@D)
-	$(CC) $(ENGINE_CFLAGS) $(OPT) $(ISA) -MMD -c -o $@ $<
+	$(CC) $(ENGINE_CFLAGS) $(OPT) $(ISA) -MMD -MP -c -o $@ $<
 
 $(LIB): $(ROOM_SOURCES:src/%.c=$(BUILD)/src/%.o)
 	@rm -f $@
@@ -103,9 +103,9 @@ unit-programs: $(UNIT_TESTS)
 drivers: $(DRIVERS)
 $(BUILD)/test/%: test/unit/%.c $(LIB)
 	@mkdir -p $(@D)
-	$(CC) $(ENGINE_CFLAGS) -Itest/unit -MMD -MF $@.d -o $@ $< $(LIB) -lcmocka $(ENGINE_LIBS)
+	$(CC) $(ENGINE_CFLAGS) -Itest/unit -MMD -MP -MF $@.d -o $@ $< $(LIB) -lcmocka $(ENGINE_LIBS)
 $(DRIVERS): $(BUILD)/%: test/parity/%.c $(LIB)
-	$(CC) $(ENGINE_CFLAGS) -MMD -MF $@.d -o $@ $< $(LIB) $(ENGINE_LIBS)
+	$(CC) $(ENGINE_CFLAGS) -MMD -MP -MF $@.d -o $@ $< $(LIB) $(ENGINE_LIBS)
 unit: $(UNIT_TESTS)
 	@dev/run-unit $(UNIT_TESTS)
 
