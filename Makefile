@@ -4,7 +4,7 @@
 # One page builds it all: the extension (PGXS), its helper programs, their tests.  Objects lie
 # under build/, one directory per variant, so a sanitizer build never mixes with an ordinary one.
 
-VERSION = 1.0.0
+MILLM_VERSION = 1.0.0
 BUILD  ?= build
 
 # The workflow targets are scripts that work before anything is installed, PostgreSQL included.
@@ -39,7 +39,7 @@ else # -------------------------------------------------------------------------
 # --- The extension: src/pg and the two rooms that it may see, through PGXS ---------------------
 EXTENSION   = millm
 MODULE_big  = millm
-DATA        = sql/millm--$(VERSION).sql
+DATA        = sql/millm--$(MILLM_VERSION).sql
 PG_CPPFLAGS = -Isrc/pg -Isrc/wire -Isrc/base
 PG_CFLAGS   = -Wextra -Wno-unused-parameter -Wno-sign-compare -Wno-missing-field-initializers
 OBJS        = $(patsubst src/%.c,$(BUILD)/module/%.o,$(wildcard src/pg/*.c) src/wire/wire.c src/base/error.c)
@@ -87,7 +87,7 @@ $(BUILD)/millm-%: $(BUILD)/src/%/main.o $(LIB)
 	$(CC) $(ENGINE_CFLAGS) -o $@ $^ $(ENGINE_LIBS)
 
 # --- Install: PGXS installs the module, we install what it starts -------------------------------
-HELPER_DIR = $(DESTDIR)$(pkglibdir)/millm/$(VERSION)
+HELPER_DIR = $(DESTDIR)$(pkglibdir)/millm/$(MILLM_VERSION)
 install: install-helpers
 install-helpers: $(PROGRAMS)
 	$(MKDIR_P) '$(HELPER_DIR)'
