@@ -1,0 +1,602 @@
+/*
+ * test_forward.c -- the forward pass over small random models made in memory: what may change a row
+ * (nothing but its own past) and what a failed step leaves (nothing).
+ *
+ * Two shapes with odd sizes: llama-like (bfloat16, RMS norm, rope, grouped heads, gated silu) and
+ * gpt2-like (float32 [in, out] slices of a fused tensor, LayerNorm, biases, learned positions, erf GELU).
+ * That the numbers are the right ones is the parity tests' matter.
+ */
+#include <setjmp.h>
+#include <stdarg.h>
+#include <stddef.h>
+#include <stdint.h>
+#include <cmocka.h>
+
+#include <math.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "forward.h"
+#include "half.h"
+#include "kernel.h"
+#include "threads.h"
+
+#define VOCAB		509
+#define HIDDEN		32
+#define FFN			37
+#define HEAD_DIM	8
+#define N_HEADS		4
+#define N_LAYERS	3
+#define POSITIONS	96
+#define MAX_OWNED	256
+
+/*
+ * RMS of a variant's logits minus ref's, relative to ref's RMS.  Exact forms differ by the order of sums and by K and V in
+ * float16 (2^-11 = 5e-4 a value, and these layers amplify); the bfloat16 form rounds every activation to 2^-9.
+ */
+#define TOLERANCE_EXACT		4e-3
+#define TOLERANCE_FAST		3e-2
+
+typedef struct Tiny
+{
+	MillmModel	model;
+	void	   *owned[MAX_OWNED];
+	int			n_owned;
+	uint64_t	seed;
+} Tiny;
+
+static float
+uniform(Tiny *t)
+{
+	t->seed = t->seed * UINT64_C(6364136223846793005) + 1442695040888963407;
+	return (float) (int32_t) (t->seed >> 32) / 2147483648.0f;
+}
+
+static void *
+own(Tiny *t, size_t bytes)
+{
+	void	   *p = calloc(1, bytes);
+
+	assert_non_null(p);
+	assert_true(t->n_owned < MAX_OWNED);
+	return t->owned[t->n_owned++] = p;
+}
+
+static MillmWeight
+weight(Tiny *t, MillmDtype dtype, bool in_out, int n_out, int n_in)
+{
+	size_t		n = (size_t) n_out * (size_t) n_in;
+	char	   *data = own(t, n * 4);
+
+	for (size_t i = 0; i < n; i++)
+	{
+		float		f = 0.3f * uniform(t);
+		uint16_t	h = millm_f32_to_bf16(f);
+
+		memcpy(data + i * (dtype == MILLM_F32 ? 4 : 2), dtype == MILLM_F32 ? (void *) &f : (void *) &h, dtype == MILLM_F32 ? 4 : 2);
+	}
+	return (MillmWeight) {.dtype = dtype, .in_out = in_out, .n_out = n_out, .n_in = n_in, .stride = in_out ? n_out : n_in, .data = data};
+}
+
+static MillmVector
+vector(Tiny *t, int n, float centre)
+{
+	MillmVector v = {own(t, sizeof(float) * (size_t) n), n};
+
+	for (int i = 0; i < n; i++)
+		v.data[i] = centre + 0.1f * uniform(t);
+	return v;
+}
+
+static Tiny *
+tiny(bool is_gpt2)
+{
+	Tiny	   *t = calloc(1, sizeof(*t));
+	MillmModel *m = &t->model;
+	MillmConfig *c = &m->config;
+	MillmDtype	dtype = is_gpt2 ? MILLM_F32 : MILLM_BF16;
+	int			n_kv = is_gpt2 ? N_HEADS : 2;
+
+	t->seed = is_gpt2 ? 2 : 1;
+	*c = (MillmConfig) {
+		.hidden_size = HIDDEN, .intermediate_size = FFN, .n_layers = N_LAYERS, .n_heads = N_HEADS, .n_kv_heads = n_kv,
+		.head_dim = HEAD_DIM, .vocab_size = VOCAB, .max_positions = POSITIONS,
+		.norm = is_gpt2 ? MILLM_NORM_LAYER : MILLM_NORM_RMS, .norm_bias = is_gpt2, .norm_eps = 1e-5f,
+		.position = is_gpt2 ? MILLM_POS_LEARNED : MILLM_POS_ROPE, .rope_attention_factor = 1,
+		.attention_scale = 0.35355339f, .act = is_gpt2 ? MILLM_ACT_GELU_ERF : MILLM_ACT_SILU, .mlp_gated = !is_gpt2, .tied = true,
+	};
+	if (is_gpt2)
+		m->position_embedding = weight(t, dtype, false, POSITIONS, HIDDEN);
+	else
+	{
+		c->rotary_dim = HEAD_DIM;
+		c->inv_freq = own(t, sizeof(float) * HEAD_DIM / 2);
+		for (int j = 0; j < HEAD_DIM / 2; j++)
+			c->inv_freq[j] = powf(1e4f, -2.0f * (float) j / HEAD_DIM);
+	}
+	m->embedding = weight(t, dtype, false, VOCAB, HIDDEN);
+	m->head = m->embedding;
+	m->final_norm = vector(t, HIDDEN, 1);
+	m->layers = own(t, sizeof(MillmLayer) * N_LAYERS);
+	if (is_gpt2)
+		m->final_norm_bias = vector(t, HIDDEN, 0);
+	for (int i = 0; i < N_LAYERS; i++)
+	{
+		MillmLayer *l = &m->layers[i];
+
+		l->n_heads = N_HEADS;
+		l->n_kv_heads = n_kv;
+		l->head_dim = HEAD_DIM;
+		l->window = !is_gpt2 && i == 1 ? 11 : 0;
+		l->attn_norm = vector(t, HIDDEN, 1);
+		l->mlp_norm = vector(t, HIDDEN, 1);
+		if (is_gpt2)
+		{
+			MillmWeight fused = weight(t, dtype, true, 3 * HIDDEN, HIDDEN);
+
+			l->q = l->k = l->v = fused;
+			l->q.n_out = l->k.n_out = l->v.n_out = HIDDEN;
+			l->k.data = (const char *) fused.data + HIDDEN * 4;
+			l->v.data = (const char *) fused.data + 2 * HIDDEN * 4;
+			l->attn_norm_bias = vector(t, HIDDEN, 0);
+			l->mlp_norm_bias = vector(t, HIDDEN, 0);
+			l->q_bias = vector(t, HIDDEN, 0);
+			l->k_bias = vector(t, HIDDEN, 0);
+			l->v_bias = vector(t, HIDDEN, 0);
+			l->o_bias = vector(t, HIDDEN, 0);
+			l->up_bias = vector(t, FFN, 0);
+			l->down_bias = vector(t, HIDDEN, 0);
+		}
+		else
+		{
+			l->q = weight(t, dtype, false, N_HEADS * HEAD_DIM, HIDDEN);
+			l->k = weight(t, dtype, false, n_kv * HEAD_DIM, HIDDEN);
+			l->v = weight(t, dtype, false, n_kv * HEAD_DIM, HIDDEN);
+			l->gate = weight(t, dtype, false, FFN, HIDDEN);
+		}
+		l->o = weight(t, dtype, is_gpt2, HIDDEN, N_HEADS * HEAD_DIM);
+		l->up = weight(t, dtype, is_gpt2, FFN, HIDDEN);
+		l->down = weight(t, dtype, is_gpt2, HIDDEN, FFN);
+	}
+	return t;
+}
+
+static void
+tiny_free(Tiny *t)
+{
+	for (int i = 0; i < t->n_owned; i++)
+		free(t->owned[i]);
+	free(t);
+}
+
+static MillmForward *
+open_forward(const Tiny *t, const char *kernels, bool deterministic, int n_threads)
+{
+	MillmForwardOptions options = {.n_threads = n_threads, .max_batch_tokens = 128, .n_pages = 40, .deterministic = deterministic,
+		.kernels = kernels};
+	MillmForward *fw;
+	MillmError	err;
+
+	if (millm_forward_create(&t->model, &options, &fw, &err) != MILLM_OK)
+		fail_msg("%s %s", err.message, err.detail);
+	return fw;
+}
+
+static int32_t
+token_of(int sequence, int position)
+{
+	return (sequence * 131 + position * 17 + position * position) % VOCAB;
+}
+
+static int
+append(MillmBatchToken *batch, int n_batch, MillmSequence *seq, int sequence, int from, int n)
+{
+	assert_true(millm_sequence_reserve(seq, from + n));
+	for (int i = 0; i < n; i++)
+		batch[n_batch++] = (MillmBatchToken) {seq, from + i, token_of(sequence, from + i), true};
+	return n_batch;
+}
+
+/* Run the batch; copies the logits of its n rows to out unless NULL. */
+static void
+step(MillmForward *fw, const MillmBatchToken *batch, int n, float *out)
+{
+	const float *logits;
+	MillmError	err;
+
+	if (millm_forward_step(fw, batch, n, NULL, NULL, &logits, &err) != MILLM_OK)
+		fail_msg("%s", err.message);
+	if (out)
+		memcpy(out, logits, sizeof(float) * VOCAB * (size_t) n);
+	if (millm_forward_check(fw, &err) != MILLM_OK)
+		fail_msg("%s", err.message);
+}
+
+/* Logits of the first n positions of a sequence, chunk tokens a step. */
+static void
+run_alone(MillmForward *fw, int sequence, int n, int chunk, float *out)
+{
+	MillmSequence *seq = millm_sequence_create(fw);
+	MillmBatchToken batch[128];
+
+	for (int at = 0; at < n; at += chunk)
+	{
+		int			k = n - at < chunk ? n - at : chunk;
+
+		append(batch, 0, seq, sequence, at, k);
+		step(fw, batch, k, out + (size_t) at * VOCAB);
+	}
+	millm_sequence_free(seq);
+	assert_int_equal(millm_kv_pages_free(fw), millm_kv_pages_total(fw));
+}
+
+static void
+assert_close(const char *what, const float *got, const float *expected, int n_rows, double tolerance)
+{
+	double		error = 0,
+				size = 0;
+
+	for (int i = 0; i < n_rows * VOCAB; i++)
+	{
+		error += ((double) got[i] - expected[i]) * ((double) got[i] - expected[i]);
+		size += (double) expected[i] * expected[i];
+	}
+	if (!(sqrt(error / size) <= tolerance))
+		fail_msg("%s: relative RMS error %.3g, tolerance %.3g", what, sqrt(error / size), tolerance);
+}
+
+static void
+assert_same_bits(const char *what, const float *got, const float *expected, int n_rows)
+{
+	for (int i = 0; i < n_rows * VOCAB; i++)
+		if (memcmp(&got[i], &expected[i], sizeof(float)) != 0)
+			fail_msg("%s: row %d, logit %d is %.9g, expected the same bits as %.9g", what, i / VOCAB, i % VOCAB, got[i], expected[i]);
+}
+
+/* Every variant that runs here, both models: work(tiny, variant, is_gpt2). */
+static void
+for_all(void (*work) (const Tiny *t, const char *variant))
+{
+	for (int is_gpt2 = 0; is_gpt2 < 2; is_gpt2++)
+	{
+		Tiny	   *t = tiny(is_gpt2);
+
+		for (const char *const *name = millm_kernels_names(); *name; name++)
+		{
+			MillmKernels k;
+			bool		is_known;
+
+			if (millm_kernels_init(&k, *name, &is_known))
+				work(t, *name);
+		}
+		tiny_free(t);
+	}
+}
+
+#define N_LONG 61
+static float rows_a[N_LONG * VOCAB], rows_b[N_LONG * VOCAB], rows_c[128 * VOCAB];
+
+/* deterministic: the same bits alone, in a ragged batch, in chunks of any size, and on any number of threads. */
+static void
+deterministic_rows(const Tiny *t, const char *variant)
+{
+	static const int chunks[] = {1, 2, 7, 16, 33};
+	static const int past[] = {0, 5, 16, 29}, count[] = {32, 1, 9, 1};
+	MillmForward *fw = open_forward(t, variant, true, 2);
+	MillmForward *single = open_forward(t, variant, true, 1);
+	MillmSequence *seq[4];
+	MillmBatchToken batch[128];
+	int			n = 0;
+
+	run_alone(fw, 1, N_LONG, N_LONG, rows_a);
+	run_alone(single, 1, N_LONG, N_LONG, rows_b);
+	assert_same_bits("one thread", rows_b, rows_a, N_LONG);
+	for (size_t i = 0; i < sizeof(chunks) / sizeof(chunks[0]); i++)
+	{
+		run_alone(fw, 1, N_LONG, chunks[i], rows_b);
+		assert_same_bits("chunks", rows_b, rows_a, N_LONG);
+	}
+
+	/* prefill chunks and decode tokens of four sequences side by side */
+	for (int s = 0; s < 4; s++)
+	{
+		seq[s] = millm_sequence_create(fw);
+		if (past[s] > 0)
+			step(fw, batch, append(batch, 0, seq[s], s, 0, past[s]), NULL);
+	}
+	for (int s = 0; s < 4; s++)
+		n = append(batch, n, seq[s], s, past[s], count[s]);
+	step(fw, batch, n, rows_c);
+	n = 0;
+	for (int s = 0; s < 4; s++)
+	{
+		assert_int_equal(millm_sequence_length(seq[s]), past[s] + count[s]);
+		millm_sequence_free(seq[s]);
+	}
+	for (int s = 0; s < 4; s++)
+	{
+		run_alone(fw, s, past[s] + count[s], 64, rows_b);
+		assert_same_bits("ragged batch", rows_c + (size_t) n * VOCAB, rows_b + (size_t) past[s] * VOCAB, count[s]);
+		n += count[s];
+	}
+	millm_forward_free(fw);
+	millm_forward_free(single);
+}
+
+static void
+test_deterministic_rows(void **state)
+{
+	(void) state;
+	for_all(deterministic_rows);
+}
+
+/* Every variant computes what ref does, whatever it rounds. */
+static void
+variant_agrees(const Tiny *t, const char *variant)
+{
+	MillmForward *ref = open_forward(t, "ref", false, 1);
+	MillmForward *exact = open_forward(t, variant, true, 2);
+	MillmForward *fast = open_forward(t, variant, false, 2);
+
+	assert_string_equal(millm_forward_kernels(fast), variant);
+	run_alone(ref, 3, N_LONG, 64, rows_a);
+	run_alone(exact, 3, N_LONG, 64, rows_b);
+	assert_close(variant, rows_b, rows_a, N_LONG, strcmp(variant, "ref") == 0 ? 0 : TOLERANCE_EXACT);
+	run_alone(fast, 3, N_LONG, 64, rows_b);
+	assert_close(variant, rows_b, rows_a, N_LONG, TOLERANCE_FAST);
+	run_alone(fast, 3, N_LONG, 5, rows_b);	/* too few tokens for the bfloat16 form */
+	assert_close(variant, rows_b, rows_a, N_LONG, TOLERANCE_EXACT);
+	millm_forward_free(ref);
+	millm_forward_free(exact);
+	millm_forward_free(fast);
+}
+
+static void
+test_variants_agree_with_ref(void **state)
+{
+	(void) state;
+	for_all(variant_agrees);
+}
+
+/* A fork goes its own way: neither sees what the other writes, and both equal a sequence that was never forked. */
+static void
+forked(const Tiny *t, const char *variant)
+{
+	enum {PAST = 21, MORE = 20};
+	MillmForward *fw = open_forward(t, variant, true, 2);
+	MillmSequence *a = millm_sequence_create(fw),
+			   *b;
+	MillmBatchToken batch[128];
+	int64_t		used;
+
+	run_alone(fw, 1, PAST + MORE, 64, rows_a);
+	step(fw, batch, append(batch, 0, a, 1, 0, PAST), NULL);
+	used = millm_kv_pages_free(fw);
+	b = millm_sequence_fork(a);
+	assert_int_equal(millm_kv_pages_free(fw), used);	/* all shared */
+
+	/* b continues with other tokens, then a with its own */
+	assert_true(millm_sequence_reserve(b, PAST + MORE));
+	for (int i = 0; i < MORE; i++)
+		batch[i] = (MillmBatchToken) {b, PAST + i, (7 * i + 3) % VOCAB, true};
+	step(fw, batch, MORE, rows_c);
+	step(fw, batch, append(batch, 0, a, 1, PAST, MORE), rows_b);
+	assert_same_bits("the original after a fork", rows_b, rows_a + PAST * VOCAB, MORE);
+
+	/* rewind both into the shared part and swap what they say */
+	millm_sequence_truncate(b, 9);
+	millm_sequence_truncate(a, 9);
+	step(fw, batch, append(batch, 0, b, 1, 9, MORE), rows_b);
+	assert_same_bits("recomputed after truncate", rows_b, rows_a + 9 * VOCAB, MORE);
+	millm_sequence_free(b);
+	step(fw, batch, append(batch, 0, a, 1, 9, MORE), rows_b);
+	assert_same_bits("recomputed after the fork was freed", rows_b, rows_a + 9 * VOCAB, MORE);
+	millm_sequence_free(a);
+	assert_int_equal(millm_kv_pages_free(fw), millm_kv_pages_total(fw));
+	millm_forward_free(fw);
+}
+
+static void
+test_fork_and_truncate(void **state)
+{
+	(void) state;
+	for_all(forked);
+}
+
+static bool
+stop_at_second(void *arg)
+{
+	return ++*(int *) arg == 2;
+}
+
+static void
+test_cancel_leaves_nothing(void **state)
+{
+	Tiny	   *t = tiny(false);
+	MillmForward *fw = open_forward(t, NULL, true, 2);
+	MillmSequence *seq = millm_sequence_create(fw);
+	MillmBatchToken batch[128];
+	MillmError	err;
+	const float *logits;
+	int			n_asked = 0;
+	int			n;
+
+	(void) state;
+	run_alone(fw, 1, 40, 64, rows_a);
+	step(fw, batch, append(batch, 0, seq, 1, 0, 18), NULL);
+	n = append(batch, 0, seq, 1, 18, 22);
+	for (int i = 0; i < n; i++)
+		batch[i].token = (batch[i].token + 1) % VOCAB;	/* what a canceled step wrote must not be seen */
+	assert_int_equal(millm_forward_step(fw, batch, n, stop_at_second, &n_asked, &logits, &err), MILLM_E_CANCELED);
+	assert_int_equal(n_asked, 2);
+	assert_int_equal(millm_sequence_length(seq), 18);
+	step(fw, batch, append(batch, 0, seq, 1, 18, 22), rows_b);
+	assert_same_bits("after a canceled step", rows_b, rows_a + 18 * VOCAB, 22);
+	millm_sequence_free(seq);
+	millm_forward_free(fw);
+	tiny_free(t);
+}
+
+/* Only wanted rows come, in the order of the wanting tokens. */
+static void
+test_wanted_rows(void **state)
+{
+	Tiny	   *t = tiny(false);
+	MillmForward *fw = open_forward(t, NULL, true, 2);
+	MillmSequence *seq = millm_sequence_create(fw);
+	MillmBatchToken batch[128];
+	MillmError	err;
+	const float *logits;
+	int			n;
+
+	(void) state;
+	run_alone(fw, 1, 20, 64, rows_a);
+	n = append(batch, 0, seq, 1, 0, 20);
+	for (int i = 0; i < n; i++)
+		batch[i].want_logits = i == 3 || i == 19;
+	assert_int_equal(millm_forward_step(fw, batch, n, NULL, NULL, &logits, &err), MILLM_OK);
+	assert_same_bits("first wanted", logits, rows_a + 3 * VOCAB, 1);
+	assert_same_bits("second wanted", logits + VOCAB, rows_a + 19 * VOCAB, 1);
+	millm_sequence_free(seq);
+	millm_forward_free(fw);
+	tiny_free(t);
+}
+
+static void
+test_bad_steps_are_refused(void **state)
+{
+	Tiny	   *t = tiny(true);
+	MillmForward *fw = open_forward(t, NULL, false, 1);
+	MillmSequence *a = millm_sequence_create(fw),
+			   *b = millm_sequence_create(fw);
+	MillmBatchToken batch[128];
+	MillmError	err;
+	const float *logits;
+	float		saved;
+	struct
+	{
+		MillmBatchToken tokens[3];
+		int			n;
+		MillmCode	code;
+	}			bad[] = {
+		{{{a, 0, -1, false}}, 1, MILLM_E_INVALID_ARGUMENT},
+		{{{a, 0, VOCAB, false}}, 1, MILLM_E_INVALID_ARGUMENT},
+		{{{a, 1, 5, false}}, 1, MILLM_E_INTERNAL},	/* not the next position */
+		{{{a, 0, 5, false}, {a, 0, 5, false}}, 2, MILLM_E_INTERNAL},
+		{{{a, 0, 5, false}, {b, 0, 5, false}, {a, 1, 5, false}}, 3, MILLM_E_INTERNAL},	/* not together */
+		{{{a, 0, 5, false}}, 0, MILLM_E_INTERNAL},
+	};
+
+	(void) state;
+	assert_int_equal(millm_forward_step(fw, bad[2].tokens, 1, NULL, NULL, &logits, &err), MILLM_E_INTERNAL);	/* nothing reserved */
+	assert_true(millm_sequence_reserve(a, 8));
+	assert_true(millm_sequence_reserve(b, 8));
+	for (size_t i = 0; i < sizeof(bad) / sizeof(bad[0]); i++)
+	{
+		assert_int_equal(millm_forward_step(fw, bad[i].tokens, bad[i].n, NULL, NULL, &logits, &err), bad[i].code);
+		assert_int_equal(millm_sequence_length(a), 0);
+	}
+	step(fw, batch, append(batch, 0, a, 1, 0, POSITIONS), NULL);
+	assert_true(millm_sequence_reserve(a, POSITIONS + 1));
+	batch[0] = (MillmBatchToken) {a, POSITIONS, 1, true};
+	assert_int_equal(millm_forward_step(fw, batch, 1, NULL, NULL, &logits, &err), MILLM_E_CONTEXT_LENGTH_EXCEEDED);
+	millm_sequence_free(a);
+
+	/* a damaged weight is found in its layer */
+	saved = ((float *) t->model.layers[1].up_bias.data)[3];
+	t->model.layers[1].up_bias.data[3] = NAN;
+	batch[0] = (MillmBatchToken) {b, 0, 1, true};
+	assert_int_equal(millm_forward_step(fw, batch, 1, NULL, NULL, &logits, &err), MILLM_E_INTERNAL);
+	assert_non_null(strstr(err.message, "layer 1"));
+	t->model.layers[1].up_bias.data[3] = saved;
+	step(fw, batch, 1, NULL);
+	millm_sequence_free(b);
+	millm_forward_free(fw);
+	tiny_free(t);
+}
+
+static void
+test_create_refuses(void **state)
+{
+	Tiny	   *t = tiny(false);
+	MillmForward *fw = NULL;
+	MillmError	err;
+	MillmForwardOptions options = {.n_threads = 1, .n_pages = 4, .kernels = "fastest"};
+
+	(void) state;
+	assert_int_equal(millm_forward_create(&t->model, &options, &fw, &err), MILLM_E_INVALID_ARGUMENT);
+	assert_non_null(strstr(err.message, "\"fastest\""));
+	assert_true(millm_kv_page_bytes(&t->model, &options) < 0);
+	options.kernels = "ref";
+	options.n_pages = 0;
+	assert_int_equal(millm_forward_create(&t->model, &options, &fw, &err), MILLM_E_INVALID_ARGUMENT);
+	options.n_pages = INT64_MAX / 2;
+	assert_int_equal(millm_forward_create(&t->model, &options, &fw, &err), MILLM_E_INVALID_ARGUMENT);
+	options.n_pages = INT32_MAX / MILLM_KV_PAGE_TOKENS;		/* 800 GB and more: where the system grants it, it is only a promise */
+	options.n_threads = -1;
+	assert_int_equal(millm_forward_create(&t->model, &options, &fw, &err), MILLM_E_INVALID_ARGUMENT);
+	assert_null(fw);
+	/* [layer][K, V][KV heads][head_dim][16] float32 */
+	assert_int_equal(millm_kv_page_bytes(&t->model, &options), N_LAYERS * 2 * 2 * HEAD_DIM * 16 * 4);
+	tiny_free(t);
+}
+
+/* ---- the team ---- */
+
+typedef struct Sum
+{
+	int64_t		n_items;
+	int			seen[4096];
+} Sum;
+
+static void
+count_items(void *arg, int64_t begin, int64_t end)
+{
+	Sum		   *sum = arg;
+
+	for (int64_t i = begin; i < end; i++)
+		sum->seen[i]++;			/* each item is one thread's alone */
+}
+
+/* Every item once, in thousands of loops with workers awake, asleep and on their way. */
+static void
+test_team(void **state)
+{
+	static Sum	sum;
+	MillmTeam  *team;
+
+	(void) state;
+	for (int n_threads = 1; n_threads <= 5; n_threads += 2)
+	{
+		assert_int_equal(millm_team_create(n_threads, &team, NULL), MILLM_OK);
+		assert_int_equal(millm_team_size(team), n_threads);
+		for (int loop = 0; loop < 2000; loop++)
+		{
+			int64_t		n = (loop * 37) % 4096;
+
+			memset(sum.seen, 0, sizeof(sum.seen));
+			millm_team_run(team, count_items, &sum, n, 1 + loop % 50);
+			for (int64_t i = 0; i < 4096; i++)
+				assert_int_equal(sum.seen[i], i < n);
+		}
+		millm_team_free(team);
+	}
+}
+
+int
+main(void)
+{
+	const struct CMUnitTest tests[] = {
+		cmocka_unit_test(test_team),
+		cmocka_unit_test(test_deterministic_rows),
+		cmocka_unit_test(test_variants_agree_with_ref),
+		cmocka_unit_test(test_fork_and_truncate),
+		cmocka_unit_test(test_cancel_leaves_nothing),
+		cmocka_unit_test(test_wanted_rows),
+		cmocka_unit_test(test_bad_steps_are_refused),
+		cmocka_unit_test(test_create_refuses),
+	};
+
+	return cmocka_run_group_tests(tests, NULL, NULL);
+}

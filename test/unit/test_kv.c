@@ -1,0 +1,221 @@
+/* test_kv.c -- the ledger of KV pages: reserve, fork, copy-on-write, truncate, and its invariants under a random life. */
+#include <setjmp.h>
+#include <stdarg.h>
+#include <stddef.h>
+#include <stdint.h>
+#include <cmocka.h>
+
+#include <stdlib.h>
+
+#include "kv.h"
+
+#define PAGE MILLM_KV_PAGE_TOKENS
+
+typedef struct Copies
+{
+	int			n;
+	int32_t		dst, src;
+} Copies;
+
+static void
+count_copy(void *arg, int32_t dst, int32_t src)
+{
+	Copies	   *c = arg;
+
+	c->n++;
+	c->dst = dst;
+	c->src = src;
+}
+
+static void
+check(const MillmKvPool *pool)
+{
+	MillmError	err;
+
+	if (millm_kv_check(pool, &err) != MILLM_OK)
+		fail_msg("%s", err.message);
+}
+
+static void
+test_reserve_is_all_or_nothing(void **state)
+{
+	MillmKvPool pool;
+	MillmSequence *a, *b;
+	Copies		copies = {0};
+
+	(void) state;
+	assert_int_equal(millm_kv_init(&pool, 4, count_copy, &copies, NULL), MILLM_OK);
+	a = millm_kv_create(&pool);
+	b = millm_kv_create(&pool);
+	assert_true(millm_sequence_reserve(a, 2 * PAGE + 1));
+	assert_int_equal(pool.n_free, 1);
+	assert_false(millm_sequence_reserve(b, PAGE + 1));
+	assert_int_equal(pool.n_free, 1);
+	assert_int_equal(b->tables[0].n_pages, 0);
+	assert_true(millm_sequence_reserve(b, PAGE));
+	assert_int_equal(pool.n_free, 0);
+	assert_true(millm_sequence_reserve(a, 3 * PAGE));	/* had them already */
+	assert_false(millm_sequence_reserve(a, 3 * PAGE + 1));
+	check(&pool);
+	millm_sequence_truncate(a, 0);
+	assert_int_equal(pool.n_free, 3);
+	millm_sequence_free(a);
+	millm_sequence_free(b);
+	assert_int_equal(pool.n_free, 4);
+	check(&pool);
+	millm_kv_reset(&pool);
+}
+
+static void
+test_fork_shares_and_copies_on_write(void **state)
+{
+	MillmKvPool pool;
+	MillmSequence *a, *b;
+	Copies		copies = {0};
+	int32_t		shared;
+
+	(void) state;
+	assert_int_equal(millm_kv_init(&pool, 8, count_copy, &copies, NULL), MILLM_OK);
+	a = millm_kv_create(&pool);
+	assert_true(millm_sequence_reserve(a, 4 * PAGE));
+	a->length = PAGE + 5;		/* as a step would */
+	b = millm_sequence_fork(a);
+	assert_non_null(b);
+	assert_int_equal(millm_sequence_length(b), PAGE + 5);
+	assert_int_equal(b->tables[0].n_pages, 2);	/* not the two that a reserved ahead */
+	assert_int_equal(pool.n_free, 4);
+	shared = a->tables[0].pages[1];
+	assert_int_equal(b->tables[0].pages[1], shared);
+	check(&pool);
+
+	assert_false(millm_kv_has_room(a, PAGE + 6));	/* its page is b's too */
+	assert_true(millm_sequence_reserve(a, PAGE + 6));
+	assert_int_equal(copies.n, 1);
+	assert_int_equal(copies.src, shared);
+	assert_int_equal(copies.dst, a->tables[0].pages[1]);
+	assert_int_not_equal(a->tables[0].pages[1], shared);
+	assert_int_equal(a->tables[0].pages[0], b->tables[0].pages[0]);
+	assert_true(millm_kv_has_room(a, PAGE + 6));
+	assert_true(millm_sequence_reserve(b, PAGE + 6));	/* alone by now: no copy */
+	assert_int_equal(copies.n, 1);
+	check(&pool);
+
+	/* cut to a full page: nothing begun is shared, the next position gets a page of its own */
+	millm_sequence_truncate(b, PAGE);
+	assert_true(millm_sequence_reserve(b, PAGE + 1));
+	assert_int_equal(copies.n, 1);
+	/* cut into the shared page: it must be copied */
+	millm_sequence_truncate(b, 3);
+	assert_true(millm_sequence_reserve(b, 4));
+	assert_int_equal(copies.n, 2);
+	check(&pool);
+	millm_sequence_free(a);
+	millm_sequence_free(b);
+	assert_int_equal(pool.n_free, 8);
+	millm_kv_reset(&pool);
+}
+
+static void
+test_copy_needs_a_free_page(void **state)
+{
+	MillmKvPool pool;
+	MillmSequence *a, *b;
+	Copies		copies = {0};
+
+	(void) state;
+	assert_int_equal(millm_kv_init(&pool, 2, count_copy, &copies, NULL), MILLM_OK);
+	a = millm_kv_create(&pool);
+	assert_true(millm_sequence_reserve(a, PAGE + 1));
+	a->length = PAGE + 1;
+	b = millm_sequence_fork(a);
+	assert_false(millm_sequence_reserve(b, PAGE + 2));
+	assert_int_equal(copies.n, 0);
+	check(&pool);
+	millm_sequence_free(a);
+	assert_true(millm_sequence_reserve(b, PAGE + 2));
+	assert_int_equal(copies.n, 0);
+	millm_sequence_free(b);
+	millm_kv_reset(&pool);
+}
+
+static void
+test_bounds(void **state)
+{
+	MillmKvPool pool;
+	MillmError	err;
+
+	(void) state;
+	assert_int_equal(millm_kv_init(&pool, 0, count_copy, NULL, &err), MILLM_E_INVALID_ARGUMENT);
+	assert_int_equal(millm_kv_init(&pool, -1, count_copy, NULL, &err), MILLM_E_INVALID_ARGUMENT);
+	assert_int_equal(millm_kv_init(&pool, INT64_MAX, count_copy, NULL, &err), MILLM_E_INVALID_ARGUMENT);
+}
+
+/* 16 sequences live, grow, fork, are cut and die in any order; the ledger agrees with itself after each change. */
+static void
+test_random_life(void **state)
+{
+	enum {N_SEQUENCES = 16, N_PAGES = 64, N_EVENTS = 20000};
+	MillmKvPool pool;
+	MillmSequence *seq[N_SEQUENCES] = {NULL};
+	Copies		copies = {0};
+	unsigned	random = 1;
+	int			n_refused = 0;
+
+	(void) state;
+	assert_int_equal(millm_kv_init(&pool, N_PAGES, count_copy, &copies, NULL), MILLM_OK);
+	for (int event = 0; event < N_EVENTS; event++)
+	{
+		int			i,
+					j;
+
+		random = random * 1103515245 + 12345;
+		i = random >> 16 & 15;
+		j = random >> 20 & 15;
+		if (!seq[i])
+			seq[i] = seq[j] ? millm_sequence_fork(seq[j]) : millm_kv_create(&pool);
+		else if ((random >> 24) % 8 == 0)
+		{
+			millm_sequence_free(seq[i]);
+			seq[i] = NULL;
+		}
+		else if ((random >> 24) % 8 == 1)
+			millm_sequence_truncate(seq[i], seq[i]->length * j / 16);
+		else
+		{
+			int			length = seq[i]->length + j * 3 + 1;
+			int			n_free = pool.n_free;
+
+			if (millm_sequence_reserve(seq[i], length))
+			{
+				assert_true(millm_kv_has_room(seq[i], length));
+				seq[i]->length += j;	/* a step that used part of it */
+			}
+			else
+			{
+				assert_int_equal(pool.n_free, n_free);
+				n_refused++;
+			}
+		}
+		check(&pool);
+	}
+	assert_true(n_refused > 0 && copies.n > 0);		/* or this test has seen nothing */
+	for (int i = 0; i < N_SEQUENCES; i++)
+		millm_sequence_free(seq[i]);
+	assert_int_equal(pool.n_free, N_PAGES);
+	check(&pool);
+	millm_kv_reset(&pool);
+}
+
+int
+main(void)
+{
+	const struct CMUnitTest tests[] = {
+		cmocka_unit_test(test_reserve_is_all_or_nothing),
+		cmocka_unit_test(test_fork_shares_and_copies_on_write),
+		cmocka_unit_test(test_copy_needs_a_free_page),
+		cmocka_unit_test(test_bounds),
+		cmocka_unit_test(test_random_life),
+	};
+
+	return cmocka_run_group_tests(tests, NULL, NULL);
+}
