@@ -31,6 +31,8 @@ info(MillmCode code)
 }
 
 /* vsnprintf() may cut in the middle of a UTF-8 character; take the broken tail off. */
+static void format_text(char *dst, size_t size, const char *fmt, va_list ap) __attribute__((format(printf, 3, 0)));
+
 static void
 format_text(char *dst, size_t size, const char *fmt, va_list ap)
 {
