@@ -6,7 +6,8 @@ use Test::More;
 use Time::HiRes qw(time sleep);
 use MillmTest;
 
-my $node = new_server('stream', "millm.stream_stall_timeout = '2s'");
+# The engine's own patience is longer than any wait of this test, so that only a closed connection can free pages in time.
+my $node = new_server('stream', "millm.stream_stall_timeout = '60s'");
 load_model($node, $SMOLLM2);
 my ($free) = engine_pages($node);
 my ($n, $result);
@@ -140,7 +141,9 @@ while (($type) = $session->message) { $n++ if $type eq 'd'; last if $type eq 'Z'
 cmp_ok($n, '>', 5, 'COPY of a stream');
 
 # --- Readers that neither go on nor leave --------------------------------------------------------
-# A model so fast that its text soon fills what lies between engine and reader.
+# A model so fast that its text soon fills what lies between engine and reader, and an engine with less patience.
+$node->append_conf('postgresql.conf', "millm.stream_stall_timeout = '2s'");
+$node->reload;
 load_model($node, 'tiny-long');
 ($free) = engine_pages($node);
 

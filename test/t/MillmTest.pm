@@ -10,6 +10,7 @@ package MillmTest;
 use strict;
 use warnings;
 use Exporter 'import';
+use File::Spec::Functions qw(rel2abs);
 use PostgreSQL::Test::Cluster;
 use PostgreSQL::Test::Utils;
 use Test::More;
@@ -31,7 +32,7 @@ sub new_server
 	my ($database) = ($conf[0] // '') =~ /^millm\.database = '(\w+)'/ ? $1 : 'postgres';
 	my $node = PostgreSQL::Test::Cluster->new($name);
 	$node->init(extra => [ '--encoding', 'UTF8', '--locale', 'C' ]);
-	my $cache = $node->basedir . '/cache';
+	my $cache = rel2abs($node->basedir . '/cache');
 	$node->append_conf('postgresql.conf', join("\n",
 			"shared_preload_libraries = 'millm'",
 			"millm.cache_dir = '$cache'",
