@@ -10,7 +10,8 @@ WHERE p.pronamespace = 'millm'::regnamespace
 	AND p.proname IN ('generate', 'generate_stream', 'tokenize', 'detokenize', 'count_tokens')
 ORDER BY p.proname;
 
-SELECT pg_get_function_arguments(oid) FROM pg_proc WHERE pronamespace = 'millm'::regnamespace AND proname = 'generate';
+SELECT regexp_split_to_table(pg_get_function_arguments(oid), ', ') AS argument FROM pg_proc
+WHERE pronamespace = 'millm'::regnamespace AND proname = 'generate';
 SELECT count(DISTINCT pg_get_function_arguments(oid)) FROM pg_proc WHERE pronamespace = 'millm'::regnamespace AND proname IN ('generate', 'generate_stream');
 
 -- NULL is no call
@@ -29,7 +30,6 @@ SELECT millm.generate('x', raw => true, model => 'nobody');
 SELECT millm.generate('x', raw => true, model => '12345');
 SELECT millm.detokenize(ARRAY[1, NULL]);
 SELECT millm.generate(repeat('x', 17000000), raw => true);
-SELECT millm.generate('x', raw => true, nonsense => 1);
 -- A set has no place here
 SELECT CASE WHEN true THEN millm.generate_stream('x') END;
 
@@ -40,6 +40,8 @@ SELECT millm.generate_stream('x', raw => true);
 SELECT millm.tokenize('x');
 SELECT millm.detokenize('{1}');
 SELECT millm.count_tokens('x');
+-- An option that does not exist
+SELECT millm.generate('x', raw => true, nonsense => 1);
 \set VERBOSITY default
 
 -- plpgsql catches it by that state
