@@ -175,7 +175,7 @@ unavailable(MillmHelper helper, MillmError *err, const char *what)
 			break;
 	}
 	millm_fail(err, helper_unavailable[helper], "%s %s", helper_program[helper], what);
-	millm_detail(err, "%s%s%s", state, status.last_exit[0] ? " Its last run: " : "", status.last_exit);
+	millm_detail(err, "%s%s%s", state, status.last_exit[0] ? " Its last run ended: " : "", status.last_exit);
 	millm_hint(err, "%s", hint);
 }
 
