@@ -49,7 +49,8 @@
 #include "shmem.h"
 
 #define SCAN_MS			3000
-#define RETRY_MS		200			/* after a step that failed, for somebody's lock or worse */
+#define RETRY_MS		100			/* after a step that failed, for somebody's lock or worse; doubles up to: */
+#define MAX_DELAY_MS	30000
 #define NO_DATABASE_MS	1000
 #define REMOVE_MS		30000		/* how long millm-hub may take to remove a directory's files */
 #define MAX_CONFIG_BYTES (1 << 20)
@@ -451,7 +452,7 @@ remove_files(const char *uuid, const char *directory)
 	millm_json_append_string(&buf, millm_shared->cache_dir, strlen(millm_shared->cache_dir));
 	appendStringInfoString(&buf, ",\"directory\":");
 	millm_json_append_string(&buf, directory, strlen(directory));
-	appendStringInfo(&buf, ",\"trash\":\".trash/%s\",\"model_uuid\":\"%s\"}", uuid, uuid);
+	appendStringInfo(&buf, ",\"model_uuid\":\"%s\"}", uuid);
 	PG_TRY();
 	{
 		millm_client_call(MILLM_HUB, buf.data, &buf, REMOVE_MS);
@@ -467,22 +468,77 @@ remove_files(const char *uuid, const char *directory)
 	return good;
 }
 
+/* False: the table could not be read.  Files that could not be removed are tried again later and later. */
 static bool
 empty_trash(void)
 {
+	static TimestampTz next_try;
+	static int	delay_ms = SCAN_MS;
 	Trash		trash = {0};
 	MillmHelperStatus hub;
 	bool		all = true;
 
-	if (!millm_shared->cache_owned)
+	millm_helper_status(MILLM_HUB, &hub);
+	if (!millm_shared->cache_owned || hub.state != MILLM_HELPER_READY || GetCurrentTimestamp() < next_try)
 		return true;
 	if (!run_step(read_trash, &trash))
 		return false;
-	millm_helper_status(MILLM_HUB, &hub);
-	for (uint64 i = 0; i < trash.n && hub.state == MILLM_HELPER_READY; i++)
+	for (uint64 i = 0; i < trash.n; i++)
 		if (!in_use(trash.uuids[i]))
 			all &= remove_files(trash.uuids[i], trash.directories[i]) && run_step(forget_trash, trash.uuids[i]);
-	return all;
+	next_try = all ? 0 : GetCurrentTimestamp() + delay_ms * INT64CONST(1000);
+	delay_ms = all ? SCAN_MS : Min(2 * delay_ms, MAX_DELAY_MS);
+	return true;
+}
+
+/* --- The model that every server start loads ------------------------------------------------------------------------------ */
+
+typedef struct AutoLoad
+{
+	const char *wanted;			/* a name, or an id */
+	bool		found;
+	MillmLoadedModel model;
+	char	   *path;			/* in step_context */
+} AutoLoad;
+
+static void
+read_auto_load(void *arg)
+{
+	AutoLoad   *load = arg;
+	Oid			type = TEXTOID;
+	Datum		value = CStringGetTextDatum(load->wanted);
+	bool		isnull;
+
+	load->found = execute("SELECT id, name, uuid::text, directory, local_path FROM millm.registry "
+						  "WHERE (name = $1 OR id::text = $1) AND status = 'ready'", 1, &type, &value, NULL) == 1;
+	if (!load->found)
+		return;
+	load->model.id = DatumGetInt64(SPI_getbinval(SPI_tuptable->vals[0], SPI_tuptable->tupdesc, 1, &isnull));
+	strlcpy(load->model.name, result(0, 2), sizeof(load->model.name));
+	strlcpy(load->model.uuid, result(0, 3), sizeof(load->model.uuid));
+	load->path = result(0, 4);
+	load->path = load->path ? psprintf("%s/%s", millm_shared->cache_dir, load->path) : result(0, 5);
+	load->path = MemoryContextStrdup(step_context, load->path);
+}
+
+/* Once in the server's life, successful or not; the supervisor knows how to wait for the engine. */
+static bool
+auto_load(void)
+{
+	AutoLoad	load = {.wanted = millm_effective_auto_load()};
+	uint64		number;
+	MillmError	err;
+
+	if (millm_shared->auto_load_done || !load.wanted)
+		return true;
+	if (!run_step(read_auto_load, &load))
+		return false;
+	millm_shared->auto_load_done = true;
+	if (!load.found)
+		ereport(LOG, (errmsg("millm.auto_load_model is \"%s\", but no such model is ready", load.wanted)));
+	else if (millm_command_load(&load.model, load.path, &number, &err) != MILLM_OK)
+		ereport(LOG, (errmsg("could not load millm.auto_load_model: %s", err.message)));
+	return true;
 }
 
 /* --- Events --------------------------------------------------------------------------------------------------------------- */
@@ -564,16 +620,32 @@ wait_for_database(void)
 	proc_exit(1);				/* the postmaster starts the next one */
 }
 
+/* Look into the database; false: try again soon. */
+static bool
+scan(void)
+{
+	bool		installed = false;
+
+	if (!run_step(look_for_registry, &installed))
+		return false;
+	if (was_installed && !installed && !RecoveryInProgress())
+		abandon();
+	was_installed = installed;
+	if (!installed)
+		return true;
+	if (!auto_load())
+		return false;
+	return RecoveryInProgress() || (empty_trash() && scan_pending());
+}
+
 /* One round; milliseconds until the next without an event. */
 static long
 work(void)
 {
 	static TimestampTz next_scan;
-	bool		installed = false;
-	bool		good;
+	static long delay_ms = RETRY_MS;
+	bool		good = true;
 
-	if (RecoveryInProgress())
-		return SCAN_MS;
 	LWLockAcquire(millm_shared->lock, LW_EXCLUSIVE);
 	if (millm_shared->registry_changed)
 		next_scan = 0;
@@ -581,23 +653,24 @@ work(void)
 	LWLockRelease(millm_shared->lock);
 
 	/* progress wakes us too, and is no reason to read tables */
-	good = !was_installed || write_outcomes();
+	if (was_installed && !RecoveryInProgress())
+		good = write_outcomes();
 	if (GetCurrentTimestamp() >= next_scan)
 	{
-		good &= run_step(look_for_registry, &installed);
-		if (good && was_installed && !installed)
-			abandon();
-		was_installed = installed;
-		if (installed)
-		{
-			good = empty_trash() && good;
-			good = scan_pending() && good;
-		}
-		next_scan = GetCurrentTimestamp() + (good ? SCAN_MS : RETRY_MS) * INT64CONST(1000);
+		good = scan() && good;
+		next_scan = GetCurrentTimestamp() + SCAN_MS * INT64CONST(1000);
 	}
-	if (was_installed)
+	if (was_installed && !RecoveryInProgress())
 		send_events();
-	return good ? SCAN_MS : RETRY_MS;
+	if (good)
+	{
+		delay_ms = RETRY_MS;
+		return SCAN_MS;
+	}
+	/* somebody's lock, or worse: again soon, then less and less so */
+	next_scan = 0;
+	delay_ms = Min(2 * delay_ms, MAX_DELAY_MS);
+	return delay_ms;
 }
 
 void

@@ -6,6 +6,10 @@
 
 #include "postgres.h"
 
+#include "access/xlog.h"
+#if PG_VERSION_NUM >= 150000
+#include "access/xlogrecovery.h"	/* HotStandbyActive() */
+#endif
 #include "funcapi.h"
 #include "miscadmin.h"
 #include "storage/latch.h"

@@ -66,7 +66,7 @@ check_loadable(const MillmModel *m)
 	else if (strcmp(m->status, "error") == 0)
 	{
 		millm_fail(&err, MILLM_E_MODEL_NOT_READY, "model \"%s\" could not be downloaded", m->name);
-		millm_detail(&err, "%s: %s.", m->error_code, m->error_message);
+		millm_detail(&err, "%s: %s", m->error_code, m->error_message);
 		millm_hint(&err, "Try again with millm.retry().");
 	}
 	else

@@ -509,7 +509,8 @@ wait_for(MillmModelKey key, const Interval *timeout)
 		if (found && job.attempt >= m->attempt && job.state == MILLM_JOB_WRITTEN)
 		{
 			ConditionVariableCancelSleep();
-			return ended(m, job.error.code == MILLM_OK, millm_code_name(job.error.code), job.error.message);
+			return ended(m, job.error.code == MILLM_OK, millm_code_name(job.error.code),
+						 psprintf("%s%s%s", job.error.message, job.error.detail[0] ? ": " : "", job.error.detail));
 		}
 		if (found)
 			report_progress(m, &job, &last_percent, &last_time);

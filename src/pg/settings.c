@@ -20,6 +20,7 @@ char	   *millm_cache_dir;
 char	   *millm_hf_endpoint;
 char	   *millm_hf_token_file;
 char	   *millm_hf_token;
+char	   *millm_auto_load_model;
 char	   *millm_device;
 int			millm_threads;
 int			millm_context_length;
@@ -76,6 +77,9 @@ millm_define_settings(void)
 	DefineCustomStringVariable("millm.hf_token", "The server's access token for the Hub.",
 							   "A token file is the better place. Empty: the environment's HF_TOKEN.",
 							   &millm_hf_token, "", PGC_SIGHUP, hidden, NULL, NULL, show_token);
+	DefineCustomStringVariable("millm.auto_load_model", "Model, by name or id, that a starting server loads.",
+							   "Empty: the environment's AUTO_LOAD_MODEL, else none.",
+							   &millm_auto_load_model, "", PGC_SIGHUP, 0, NULL, NULL, NULL);
 	DefineCustomStringVariable("millm.device", "Where models run: auto or cpu.", NULL,
 							   &millm_device, "auto", PGC_SIGHUP, 0, check_device, NULL, NULL);
 	DefineCustomIntVariable("millm.threads", "Threads of the engine.", "0: one for each CPU that the server may use.",
@@ -125,6 +129,12 @@ millm_effective_endpoint(void)
 	while (n > 0 && url[n - 1] == '/')
 		url[--n] = '\0';
 	return url;
+}
+
+char *
+millm_effective_auto_load(void)
+{
+	return first_set(millm_auto_load_model, "AUTO_LOAD_MODEL", NULL);
 }
 
 char *

@@ -109,6 +109,7 @@ typedef struct MillmShared
 	ConditionVariable changed;
 	Latch	   *supervisor;		/* NULL: not running */
 	Latch	   *clerk;
+	bool		auto_load_done;
 	bool		registry_changed;	/* since the clerk last looked */
 	bool		no_database;	/* a clerk that connected to millm.database has failed: look before the next one tries */
 	MillmHelperStatus helpers[2];

@@ -41,7 +41,7 @@
 
 #define OPEN_TIMEOUT_MS 5000
 #define CACHE_RETRY_MS	5000
-#define LOOK_MS			50		/* while a command waits for the engine to start */
+#define LOOK_MS			50		/* while the engine, or the server, is only starting */
 #define ENGINE_WAIT_MS	10000
 #define MAX_TRIES		6		/* of a download whose hub cannot be reached, 1, 2, 4... s apart */
 #define EVENT_MS		400		/* between two progress events of one thing */
@@ -102,7 +102,7 @@ make_cache(char *dir)
 	return NULL;
 }
 
-/* Open and lock <cache_dir>/.lock into cache_lock_fd; NULL, or what is wrong. */
+/* Open and lock <cache_dir>/.lock into cache_lock_fd; NULL, or what is wrong, or "" when it is too early to say. */
 static char *
 lock_cache(char *dir)
 {
@@ -116,7 +116,7 @@ lock_cache(char *dir)
 	if (path_is_prefix_of_path(DataDir, dir))
 		return "it is inside the data directory, where base backups would copy it";
 	if (RecoveryInProgress())
-		return "this server is a standby";
+		return HotStandbyActive() ? "this server is a standby" : "";	/* or it is only starting */
 	if ((problem = make_cache(dir)) != NULL)
 		return problem;
 	cache_lock_fd = open(path, O_RDWR | O_CREAT | O_CLOEXEC | O_NOFOLLOW, S_IRUSR | S_IWUSR);
@@ -138,9 +138,9 @@ own_cache(void)
 	char	   *problem = lock_cache(dir);
 	bool		news;
 
-	cache_retry_at = GetCurrentTimestamp() + CACHE_RETRY_MS * INT64CONST(1000);
+	cache_retry_at = GetCurrentTimestamp() + (problem && !problem[0] ? LOOK_MS : CACHE_RETRY_MS) * INT64CONST(1000);
 	LWLockAcquire(millm_shared->lock, LW_EXCLUSIVE);
-	news = problem && strcmp(problem, millm_shared->cache_problem) != 0;
+	news = problem && problem[0] && strcmp(problem, millm_shared->cache_problem) != 0;
 	strlcpy(millm_shared->cache_dir, dir, sizeof(millm_shared->cache_dir));
 	strlcpy(millm_shared->cache_problem, problem ? problem : "", sizeof(millm_shared->cache_problem));
 	millm_shared->cache_owned = problem == NULL;
@@ -671,7 +671,7 @@ poll_job(void)
 static void
 tend_job(void)
 {
-	if (!job && children[MILLM_HUB].ready)
+	if (!job && children[MILLM_HUB].ready && (millm_shared->cache_owned || millm_shared->cache_problem[0]))
 	{
 		job = next_job(&next_job_at);
 		if (job && job->canceled)
@@ -695,6 +695,12 @@ smaller(long a, long b)
 	return a < 0 ? b : b < 0 ? a : Min(a, b);
 }
 
+static long
+milliseconds_until(TimestampTz time)
+{
+	return Max(0, (time - GetCurrentTimestamp()) / 1000) + 1;
+}
+
 static void
 wait_for_something(void)
 {
@@ -703,9 +709,9 @@ wait_for_something(void)
 	long		timeout = smaller(millm_child_timeout(&children[0]), millm_child_timeout(&children[1]));
 
 	if (cache_lock_fd < 0)
-		timeout = smaller(timeout, CACHE_RETRY_MS);
+		timeout = smaller(timeout, milliseconds_until(cache_retry_at));
 	if (!job && next_job_at)
-		timeout = smaller(timeout, TimestampDifferenceMilliseconds(GetCurrentTimestamp(), next_job_at) + 1);
+		timeout = smaller(timeout, milliseconds_until(next_job_at));
 	if (command_begin_by)
 		timeout = smaller(timeout, LOOK_MS);
 	AddWaitEventToSet(set, WL_LATCH_SET, PGINVALID_SOCKET, MyLatch, NULL);
