@@ -1,0 +1,66 @@
+-- What the registry's functions refuse, before any hub is asked
+
+-- Names of repositories
+SELECT millm.download(NULL);
+SELECT millm.download('', 'FP16');
+SELECT millm.download('../etc/passwd', 'FP16');
+SELECT millm.download('owner/..', 'FP16');
+SELECT millm.download('owner/name/more', 'FP16');
+SELECT millm.download('owner/a--b', 'FP16');
+SELECT millm.download('https://huggingface.co/owner/name', 'FP16');
+SELECT millm.download(repeat('x', 97) || '/y', 'FP16');
+
+-- Quantizations
+SELECT millm.download('owner/name');
+SELECT millm.download('owner/name', 'Q8');
+SELECT millm.download('owner/name', 'fp16');
+SELECT millm.download('owner/name', NULL);
+
+-- Names, revisions, tokens
+SELECT millm.download('owner/name', 'FP16', name => '');
+SELECT millm.download('owner/name', 'FP16', name => '42');
+SELECT millm.download('owner/name', 'FP16', name => E'a\nb');
+SELECT millm.download('owner/name', 'FP16', revision => 'a/../b');
+SELECT millm.download('owner/name', 'FP16', revision => 'a?b');
+SELECT millm.download('owner/name', 'FP16', hf_token => 'hf secret');
+SELECT millm.download('owner/name', 'FP16', hf_token => '');
+
+-- A Hub that cannot be reached: queued all the same, and gone with the transaction
+BEGIN;
+SELECT millm.download('owner/name', 'FP16') > 0 AS queued;
+SELECT name, source, repo_id, revision, quantization, params, status, download_progress, error_code FROM millm.models;
+SAVEPOINT s;
+SELECT millm.wait('name');
+ROLLBACK TO s;
+SELECT millm.cancel('name');
+ROLLBACK TO s;
+SELECT millm.load('name');
+ROLLBACK TO s;
+PREPARE TRANSACTION 'millm';
+SELECT count(*) FROM millm.models;
+
+-- Nobody's model
+SELECT millm.wait('nobody');
+SELECT millm.wait(4711);
+SELECT millm.cancel('nobody');
+SELECT millm.retry('nobody');
+SELECT millm.delete('nobody');
+SELECT millm.load('nobody');
+SELECT millm.load(4711);
+SELECT millm.load('4711');
+SELECT millm.load('99999999999999999999');
+SELECT millm.unload();
+SELECT millm.unload('-1 s');
+SELECT millm.wait('nobody', '2 days');
+SELECT millm.load(NULL::text), millm.wait(NULL::bigint), millm.delete(NULL::text), millm.cancel(NULL::text), millm.retry(NULL::text);
+
+-- Local directories
+SELECT millm.register_local(NULL);
+SELECT millm.register_local('relative/path');
+SELECT millm.register_local('/nowhere/at/all');
+SELECT millm.register_local('/etc/passwd');
+SELECT millm.register_local('/etc', 'Q4');
+\set VERBOSITY sqlstate
+SELECT millm.register_local('/etc');
+\set VERBOSITY default
+SELECT count(*) FROM millm.models;
