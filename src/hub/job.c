@@ -314,13 +314,13 @@ write_meta(MillmStore *store, const MillmJobSpec *spec, const Plan *p, MillmErro
 	json_decref(meta);
 	if (!text)
 		return millm_fail(err, MILLM_E_INSUFFICIENT_MEMORY, "out of memory");
-	rc = millm_store_put(store, MILLM_META_NAME, text, strlen(text), err);
+	rc = millm_store_complete(store, text, strlen(text), err);
 	free(text);
 	return rc;
 }
 
 static MillmCode
-fetch_all(const MillmJobSpec *spec, Plan *p, MillmStore *store, Meter *m, atomic_bool *stop, MillmError *err)
+fetch_all(Plan *p, MillmStore *store, Meter *m, atomic_bool *stop, MillmError *err)
 {
 	MillmCode	rc;
 
@@ -346,7 +346,7 @@ fetch_all(const MillmJobSpec *spec, Plan *p, MillmStore *store, Meter *m, atomic
 	m->progress.stage = "verifying";
 	m->progress.file = "";
 	report(m, true);
-	return write_meta(store, spec, p, err);
+	return MILLM_OK;
 }
 
 MillmCode
@@ -359,10 +359,10 @@ millm_job_download(const MillmJobSpec *spec, atomic_bool *stop, atomic_bool *kee
 	MillmCode	rc;
 
 	report(&m, true);
-	if ((rc = make_plan(spec, patient, stop, &p, err)) == MILLM_OK && (rc = millm_store_open(spec->cache_dir, spec->directory, &store, err)) == MILLM_OK &&
-		(rc = fetch_all(spec, &p, store, &m, stop, err)) == MILLM_OK)
-		/* does the engine really find its place for every tensor? */
-		rc = millm_model_open(millm_store_path(store), &model, err);
+	/* before the meta file says that all is well: does the engine really find its place for every tensor? */
+	if ((rc = make_plan(spec, patient, stop, &p, err)) == MILLM_OK && (rc = millm_store_open(spec->cache_dir, spec->directory, spec->model_uuid, &store, err)) == MILLM_OK &&
+		(rc = fetch_all(&p, store, &m, stop, err)) == MILLM_OK && (rc = millm_model_open(millm_store_path(store), &model, err)) == MILLM_OK)
+		rc = atomic_load(stop) ? millm_fail(err, MILLM_E_CANCELED, "the download was canceled") : write_meta(store, spec, &p, err);
 	if (rc == MILLM_OK)
 		*out = json_pack("{s:s, s:I, s:s, s:s, s:s, s:I, s:o, s:O, s:I}", "commit", p.repo->commit, "bytes", (json_int_t) m.fetched,
 						 "path", millm_store_path(store), "model_type", p.config.model_type, "architecture", p.config.architecture,
@@ -370,6 +370,8 @@ millm_job_download(const MillmJobSpec *spec, atomic_bool *stop, atomic_bool *kee
 						 "disk_bytes", (json_int_t) p.choice.total_bytes);
 	else if (store && !atomic_load(keep))
 		millm_store_remove(store, p.choice.files, p.choice.n);
+	else if (!atomic_load(keep))
+		millm_store_remove_unfinished(spec->cache_dir, spec->directory, spec->model_uuid);
 	/* here HUB_UNAVAILABLE would mean the helper, not the network */
 	if (rc == MILLM_E_HUB_UNAVAILABLE)
 		err->code = rc = MILLM_E_MODEL_DOWNLOAD_FAILED;

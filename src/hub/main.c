@@ -23,8 +23,10 @@
 #include "store.h"
 #include "version.h"
 
-#define MAX_WORKERS			8
+#define MAX_WORKERS			8	/* cancels do not count: they must always get through */
+#define MAX_THREADS			32	/* with them */
 #define CANCEL_WAIT_S		10
+#define DOWNLOAD_WAIT_S		10	/* for a stopped download to be gone before the next begins */
 #define DEFAULT_ENDPOINT	"https://huggingface.co"
 
 typedef enum Op {OP_VALIDATE, OP_DOWNLOAD, OP_CANCEL, OP_INSPECT, OP_REMOVE} Op;
@@ -37,6 +39,8 @@ typedef struct Work
 	char	   *strings[16];	/* owns what spec points to */
 	int			n_strings;
 	const char *path;
+	const char *trash;
+	bool		is_waiting;		/* a download, for the one before it to end */
 	atomic_bool stop;			/* canceled, or the client is gone, or shutdown */
 	atomic_bool keep;			/* leave what is there for a later attempt */
 	struct Work *next;			/* in the list of running ones */
@@ -47,7 +51,8 @@ static struct
 	pthread_mutex_t lock;
 	pthread_cond_t changed;
 	Work	   *running;
-	int			n_running;
+	int			n_threads;
+	int			n_counted;		/* of them, those that MAX_WORKERS limits */
 	bool		ending;
 } hub = {.lock = PTHREAD_MUTEX_INITIALIZER, .changed = PTHREAD_COND_INITIALIZER};
 
@@ -72,7 +77,7 @@ cancel_download(const char *uuid, MillmError *err)
 	struct timespec until;
 	MillmCode	rc = MILLM_OK;
 
-	clock_gettime(CLOCK_REALTIME, &until);
+	clock_gettime(CLOCK_MONOTONIC, &until);
 	until.tv_sec += CANCEL_WAIT_S;
 	pthread_mutex_lock(&hub.lock);
 	for (;;)
@@ -83,8 +88,11 @@ cancel_download(const char *uuid, MillmError *err)
 			w = w->next;
 		if (!w)
 			break;
+		/* canceled is the last word: also when its client is gone, nothing stays for another attempt */
+		atomic_store(&w->keep, false);
 		atomic_store(&w->stop, true);
-		if (pthread_cond_timedwait(&hub.changed, &hub.lock, &until) == ETIMEDOUT)
+		pthread_cond_broadcast(&hub.changed);	/* it may be waiting for its turn */
+		if (pthread_cond_clockwait(&hub.changed, &hub.lock, CLOCK_MONOTONIC, &until) == ETIMEDOUT)
 		{
 			rc = millm_fail(err, MILLM_E_HUB_UNAVAILABLE, "the download did not stop within %d seconds", CANCEL_WAIT_S);
 			break;
@@ -95,18 +103,8 @@ cancel_download(const char *uuid, MillmError *err)
 }
 
 static void
-finish(Work *w)
+free_work(Work *w)
 {
-	pthread_mutex_lock(&hub.lock);
-	for (Work **p = &hub.running; *p; p = &(*p)->next)
-		if (*p == w)
-		{
-			*p = w->next;
-			break;
-		}
-	hub.n_running--;
-	pthread_cond_broadcast(&hub.changed);
-	pthread_mutex_unlock(&hub.lock);
 	millm_conn_unref(w->conn);
 	for (int i = 0; i < w->n_strings; i++)
 	{
@@ -116,6 +114,57 @@ finish(Work *w)
 	free(w);
 }
 
+/* The end of a request that was in the list.  on_shutdown() waits for it: nothing of the request may be used after. */
+static void
+finish(Work *w)
+{
+	bool		counts = w->op != OP_CANCEL;
+
+	pthread_mutex_lock(&hub.lock);
+	for (Work **p = &hub.running; *p; p = &(*p)->next)
+		if (*p == w)
+		{
+			*p = w->next;
+			break;
+		}
+	pthread_mutex_unlock(&hub.lock);
+	free_work(w);
+	pthread_mutex_lock(&hub.lock);
+	hub.n_threads--;
+	hub.n_counted -= counts;
+	pthread_cond_broadcast(&hub.changed);
+	pthread_mutex_unlock(&hub.lock);
+}
+
+/* A stopped download may take a second to be gone; the next one waits for it. */
+static MillmCode
+await_turn(Work *w, MillmError *err)
+{
+	struct timespec until;
+	MillmCode	rc = MILLM_OK;
+
+	clock_gettime(CLOCK_MONOTONIC, &until);
+	until.tv_sec += DOWNLOAD_WAIT_S;
+	pthread_mutex_lock(&hub.lock);
+	while (rc == MILLM_OK)
+	{
+		Work	   *r = hub.running;
+
+		while (r && (r == w || r->op != OP_DOWNLOAD || r->is_waiting))
+			r = r->next;
+		if (atomic_load(&w->stop))
+			rc = millm_fail(err, MILLM_E_CANCELED, "the download was canceled");
+		else if (!r)
+			break;
+		else if (!atomic_load(&r->stop) || pthread_cond_clockwait(&hub.changed, &hub.lock, CLOCK_MONOTONIC, &until) == ETIMEDOUT)
+			rc = millm_fail(err, MILLM_E_SERVER_BUSY, "another download is running");
+	}
+	if (rc == MILLM_OK)
+		w->is_waiting = false;
+	pthread_mutex_unlock(&hub.lock);
+	return rc;
+}
+
 static void *
 work_main(void *arg)
 {
@@ -123,7 +172,7 @@ work_main(void *arg)
 	json_t	   *out = NULL;
 	MillmError	err = {0};
 	MillmCode	rc = MILLM_E_INTERNAL;
-	bool		removed;
+	bool		removed = false;
 
 	switch (w->op)
 	{
@@ -131,7 +180,8 @@ work_main(void *arg)
 			rc = millm_job_validate(&w->spec, &w->stop, &out, &err);
 			break;
 		case OP_DOWNLOAD:
-			rc = millm_job_download(&w->spec, &w->stop, &w->keep, report_frame, w, &out, &err);
+			if ((rc = await_turn(w, &err)) == MILLM_OK)
+				rc = millm_job_download(&w->spec, &w->stop, &w->keep, report_frame, w, &out, &err);
 			break;
 		case OP_CANCEL:
 			rc = cancel_download(w->spec.model_uuid, &err);
@@ -141,7 +191,7 @@ work_main(void *arg)
 			rc = millm_job_inspect(w->path, &out, &err);
 			break;
 		case OP_REMOVE:
-			rc = millm_store_trash(w->spec.cache_dir, w->spec.directory, w->spec.model_uuid, &removed, &err);
+			rc = millm_store_trash(w->spec.cache_dir, w->spec.directory, w->trash, w->spec.model_uuid, &removed, &err);
 			out = json_pack("{s:b}", "removed", removed);
 			break;
 	}
@@ -156,15 +206,17 @@ work_main(void *arg)
 	return NULL;
 }
 
-/* A required string, copied. */
+/* A string, copied. */
 static void
 need(MillmFields *f, Work *w, const char *name, const char **out, bool required)
 {
 	const char *value = NULL;
 
 	millm_field_string(f, name, &value);
-	if (value)
-		*out = w->strings[w->n_strings++] = strdup(value);
+	if (value && !(w->strings[w->n_strings] = strdup(value)))
+		f->code = millm_fail(f->err, MILLM_E_INSUFFICIENT_MEMORY, "out of memory");
+	else if (value)
+		*out = w->strings[w->n_strings++];
 	else if (required && f->code == MILLM_OK)
 		f->code = millm_fail(f->err, MILLM_E_INVALID_ARGUMENT, "field \"%s\" is missing", name);
 }
@@ -173,7 +225,7 @@ static MillmCode
 read_request(Work *w, json_t *request, MillmError *err)
 {
 	MillmFields f;
-	const char *op = NULL;
+	const char *op = NULL, *commit = NULL;
 	int64_t		n = 1500;
 
 	millm_fields_begin(&f, request, err);
@@ -213,9 +265,15 @@ read_request(Work *w, json_t *request, MillmError *err)
 		need(&f, w, "model_uuid", &w->spec.model_uuid, true);
 	if (w->op == OP_DOWNLOAD)
 	{
+		need(&f, w, "commit", &commit, false);
+		if (commit)
+			w->spec.revision = commit;
 		need(&f, w, "owner_id", &w->spec.owner_id, true);
 		millm_field_int(&f, "model_id", 0, INT64_MAX, &w->spec.model_id);
 	}
+	w->trash = ".trash";
+	if (w->op == OP_REMOVE)
+		need(&f, w, "trash", &w->trash, false);
 	if (w->op == OP_INSPECT)
 		need(&f, w, "path", &w->path, true);
 	return millm_fields_end(&f);
@@ -233,7 +291,7 @@ answer_status(MillmConn *conn, json_t *request)
 		return false;
 	pthread_mutex_lock(&hub.lock);
 	for (Work *w = hub.running; w; w = w->next)
-		if (w->op == OP_DOWNLOAD)
+		if (w->op == OP_DOWNLOAD && !w->is_waiting)
 		{
 			downloading = true;
 			job = json_string(w->spec.model_uuid);
@@ -265,34 +323,35 @@ on_request(void *arg, MillmConn *conn, json_t *request)
 	if (read_request(w, request, &err) != MILLM_OK)
 	{
 		millm_conn_error(conn, &err);
-		pthread_mutex_lock(&hub.lock);
-		hub.n_running++;		/* finish() takes it back */
-		pthread_mutex_unlock(&hub.lock);
-		finish(w);
+		free_work(w);
 		return;
 	}
+	w->is_waiting = w->op == OP_DOWNLOAD;
 	pthread_mutex_lock(&hub.lock);
-	busy = hub.ending || hub.n_running >= MAX_WORKERS;
-	for (Work *r = hub.running; r && !busy; r = r->next)
-		busy = w->op == OP_DOWNLOAD && r->op == OP_DOWNLOAD;
-	hub.n_running++;
+	busy = hub.ending || hub.n_threads >= MAX_THREADS || (w->op != OP_CANCEL && hub.n_counted >= MAX_WORKERS);
 	if (!busy)
 	{
+		hub.n_threads++;
+		hub.n_counted += w->op != OP_CANCEL;
 		w->next = hub.running;
 		hub.running = w;
 	}
 	pthread_mutex_unlock(&hub.lock);
 	if (busy)
-		millm_fail(&err, MILLM_E_SERVER_BUSY, w->op == OP_DOWNLOAD ? "another download is running" : "millm-hub has too much to do");
-	else if (pthread_create(&thread, NULL, work_main, w) != 0)
-		millm_fail(&err, MILLM_E_INSUFFICIENT_MEMORY, "could not start a thread");
-	else
 	{
-		pthread_detach(thread);
-		return;
+		millm_fail(&err, MILLM_E_SERVER_BUSY, "millm-hub has too much to do");
+		millm_detail(&err, "It works on %d requests at a time.", MAX_WORKERS);
+		millm_conn_error(conn, &err);
+		free_work(w);
 	}
-	millm_conn_error(conn, &err);
-	finish(w);
+	else if (pthread_create(&thread, NULL, work_main, w) != 0)
+	{
+		millm_fail(&err, MILLM_E_INSUFFICIENT_MEMORY, "could not start a thread");
+		millm_conn_error(conn, &err);
+		finish(w);
+	}
+	else
+		pthread_detach(thread);
 }
 
 /* The client is gone: nobody wants the answer.  A download's bytes are kept for the next attempt. */
@@ -308,6 +367,7 @@ on_close(void *arg, MillmConn *conn)
 				atomic_store(&w->keep, true);
 			atomic_store(&w->stop, true);
 		}
+	pthread_cond_broadcast(&hub.changed);
 	pthread_mutex_unlock(&hub.lock);
 }
 
@@ -319,10 +379,12 @@ on_shutdown(void *arg)
 	hub.ending = true;
 	for (Work *w = hub.running; w; w = w->next)
 	{
-		atomic_store(&w->keep, true);
+		if (!atomic_load(&w->stop))
+			atomic_store(&w->keep, true);
 		atomic_store(&w->stop, true);
 	}
-	while (hub.n_running > 0)	/* each request ends within a second of its stop */
+	pthread_cond_broadcast(&hub.changed);	/* who waits for another */
+	while (hub.n_threads > 0)	/* each request ends within a second of its stop */
 		pthread_cond_wait(&hub.changed, &hub.lock);
 	pthread_mutex_unlock(&hub.lock);
 }

@@ -15,12 +15,17 @@
 #include <sys/statvfs.h>
 #include <unistd.h>
 
-#define MAX_DEPTH 16
+#define MAX_DEPTH		16
+#define MAX_META_BYTES	(16 << 20)
+#define UUID_CHARS		36
+#define OWNER_NAME		".partial-owner"	/* in an unfinished directory: {"uuid": ...} */
 
 struct MillmStore
 {
 	char	   *path;
 	int			dir_fd;
+	bool		is_finished;	/* an earlier attempt wrote the meta file */
+	bool		is_ours;		/* made for this model: nobody else's files are in it */
 	MillmSink	sink;
 	/* the file in work */
 	const MillmHubFile *file;
@@ -40,7 +45,25 @@ disk_error(MillmError *err, const char *doing, const char *name)
 	return code;
 }
 
-/* Open the directory step by step below cache_dir, creating what is missing. */
+/*
+ * "huggingface/owner--name--FP16": parts that are visible names, so that no path leads out of the cache.
+ */
+static MillmCode
+check_directory(const char *directory, MillmError *err)
+{
+	for (const char *p = directory;; p++)
+	{
+		size_t		n = strcspn(p, "/");
+
+		if (n == 0 || n > 255 || p[0] == '.')
+			return millm_fail(err, MILLM_E_INVALID_ARGUMENT, "invalid directory \"%.200s\" of the model cache", directory);
+		p += n;
+		if (*p == '\0')
+			return MILLM_OK;
+	}
+}
+
+/* Open a relative path step by step below cache_dir, creating what is missing.  -1 with errno. */
 static int
 open_below(const char *cache_dir, const char *directory, bool create)
 {
@@ -75,27 +98,42 @@ open_below(const char *cache_dir, const char *directory, bool create)
 	return fd;
 }
 
-MillmCode
-millm_store_open(const char *cache_dir, const char *directory, MillmStore **out, MillmError *err)
+/* The uuid in one of our JSON files of a directory; false when there is no such file, or none with a uuid. */
+static bool
+read_uuid(int dir_fd, const char *name, char uuid[UUID_CHARS + 1])
 {
-	MillmStore *s = calloc(1, sizeof(*s));
+	int			fd = openat(dir_fd, name, O_RDONLY | O_NOFOLLOW | O_NONBLOCK | O_CLOEXEC);
+	struct stat st;
+	json_t	   *meta = NULL;
+	const char *text;
+	bool		good;
 
-	if (!s || asprintf(&s->path, "%s/%s", cache_dir, directory) < 0)
-	{
-		free(s);
-		return millm_fail(err, MILLM_E_INSUFFICIENT_MEMORY, "out of memory");
-	}
-	s->fd = -1;
-	s->dir_fd = open_below(cache_dir, directory, true);
-	if (s->dir_fd < 0)
-	{
-		MillmCode	rc = disk_error(err, "open", s->path);
+	if (fd >= 0 && fstat(fd, &st) == 0 && S_ISREG(st.st_mode) && st.st_size <= MAX_META_BYTES)
+		meta = json_loadfd(fd, 0, NULL);
+	if (fd >= 0)
+		close(fd);
+	text = json_string_value(json_object_get(meta, "uuid"));
+	good = text && strlen(text) == UUID_CHARS;
+	if (good)
+		memcpy(uuid, text, UUID_CHARS + 1);
+	json_decref(meta);
+	return good;
+}
 
-		millm_store_close(s);
-		return rc;
-	}
-	*out = s;
-	return MILLM_OK;
+static bool
+has_uuid(int dir_fd, const char *name, const char *uuid)
+{
+	char		have[UUID_CHARS + 1];
+
+	return read_uuid(dir_fd, name, have) && strcmp(have, uuid) == 0;
+}
+
+static MillmCode
+check_uuid(const char *uuid, MillmError *err)
+{
+	if (strlen(uuid) == UUID_CHARS && strspn(uuid, "0123456789abcdef-") == UUID_CHARS)
+		return MILLM_OK;
+	return millm_fail(err, MILLM_E_INVALID_ARGUMENT, "invalid uuid \"%.60s\"", uuid);
 }
 
 void
@@ -290,17 +328,17 @@ millm_store_sink(MillmStore *s)
 	return &s->sink;
 }
 
-/* --- Small files, removal ----------------------------------------------------------------------------- */
+/* --- A directory from its first file to its meta file ----------------------------------------------------- */
 
-MillmCode
-millm_store_put(MillmStore *s, const char *name, const char *text, size_t len, MillmError *err)
+/* A small file of our own, atomically. */
+static MillmCode
+put(MillmStore *s, const char *name, const char *text, size_t len, MillmError *err)
 {
 	MillmHubFile file = {.size = (int64_t) len};
 	int64_t		have;
 	MillmCode	rc;
 
 	snprintf(file.path, sizeof(file.path), "%s", name);
-	(void) millm_store_sink(s);
 	if ((rc = sink_begin(s, &file, &have, err)) == MILLM_OK && (rc = sink_discard(s, err)) == MILLM_OK && (rc = sink_write(s, text, len, err)) == MILLM_OK)
 		rc = sink_finish(s, err);
 	if (rc != MILLM_OK)
@@ -309,21 +347,71 @@ millm_store_put(MillmStore *s, const char *name, const char *text, size_t len, M
 	return rc;
 }
 
-void
-millm_store_remove(MillmStore *s, const MillmHubFile *const *files, size_t n)
+/* Whose directory is it?  Makes it ours when it is nobody's. */
+static MillmCode
+take_possession(MillmStore *s, const char *uuid, bool is_new, MillmError *err)
 {
-	char		partial[400];
+	char		owner[UUID_CHARS + 1], text[64];
 
-	for (size_t i = 0; i < n; i++)
+	if (read_uuid(s->dir_fd, MILLM_META_NAME, owner))
 	{
-		partial_name(files[i], partial);
-		unlinkat(s->dir_fd, partial, 0);
-		unlinkat(s->dir_fd, files[i]->path, 0);
+		if (strcmp(owner, uuid) == 0)
+		{
+			s->is_finished = true;
+			return MILLM_OK;
+		}
+		millm_fail(err, MILLM_E_MODEL_ALREADY_EXISTS, "\"%s\" holds another model", s->path);
+		millm_detail(err, "It belongs to the model %s.", owner);
+		millm_hint(err, "Move it away, or give this server a cache of its own with millm.cache_dir.");
+		return MILLM_E_MODEL_ALREADY_EXISTS;
 	}
-	unlinkat(s->dir_fd, MILLM_META_NAME, 0);
-	unlinkat(s->dir_fd, ".partial-unknown-" MILLM_META_NAME, 0);
-	(void) rmdir(s->path);		/* stays when somebody put something else there */
+	s->is_ours = is_new || read_uuid(s->dir_fd, OWNER_NAME, owner);
+	if (!s->is_ours)
+		return MILLM_OK;
+	snprintf(text, sizeof(text), "{\"uuid\": \"%s\"}\n", uuid);
+	return put(s, OWNER_NAME, text, strlen(text), err);
 }
+
+MillmCode
+millm_store_open(const char *cache_dir, const char *directory, const char *uuid, MillmStore **out, MillmError *err)
+{
+	MillmStore *s;
+	MillmCode	rc;
+	int			before;
+
+	if ((rc = check_uuid(uuid, err)) != MILLM_OK || (rc = check_directory(directory, err)) != MILLM_OK)
+		return rc;
+	s = calloc(1, sizeof(*s));
+	if (!s || asprintf(&s->path, "%s/%s", cache_dir, directory) < 0)
+	{
+		free(s);
+		return millm_fail(err, MILLM_E_INSUFFICIENT_MEMORY, "out of memory");
+	}
+	s->fd = -1;
+	before = open_below(cache_dir, directory, false);
+	s->dir_fd = before >= 0 ? before : open_below(cache_dir, directory, true);
+	rc = s->dir_fd < 0 ? disk_error(err, "open", s->path) : take_possession(s, uuid, before < 0, err);
+	if (rc == MILLM_OK)
+		*out = s;
+	else
+		millm_store_close(s);
+	return rc;
+}
+
+MillmCode
+millm_store_complete(MillmStore *s, const char *meta, size_t len, MillmError *err)
+{
+	MillmCode	rc = put(s, MILLM_META_NAME, meta, len, err);
+
+	if (rc == MILLM_OK)
+	{
+		s->is_finished = true;
+		(void) unlinkat(s->dir_fd, OWNER_NAME, 0);	/* the meta file counts from now on */
+	}
+	return rc;
+}
+
+/* --- Removal --------------------------------------------------------------------------------------------- */
 
 /* Unlink a tree below a descriptor, never through a link.  Consumes fd. */
 static void
@@ -353,77 +441,96 @@ unlink_tree(int fd, int depth)
 	closedir(dir);
 }
 
-/* Does the directory's meta file name that uuid? */
-static bool
-meta_has_uuid(int dir_fd, const char *uuid)
+void
+millm_store_remove(MillmStore *s, const MillmHubFile *const *files, size_t n)
 {
-	int			fd = openat(dir_fd, MILLM_META_NAME, O_RDONLY | O_NOFOLLOW | O_CLOEXEC);
-	FILE	   *f = fd >= 0 ? fdopen(fd, "r") : NULL;
-	json_t	   *meta;
-	const char *have;
-	bool		same;
+	char		partial[400];
+	int			fd;
 
-	if (!f)
+	if (s->is_finished)
+		return;
+	if (s->is_ours && (fd = openat(s->dir_fd, ".", O_RDONLY | O_DIRECTORY | O_CLOEXEC)) >= 0)
+		unlink_tree(fd, 0);
+	for (size_t i = 0; i < n; i++)
 	{
-		if (fd >= 0)
-			close(fd);
-		return false;
+		partial_name(files[i], partial);
+		unlinkat(s->dir_fd, partial, 0);
+		unlinkat(s->dir_fd, files[i]->path, 0);
 	}
-	meta = json_loadf(f, 0, NULL);
-	fclose(f);
-	have = json_string_value(json_object_get(meta, "uuid"));
-	same = have && strcmp(have, uuid) == 0;
-	json_decref(meta);
-	return same;
+	(void) rmdir(s->path);		/* stays when somebody put something else there */
+}
+
+void
+millm_store_remove_unfinished(const char *cache_dir, const char *directory, const char *uuid)
+{
+	MillmStore	s = {.fd = -1, .is_ours = true};
+	char		path[4096];
+
+	s.path = path;
+	if (check_directory(directory, NULL) != MILLM_OK || (size_t) snprintf(path, sizeof(path), "%s/%s", cache_dir, directory) >= sizeof(path) || (s.dir_fd = open_below(cache_dir, directory, false)) < 0)
+		return;
+	if (has_uuid(s.dir_fd, OWNER_NAME, uuid) && !has_uuid(s.dir_fd, MILLM_META_NAME, uuid))
+		millm_store_remove(&s, NULL, 0);
+	close(s.dir_fd);
+}
+
+/* Remove a directory below fd with all that is in it; that it is not there is as good. */
+static MillmCode
+remove_tree(int fd, const char *name, MillmError *err)
+{
+	int			dir = openat(fd, name, O_RDONLY | O_DIRECTORY | O_NOFOLLOW | O_CLOEXEC);
+
+	if (dir >= 0)
+		unlink_tree(dir, 0);
+	return unlinkat(fd, name, AT_REMOVEDIR) != 0 && errno != ENOENT ? disk_error(err, "remove", name) : MILLM_OK;
+}
+
+/* The two directories are open. */
+static MillmCode
+move_to_trash(int parent_fd, const char *name, int trash_fd, const char *uuid, bool *removed, MillmError *err)
+{
+	int			dir = openat(parent_fd, name, O_RDONLY | O_DIRECTORY | O_NOFOLLOW | O_CLOEXEC);
+	bool		is_it;
+	MillmCode	rc;
+
+	/* what an earlier attempt had only moved */
+	if (faccessat(trash_fd, uuid, F_OK, AT_SYMLINK_NOFOLLOW) == 0)
+		*removed = true;
+	if ((rc = remove_tree(trash_fd, uuid, err)) != MILLM_OK || dir < 0)
+	{
+		if (dir >= 0)
+			close(dir);
+		return rc;
+	}
+	is_it = has_uuid(dir, MILLM_META_NAME, uuid) || (has_uuid(dir, OWNER_NAME, uuid) && faccessat(dir, MILLM_META_NAME, F_OK, AT_SYMLINK_NOFOLLOW) != 0);
+	close(dir);
+	if (!is_it)
+		return MILLM_OK;
+	if (renameat(parent_fd, name, trash_fd, uuid) != 0 || fsync(parent_fd) != 0 || fsync(trash_fd) != 0)
+		return disk_error(err, "remove", name);
+	*removed = true;
+	return remove_tree(trash_fd, uuid, err);
 }
 
 MillmCode
-millm_store_trash(const char *cache_dir, const char *directory, const char *uuid, bool *removed, MillmError *err)
+millm_store_trash(const char *cache_dir, const char *directory, const char *trash, const char *uuid, bool *removed, MillmError *err)
 {
-	const char *slash = strrchr(directory, '/');
+	const char *slash = strrchr(directory, '/'), *name = slash ? slash + 1 : directory;
 	char		parent[512];
-	int			dir, parent_fd, trash_fd;
-	MillmCode	rc = MILLM_OK;
+	int			parent_fd, trash_fd;
+	MillmCode	rc;
 
 	*removed = false;
-	if (!slash || strlen(directory) >= sizeof(parent) || strspn(uuid, "0123456789abcdef-") != strlen(uuid) || strlen(uuid) != 36)
-		return millm_fail(err, MILLM_E_INVALID_ARGUMENT, "invalid directory or uuid to remove");
-	snprintf(parent, sizeof(parent), "%.*s", (int) (slash - directory), directory);
-	parent_fd = open_below(cache_dir, parent, false);
-	trash_fd = open_below(cache_dir, ".trash", true);
-	if (parent_fd < 0 || trash_fd < 0)
-	{
-		if (errno != ENOENT)
-			rc = disk_error(err, "open", directory);
-		goto done;
-	}
-	dir = openat(parent_fd, slash + 1, O_RDONLY | O_DIRECTORY | O_NOFOLLOW | O_CLOEXEC);
-	if (dir >= 0)
-	{
-		bool		ours = meta_has_uuid(dir, uuid);
-
-		close(dir);
-		if (!ours)
-			goto done;
-		if (renameat(parent_fd, slash + 1, trash_fd, uuid) != 0 || fsync(parent_fd) != 0)
-		{
-			rc = disk_error(err, "remove", directory);
-			goto done;
-		}
-		*removed = true;
-	}
-	/* also what an earlier attempt had only renamed */
-	dir = openat(trash_fd, uuid, O_RDONLY | O_DIRECTORY | O_NOFOLLOW | O_CLOEXEC);
-	if (dir >= 0)
-	{
-		unlink_tree(dir, 0);
-		if (unlinkat(trash_fd, uuid, AT_REMOVEDIR) != 0)
-			rc = disk_error(err, "remove", directory);
-		*removed = true;
-	}
-done:
-	if (parent_fd >= 0)
-		close(parent_fd);
+	if ((rc = check_uuid(uuid, err)) != MILLM_OK || (rc = check_directory(directory, err)) != MILLM_OK)
+		return rc;
+	if (strlen(directory) >= sizeof(parent))
+		return millm_fail(err, MILLM_E_INVALID_ARGUMENT, "the directory's name is too long");
+	snprintf(parent, sizeof(parent), "%.*s", slash ? (int) (slash - directory) : 0, directory);
+	if ((parent_fd = open_below(cache_dir, parent, false)) < 0)
+		return errno == ENOENT ? MILLM_OK : disk_error(err, "open", parent);
+	trash_fd = open_below(cache_dir, trash, true);
+	rc = trash_fd < 0 ? disk_error(err, "open", trash) : move_to_trash(parent_fd, name, trash_fd, uuid, removed, err);
+	close(parent_fd);
 	if (trash_fd >= 0)
 		close(trash_fd);
 	return rc;

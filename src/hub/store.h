@@ -14,10 +14,11 @@
 typedef struct MillmStore MillmStore;
 
 /*
- * Create or open cache_dir/directory ("huggingface/owner--name--FP16").  Every part is opened without following links.
- * INSUFFICIENT_DISK, MODEL_DOWNLOAD_FAILED when it cannot be written.
+ * Create or open cache_dir/directory ("huggingface/owner--name--FP16") for model uuid.  Every part is opened without following links.
+ * An unfinished directory bears the uuid in ".partial-owner"; a finished one in its meta file.  MODEL_ALREADY_EXISTS when a finished
+ * one is another model's: nothing in it was touched.  INSUFFICIENT_DISK, MODEL_DOWNLOAD_FAILED when it cannot be written.
  */
-extern MillmCode millm_store_open(const char *cache_dir, const char *directory, MillmStore **out, MillmError *err);
+extern MillmCode millm_store_open(const char *cache_dir, const char *directory, const char *uuid, MillmStore **out, MillmError *err);
 extern void millm_store_close(MillmStore *store);	/* NULL is fine; removes nothing */
 extern const char *millm_store_path(const MillmStore *store);
 
@@ -31,15 +32,20 @@ extern bool millm_store_is_proved(const MillmStore *store, const MillmHubFile *f
 /* The plain sink of one file after the other. */
 extern MillmSink *millm_store_sink(MillmStore *store);
 
-/* Write a small file of our own, atomically. */
-extern MillmCode millm_store_put(MillmStore *store, const char *name, const char *text, size_t len, MillmError *err);
-/* Remove these files, their partials, the meta file, and the directory when it is then empty. */
+/* Write the meta file: the directory is finished. */
+extern MillmCode millm_store_complete(MillmStore *store, const char *meta, size_t len, MillmError *err);
+/*
+ * After a failure: remove an unfinished directory with what this model's attempts wrote; all that is in it when it was made for
+ * this model, else these files and their partials.  A directory that an earlier attempt had finished stays.
+ */
 extern void millm_store_remove(MillmStore *store, const MillmHubFile *const *files, size_t n);
+/* The same for the case that there is nothing open: what earlier attempts of model uuid left, if anything. */
+extern void millm_store_remove_unfinished(const char *cache_dir, const char *directory, const char *uuid);
 
 /*
- * Remove cache_dir/directory whole, if its meta file has that uuid: rename to cache_dir/trash/uuid, fsync, unlink
- * without following links.  *removed false: there is no such directory, or it is another model's.
+ * Remove cache_dir/directory whole, if it is the model of that uuid, finished or not: rename to cache_dir/trash/uuid,
+ * fsync, unlink without following links.  *removed false: there is no such directory, or it is another model's.
  */
-extern MillmCode millm_store_trash(const char *cache_dir, const char *directory, const char *uuid, bool *removed, MillmError *err);
+extern MillmCode millm_store_trash(const char *cache_dir, const char *directory, const char *trash, const char *uuid, bool *removed, MillmError *err);
 
 #endif

@@ -317,3 +317,63 @@ def test_lost_connection_keeps_what_came(hub, tmp_path, serve):
     assert serve("download", **job(hub, tmp_path, SMOL)).result()["disk_bytes"] > 200_000_000
     same_files(tmp_path, SMOL)
     assert any(r["range"] for r in hub.log if r["port"] == "cdn")
+
+
+OTHER = "99999999-89ab-cdef-0123-456789abcdef"
+
+
+def test_another_models_directory_is_safe(hub, tmp_path, serve):
+    """A finished directory belongs to its uuid: neither the download of another model of that name nor its failure touches it."""
+    from engine_client import HelperError
+
+    serve("download", **job(hub, tmp_path, TINY)).result()
+    before = {n: (model_dir(tmp_path, TINY) / n).stat().st_mtime_ns for n in leftovers(tmp_path, TINY)}
+    with pytest.raises(HelperError, match="MODEL_ALREADY_EXISTS"):
+        serve("download", **(job(hub, tmp_path, TINY) | {"model_uuid": OTHER})).result()
+    # nor does a failure of its own second attempt
+    faults(hub, {"repo": TINY, "where": "info", "status": 404, "code": "RepoNotFound"})
+    with pytest.raises(HelperError, match="REPO_NOT_FOUND"):
+        serve("download", **job(hub, tmp_path, TINY)).result()
+    assert before == {n: (model_dir(tmp_path, TINY) / n).stat().st_mtime_ns for n in leftovers(tmp_path, TINY)}
+
+
+def interrupted(hub, cache, serve, at=10_000_000):
+    """A download whose connection is lost after some bytes; what came is kept."""
+    faults(hub, {"repo": SMOL, "where": "cdn", "bytes_per_second": 100_000_000})
+    c = serve("download", **job(hub, cache, SMOL))
+    while c.receive()[1].get("bytes", 0) < at:
+        pass
+    c.close()
+    faults(hub)
+
+
+def test_the_next_download_waits_for_a_stopping_one(hub, tmp_path, serve):
+    interrupted(hub, tmp_path, serve)
+    assert serve("download", **job(hub, tmp_path, SMOL)).result()["disk_bytes"] > 200_000_000
+    same_files(tmp_path, SMOL)
+
+
+def test_unfinished_is_removed_by_its_uuid_only(hub, tmp_path, serve):
+    from engine_client import HelperError
+
+    interrupted(hub, tmp_path, serve)
+    end = time.monotonic() + 20
+    while serve("status").result()["state"] != "idle" and time.monotonic() < end:
+        time.sleep(0.05)
+    where = {"cache_dir": str(tmp_path), "directory": job(hub, tmp_path, SMOL)["directory"]}
+    assert serve("remove", **where, model_uuid=OTHER).result() == {"removed": False}
+    assert leftovers(tmp_path, SMOL)
+    assert serve("remove", **where, model_uuid=UUID, trash=".trash").result() == {"removed": True}
+    assert serve("remove", **where, model_uuid=UUID).result() == {"removed": False}
+    assert not model_dir(tmp_path, SMOL).exists() and not any((tmp_path / ".trash").iterdir())
+    # a resumed attempt that fails before it has chosen files leaves nothing either
+    interrupted(hub, tmp_path, serve)
+    faults(hub, {"repo": SMOL, "where": "info", "status": 404, "code": "RepoNotFound"})
+    with pytest.raises(HelperError, match="REPO_NOT_FOUND"):
+        serve("download", **job(hub, tmp_path, SMOL)).result()
+    assert not model_dir(tmp_path, SMOL).exists()
+    for directory in ("../x", "huggingface/..", "huggingface/../../x", "/etc/x", "huggingface//x", "", ".trash/x"):
+        with pytest.raises(HelperError, match="INVALID_ARGUMENT"):
+            serve("remove", cache_dir=str(tmp_path), directory=directory, model_uuid=UUID).result()
+        with pytest.raises(HelperError, match="INVALID_ARGUMENT"):
+            serve("download", **(job(hub, tmp_path, TINY) | {"directory": directory})).result()
