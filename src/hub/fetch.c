@@ -15,6 +15,8 @@
 #include "hub.h"
 
 #define MAX_ATTEMPTS	3		/* without progress */
+#define PROGRESS_BYTES	(64 << 10)	/* fewer are no progress, or a byte at a time could go on for ever */
+#define CHECKPOINT_BYTES ((int64_t) 256 << 20)
 #define MAX_WAIT_S		60
 #define HEAD_TIMEOUT_MS	15000
 
@@ -24,14 +26,16 @@ typedef struct Fetch
 	const MillmRepo *repo;
 	const MillmHubFile *file;
 	MillmSink  *sink;
-	void		(*advance) (void *arg, int64_t delta);
+	MillmAdvance advance;
 	void	   *arg;
 	char		expected[72];	/* sha256 or git sha1 */
 	EVP_MD_CTX *hash;
 	int64_t		have;			/* bytes in the sink and in the hash */
+	int64_t		checkpoint;		/* of them at the last checkpoint */
 	int64_t		asked;			/* where this attempt's GET begins */
 	bool		started;		/* this attempt's first byte has come */
-	MillmCode	failed;			/* of the sink, or of a check, while bytes came */
+	MillmCode	failed;			/* of the sink, while bytes came */
+	bool		is_misfit;		/* the bytes that came, or were kept, are not of this file */
 	MillmError *err;
 } Fetch;
 
@@ -49,13 +53,21 @@ start_hash(Fetch *f)
 	return MILLM_OK;
 }
 
-static void
+/* A piece of what an earlier attempt left. */
+static bool
 see(void *arg, const void *data, size_t len)
 {
 	Fetch	   *f = arg;
 
+	if ((int64_t) len > f->file->size - f->have)
+	{
+		f->is_misfit = true;
+		return false;
+	}
 	EVP_DigestUpdate(f->hash, data, len);
 	f->have += (int64_t) len;
+	f->advance(f->arg, (int64_t) len, false);
+	return !millm_http_is_stopped(f->http);
 }
 
 /* Forget everything of this file. */
@@ -64,9 +76,24 @@ start_over(Fetch *f)
 {
 	MillmCode	rc = f->sink->discard(f->sink->arg, f->err);
 
-	f->advance(f->arg, -f->have);
-	f->have = 0;
+	if (f->have > 0)
+		f->advance(f->arg, -f->have, false);
+	f->have = f->checkpoint = 0;
 	return rc == MILLM_OK ? start_hash(f) : rc;
+}
+
+static MillmCode
+take_up_kept(Fetch *f)
+{
+	MillmCode	rc;
+
+	f->is_misfit = false;
+	if ((rc = start_hash(f)) != MILLM_OK || (rc = f->sink->replay(f->sink->arg, see, f, f->err)) != MILLM_OK)
+		return rc;
+	if (millm_http_is_stopped(f->http))
+		return millm_fail(f->err, MILLM_E_CANCELED, "the download was canceled");
+	f->checkpoint = f->have;
+	return f->is_misfit ? start_over(f) : MILLM_OK;
 }
 
 static bool
@@ -85,7 +112,8 @@ take(void *arg, const char *data, size_t len, const MillmReply *reply)
 		}
 		else if (f->asked > 0 && (reply->range_start != f->asked || reply->range_total != f->file->size))
 		{
-			f->failed = millm_fail(f->err, MILLM_E_MODEL_DOWNLOAD_FAILED, "the hub sent another part of \"%s\" than it was asked for", f->file->path);
+			f->is_misfit = true;
+			millm_fail(f->err, MILLM_E_MODEL_DOWNLOAD_FAILED, "the hub sent another part of \"%s\" than it was asked for", f->file->path);
 			millm_detail(f->err, "Asked from byte %lld of %lld; it sent from %lld of %lld.", (long long) f->asked, (long long) f->file->size,
 						 (long long) reply->range_start, (long long) reply->range_total);
 			return false;
@@ -93,7 +121,8 @@ take(void *arg, const char *data, size_t len, const MillmReply *reply)
 	}
 	if ((int64_t) len > f->file->size - f->have)
 	{
-		f->failed = millm_fail(f->err, MILLM_E_MODEL_DOWNLOAD_FAILED, "the hub sent more bytes of \"%s\" than the file has", f->file->path);
+		f->is_misfit = true;
+		millm_fail(f->err, MILLM_E_MODEL_DOWNLOAD_FAILED, "the hub sent more bytes of \"%s\" than the file has", f->file->path);
 		millm_detail(f->err, "It has %lld bytes.", (long long) f->file->size);
 		return false;
 	}
@@ -101,8 +130,13 @@ take(void *arg, const char *data, size_t len, const MillmReply *reply)
 		return false;
 	EVP_DigestUpdate(f->hash, data, len);
 	f->have += (int64_t) len;
-	f->advance(f->arg, (int64_t) len);
-	return true;
+	f->advance(f->arg, (int64_t) len, true);
+	if (f->have - f->checkpoint >= CHECKPOINT_BYTES)
+	{
+		f->checkpoint = f->have;
+		f->failed = f->sink->checkpoint(f->sink->arg, f->err);
+	}
+	return f->failed == MILLM_OK;
 }
 
 static MillmCode
@@ -173,25 +207,27 @@ get_bytes(Fetch *f, const char *url, bool *again, int *wait_s)
 	f->asked = f->have;
 	f->started = false;
 	f->failed = MILLM_OK;
+	f->is_misfit = false;
 	rc = millm_http_do(f->http, &request, &r, f->err);
 	*again = true;
 	*wait_s = r.retry_after;
 	if (f->failed != MILLM_OK)
 	{
-		*again = f->failed == MILLM_E_MODEL_DOWNLOAD_FAILED;
-		if (*again)
-		{
-			MillmError	keep = *f->err;
-			MillmCode	discarded = start_over(f);	/* what came was not what was asked for */
-
-			if (discarded != MILLM_OK)
-			{
-				*again = false;
-				return discarded;
-			}
-			*f->err = keep;
-		}
+		*again = false;			/* the disk's trouble, not the hub's */
 		return f->failed;
+	}
+	if (f->is_misfit)
+	{
+		MillmError	keep = *f->err;
+		MillmCode	discarded = start_over(f);
+
+		if (discarded != MILLM_OK)
+		{
+			*again = false;
+			return discarded;
+		}
+		*f->err = keep;
+		return MILLM_E_MODEL_DOWNLOAD_FAILED;
 	}
 	if (rc != MILLM_OK)
 	{
@@ -248,11 +284,8 @@ fetch(Fetch *f, const char *url)
 			if (rc == MILLM_OK)
 			{
 				identified = true;
-				if ((rc = start_hash(f)) != MILLM_OK || (f->have == 0 && (rc = f->sink->replay(f->sink->arg, see, f, f->err)) != MILLM_OK))
+				if ((rc = take_up_kept(f)) != MILLM_OK)
 					return rc;
-				if (f->have > f->file->size && (rc = start_over(f)) != MILLM_OK)
-					return rc;
-				f->advance(f->arg, f->have);
 				before = f->have;
 			}
 		}
@@ -280,7 +313,7 @@ fetch(Fetch *f, const char *url)
 		}
 		if (rc == MILLM_E_CANCELED || !again)
 			return rc;
-		attempt = f->have > before ? 1 : attempt + 1;
+		attempt = f->have - before >= PROGRESS_BYTES ? 1 : attempt + 1;
 		if (attempt >= MAX_ATTEMPTS)
 			return rc;
 		if ((rc = millm_http_pause(f->http, backoff_ms(attempt, wait_s), f->err)) != MILLM_OK)
@@ -290,7 +323,7 @@ fetch(Fetch *f, const char *url)
 
 MillmCode
 millm_hub_fetch(MillmHttp *http, const MillmRepo *repo, const MillmHubFile *file, MillmSink *sink,
-				void (*advance) (void *arg, int64_t delta), void *arg, MillmError *err)
+				MillmAdvance advance, void *arg, MillmError *err)
 {
 	Fetch		f = {.http = http, .repo = repo, .file = file, .sink = sink, .advance = advance, .arg = arg, .err = err, .hash = EVP_MD_CTX_new()};
 	char	   *url = millm_resolve_url(repo, file->path);

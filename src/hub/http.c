@@ -87,6 +87,12 @@ millm_http_has_token(const MillmHttp *h)
 	return h->authorization != NULL;
 }
 
+bool
+millm_http_is_stopped(const MillmHttp *h)
+{
+	return atomic_load(h->stop);
+}
+
 char *
 millm_url_encode(const char *text, bool keep_slashes)
 {

@@ -24,6 +24,7 @@ extern MillmCode millm_http_open(const char *endpoint, const char *token, atomic
 extern void millm_http_close(MillmHttp *http);	/* NULL is fine; the token's memory is wiped */
 extern const char *millm_http_endpoint(const MillmHttp *http);
 extern bool millm_http_has_token(const MillmHttp *http);
+extern bool millm_http_is_stopped(const MillmHttp *http);
 
 /* What an answer said.  Strings are "" and numbers -1 where it said nothing. */
 typedef struct MillmReply

@@ -69,9 +69,11 @@ typedef struct MillmSink
 	void	   *arg;
 	/* Bytes that an earlier attempt left and that may be kept, or 0. */
 	MillmCode	(*begin) (void *arg, const MillmHubFile *file, int64_t *have, MillmError *err);
-	/* Show the kept bytes to the hash, in pieces. */
-	MillmCode	(*replay) (void *arg, void (*see) (void *see_arg, const void *data, size_t len), void *see_arg, MillmError *err);
+	/* Show the kept bytes to the hash, in pieces, while see() returns true. */
+	MillmCode	(*replay) (void *arg, bool (*see) (void *see_arg, const void *data, size_t len), void *see_arg, MillmError *err);
 	MillmCode	(*write) (void *arg, const void *data, size_t len, MillmError *err);
+	/* What was written is good so far: make it survive a crash of the machine. */
+	MillmCode	(*checkpoint) (void *arg, MillmError *err);
 	/* Start over: forget what was written of this file. */
 	MillmCode	(*discard) (void *arg, MillmError *err);
 	/* The bytes are what they should be: keep the file under its name. */
@@ -80,11 +82,14 @@ typedef struct MillmSink
 	void		(*abandon) (void *arg);
 } MillmSink;
 
+/* Bytes are in the sink: fetched over the network or kept from an earlier attempt.  A negative delta: they were wrong and must come again. */
+typedef void (*MillmAdvance) (void *arg, int64_t delta, bool is_fetched);
+
 /*
  * Bring one file into the sink, verified: size, commit and hash.  Resumes, retries (3 attempts without progress), fetches once more
- * after a wrong hash.  advance(arg, delta) reports bytes, negative when some must be fetched again.
+ * after a wrong hash.
  */
 extern MillmCode millm_hub_fetch(MillmHttp *http, const MillmRepo *repo, const MillmHubFile *file, MillmSink *sink,
-								 void (*advance) (void *arg, int64_t delta), void *arg, MillmError *err);
+								 MillmAdvance advance, void *arg, MillmError *err);
 
 #endif

@@ -232,7 +232,8 @@ typedef struct Meter
 {
 	MillmReport report;
 	void	   *arg;
-	MillmProgress progress;
+	MillmProgress progress;		/* as last reported: its bytes never go back */
+	int64_t		bytes;			/* as it is: what was wrong is taken back */
 	int64_t		last_ms;
 	int64_t		window_ms, window_bytes;	/* where the speed's measurement began */
 	int64_t		fetched;		/* bytes that came over the network */
@@ -262,18 +263,21 @@ report(Meter *m, bool now)
 		m->window_ms = t;
 		m->window_bytes = m->fetched;
 	}
+	if (m->bytes > m->progress.bytes)
+		m->progress.bytes = m->bytes;
 	m->last_ms = t;
 	m->report(m->arg, &m->progress);
 }
 
 static void
-advance(void *arg, int64_t delta)
+advance(void *arg, int64_t delta, bool is_fetched)
 {
 	Meter	   *m = arg;
 
-	m->progress.bytes += delta;
-	if (delta > 0)
+	m->bytes += delta;
+	if (is_fetched)
 		m->fetched += delta;
+	m->progress.stage = is_fetched ? "downloading" : "verifying";
 	report(m, false);
 }
 
@@ -337,7 +341,7 @@ fetch_all(Plan *p, MillmStore *store, Meter *m, atomic_bool *stop, MillmError *e
 		report(m, i == 0);
 		if (millm_store_is_proved(store, f, stop))
 		{
-			m->progress.bytes += f->size;	/* an earlier attempt's, or another installation's of the same model */
+			advance(m, f->size, false);	/* an earlier attempt's, or another installation's of the same model */
 			continue;
 		}
 		if ((rc = millm_hub_fetch(p->http, p->repo, f, millm_store_sink(store), advance, m, err)) != MILLM_OK)

@@ -244,7 +244,7 @@ sink_begin(void *arg, const MillmHubFile *file, int64_t *have, MillmError *err)
 }
 
 static MillmCode
-sink_replay(void *arg, void (*see) (void *see_arg, const void *data, size_t len), void *see_arg, MillmError *err)
+sink_replay(void *arg, bool (*see) (void *see_arg, const void *data, size_t len), void *see_arg, MillmError *err)
 {
 	MillmStore *s = arg;
 	char	   *buf = malloc(1 << 20);
@@ -258,11 +258,12 @@ sink_replay(void *arg, void (*see) (void *see_arg, const void *data, size_t len)
 
 		if (n <= 0)
 			break;
-		see(see_arg, buf, (size_t) n);
 		at += n;
+		if (!see(see_arg, buf, (size_t) n))
+			break;
 	}
 	free(buf);
-	if (lseek(s->fd, at, SEEK_SET) < 0 || ftruncate(s->fd, at) != 0)
+	if (lseek(s->fd, at, SEEK_SET) < 0)
 		return disk_error(err, "read", s->file->path);
 	return MILLM_OK;
 }
@@ -285,6 +286,14 @@ sink_write(void *arg, const void *data, size_t len, MillmError *err)
 		len -= (size_t) n;
 	}
 	return MILLM_OK;
+}
+
+static MillmCode
+sink_checkpoint(void *arg, MillmError *err)
+{
+	MillmStore *s = arg;
+
+	return fdatasync(s->fd) != 0 ? disk_error(err, "sync", s->file->path) : MILLM_OK;
 }
 
 static MillmCode
@@ -324,7 +333,7 @@ sink_finish(void *arg, MillmError *err)
 MillmSink *
 millm_store_sink(MillmStore *s)
 {
-	s->sink = (MillmSink) {s, sink_begin, sink_replay, sink_write, sink_discard, sink_finish, sink_abandon};
+	s->sink = (MillmSink) {s, sink_begin, sink_replay, sink_write, sink_checkpoint, sink_discard, sink_finish, sink_abandon};
 	return &s->sink;
 }
 

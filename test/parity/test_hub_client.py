@@ -140,6 +140,7 @@ def test_unknown_revision(hub, tmp_path):
 FAULTS = [
     ({"where": "cdn", "kind": "truncate", "after": 300_000, "times": 2}, True),
     ({"where": "cdn", "kind": "truncate", "after": 0}, "MODEL_DOWNLOAD_FAILED"),
+    ({"where": "cdn", "kind": "truncate", "after": 1000}, "MODEL_DOWNLOAD_FAILED"),
     ({"where": "cdn", "kind": "reset", "after": 300_000, "times": 1}, True),
     ({"where": "cdn", "kind": "ignore_range"}, True),
     ({"where": "cdn", "kind": "wrong_bytes", "times": 1}, True),
@@ -317,6 +318,32 @@ def test_lost_connection_keeps_what_came(hub, tmp_path, serve):
     assert serve("download", **job(hub, tmp_path, SMOL)).result()["disk_bytes"] > 200_000_000
     same_files(tmp_path, SMOL)
     assert any(r["range"] for r in hub.log if r["port"] == "cdn")
+
+
+def test_progress_never_goes_back(hub, tmp_path, serve):
+    """Neither when the content was wrong and comes again, nor when kept bytes turn out to be too many."""
+    from engine_client import PROGRESS
+
+    d = model_dir(tmp_path, SMOL)
+    faults(hub, {"repo": SMOL, "where": "cdn", "kind": "wrong_bytes", "times": 1, "bytes_per_second": 150_000_000})
+    for _ in range(2):
+        c = serve("download", **job(hub, tmp_path, SMOL))
+        seen, result = [], None
+        for kind, frame in c.frames():
+            if kind == PROGRESS:
+                seen.append(frame)
+            else:
+                result = frame
+        numbers = [f["bytes"] for f in seen]
+        assert numbers == sorted(numbers) and numbers[0] >= 0 and numbers[-1] <= result["disk_bytes"]
+        assert {f["total_bytes"] for f in seen if f["stage"] == "downloading"} <= {result["disk_bytes"]}
+        same_files(tmp_path, SMOL)
+        # again, with a partial that is longer than the file
+        whole = d / "model.safetensors"
+        sha = hashlib.sha256(whole.read_bytes()).hexdigest()
+        with open(whole, "ab") as f:
+            f.write(b"x" * 4096)
+        whole.rename(d / f".partial-{sha[:16]}-model.safetensors")
 
 
 OTHER = "99999999-89ab-cdef-0123-456789abcdef"
