@@ -9,6 +9,7 @@ package MillmTest;
 
 use strict;
 use warnings;
+use Cwd qw(abs_path);
 use Exporter 'import';
 use File::Spec::Functions qw(rel2abs);
 use PostgreSQL::Test::Cluster;
