@@ -21,6 +21,9 @@
 #define INLINE static inline __attribute__((always_inline))
 /* How far ahead of the reading weights are asked for: measured best, see kernel_bench. */
 #define PREFETCH_BYTES 4096
+#define COLUMN_PREFETCH_ROWS 16
+/* Outputs whose sums stream_columns() keeps: 4 KiB. */
+#define STREAM_COLUMNS 1024
 /* From this many tokens on the bfloat16 form pays. */
 #define MIN_BF16_TOKENS 8
 
@@ -56,7 +59,7 @@ finish(const MillmMatmul *m, int64_t t, int64_t o, float sum)
 
 /* ---- float32 form ---- */
 
-/* n_rows x n_tokens dot products: at most 2 x 3, whose 24 sums fit the registers. */
+/* n_rows x n_tokens dot products: at most 2 x 3, whose 24 vectors of sums fit the registers. */
 INLINE void
 dot_tile(const MillmMatmul *m, int64_t t, int n_tokens, int64_t o, int n_rows, MillmDtype dtype, bool prefetch)
 {
@@ -146,33 +149,33 @@ matmul_rows(const MillmMatmul *m, int64_t begin, int64_t end, MillmDtype dtype)
 	}
 }
 
-/* n_vectors * 16 outputs of n_tokens tokens, the last vector masked: each weight row's piece is read once. */
+/* n_vectors * 16 outputs of n_tokens tokens, at most 16 sums, the last vector masked: each weight row's piece is read once. */
 INLINE void
 column_tile(const MillmMatmul *m, int64_t t, int n_tokens, int64_t o, int n_vectors, __mmask16 last, MillmDtype dtype)
 {
 	const int	bytes = dtype == MILLM_F32 ? 4 : 2;
 	const int64_t row_bytes = m->w->stride * bytes;
 	const char *w = m->w->data;
-	const float *x[4];
-	__m512		acc[4][4];
+	const char *x = (const char *) m->x + t * m->x_stride;
+	__m512		acc[16];		/* [n_tokens][n_vectors] */
 
-	for (int j = 0; j < n_tokens; j++)
+	for (int i = 0; i < n_tokens * n_vectors; i++)
+		acc[i] = _mm512_setzero_ps();
+	for (int64_t i = 0; i < m->w->n_in; i++, w += row_bytes, x += sizeof(float))
 	{
-		x[j] = (const float *) ((const char *) m->x + (t + j) * m->x_stride);
-		for (int u = 0; u < n_vectors; u++)
-			acc[j][u] = _mm512_setzero_ps();
-	}
-	for (int64_t i = 0; i < m->w->n_in; i++, w += row_bytes)
-	{
+		__m512		xi[4];
+
+		for (int j = 0; j < n_tokens; j++)
+			xi[j] = _mm512_set1_ps(*(const float *) (x + j * m->x_stride));
 		if (t == 0)
 			for (int line = 0; line < n_vectors * 16 * bytes; line += 64)
-				_mm_prefetch(w + o * bytes + line + 16 * row_bytes, _MM_HINT_T0);
+				_mm_prefetch(w + o * bytes + line + COLUMN_PREFETCH_ROWS * row_bytes, _MM_HINT_T0);
 		for (int u = 0; u < n_vectors; u++)
 		{
 			__m512		v = load_16(w, o + 16 * u, dtype, u == n_vectors - 1 ? last : 0xFFFF);
 
 			for (int j = 0; j < n_tokens; j++)
-				acc[j][u] = _mm512_fmadd_ps(_mm512_set1_ps(x[j][i]), v, acc[j][u]);
+				acc[j * n_vectors + u] = _mm512_fmadd_ps(xi[j], v, acc[j * n_vectors + u]);
 		}
 	}
 	for (int j = 0; j < n_tokens; j++)
@@ -180,7 +183,7 @@ column_tile(const MillmMatmul *m, int64_t t, int n_tokens, int64_t o, int n_vect
 		{
 			__mmask16	mask = u == n_vectors - 1 ? last : 0xFFFF;
 			float	   *y = m->y + (t + j) * m->y_stride + o + 16 * u;
-			__m512		sum = acc[j][u];
+			__m512		sum = acc[j * n_vectors + u];
 
 			if (m->bias)
 				sum = _mm512_add_ps(sum, _mm512_maskz_loadu_ps(mask, m->bias + o + 16 * u));
@@ -201,12 +204,59 @@ columns_of_tokens(const MillmMatmul *m, int64_t o, int n_vectors, __mmask16 last
 		column_tile(m, t, 1, o, n_vectors, last, dtype);
 }
 
+/*
+ * One token: the rows are read whole, so that memory sees long streams, and the sums wait in the L1 cache.
+ * Eight rows at a time, to touch each sum less often.
+ */
+INLINE void
+stream_columns(const MillmMatmul *m, int64_t o, int n, MillmDtype dtype)
+{
+	const int	bytes = dtype == MILLM_F32 ? 4 : 2;
+	const int64_t n_in = m->w->n_in;
+	const int64_t row_bytes = m->w->stride * bytes;
+	const float *x = m->x;
+	_Alignas(64) float acc[STREAM_COLUMNS];
+
+	for (int u = 0; u < n; u += 16)
+		_mm512_store_ps(acc + u, _mm512_setzero_ps());
+	for (int64_t i = 0; i < n_in; i += 8)
+	{
+		const char *w = (const char *) m->w->data + i * row_bytes + o * bytes;
+		int			n_rows = (int) (n_in - i < 8 ? n_in - i : 8);
+
+		for (int u = 0; u < n; u += 16)
+		{
+			__mmask16	mask = first_lanes(n - u);
+			__m512		sum = _mm512_load_ps(acc + u);
+
+			if (n_rows == 8)
+				for (int r = 0; r < 8; r++)
+				{
+					_mm_prefetch(w + (r + 8) * row_bytes + u * bytes, _MM_HINT_T0);
+					sum = _mm512_fmadd_ps(_mm512_set1_ps(x[i + r]), load_16(w + r * row_bytes, u, dtype, mask), sum);
+				}
+			else
+				for (int r = 0; r < n_rows; r++)
+					sum = _mm512_fmadd_ps(_mm512_set1_ps(x[i + r]), load_16(w + r * row_bytes, u, dtype, mask), sum);
+			_mm512_store_ps(acc + u, sum);
+		}
+	}
+	for (int u = 0; u < n; u++)
+		finish(m, 0, o + u, acc[u]);
+}
+
 /* w [n_in, n_out]: every output is one sum over n_in, in order, fused. */
 INLINE void
 matmul_columns(const MillmMatmul *m, int64_t begin, int64_t end, MillmDtype dtype)
 {
 	int64_t		o = begin;
 
+	if (m->n_tokens == 1)
+	{
+		for (; o < end; o += STREAM_COLUMNS)
+			stream_columns(m, o, (int) (end - o < STREAM_COLUMNS ? end - o : STREAM_COLUMNS), dtype);
+		return;
+	}
 	for (; o + 64 <= end; o += 64)
 		columns_of_tokens(m, o, 4, 0xFFFF, dtype);
 	for (; o < end; o += 16)
@@ -255,6 +305,24 @@ sum_of_4(__m512 a, __m512 b, __m512 c, __m512 d)
 	return _mm512_castps512_ps128(_mm512_maskz_compress_ps(0x1111, abcd));
 }
 
+INLINE float
+sum_of_1(__m512 a)				/* the same bits as among four */
+{
+	return _mm_cvtss_f32(sum_of_4(a, a, a, a));
+}
+
+INLINE void
+finish_4(const MillmMatmul *m, int64_t t, int64_t o, __m128 sums)	/* outputs o .. o + 3 */
+{
+	float	   *y = m->y + t * m->y_stride + o;
+
+	if (m->bias)
+		sums = _mm_add_ps(sums, _mm_loadu_ps(m->bias + o));
+	if (m->accumulate)
+		sums = _mm_add_ps(_mm_loadu_ps(y), sums);
+	_mm_storeu_ps(y, sums);
+}
+
 /* 4 rows x n_tokens, at most 6. */
 INLINE void
 bf16_tile(const MillmMatmul *m, int64_t t, int n_tokens, int64_t o, bool prefetch)
@@ -290,16 +358,7 @@ bf16_tile(const MillmMatmul *m, int64_t t, int n_tokens, int64_t o, bool prefetc
 		}
 	}
 	for (int j = 0; j < n_tokens; j++)
-	{
-		float	   *y = m->y + (t + j) * m->y_stride + o;
-		__m128		sum = sum_of_4(acc[j][0], acc[j][1], acc[j][2], acc[j][3]);
-
-		if (m->bias)
-			sum = _mm_add_ps(sum, _mm_loadu_ps(m->bias + o));
-		if (m->accumulate)
-			sum = _mm_add_ps(_mm_loadu_ps(y), sum);
-		_mm_storeu_ps(y, sum);
-	}
+		finish_4(m, t + j, o, sum_of_4(acc[j][0], acc[j][1], acc[j][2], acc[j][3]));
 }
 
 /* One row, one token, in the same order. */
@@ -317,7 +376,7 @@ bf16_dot(const MillmMatmul *m, int64_t t, int64_t o)
 
 		acc = _mm512_dpbf16_ps(acc, (__m512bh) _mm512_maskz_loadu_epi16(mask, w + i * 2), (__m512bh) _mm512_load_si512(x + i * 2));
 	}
-	finish(m, t, o, _mm_cvtss_f32(sum_of_4(acc, acc, acc, acc)));
+	finish(m, t, o, sum_of_1(acc));
 }
 
 INLINE void
