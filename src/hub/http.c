@@ -24,7 +24,17 @@ struct MillmHttp
 	char	   *authorization;	/* "Authorization: Bearer ...", or NULL */
 	CURL	   *curl;
 	atomic_bool *stop;
+	int64_t		deadline_ms;	/* of now_ms(); 0: none */
 };
+
+static int64_t
+now_ms(void)
+{
+	struct timespec ts;
+
+	clock_gettime(CLOCK_MONOTONIC, &ts);
+	return ts.tv_sec * 1000 + ts.tv_nsec / 1000000;
+}
 
 /* One hop in flight. */
 typedef struct Hop
@@ -34,6 +44,8 @@ typedef struct Hop
 	MillmReply *reply;
 	char		location[MAX_URL];
 	bool		etag_is_linked;
+	bool		is_overlong;	/* a URL did not fit: cut, it would be another one */
+	int64_t		limit_left, limit_reset_s;	/* RateLimit */
 	bool		refused;		/* take() said no */
 } Hop;
 
@@ -44,19 +56,22 @@ millm_http_open(const char *endpoint, const char *token, atomic_bool *stop, Mill
 
 	if (strncmp(endpoint, "https://", 8) != 0 && strncmp(endpoint, "http://", 7) != 0)
 		return millm_fail(err, MILLM_E_INVALID_ARGUMENT, "endpoint \"%.200s\" is not an http or https URL", endpoint);
-	if (token && strpbrk(token, " \t\r\n"))
-	{
-		millm_fail(err, MILLM_E_INVALID_HF_TOKEN, "the access token contains white space");
-		millm_hint(err, "Check how it was copied.");
-		return MILLM_E_INVALID_HF_TOKEN;
-	}
+	for (const char *p = token ? token : ""; *p; p++)
+		if (*p <= ' ' || *p > '~')
+		{
+			millm_fail(err, MILLM_E_INVALID_HF_TOKEN, "the access token contains white space, or a character that no token has");
+			millm_hint(err, "Check how it was copied.");
+			return MILLM_E_INVALID_HF_TOKEN;
+		}
 	h = calloc(1, sizeof(*h));
 	if (!h || !(h->endpoint = strdup(endpoint)) || !(h->curl = curl_easy_init()) ||
-		(token && asprintf(&h->authorization, "Authorization: Bearer %s", token) < 0))
+		(token && token[0] && asprintf(&h->authorization, "Authorization: Bearer %s", token) < 0))
 	{
 		millm_http_close(h);
 		return millm_fail(err, MILLM_E_INSUFFICIENT_MEMORY, "out of memory");
 	}
+	for (size_t n = strlen(h->endpoint); n > 0 && h->endpoint[n - 1] == '/'; n--)
+		h->endpoint[n - 1] = '\0';
 	h->stop = stop;
 	*out = h;
 	return MILLM_OK;
@@ -85,6 +100,12 @@ bool
 millm_http_has_token(const MillmHttp *h)
 {
 	return h->authorization != NULL;
+}
+
+void
+millm_http_set_deadline(MillmHttp *h, int ms)
+{
+	h->deadline_ms = now_ms() + ms;
 }
 
 bool
@@ -190,10 +211,41 @@ is_header(const char *line, const char *name, const char **value, size_t *n, con
 	return true;
 }
 
+/* A text for people, cut to what fits; a terminal or a log must not obey it. */
 static void
-copy(char *dst, size_t size, const char *value, size_t n)
+copy_text(char *dst, size_t size, const char *value, size_t n)
 {
-	snprintf(dst, size, "%.*s", (int) (n < size ? n : size - 1), value);
+	size_t		i = 0;
+
+	for (; i < n && i < size - 1; i++)
+		dst[i] = value[i] >= ' ' && value[i] <= '~' ? value[i] : '?';
+	dst[i] = '\0';
+}
+
+static void
+copy_url(Hop *hop, char *dst, size_t size, const char *value, size_t n)
+{
+	hop->is_overlong |= n >= size;
+	snprintf(dst, size, "%.*s", (int) (n < size ? n : 0), value);
+}
+
+/* "api";r=0;t=172: so many requests are left, and in so many seconds there are more */
+static void
+parse_rate_limit(Hop *hop, const char *value, size_t n)
+{
+	const char *end = value + n;
+
+	for (const char *p = memchr(value, ';', n); p && p + 3 < end; p = memchr(p + 1, ';', (size_t) (end - p - 1)))
+	{
+		size_t		digits = 0;
+
+		while (p + 3 + digits < end && p[3 + digits] >= '0' && p[3 + digits] <= '9')
+			digits++;
+		if (p[2] == '=' && p[1] == 'r')
+			hop->limit_left = parse_number(p + 3, digits);
+		else if (p[2] == '=' && p[1] == 't')
+			hop->limit_reset_s = parse_number(p + 3, digits);
+	}
 }
 
 static size_t
@@ -208,7 +260,7 @@ on_header(char *line, size_t one, size_t len, void *arg)
 	if (is_header(line, "x-repo-commit", &v, &n, end))
 	{
 		if (n == 40 && all_hex(v, n))
-			copy(r->commit, sizeof(r->commit), v, n);
+			copy_text(r->commit, sizeof(r->commit), v, n);
 	}
 	else if (is_header(line, "x-linked-etag", &v, &n, end))
 	{
@@ -228,21 +280,23 @@ on_header(char *line, size_t one, size_t len, void *arg)
 	else if (is_header(line, "content-range", &v, &n, end))
 		parse_content_range(r, v, n);
 	else if (is_header(line, "x-error-code", &v, &n, end))
-		copy(r->error_code, sizeof(r->error_code), v, n);
+		copy_text(r->error_code, sizeof(r->error_code), v, n);
 	else if (is_header(line, "x-error-message", &v, &n, end))
-		copy(r->error_message, sizeof(r->error_message), v, n);
+		copy_text(r->error_message, sizeof(r->error_message), v, n);
 	else if (is_header(line, "x-request-id", &v, &n, end))
-		copy(r->request_id, sizeof(r->request_id), v, n);
+		copy_text(r->request_id, sizeof(r->request_id), v, n);
 	else if (is_header(line, "retry-after", &v, &n, end))
 		r->retry_after = (int) parse_number(v, n < 6 ? n : 0);
+	else if (is_header(line, "ratelimit", &v, &n, end))
+		parse_rate_limit(hop, v, n);
 	else if (is_header(line, "location", &v, &n, end))
-		copy(hop->location, sizeof(hop->location), v, n);
+		copy_url(hop, hop->location, sizeof(hop->location), v, n);
 	else if (is_header(line, "link", &v, &n, end))
 	{
 		const char *close = memchr(v, '>', n);
 
 		if (n > 2 && v[0] == '<' && close && memmem(close, (size_t) (v + n - close), "rel=\"next\"", 10))
-			copy(r->next, sizeof(r->next), v + 1, (size_t) (close - v - 1));
+			copy_url(hop, r->next, sizeof(r->next), v + 1, (size_t) (close - v - 1));
 	}
 	return len;
 }
@@ -341,13 +395,30 @@ do_hop(Hop *hop, const char *url, int timeout_ms, MillmError *err)
 	CURLcode	code;
 	long		status = 0;
 
+	if (h->deadline_ms)
+	{
+		int64_t		left = h->deadline_ms - now_ms();
+
+		if (left <= 0)
+		{
+			hop->reply->retryable = true;
+			return hop_failed(hop, CURLE_OPERATION_TIMEDOUT, "", err);
+		}
+		if (timeout_ms <= 0 || left < timeout_ms)
+			timeout_ms = (int) left;
+	}
 	curl_easy_reset(c);
 	curl_easy_setopt(c, CURLOPT_URL, url);
 	curl_easy_setopt(c, CURLOPT_NOSIGNAL, 1L);
 	curl_easy_setopt(c, CURLOPT_USERAGENT, "millm/" MILLM_VERSION);
 	/* never leave https once there */
 #if LIBCURL_VERSION_NUM >= 0x075500
+#if LIBCURL_VERSION_NUM >= 0x075500
 	curl_easy_setopt(c, CURLOPT_PROTOCOLS_STR, https ? "https" : "http,https");
+#else
+	curl_easy_setopt(c, CURLOPT_PROTOCOLS, (long) (https ? CURLPROTO_HTTPS : CURLPROTO_HTTP | CURLPROTO_HTTPS));
+#endif
+	curl_easy_setopt(c, CURLOPT_SUPPRESS_CONNECT_HEADERS, 1L);	/* a proxy's are not the hub's */
 #else
 	curl_easy_setopt(c, CURLOPT_PROTOCOLS, (long) (https ? CURLPROTO_HTTPS : CURLPROTO_HTTP | CURLPROTO_HTTPS));
 #endif
@@ -382,6 +453,11 @@ do_hop(Hop *hop, const char *url, int timeout_ms, MillmError *err)
 	curl_slist_free_all(headers);
 	curl_easy_getinfo(c, CURLINFO_RESPONSE_CODE, &status);
 	hop->reply->status = (int) status;
+	if (hop->is_overlong)
+	{
+		millm_fail(err, MILLM_E_MODEL_DOWNLOAD_FAILED, "the hub answered with a URL that is too long");
+		return MILLM_E_MODEL_DOWNLOAD_FAILED;
+	}
 	if (code == CURLE_OK)
 		return MILLM_OK;
 	if (hop->refused)
@@ -409,7 +485,8 @@ millm_http_do(MillmHttp *h, const MillmRequest *request, MillmReply *reply, Mill
 		reply->linked_size = reply->length = reply->range_start = reply->range_total = reply->retry_after = -1;
 		reply->foreign = !is_own(h, url);
 		hop.location[0] = '\0';
-		hop.etag_is_linked = false;
+		hop.etag_is_linked = hop.is_overlong = false;
+		hop.limit_left = hop.limit_reset_s = -1;
 		if ((rc = do_hop(&hop, url, request->timeout_ms, err)) != MILLM_OK)
 			return rc;
 		/* what an earlier hop said of the file stays true */
@@ -419,6 +496,8 @@ millm_http_do(MillmHttp *h, const MillmRequest *request, MillmReply *reply, Mill
 			memcpy(reply->etag, etag, sizeof(etag));
 		if (reply->linked_size < 0)
 			reply->linked_size = linked_size;
+		if (reply->status == 429 && reply->retry_after < 0 && hop.limit_left == 0 && hop.limit_reset_s >= 0)
+			reply->retry_after = hop.limit_reset_s < 3600 ? (int) hop.limit_reset_s + 1 : 3600;
 		if (reply->status < 300 || reply->status >= 400 || !hop.location[0])
 			return MILLM_OK;
 		if (!resolve_location(url, hop.location, next))

@@ -17,7 +17,7 @@
 typedef struct MillmHttp MillmHttp;
 
 /*
- * endpoint: "https://huggingface.co" (no slash at the end); token: NULL for none.  Both are copied.  *stop, which may become
+ * endpoint: "https://huggingface.co" (a slash at the end is dropped); token: NULL or "" for none.  Both are copied.  *stop, which may become
  * true at any time from any thread, ends a request within a second.  INVALID_ARGUMENT for an endpoint that is no http(s) URL.
  */
 extern MillmCode millm_http_open(const char *endpoint, const char *token, atomic_bool *stop, MillmHttp **out, MillmError *err);
@@ -25,8 +25,10 @@ extern void millm_http_close(MillmHttp *http);	/* NULL is fine; the token's memo
 extern const char *millm_http_endpoint(const MillmHttp *http);
 extern bool millm_http_has_token(const MillmHttp *http);
 extern bool millm_http_is_stopped(const MillmHttp *http);
+/* From now on all requests together have so long; what is not done by then fails as a timeout does. */
+extern void millm_http_set_deadline(MillmHttp *http, int ms);
 
-/* What an answer said.  Strings are "" and numbers -1 where it said nothing. */
+/* What an answer said.  Strings are "" and numbers -1 where it said nothing.  Texts are printable ASCII. */
 typedef struct MillmReply
 {
 	int			status;
@@ -39,7 +41,7 @@ typedef struct MillmReply
 	char		error_message[256];
 	char		request_id[96];
 	char		next[2048];		/* Link: rel="next" */
-	int			retry_after;	/* seconds */
+	int			retry_after;	/* seconds: Retry-After, or the reset of a spent RateLimit */
 	bool		foreign;		/* the last hop is another host's: its errors are not the hub's */
 	bool		retryable;		/* of a failed request: worth another attempt */
 } MillmReply;

@@ -147,11 +147,7 @@ millm_hub_error(MillmHttp *http, const char *repo_id, const char *what, const Mi
 	if (r->foreign)
 		goto failed;			/* a CDN's refusal says nothing about the repository */
 	if (strcmp(r->error_code, "RevisionNotFound") == 0)
-	{
-		millm_fail(err, MILLM_E_REPO_NOT_FOUND, "repository \"%s\" has no such revision", repo_id);
-		millm_detail(err, "%s", r->error_message);
-		return MILLM_E_REPO_NOT_FOUND;
-	}
+		return millm_fail(err, MILLM_E_REPO_NOT_FOUND, "repository \"%s\" has no such revision", repo_id);
 	if (strcmp(r->error_code, "EntryNotFound") == 0)
 	{
 		millm_fail(err, MILLM_E_MODEL_DOWNLOAD_FAILED, "repository \"%s\" has no file \"%s\"", repo_id, what);
@@ -241,7 +237,8 @@ get_whole(MillmHttp *http, const char *repo_id, const char *url, const char *wha
 
 		*body = (Body) {.max = max};
 		rc = millm_http_do(http, &request, reply, err);
-		again = rc == MILLM_OK ? is_retryable_status(reply->status) : rc == MILLM_E_HUB_UNAVAILABLE && reply->retryable;
+		/* a file host's 403 is an expired signature: the next attempt gets a new one */
+		again = rc == MILLM_OK ? is_retryable_status(reply->status) || (reply->foreign && reply->status == 403) : rc == MILLM_E_HUB_UNAVAILABLE && reply->retryable;
 		if (!again || attempt >= patience.attempts)
 			break;
 		free(body->data);
@@ -265,25 +262,12 @@ get_whole(MillmHttp *http, const char *repo_id, const char *url, const char *wha
 }
 
 static MillmCode
-not_a_hub(MillmHttp *http, const char *what, MillmError *err)
+not_a_hub(const char *what, MillmError *err)
 {
-	millm_fail(err, MILLM_E_MODEL_DOWNLOAD_FAILED, "%s does not look like a HuggingFace Hub", millm_http_endpoint(http));
-	millm_detail(err, "Its answer to %s makes no sense.", what);
+	millm_fail(err, MILLM_E_MODEL_DOWNLOAD_FAILED, "the endpoint does not look like a HuggingFace Hub");
+	millm_detail(err, "Its answer for %s makes no sense.", what);
 	millm_hint(err, "Check millm.hf_endpoint, and whether a proxy or a log-in page stands in between.");
 	return MILLM_E_MODEL_DOWNLOAD_FAILED;
-}
-
-static MillmCode
-get_json(MillmHttp *http, const char *repo_id, const char *url, const char *what, MillmPatience patience, MillmReply *reply, json_t **out, MillmError *err)
-{
-	Body		body;
-	MillmCode	rc = get_whole(http, repo_id, url, what, MAX_JSON_BYTES, patience, &body, reply, err);
-
-	if (rc != MILLM_OK)
-		return rc;
-	*out = json_loadb(body.data ? body.data : "", body.len, 0, NULL);
-	free(body.data);
-	return *out ? MILLM_OK : not_a_hub(http, what, err);
 }
 
 /* --- A repository ------------------------------------------------------------------------------------- */
@@ -297,13 +281,21 @@ millm_repo_free(MillmRepo *repo)
 	free(repo);
 }
 
+static int
+by_path(const void *a, const void *b)
+{
+	return strcmp(((const MillmHubFile *) a)->path, ((const MillmHubFile *) b)->path);
+}
+
 const MillmHubFile *
 millm_repo_find(const MillmRepo *repo, const char *path)
 {
-	for (size_t i = 0; i < repo->n_files; i++)
-		if (strcmp(repo->files[i].path, path) == 0)
-			return &repo->files[i];
-	return NULL;
+	MillmHubFile key;
+
+	if (repo->n_files == 0 || strlen(path) > MILLM_HUB_MAX_PATH)
+		return NULL;
+	snprintf(key.path, sizeof(key.path), "%s", path);
+	return bsearch(&key, repo->files, repo->n_files, sizeof(key), by_path);
 }
 
 static bool
@@ -314,37 +306,48 @@ is_hash(const char *s)
 	return (n == 40 || n == 64) && strspn(s, "0123456789abcdef") == n;
 }
 
-static MillmCode
-read_info(MillmHttp *http, MillmRepo *repo, const char *revision, MillmPatience patience, MillmError *err)
+static const char *
+text_of(json_t *object, const char *key)
 {
-	char	   *rev = millm_url_encode(revision, false), *url = NULL;
-	json_t	   *info = NULL, *v;
-	const char *s;
-	MillmReply	reply;
-	MillmCode	rc;
+	return json_string_value(json_object_get(object, key));
+}
 
-	if (!rev || asprintf(&url, "/api/models/%s/revision/%s", repo->id, rev) < 0)
-	{
-		free(rev);
-		return millm_fail(err, MILLM_E_INSUFFICIENT_MEMORY, "out of memory");
-	}
-	rc = get_json(http, repo->id, url, "the model's info", patience, &reply, &info, err);
-	free(rev);
-	free(url);
-	if (rc != MILLM_OK)
-		return rc;
-	s = json_string_value(json_object_get(info, "sha"));
-	if (!s || strlen(s) != 40 || !is_hash(s))
+/* cardData.license, a string or a list; "other" goes with a name.  Else the tag that says the same. */
+static void
+read_license(MillmRepo *repo, json_t *info)
+{
+	json_t	   *card = json_object_get(info, "cardData"), *v = json_object_get(card, "license"), *tag;
+	const char *s = json_string_value(json_is_array(v) ? json_array_get(v, 0) : v);
+	size_t		i;
+
+	if (s && strcmp(s, "other") == 0 && text_of(card, "license_name"))
+		s = text_of(card, "license_name");
+	if (!s)
+		json_array_foreach(json_object_get(info, "tags"), i, tag)
+			if (json_is_string(tag) && strncmp(json_string_value(tag), "license:", 8) == 0)
+				s = json_string_value(tag) + 8;
+	/* longer than any licence's name is nonsense, and a cut could leave half a character */
+	if (s && strlen(s) < sizeof(repo->license))
+		snprintf(repo->license, sizeof(repo->license), "%s", s);
+}
+
+MillmCode
+millm_repo_read_info(MillmRepo *repo, const char *text, size_t len, MillmError *err)
+{
+	json_t	   *info = json_loadb(text, len, 0, NULL), *v;
+	const char *id = text_of(info, "id"), *sha = text_of(info, "sha");
+	MillmCode	rc = MILLM_OK;
+
+	if (!id || millm_repo_id_check(id, NULL) != MILLM_OK || !is_hash(sha) || strlen(sha) != 40)
 	{
 		json_decref(info);
-		return not_a_hub(http, "the model's info", err);
+		return not_a_hub("the model's info", err);
 	}
-	snprintf(repo->commit, sizeof(repo->commit), "%s", s);
+	snprintf(repo->id, sizeof(repo->id), "%s", id);
+	snprintf(repo->commit, sizeof(repo->commit), "%s", sha);
 	v = json_object_get(info, "gated");
 	repo->gated = v && !json_is_false(v) && !json_is_null(v);
-	v = json_object_get(json_object_get(info, "cardData"), "license");
-	s = json_string_value(json_is_array(v) ? json_array_get(v, 0) : v);
-	snprintf(repo->license, sizeof(repo->license), "%s", s ? s : "");
+	read_license(repo, info);
 	v = json_object_get(json_object_get(info, "safetensors"), "total");
 	repo->params = json_is_integer(v) && json_integer_value(v) > 0 ? json_integer_value(v) : -1;
 	if (json_is_true(json_object_get(info, "disabled")))
@@ -353,48 +356,91 @@ read_info(MillmHttp *http, MillmRepo *repo, const char *revision, MillmPatience 
 	return rc;
 }
 
-/* One page of the tree.  Unsafe names are left out: such a file cannot be one that a model needs. */
-static MillmCode
-read_page(MillmHttp *http, MillmRepo *repo, json_t *page, MillmError *err)
+/* One entry of the tree; false when it is no file that could be ours. */
+static bool
+read_entry(json_t *e, MillmHubFile *f)
 {
-	json_t	   *e;
-	size_t		i;
+	const char *type = text_of(e, "type"), *path = text_of(e, "path");
+	json_t	   *size = json_object_get(e, "size"), *lfs = json_object_get(e, "lfs");
+	/* beside "lfs", "oid" is the hash of git's pointer, not of the content */
+	const char *hash = text_of(lfs ? lfs : e, "oid");
+
+	if (!type || strcmp(type, "file") != 0 || !path || !is_safe_path(path) || !json_is_integer(size) || json_integer_value(size) < 0)
+		return false;
+	memset(f, 0, sizeof(*f));
+	snprintf(f->path, sizeof(f->path), "%s", path);
+	f->size = json_integer_value(size);
+	if (is_hash(hash))
+		snprintf(f->hash, sizeof(f->hash), "%s", hash);
+	return true;
+}
+
+MillmCode
+millm_repo_read_page(MillmRepo *repo, const char *text, size_t len, MillmError *err)
+{
+	json_t	   *page = json_loadb(text, len, 0, NULL), *e;
+	size_t		i, n = json_array_size(page);
+	MillmHubFile *grown;
 
 	if (!json_is_array(page))
-		return not_a_hub(http, "the list of files", err);
-	json_array_foreach(page, i, e)
 	{
-		const char *type = json_string_value(json_object_get(e, "type"));
-		const char *path = json_string_value(json_object_get(e, "path"));
-		json_t	   *size = json_object_get(e, "size");
-		json_t	   *lfs = json_object_get(e, "lfs");
-		const char *hash = json_string_value(lfs ? json_object_get(lfs, "oid") : json_object_get(e, "oid"));
-		MillmHubFile *f;
-
-		if (!type || strcmp(type, "file") != 0 || !path || !is_safe_path(path) || !json_is_integer(size) || json_integer_value(size) < 0)
-			continue;
-		if (repo->n_files == MILLM_HUB_MAX_FILES)
-		{
-			millm_fail(err, MILLM_E_MODEL_DOWNLOAD_FAILED, "repository \"%s\" has too many files", repo->id);
-			millm_detail(err, "More than %d.", MILLM_HUB_MAX_FILES);
-			return MILLM_E_MODEL_DOWNLOAD_FAILED;
-		}
-		f = realloc(repo->files, (repo->n_files + 1) * sizeof(*f));
-		if (!f)
-			return millm_fail(err, MILLM_E_INSUFFICIENT_MEMORY, "out of memory");
-		repo->files = f;
-		f += repo->n_files++;
-		memset(f, 0, sizeof(*f));
-		snprintf(f->path, sizeof(f->path), "%s", path);
-		f->size = json_integer_value(size);
-		if (is_hash(hash))
-			snprintf(f->hash, sizeof(f->hash), "%s", hash);
+		json_decref(page);
+		return not_a_hub("the list of files", err);
 	}
+	if (n > MILLM_HUB_MAX_FILES - repo->n_files)
+	{
+		json_decref(page);
+		millm_fail(err, MILLM_E_MODEL_DOWNLOAD_FAILED, "repository \"%s\" has too many files", repo->id);
+		millm_detail(err, "More than %d.", MILLM_HUB_MAX_FILES);
+		return MILLM_E_MODEL_DOWNLOAD_FAILED;
+	}
+	grown = n > 0 ? realloc(repo->files, (repo->n_files + n) * sizeof(*grown)) : repo->files;
+	if (n > 0 && !grown)
+	{
+		json_decref(page);
+		return millm_fail(err, MILLM_E_INSUFFICIENT_MEMORY, "out of memory");
+	}
+	repo->files = grown;
+	json_array_foreach(page, i, e)
+		if (read_entry(e, &repo->files[repo->n_files]))
+			repo->n_files++;
+	json_decref(page);
+	if (repo->n_files > 0)
+		qsort(repo->files, repo->n_files, sizeof(*repo->files), by_path);
 	return MILLM_OK;
 }
 
 static MillmCode
-read_tree(MillmHttp *http, MillmRepo *repo, MillmPatience patience, MillmError *err)
+get_info(MillmHttp *http, MillmRepo *repo, const char *revision, MillmPatience patience, MillmError *err)
+{
+	char	   *rev = millm_url_encode(revision, false), *url = NULL;
+	MillmReply	reply;
+	Body		body;
+	MillmCode	rc;
+
+	if (!rev || asprintf(&url, "/api/models/%s/revision/%s", repo->id, rev) < 0)
+	{
+		free(rev);
+		return millm_fail(err, MILLM_E_INSUFFICIENT_MEMORY, "out of memory");
+	}
+	rc = get_whole(http, repo->id, url, "the model's info", MAX_JSON_BYTES, patience, &body, &reply, err);
+	free(rev);
+	free(url);
+	if (rc == MILLM_OK)
+	{
+		rc = millm_repo_read_info(repo, body.data ? body.data : "", body.len, err);
+		free(body.data);
+	}
+	else if (rc == MILLM_E_REPO_NOT_FOUND && strcmp(reply.error_code, "RevisionNotFound") == 0)
+	{
+		millm_fail(err, rc, "repository \"%s\" has no revision \"%s\"", repo->id, revision);
+		millm_hint(err, "Give a branch, a tag or a full commit of the repository, like \"main\".");
+	}
+	return rc;
+}
+
+static MillmCode
+get_tree(MillmHttp *http, MillmRepo *repo, MillmPatience patience, MillmError *err)
 {
 	char	   *url = NULL;
 	MillmCode	rc = MILLM_OK;
@@ -403,20 +449,19 @@ read_tree(MillmHttp *http, MillmRepo *repo, MillmPatience patience, MillmError *
 		return millm_fail(err, MILLM_E_INSUFFICIENT_MEMORY, "out of memory");
 	for (int page = 0; rc == MILLM_OK && url; page++)
 	{
-		json_t	   *list = NULL;
 		MillmReply	reply;
+		Body		body;
 
 		if (page == MAX_PAGES)
-		{
-			rc = not_a_hub(http, "the list of files", err);
-			break;
-		}
-		rc = get_json(http, repo->id, url, "the list of files", patience, &reply, &list, err);
+			rc = not_a_hub("the list of files", err);
+		else
+			rc = get_whole(http, repo->id, url, "the list of files", MAX_JSON_BYTES, patience, &body, &reply, err);
 		free(url);
 		url = NULL;
-		if (rc == MILLM_OK)
-			rc = read_page(http, repo, list, err);
-		json_decref(list);
+		if (rc != MILLM_OK)
+			break;
+		rc = millm_repo_read_page(repo, body.data ? body.data : "", body.len, err);
+		free(body.data);
 		if (rc == MILLM_OK && reply.next[0] && !(url = strdup(reply.next)))
 			rc = millm_fail(err, MILLM_E_INSUFFICIENT_MEMORY, "out of memory");
 	}
@@ -436,7 +481,7 @@ millm_repo_open(MillmHttp *http, const char *repo_id, const char *revision, Mill
 	if (!repo)
 		return millm_fail(err, MILLM_E_INSUFFICIENT_MEMORY, "out of memory");
 	snprintf(repo->id, sizeof(repo->id), "%s", repo_id);
-	if ((rc = read_info(http, repo, revision, patience, err)) == MILLM_OK && (rc = read_tree(http, repo, patience, err)) == MILLM_OK)
+	if ((rc = get_info(http, repo, revision, patience, err)) == MILLM_OK && (rc = get_tree(http, repo, patience, err)) == MILLM_OK)
 		*out = repo;
 	else
 		millm_repo_free(repo);
@@ -466,9 +511,11 @@ millm_repo_read(MillmHttp *http, const MillmRepo *repo, const char *path, size_t
 		return millm_fail(err, MILLM_E_INSUFFICIENT_MEMORY, "out of memory");
 	rc = get_whole(http, repo->id, url, path, max, patience, &body, &reply, err);
 	free(url);
+	if (rc == MILLM_OK && !body.data && !(body.data = strdup("")))
+		rc = millm_fail(err, MILLM_E_INSUFFICIENT_MEMORY, "out of memory");
 	if (rc == MILLM_OK)
 	{
-		*out = body.data ? body.data : strdup("");
+		*out = body.data;
 		*len = body.len;
 	}
 	return rc;

@@ -30,12 +30,12 @@ typedef struct MillmHubFile
 
 typedef struct MillmRepo
 {
-	char		id[256];		/* as asked for */
+	char		id[256];		/* as the hub spells it: a renamed or miscased id becomes the new one */
 	char		commit[48];
 	bool		gated;
 	char		license[64];	/* "" unknown */
 	int64_t		params;			/* by the hub's own count; -1 unknown */
-	MillmHubFile *files;
+	MillmHubFile *files;		/* [n_files], sorted by path */
 	size_t		n_files;
 } MillmRepo;
 
@@ -52,6 +52,14 @@ typedef struct MillmPatience
 extern MillmCode millm_repo_open(MillmHttp *http, const char *repo_id, const char *revision, MillmPatience patience, MillmRepo **out, MillmError *err);
 extern void millm_repo_free(MillmRepo *repo);	/* NULL is fine */
 extern const MillmHubFile *millm_repo_find(const MillmRepo *repo, const char *path);
+
+/*
+ * The two answers that make a MillmRepo, as texts.  info fills all but the files; each page adds files, at most
+ * MILLM_HUB_MAX_FILES in all.  Names that could not safely be one on our disk are left out: no model needs such a file.
+ * MODEL_DOWNLOAD_FAILED when the text is no such answer.
+ */
+extern MillmCode millm_repo_read_info(MillmRepo *repo, const char *json, size_t len, MillmError *err);
+extern MillmCode millm_repo_read_page(MillmRepo *repo, const char *json, size_t len, MillmError *err);
 
 /* A small file whole, at most max bytes; malloc'ed and NUL-terminated. */
 extern MillmCode millm_repo_read(MillmHttp *http, const MillmRepo *repo, const char *path, size_t max, MillmPatience patience,

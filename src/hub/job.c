@@ -189,13 +189,16 @@ typedef struct Plan
 } Plan;
 
 static MillmCode
-make_plan(const MillmJobSpec *spec, MillmPatience patience, atomic_bool *stop, Plan *p, MillmError *err)
+make_plan(const MillmJobSpec *spec, MillmPatience patience, int deadline_ms, atomic_bool *stop, Plan *p, MillmError *err)
 {
 	MillmCode	rc;
 
 	if ((rc = check_quantization(spec->quantization, err)) != MILLM_OK || (rc = millm_repo_id_check(spec->repo_id, err)) != MILLM_OK ||
-		(rc = millm_http_open(spec->endpoint, spec->token, stop, &p->http, err)) != MILLM_OK ||
-		(rc = millm_repo_open(p->http, spec->repo_id, spec->revision, patience, &p->repo, err)) != MILLM_OK ||
+		(rc = millm_http_open(spec->endpoint, spec->token, stop, &p->http, err)) != MILLM_OK)
+		return rc;
+	if (deadline_ms > 0)
+		millm_http_set_deadline(p->http, deadline_ms);
+	if ((rc = millm_repo_open(p->http, spec->repo_id, spec->revision, patience, &p->repo, err)) != MILLM_OK ||
 		(rc = check_config(p->http, p->repo, spec, patience, &p->config, &p->config_json, err)) != MILLM_OK)
 		return rc;
 	return choose_files(p->http, p->repo, patience, &p->choice, err);
@@ -216,7 +219,7 @@ millm_job_validate(const MillmJobSpec *spec, atomic_bool *stop, json_t **out, Mi
 {
 	Plan		p = {0};
 	MillmPatience once = {.attempts = 1, .timeout_ms = spec->timeout_ms};
-	MillmCode	rc = make_plan(spec, once, stop, &p, err);
+	MillmCode	rc = make_plan(spec, once, spec->timeout_ms, stop, &p, err);
 
 	if (rc == MILLM_OK)
 		*out = json_pack("{s:s, s:s, s:I, s:I, s:o, s:s, s:s, s:o, s:b}", "repo_id", p.repo->id, "commit", p.repo->commit,
@@ -364,7 +367,7 @@ millm_job_download(const MillmJobSpec *spec, atomic_bool *stop, atomic_bool *kee
 
 	report(&m, true);
 	/* before the meta file says that all is well: does the engine really find its place for every tensor? */
-	if ((rc = make_plan(spec, patient, stop, &p, err)) == MILLM_OK && (rc = millm_store_open(spec->cache_dir, spec->directory, spec->model_uuid, &store, err)) == MILLM_OK &&
+	if ((rc = make_plan(spec, patient, 0, stop, &p, err)) == MILLM_OK && (rc = millm_store_open(spec->cache_dir, spec->directory, spec->model_uuid, &store, err)) == MILLM_OK &&
 		(rc = fetch_all(&p, store, &m, stop, err)) == MILLM_OK && (rc = millm_model_open(millm_store_path(store), &model, err)) == MILLM_OK)
 		rc = atomic_load(stop) ? millm_fail(err, MILLM_E_CANCELED, "the download was canceled") : write_meta(store, spec, &p, err);
 	if (rc == MILLM_OK)

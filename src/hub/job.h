@@ -19,7 +19,7 @@ typedef struct MillmJobSpec
 	const char *token;			/* NULL: none */
 	const char *quantization;	/* "FP16" */
 	bool		trust_remote_code;
-	int			timeout_ms;		/* of one request, in validate */
+	int			timeout_ms;		/* validate: of all requests together */
 	/* download only */
 	const char *cache_dir;
 	const char *directory;
