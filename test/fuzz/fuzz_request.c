@@ -8,6 +8,7 @@
 #include <jansson.h>
 #include <poll.h>
 #include <pthread.h>
+#include <errno.h>
 #include <signal.h>
 #include <stdint.h>
 #include <stdio.h>
@@ -116,7 +117,12 @@ read_answer(int fd)
 		struct pollfd p = {.fd = fd, .events = POLLIN};
 		ssize_t		k;
 
-		check(poll(&p, 1, WAIT_MS) == 1);
+		int			ready;
+
+		do
+			ready = poll(&p, 1, WAIT_MS);
+		while (ready < 0 && errno == EINTR);	/* libFuzzer's own timer */
+		check(ready == 1);
 		if (n == capacity)
 			buf = realloc(buf, capacity *= 2);
 		k = read(fd, buf + n, capacity - n);
