@@ -4,7 +4,7 @@
 \echo Use "CREATE EXTENSION millm" to load this file. \quit
 
 -- Nothing of millm is for PUBLIC: millm.grant_user() and millm.grant_admin() open it to a role.
-REVOKE ALL ON SCHEMA millm FROM PUBLIC;
+CREATE SCHEMA millm;
 COMMENT ON SCHEMA millm IS 'Language models: download, load, generate';
 
 -- ----------------------------------------------------------------------------------------------------------------

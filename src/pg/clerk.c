@@ -56,7 +56,7 @@
 #define MAX_CONFIG_BYTES (1 << 20)
 
 static MemoryContext step_context;
-static bool was_installed;
+static Oid	extension;			/* whose registry we serve; InvalidOid: there is none */
 
 /* --- A step: one transaction, whose error stays here ----------------------------------------------------- */
 
@@ -122,12 +122,11 @@ uuid_datum(const char *uuid)
 /* --- Is there anything to do here? -------------------------------------------------------------------------- */
 
 static void
-look_for_registry(void *installed)
+look_for_extension(void *found)
 {
 	Oid			namespace = get_namespace_oid("millm", true);
 
-	*(bool *) installed = OidIsValid(get_extension_oid("millm", true)) && OidIsValid(namespace) &&
-		OidIsValid(get_relname_relid("registry", namespace));
+	*(Oid *) found = OidIsValid(namespace) && OidIsValid(get_relname_relid("registry", namespace)) ? get_extension_oid("millm", true) : InvalidOid;
 }
 
 /* The extension was dropped: its downloads end and its model leaves the engine; files stay. */
@@ -624,14 +623,14 @@ wait_for_database(void)
 static bool
 scan(void)
 {
-	bool		installed = false;
+	Oid			found = InvalidOid;
 
-	if (!run_step(look_for_registry, &installed))
+	if (!run_step(look_for_extension, &found))
 		return false;
-	if (was_installed && !installed && !RecoveryInProgress())
+	if (OidIsValid(extension) && found != extension && !RecoveryInProgress())
 		abandon();
-	was_installed = installed;
-	if (!installed)
+	extension = found;
+	if (!OidIsValid(extension))
 		return true;
 	if (!auto_load())
 		return false;
@@ -653,14 +652,14 @@ work(void)
 	LWLockRelease(millm_shared->lock);
 
 	/* progress wakes us too, and is no reason to read tables */
-	if (was_installed && !RecoveryInProgress())
+	if (OidIsValid(extension) && !RecoveryInProgress())
 		good = write_outcomes();
 	if (GetCurrentTimestamp() >= next_scan)
 	{
 		good = scan() && good;
 		next_scan = GetCurrentTimestamp() + SCAN_MS * INT64CONST(1000);
 	}
-	if (was_installed && !RecoveryInProgress())
+	if (OidIsValid(extension) && !RecoveryInProgress())
 		send_events();
 	if (good)
 	{
