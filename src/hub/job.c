@@ -9,117 +9,19 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/stat.h>
 #include <time.h>
 
+#include "choice.h"
 #include "model.h"
 #include "store.h"
 #include "version.h"
 
 #define MAX_CONFIG_BYTES	(8u << 20)
-#define MAX_INDEX_BYTES		(64u << 20)
 #define DISK_MARGIN			((int64_t) 64 << 20)
 #define REPORT_MS			200
 
 static const MillmPatience patient = {.attempts = 3, .timeout_ms = 30000};
-
-/* The files of a repository that its model needs, in the order in which they are fetched. */
-typedef struct Choice
-{
-	const MillmHubFile **files;
-	size_t		n;
-	int64_t		total_bytes;
-} Choice;
-
-static const char *const small_files[] = {
-	"config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json",
-	"merges.txt", "tokenizer.model", "chat_template.jinja", "LICENSE", "LICENSE.md", "LICENSE.txt", "README.md",
-};
-
-static void
-choose(Choice *c, const MillmHubFile *f)
-{
-	if (!f)
-		return;
-	c->files[c->n++] = f;
-	c->total_bytes += f->size;
-}
-
-static MillmCode
-no_weights(const MillmRepo *repo, MillmError *err)
-{
-	millm_fail(err, MILLM_E_MODEL_DOWNLOAD_FAILED, "repository \"%s\" has no safetensors weights", repo->id);
-	if (millm_repo_find(repo, "pytorch_model.bin") || millm_repo_find(repo, "pytorch_model.bin.index.json"))
-		millm_detail(err, "Its weights are PyTorch pickles, which this version does not read.");
-	else
-		millm_detail(err, "It has neither model.safetensors nor model.safetensors.index.json.");
-	millm_hint(err, "Choose a repository, or a revision, with safetensors.");
-	return MILLM_E_MODEL_DOWNLOAD_FAILED;
-}
-
-static int
-by_path(const void *a, const void *b)
-{
-	return strcmp((*(const MillmHubFile *const *) a)->path, (*(const MillmHubFile *const *) b)->path);
-}
-
-/* The shards that the index names: each a file of the root that is in the list. */
-static MillmCode
-choose_shards(MillmHttp *http, const MillmRepo *repo, MillmPatience patience, Choice *c, MillmError *err)
-{
-	char	   *text = NULL;
-	size_t		len, first = c->n, kept;
-	json_t	   *index, *value;
-	const char *tensor;
-	MillmCode	rc = millm_repo_read(http, repo, "model.safetensors.index.json", MAX_INDEX_BYTES, patience, &text, &len, err);
-
-	if (rc != MILLM_OK)
-		return rc;
-	index = json_loadb(text, len, 0, NULL);
-	free(text);
-	json_object_foreach(json_object_get(index, "weight_map"), tensor, value)
-	{
-		const char *name = json_string_value(value);
-		const MillmHubFile *f = name && !strchr(name, '/') ? millm_repo_find(repo, name) : NULL;
-		bool		known = false;
-
-		if (!f)
-		{
-			millm_fail(err, MILLM_E_MODEL_DOWNLOAD_FAILED, "model.safetensors.index.json names a file that repository \"%s\" does not have", repo->id);
-			millm_detail(err, "Tensor \"%.100s\" should be in \"%.200s\".", tensor, name ? name : "(no name)");
-			json_decref(index);
-			return MILLM_E_MODEL_DOWNLOAD_FAILED;
-		}
-		for (size_t i = first; !known && i < c->n; i++)
-			known = c->files[i] == f;
-		if (!known)
-			choose(c, f);
-	}
-	json_decref(index);
-	kept = c->n - first;
-	if (kept == 0)
-		return no_weights(repo, err);
-	qsort(c->files + first, kept, sizeof(c->files[0]), by_path);
-	return MILLM_OK;
-}
-
-static MillmCode
-choose_files(MillmHttp *http, const MillmRepo *repo, MillmPatience patience, Choice *c, MillmError *err)
-{
-	c->files = calloc(repo->n_files + sizeof(small_files) / sizeof(small_files[0]) + 2, sizeof(*c->files));
-	if (!c->files)
-		return millm_fail(err, MILLM_E_INSUFFICIENT_MEMORY, "out of memory");
-	for (size_t i = 0; i < sizeof(small_files) / sizeof(small_files[0]); i++)
-		choose(c, millm_repo_find(repo, small_files[i]));
-	if (millm_repo_find(repo, "model.safetensors"))
-	{
-		choose(c, millm_repo_find(repo, "model.safetensors"));
-		return MILLM_OK;
-	}
-	if (!millm_repo_find(repo, "model.safetensors.index.json"))
-		return no_weights(repo, err);
-	choose(c, millm_repo_find(repo, "model.safetensors.index.json"));
-	return choose_shards(http, repo, patience, c, err);
-}
 
 /* Refuse by name what this version does not write. */
 static MillmCode
@@ -128,7 +30,7 @@ check_quantization(const char *quantization, MillmError *err)
 	if (strcmp(quantization, "FP16") == 0)
 		return MILLM_OK;
 	millm_fail(err, MILLM_E_UNSUPPORTED, "quantization \"%.40s\" is not supported yet", quantization);
-	millm_hint(err, "Use quantization => 'FP16', which keeps the published 16-bit weights.");
+	millm_hint(err, "Use quantization => 'FP16', which keeps the published 16-bit weights; Q4 and Q8 come with a later version.");
 	return MILLM_E_UNSUPPORTED;
 }
 
@@ -138,18 +40,23 @@ check_config(MillmHttp *http, const MillmRepo *repo, const MillmJobSpec *spec, M
 {
 	char	   *text = NULL;
 	size_t		len = 0;
+	json_t	   *auto_map;
 	MillmCode	rc;
 
 	if (!millm_repo_find(repo, "config.json"))
 	{
 		millm_fail(err, MILLM_E_MODEL_DOWNLOAD_FAILED, "repository \"%s\" has no config.json", repo->id);
-		millm_detail(err, "It does not hold a model in the HuggingFace format.");
+		if (millm_repo_find(repo, "adapter_config.json"))
+			millm_detail(err, "It holds an adapter (LoRA), not a whole model.");
+		else
+			millm_detail(err, "It does not hold a model in the HuggingFace format.");
 		return MILLM_E_MODEL_DOWNLOAD_FAILED;
 	}
 	if ((rc = millm_repo_read(http, repo, "config.json", MAX_CONFIG_BYTES, patience, &text, &len, err)) != MILLM_OK)
 		return rc;
 	*json = json_loadb(text, len, 0, NULL);
-	if (json_is_object(json_object_get(*json, "auto_map")) && !spec->trust_remote_code)
+	auto_map = json_object_get(*json, "auto_map");
+	if (auto_map && !json_is_null(auto_map) && !spec->trust_remote_code)
 	{
 		rc = millm_fail(err, MILLM_E_TRUST_REMOTE_CODE_REQUIRED, "repository \"%s\" wants to run code of its own", repo->id);
 		millm_detail(err, "Its config.json has an auto_map. millm never runs a repository's code; it can load the model if its own engine knows the architecture.");
@@ -185,7 +92,7 @@ typedef struct Plan
 	MillmRepo  *repo;
 	MillmConfig config;
 	json_t	   *config_json;
-	Choice		choice;
+	MillmChoice choice;
 } Plan;
 
 static MillmCode
@@ -201,13 +108,13 @@ make_plan(const MillmJobSpec *spec, MillmPatience patience, int deadline_ms, ato
 	if ((rc = millm_repo_open(p->http, spec->repo_id, spec->revision, patience, &p->repo, err)) != MILLM_OK ||
 		(rc = check_config(p->http, p->repo, spec, patience, &p->config, &p->config_json, err)) != MILLM_OK)
 		return rc;
-	return choose_files(p->http, p->repo, patience, &p->choice, err);
+	return millm_choose_files(p->http, p->repo, patience, &p->choice, err);
 }
 
 static void
 free_plan(Plan *p)
 {
-	free(p->choice.files);
+	millm_choice_free(&p->choice);
 	json_decref(p->config_json);
 	millm_config_free(&p->config);
 	millm_repo_free(p->repo);
@@ -287,7 +194,7 @@ advance(void *arg, int64_t delta, bool is_fetched)
 /* --- Download --------------------------------------------------------------------------------------- */
 
 static MillmCode
-check_disk(const MillmStore *store, const Choice *c, const MillmRepo *repo, MillmError *err)
+check_disk(const MillmStore *store, const MillmChoice *c, const MillmRepo *repo, MillmError *err)
 {
 	int64_t		need = 0, available;
 	MillmCode	rc;
@@ -296,10 +203,10 @@ check_disk(const MillmStore *store, const Choice *c, const MillmRepo *repo, Mill
 		need += c->files[i]->size - millm_store_have(store, c->files[i]);
 	if ((rc = millm_store_free_bytes(store, &available, err)) != MILLM_OK)
 		return rc;
-	if (need == 0 || need + DISK_MARGIN <= available)
+	if (need == 0 || need <= available - DISK_MARGIN)
 		return MILLM_OK;
 	millm_fail(err, MILLM_E_INSUFFICIENT_DISK, "insufficient disk space for \"%s\" as FP16", repo->id);
-	millm_detail(err, "Need %.1f GB in the model cache, only %.1f GB available.", (double) (need + DISK_MARGIN) / 1e9, (double) available / 1e9);
+	millm_detail(err, "Need %.1f GB in the model cache, only %.1f GB available.", ((double) need + (double) DISK_MARGIN) / 1e9, (double) available / 1e9);
 	millm_hint(err, "Free space or point millm.cache_dir at a larger file system.");
 	return MILLM_E_INSUFFICIENT_DISK;
 }
@@ -394,12 +301,17 @@ millm_job_inspect(const char *path, json_t **out, MillmError *err)
 	MillmModel *model = NULL;
 	json_t	   *config;
 	char		file[4096];
+	struct stat st;
 	MillmCode	rc;
 
-	if (path[0] != '/' || (size_t) snprintf(file, sizeof(file), "%s/config.json", path) >= sizeof(file))
-		return millm_fail(err, MILLM_E_INVALID_LOCAL_PATH, "\"%.200s\" is not an absolute path", path);
+	if (path[0] != '/' || (size_t) snprintf(file, sizeof(file), "%s/config.json", path) >= sizeof(file) || stat(path, &st) != 0 || !S_ISDIR(st.st_mode))
+	{
+		millm_fail(err, MILLM_E_INVALID_LOCAL_PATH, "\"%.400s\" is not a directory that millm can open", path);
+		millm_hint(err, "Give the absolute path of an existing directory with config.json, the weights and tokenizer.json.");
+		return MILLM_E_INVALID_LOCAL_PATH;
+	}
 	if ((rc = millm_model_open(path, &model, err)) != MILLM_OK)
-		return rc;
+		return rc == MILLM_E_MODEL_FILES_MISSING ? (err->code = MILLM_E_INVALID_LOCAL_PATH) : rc;
 	config = json_load_file(file, 0, NULL);
 	*out = json_pack("{s:s, s:s, s:I, s:I, s:o}", "model_type", model->config.model_type, "architecture", model->config.architecture,
 					 "params", (json_int_t) model->n_params, "disk_bytes", (json_int_t) model->weights_bytes, "config", config ? config : json_null());

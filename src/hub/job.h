@@ -52,7 +52,7 @@ extern MillmCode millm_job_validate(const MillmJobSpec *spec, atomic_bool *stop,
 extern MillmCode millm_job_download(const MillmJobSpec *spec, atomic_bool *stop, atomic_bool *keep, MillmReport report, void *arg,
 									json_t **out, MillmError *err);
 
-/* A directory that is already there. */
+/* A directory that is already there.  INVALID_LOCAL_PATH when it is none, or lacks files; else the errors of millm_model_open(). */
 extern MillmCode millm_job_inspect(const char *path, json_t **out, MillmError *err);
 
 #endif

@@ -1,0 +1,29 @@
+/*
+ * choice.h -- which files of a repository its model needs.
+ */
+#ifndef MILLM_CHOICE_H
+#define MILLM_CHOICE_H
+
+#include "hub.h"
+
+/* Files of a repository, each once, in the order in which they are fetched: small ones first. */
+typedef struct MillmChoice
+{
+	const MillmHubFile **files;	/* [n], owned; what they point to is the repository's */
+	size_t		n;
+	int64_t		total_bytes;
+} MillmChoice;
+
+/*
+ * Choose; asks the hub for the index of a sharded model.  *out, zeroed by the caller, is to be freed whatever is returned.
+ *
+ * UNSUPPORTED (no tokenizer.json), MODEL_DOWNLOAD_FAILED (no safetensors; an index that names a file that is not there).
+ */
+extern MillmCode millm_choose_files(MillmHttp *http, const MillmRepo *repo, MillmPatience patience, MillmChoice *out, MillmError *err);
+extern void millm_choice_free(MillmChoice *choice);
+
+/* The parts of it that ask nobody: everything but the weights, and the shards that the text of an index names. */
+extern MillmCode millm_choose_small_files(const MillmRepo *repo, MillmChoice *out, MillmError *err);
+extern MillmCode millm_choose_shards(const MillmRepo *repo, const char *index, size_t len, MillmChoice *out, MillmError *err);
+
+#endif

@@ -1,0 +1,403 @@
+/* test_hub.c -- what the Hub client believes of a stranger's texts: ids, revisions, info, lists of files, indexes; and the store's manners. */
+#include <fcntl.h>
+#include <setjmp.h>
+#include <stdarg.h>
+#include <stddef.h>
+#include <stdint.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/stat.h>
+#include <unistd.h>
+#include <cmocka.h>
+
+#include "choice.h"
+#include "hub.h"
+#include "store.h"
+
+#define SHA1	"0123456789abcdef0123456789abcdef01234567"
+#define SHA256	"0123456789abcdef0123456789abcdef0123456789abcdef0123456789abcdef"
+#define UUID	"01234567-89ab-cdef-0123-456789abcdef"
+#define OTHER	"99999999-89ab-cdef-0123-456789abcdef"
+
+static void
+repo_ids(void **state)
+{
+	/* the cases of hub-protocol.md 6.1, and what differs on purpose: ASCII only, both parts at most 96 characters */
+	static const char *const good[] = {"gpt2", "a", "_a", "a_", "A/B_c.d-1", "a.git/b", "models/gpt2", "HuggingFaceTB/SmolLM2-135M-Instruct"};
+	static const char *const wrong[] = {"", "-a", "a-", ".a", "a.", "a/.b", "a-/b", "/a", "a/", "a//b", "a/b/c", "a b", "a--b", "a/b..c", "a/b.git", "a%2Fb",
+		"a@b", "a:b", "a\\b", "\303\251/b", "foo\n", "..", "../a", "https://huggingface.co/a/b"};
+	char		id[300];
+
+	(void) state;
+	for (size_t i = 0; i < sizeof(good) / sizeof(*good); i++)
+		assert_int_equal(millm_repo_id_check(good[i], NULL), MILLM_OK);
+	for (size_t i = 0; i < sizeof(wrong) / sizeof(*wrong); i++)
+	{
+		MillmError	err;
+
+		assert_int_equal(millm_repo_id_check(wrong[i], &err), MILLM_E_INVALID_REPO_ID);
+		assert_true(err.detail[0] && err.hint[0]);
+	}
+	for (int n = 95; n <= 98; n++)
+	{
+		snprintf(id, sizeof(id), "x/%0*d", n, 1);
+		assert_int_equal(millm_repo_id_check(id, NULL) == MILLM_OK, n <= 96);
+		snprintf(id, sizeof(id), "%0*d/x", n, 1);
+		assert_int_equal(millm_repo_id_check(id, NULL) == MILLM_OK, n <= 96);
+	}
+}
+
+static void
+revisions(void **state)
+{
+	static const char *const good[] = {"main", "refs/pr/1", "v1.0", SHA1};
+	static const char *const wrong[] = {"", "..", "a/../b", "a b", "a\nb", "/a", "-a", "a?b", "\303\251"};
+
+	(void) state;
+	for (size_t i = 0; i < sizeof(good) / sizeof(*good); i++)
+		assert_int_equal(millm_revision_check(good[i], NULL), MILLM_OK);
+	for (size_t i = 0; i < sizeof(wrong) / sizeof(*wrong); i++)
+		assert_int_equal(millm_revision_check(wrong[i], NULL), MILLM_E_INVALID_ARGUMENT);
+}
+
+static void
+url_encoding(void **state)
+{
+	char	   *a = millm_url_encode("refs/pr/1", false), *b = millm_url_encode("a b/\303\251%.json", true);
+
+	(void) state;
+	assert_string_equal(a, "refs%2Fpr%2F1");
+	assert_string_equal(b, "a%20b/%C3%A9%25.json");
+	free(a);
+	free(b);
+}
+
+static MillmCode
+info(MillmRepo *repo, const char *text)
+{
+	memset(repo, 0, sizeof(*repo));
+	return millm_repo_read_info(repo, text, strlen(text), NULL);
+}
+
+static void
+infos(void **state)
+{
+	MillmRepo	r;
+
+	(void) state;
+	assert_int_equal(info(&r, "{\"id\":\"New/Name\",\"sha\":\"" SHA1 "\",\"gated\":\"auto\",\"cardData\":{\"license\":[\"mit\",\"x\"]},"
+						  "\"safetensors\":{\"total\":135}}"), MILLM_OK);
+	assert_string_equal(r.id, "New/Name");
+	assert_string_equal(r.commit, SHA1);
+	assert_string_equal(r.license, "mit");
+	assert_true(r.gated);
+	assert_int_equal(r.params, 135);
+	/* what it does not say is not known */
+	assert_int_equal(info(&r, "{\"id\":\"a\",\"sha\":\"" SHA1 "\",\"gated\":false,\"tags\":[1,\"license:other\"]}"), MILLM_OK);
+	assert_string_equal(r.license, "other");
+	assert_false(r.gated);
+	assert_int_equal(r.params, -1);
+	assert_int_equal(info(&r, "{\"id\":\"a\",\"sha\":\"" SHA1 "\",\"cardData\":{\"license\":\"other\",\"license_name\":\"mine\"}}"), MILLM_OK);
+	assert_string_equal(r.license, "mine");
+	assert_int_equal(info(&r, "{\"id\":\"a\",\"sha\":\"" SHA1 "\",\"disabled\":true}"), MILLM_E_MODEL_DOWNLOAD_FAILED);
+	assert_int_equal(info(&r, "{\"id\":\"a\",\"sha\":\"" SHA256 "\"}"), MILLM_E_MODEL_DOWNLOAD_FAILED);
+	assert_int_equal(info(&r, "{\"id\":\"a/../../b\",\"sha\":\"" SHA1 "\"}"), MILLM_E_MODEL_DOWNLOAD_FAILED);
+	assert_int_equal(info(&r, "<html>"), MILLM_E_MODEL_DOWNLOAD_FAILED);
+	assert_int_equal(info(&r, ""), MILLM_E_MODEL_DOWNLOAD_FAILED);
+	assert_int_equal(info(&r, "[]"), MILLM_E_MODEL_DOWNLOAD_FAILED);
+}
+
+static MillmCode
+page(MillmRepo *repo, const char *text)
+{
+	return millm_repo_read_page(repo, text, strlen(text), NULL);
+}
+
+static void
+pages(void **state)
+{
+	static const char *const unsafe[] = {"/etc/passwd", "../x", "a/../x", "a//x", "./x", "a/.", "a\\\\x", "a\\u0001x", "a/", ""};
+	MillmRepo	r = {.id = "a/b"};
+	const MillmHubFile *f;
+	char		text[400];
+
+	(void) state;
+	assert_int_equal(page(&r, "[{\"type\":\"file\",\"path\":\"z.json\",\"size\":5,\"oid\":\"" SHA1 "\"},{\"type\":\"directory\",\"path\":\"d\",\"size\":0}]"), MILLM_OK);
+	assert_int_equal(page(&r, "[{\"type\":\"file\",\"path\":\"m.safetensors\",\"size\":7,\"oid\":\"" SHA1 "\",\"lfs\":{\"oid\":\"" SHA256 "\"}},"
+						  "{\"type\":\"file\",\"path\":\"d/x\",\"size\":1,\"oid\":\"" SHA1 "\",\"lfs\":{\"oid\":\"********\"}}]"), MILLM_OK);
+	assert_int_equal(r.n_files, 3);
+	assert_non_null(f = millm_repo_find(&r, "m.safetensors"));
+	assert_string_equal(f->hash, SHA256);	/* not the pointer's */
+	assert_int_equal(f->size, 7);
+	assert_string_equal(millm_repo_find(&r, "z.json")->hash, SHA1);
+	assert_string_equal(millm_repo_find(&r, "d/x")->hash, "");	/* masked */
+	assert_null(millm_repo_find(&r, "d"));
+	for (size_t i = 0; i < sizeof(unsafe) / sizeof(*unsafe); i++)
+	{
+		snprintf(text, sizeof(text), "[{\"type\":\"file\",\"path\":\"%s\",\"size\":1,\"oid\":\"" SHA1 "\"}]", unsafe[i]);
+		assert_int_equal(page(&r, text), MILLM_OK);
+		assert_int_equal(r.n_files, 3);
+	}
+	assert_int_equal(page(&r, "[{\"type\":\"file\",\"path\":\"n\",\"size\":-1,\"oid\":\"" SHA1 "\"}, 3, null, {\"path\":1}]"), MILLM_OK);
+	assert_int_equal(r.n_files, 3);
+	assert_int_equal(page(&r, "{}"), MILLM_E_MODEL_DOWNLOAD_FAILED);
+	free(r.files);
+}
+
+static void
+too_many_files(void **state)
+{
+	MillmRepo	r = {.id = "a/b"};
+	char	   *text = malloc((MILLM_HUB_MAX_FILES + 1) * 3 + 3), *p = text;
+
+	(void) state;
+	*p++ = '[';
+	for (int i = 0; i <= MILLM_HUB_MAX_FILES; i++)
+	{
+		memcpy(p, i ? ",{}" : "{}", i ? 3 : 2);
+		p += i ? 3 : 2;
+	}
+	memcpy(p, "]", 2);
+	assert_int_equal(page(&r, text), MILLM_E_MODEL_DOWNLOAD_FAILED);
+	free(text);
+	free(r.files);
+}
+
+static void
+add(MillmRepo *r, const char *path, long long size)
+{
+	char		text[400];
+
+	snprintf(text, sizeof(text), "[{\"type\":\"file\",\"path\":\"%s\",\"size\":%lld,\"oid\":\"" SHA1 "\"}]", path, size);
+	assert_int_equal(page(r, text), MILLM_OK);
+}
+
+static bool
+chosen(const MillmChoice *c, const char *path)
+{
+	for (size_t i = 0; i < c->n; i++)
+		if (strcmp(c->files[i]->path, path) == 0)
+			return true;
+	return false;
+}
+
+static void
+small_files(void **state)
+{
+	static const char *const ours[] = {"config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "LICENSE",
+		"LICENSE.txt", "README.md", "tokenizer.model"};
+	static const char *const others[] = {"modeling_x.py", "training_args.bin", "original/config.json", "onnx/model.onnx", ".gitattributes", "pytorch_model.bin",
+		"consolidated.safetensors", "params.json", "logo.png", "LICENSE/x"};
+	MillmRepo	r = {.id = "a/b"};
+	MillmChoice c = {0};
+
+	(void) state;
+	for (size_t i = 0; i < sizeof(ours) / sizeof(*ours); i++)
+		add(&r, ours[i], 10);
+	for (size_t i = 0; i < sizeof(others) / sizeof(*others); i++)
+		add(&r, others[i], 1000);
+	assert_int_equal(millm_choose_small_files(&r, &c, NULL), MILLM_OK);
+	assert_int_equal(c.n, sizeof(ours) / sizeof(*ours));
+	for (size_t i = 0; i < sizeof(ours) / sizeof(*ours); i++)
+		assert_true(chosen(&c, ours[i]));
+	assert_int_equal(c.total_bytes, 10 * c.n);
+	assert_string_equal(c.files[0]->path, "config.json");
+	millm_choice_free(&c);
+	free(r.files);
+}
+
+static MillmCode
+shards(const MillmRepo *r, const char *text, MillmChoice *c)
+{
+	memset(c, 0, sizeof(*c));
+	return millm_choose_shards(r, text, strlen(text), c, NULL);
+}
+
+static void
+indexes(void **state)
+{
+	static const char *const wrong[] = {"", "{}", "[]", "{\"weight_map\":{}}", "{\"weight_map\":{\"t\":\"c.safetensors\"}}", "{\"weight_map\":{\"t\":\"../a.safetensors\"}}",
+		"{\"weight_map\":{\"t\":\"d/x.safetensors\"}}", "{\"weight_map\":{\"t\":7}}", "{\"weight_map\":{\"t\":\"a.safetensors\",\"u\":\"/etc/passwd\"}}"};
+	MillmRepo	r = {.id = "a/b"};
+	MillmChoice c;
+
+	(void) state;
+	add(&r, "b.safetensors", 3);
+	add(&r, "a.safetensors", 4);
+	add(&r, "d/x.safetensors", 5);
+	assert_int_equal(shards(&r, "{\"weight_map\":{\"t\":\"b.safetensors\",\"u\":\"a.safetensors\",\"v\":\"b.safetensors\"}}", &c), MILLM_OK);
+	assert_int_equal(c.n, 2);
+	assert_string_equal(c.files[0]->path, "a.safetensors");
+	assert_int_equal(c.total_bytes, 7);
+	millm_choice_free(&c);
+	for (size_t i = 0; i < sizeof(wrong) / sizeof(*wrong); i++)
+	{
+		assert_int_equal(shards(&r, wrong[i], &c), MILLM_E_MODEL_DOWNLOAD_FAILED);
+		millm_choice_free(&c);
+	}
+	/* sizes whose sum does not fit */
+	add(&r, "huge1", INT64_MAX);
+	add(&r, "huge2", INT64_MAX);
+	assert_int_equal(shards(&r, "{\"weight_map\":{\"t\":\"huge1\",\"u\":\"huge2\"}}", &c), MILLM_E_MODEL_DOWNLOAD_FAILED);
+	millm_choice_free(&c);
+	free(r.files);
+}
+
+static void
+endpoints_and_tokens(void **state)
+{
+	static const char *const tokens[] = {"a b", "a\r\nX-Evil: 1", "\t", "a\177", "\303\251"};
+	atomic_bool stop = false;
+	MillmHttp  *h = NULL;
+	MillmError	err;
+
+	(void) state;
+	assert_int_equal(millm_http_open("ftp://x", NULL, &stop, &h, NULL), MILLM_E_INVALID_ARGUMENT);
+	for (size_t i = 0; i < sizeof(tokens) / sizeof(*tokens); i++)
+	{
+		assert_int_equal(millm_http_open("https://x", tokens[i], &stop, &h, &err), MILLM_E_INVALID_HF_TOKEN);
+		assert_null(strstr(err.message, tokens[i]));
+	}
+	assert_int_equal(millm_http_open("https://x/", "hf_abc", &stop, &h, NULL), MILLM_OK);
+	assert_string_equal(millm_http_endpoint(h), "https://x");
+	assert_true(millm_http_has_token(h));
+	millm_http_close(h);
+	assert_int_equal(millm_http_open("https://x", "", &stop, &h, NULL), MILLM_OK);
+	assert_false(millm_http_has_token(h));
+	millm_http_close(h);
+}
+
+/* --- The store ---------------------------------------------------------------------------------------- */
+
+static char cache[] = "/tmp/millm-test-XXXXXX";
+
+static bool
+is_there(const char *name)
+{
+	char		path[400];
+	struct stat st;
+
+	snprintf(path, sizeof(path), "%s/%s", cache, name);
+	return lstat(path, &st) == 0;
+}
+
+static void
+directories(void **state)
+{
+	static const char *const wrong[] = {"", "/x", "x/", "a//b", ".", "..", "../x", "a/..", "a/../b", ".trash/x", "a/.b"};
+	MillmStore *s;
+	bool		removed;
+
+	(void) state;
+	for (size_t i = 0; i < sizeof(wrong) / sizeof(*wrong); i++)
+	{
+		assert_int_equal(millm_store_open(cache, wrong[i], UUID, &s, NULL), MILLM_E_INVALID_ARGUMENT);
+		assert_int_equal(millm_store_trash(cache, wrong[i], ".trash", UUID, &removed, NULL), MILLM_E_INVALID_ARGUMENT);
+	}
+	assert_int_equal(millm_store_open(cache, "h/m", "../../etc", &s, NULL), MILLM_E_INVALID_ARGUMENT);
+	assert_int_equal(millm_store_trash(cache, "h/m", ".trash", "../../etc", &removed, NULL), MILLM_E_INVALID_ARGUMENT);
+	assert_false(is_there("h"));
+	/* a link on the way is not followed */
+	{
+		char		link[400];
+
+		snprintf(link, sizeof(link), "%s/h", cache);
+		assert_int_equal(symlink("/tmp", link), 0);
+		assert_int_equal(millm_store_open(cache, "h/m", UUID, &s, NULL), MILLM_E_MODEL_DOWNLOAD_FAILED);
+		assert_int_equal(unlink(link), 0);
+	}
+}
+
+static void
+write_file(MillmStore *s, const char *name, const char *text)
+{
+	MillmSink  *sink = millm_store_sink(s);
+	MillmHubFile f = {.size = (int64_t) strlen(text), .hash = SHA256};
+	int64_t		have;
+
+	snprintf(f.path, sizeof(f.path), "%s", name);
+	assert_int_equal(sink->begin(sink->arg, &f, &have, NULL), MILLM_OK);
+	assert_int_equal(sink->discard(sink->arg, NULL), MILLM_OK);
+	assert_int_equal(sink->write(sink->arg, text, strlen(text), NULL), MILLM_OK);
+	assert_int_equal(sink->checkpoint(sink->arg, NULL), MILLM_OK);
+	assert_false(is_there("h/m/a.json"));	/* no name before the proof */
+	assert_int_equal(sink->finish(sink->arg, NULL), MILLM_OK);
+}
+
+static void
+possession(void **state)
+{
+	static const char meta[] = "{\"uuid\": \"" UUID "\"}";
+	MillmStore *s;
+	bool		removed;
+
+	(void) state;
+	/* unfinished: known by its uuid, removed whole */
+	assert_int_equal(millm_store_open(cache, "h/m", UUID, &s, NULL), MILLM_OK);
+	write_file(s, "a.json", "{}");
+	millm_store_close(s);
+	millm_store_remove_unfinished(cache, "h/m", OTHER);
+	assert_true(is_there("h/m/a.json"));
+	assert_int_equal(millm_store_trash(cache, "h/m", ".trash", OTHER, &removed, NULL), MILLM_OK);
+	assert_false(removed);
+	millm_store_remove_unfinished(cache, "h/m", UUID);
+	assert_false(is_there("h/m"));
+	/* finished: stays whatever a later attempt does, and another model may not have it */
+	assert_int_equal(millm_store_open(cache, "h/m", UUID, &s, NULL), MILLM_OK);
+	write_file(s, "a.json", "{}");
+	assert_int_equal(millm_store_complete(s, meta, strlen(meta), NULL), MILLM_OK);
+	millm_store_remove(s, NULL, 0);
+	millm_store_close(s);
+	assert_true(is_there("h/m/a.json"));
+	assert_false(is_there("h/m/.partial-owner"));
+	millm_store_remove_unfinished(cache, "h/m", UUID);
+	assert_int_equal(millm_store_open(cache, "h/m", OTHER, &s, NULL), MILLM_E_MODEL_ALREADY_EXISTS);
+	assert_int_equal(millm_store_open(cache, "h/m", UUID, &s, NULL), MILLM_OK);
+	millm_store_remove(s, NULL, 0);
+	millm_store_close(s);
+	assert_true(is_there("h/m/a.json"));
+	/* removed by its uuid; a second time there is nothing */
+	assert_int_equal(millm_store_trash(cache, "h/m", ".trash", OTHER, &removed, NULL), MILLM_OK);
+	assert_false(removed);
+	assert_int_equal(millm_store_trash(cache, "h/m", ".trash", UUID, &removed, NULL), MILLM_OK);
+	assert_true(removed);
+	assert_false(is_there("h/m"));
+	assert_false(is_there(".trash/" UUID));
+	assert_int_equal(millm_store_trash(cache, "h/m", ".trash", UUID, &removed, NULL), MILLM_OK);
+	assert_false(removed);
+}
+
+static int
+make_cache(void **state)
+{
+	(void) state;
+	return mkdtemp(cache) ? 0 : -1;
+}
+
+static int
+remove_cache(void **state)
+{
+	static const char *const dirs[] = {"h", ".trash", ""};
+	char		path[400];
+
+	(void) state;
+	for (int i = 0; i < 3; i++)
+	{
+		snprintf(path, sizeof(path), "%s/%s", cache, dirs[i]);
+		rmdir(path);
+	}
+	return access(cache, F_OK) == 0 ? -1 : 0;
+}
+
+int
+main(void)
+{
+	const struct CMUnitTest tests[] = {
+		cmocka_unit_test(repo_ids), cmocka_unit_test(revisions), cmocka_unit_test(url_encoding), cmocka_unit_test(infos), cmocka_unit_test(pages),
+		cmocka_unit_test(too_many_files), cmocka_unit_test(small_files), cmocka_unit_test(indexes), cmocka_unit_test(endpoints_and_tokens),
+		cmocka_unit_test(directories), cmocka_unit_test(possession),
+	};
+
+	return cmocka_run_group_tests(tests, make_cache, remove_cache);
+}
