@@ -517,84 +517,149 @@ kv_store(const MillmKvLayer *kv, int32_t page, int slot, const float *k, const f
 }
 
 /*
- * n_heads (at most 4) query heads of one KV head, which share every load of K and V.  q, y: the first one.
+ * Attention is done by n_heads (at most 4) query heads of one KV head at a time, which share every load of K and
+ * V, and by blocks of n_pages (1 or 4) pages, which share the loads of q and the rescaling.
  * Scores of a page are one vector, because K lies transposed in its page.
  */
+typedef struct Softmax
+{
+	float		max[4];
+	float		sum[4];
+} Softmax;
+
+/* y [n_heads, head_dim] = y * rescale + weights . v, n_vectors * 16 dims from d on, the last vector masked. */
+INLINE void
+add_values(float *y, int n_heads, int d, int n_vectors, __mmask16 last, const MillmKvLayer *kv, const char *const *v, int n_pages,
+		   int from, int to, float (*weight)[4 * MILLM_KERNEL_PAGE], const float *rescale)
+{
+	const int	hd = kv->head_dim;
+	__m512		out[4][4];
+
+	for (int g = 0; g < n_heads; g++)
+		for (int u = 0; u < n_vectors; u++)
+			out[g][u] = _mm512_mul_ps(_mm512_maskz_loadu_ps(u == n_vectors - 1 ? last : 0xFFFF, y + g * hd + d + 16 * u),
+									  _mm512_set1_ps(rescale[g]));
+	for (int p = 0; p < n_pages; p++)
+	{
+		int			begin = p == 0 ? from : 0;
+		int			end = p == n_pages - 1 ? to : MILLM_KERNEL_PAGE - 1;
+
+		for (int s = begin; s <= end; s++)
+			for (int u = 0; u < n_vectors; u++)
+			{
+				__m512		vs = load_16(v[p], (int64_t) s * hd + d + 16 * u, MILLM_F16, u == n_vectors - 1 ? last : 0xFFFF);
+
+				for (int g = 0; g < n_heads; g++)
+					out[g][u] = _mm512_fmadd_ps(_mm512_set1_ps(weight[g][p * MILLM_KERNEL_PAGE + s]), vs, out[g][u]);
+			}
+	}
+	for (int g = 0; g < n_heads; g++)
+		for (int u = 0; u < n_vectors; u++)
+			_mm512_mask_storeu_ps(y + g * hd + d + 16 * u, u == n_vectors - 1 ? last : 0xFFFF, out[g][u]);
+}
+
+/* Pages pages[0 .. n_pages), of which slots from (of the first) to (of the last) count. */
+INLINE void
+attention_block(float *y, const float *q, int n_heads, const MillmKvLayer *kv, const int32_t *pages, int n_pages, int from, int to,
+				int64_t head_offset, Softmax *softmax)
+{
+	const int	hd = kv->head_dim;
+	const char *k[4],
+			   *v[4];
+	__m512		score[4][4];
+	float		weight[4][4 * MILLM_KERNEL_PAGE];
+	float		rescale[4];
+	int			d;
+
+	for (int p = 0; p < n_pages; p++)
+	{
+		k[p] = kv->k + pages[p] * kv->page_bytes + head_offset;
+		v[p] = kv->v + pages[p] * kv->page_bytes + head_offset;
+		for (int g = 0; g < n_heads; g++)
+			score[g][p] = _mm512_setzero_ps();
+	}
+	for (d = 0; d < hd; d++)
+	{
+		__m512		qd[4];
+
+		for (int g = 0; g < n_heads; g++)
+			qd[g] = _mm512_set1_ps(q[g * hd + d]);
+		for (int p = 0; p < n_pages; p++)
+		{
+			__m512		kd = load_16(k[p], d * MILLM_KERNEL_PAGE, MILLM_F16, 0xFFFF);
+
+			for (int g = 0; g < n_heads; g++)
+				score[g][p] = _mm512_fmadd_ps(qd[g], kd, score[g][p]);
+		}
+	}
+	for (int g = 0; g < n_heads; g++)
+	{
+		__m512		max = _mm512_set1_ps(softmax->max[g]),
+					sum = _mm512_setzero_ps();
+		__mmask16	counts[4];
+		float		block_max;
+
+		for (int p = 0; p < n_pages; p++)
+		{
+			counts[p] = (p == n_pages - 1 ? first_lanes(to + 1) : 0xFFFF) & (p == 0 ? ~first_lanes(from) : 0xFFFF);
+			score[g][p] = _mm512_mask_mul_ps(_mm512_set1_ps(-INFINITY), counts[p], score[g][p], _mm512_set1_ps(kv->scale));
+			max = _mm512_max_ps(max, score[g][p]);
+		}
+		block_max = _mm512_reduce_max_ps(max);
+		for (int p = 0; p < n_pages; p++)
+		{
+			/* a NaN stays one, whatever the maximum made of it, and so reaches the sum */
+			__m512		e = _mm512_maskz_mov_ps(counts[p], exp_16(_mm512_sub_ps(score[g][p], _mm512_set1_ps(block_max))));
+
+			sum = _mm512_add_ps(sum, e);
+			_mm512_storeu_ps(weight[g] + p * MILLM_KERNEL_PAGE, e);
+		}
+		rescale[g] = expf(softmax->max[g] - block_max);
+		softmax->max[g] = block_max;
+		softmax->sum[g] = softmax->sum[g] * rescale[g] + _mm512_reduce_add_ps(sum);
+	}
+	for (d = 0; d + 64 <= hd; d += 64)
+		add_values(y, n_heads, d, 4, 0xFFFF, kv, v, n_pages, from, to, weight, rescale);
+	for (; d < hd; d += 16)
+		add_values(y, n_heads, d, 1, first_lanes(hd - d), kv, v, n_pages, from, to, weight, rescale);
+}
+
 INLINE void
 attention_heads(float *y, const float *q, int n_heads, const MillmKvLayer *kv, const int32_t *pages, int64_t position, int64_t head_offset)
 {
 	const int	hd = kv->head_dim;
 	const int64_t first = kv->window > 0 && position >= kv->window ? position - kv->window + 1 : 0;
-	float		max[4],
-				sum[4];
+	const int64_t last_page = position / MILLM_KERNEL_PAGE;
+	const int	to = (int) (position % MILLM_KERNEL_PAGE);
+	int			from = (int) (first % MILLM_KERNEL_PAGE);
+	Softmax		softmax;
 
 	for (int g = 0; g < n_heads; g++)
 	{
-		max[g] = -INFINITY;
-		sum[g] = 0;
+		softmax.max[g] = -INFINITY;
+		softmax.sum[g] = 0;
 	}
 	memset(y, 0, sizeof(float) * (size_t) (n_heads * hd));
-	for (int64_t p = first / MILLM_KERNEL_PAGE; p * MILLM_KERNEL_PAGE <= position; p++)
-	{
-		const char *k = (const char *) ((const uint16_t *) (kv->k + pages[p] * kv->page_bytes) + head_offset);
-		const char *v = (const char *) ((const uint16_t *) (kv->v + pages[p] * kv->page_bytes) + head_offset);
-		int64_t		base = p * MILLM_KERNEL_PAGE;
-		int			from = (int) (first > base ? first - base : 0);
-		int			to = (int) (position - base < MILLM_KERNEL_PAGE - 1 ? position - base : MILLM_KERNEL_PAGE - 1);
-		__mmask16	mask = (__mmask16) (first_lanes(to + 1) & ~first_lanes(from));
-		__m512		score[4];
-		float		weight[4][MILLM_KERNEL_PAGE];
-		float		rescale[4];
-
-		for (int g = 0; g < n_heads; g++)
-			score[g] = _mm512_setzero_ps();
-		for (int d = 0; d < hd; d++)
+	for (int64_t p = first / MILLM_KERNEL_PAGE; p <= last_page; from = 0)
+		if (last_page - p >= 3)
 		{
-			__m512		kd = load_16(k, d * MILLM_KERNEL_PAGE, MILLM_F16, 0xFFFF);
-
-			for (int g = 0; g < n_heads; g++)
-				score[g] = _mm512_fmadd_ps(_mm512_set1_ps(q[g * hd + d]), kd, score[g]);
+			attention_block(y, q, n_heads, kv, pages + p, 4, from, p + 3 == last_page ? to : MILLM_KERNEL_PAGE - 1, head_offset, &softmax);
+			p += 4;
 		}
-		for (int g = 0; g < n_heads; g++)
+		else
 		{
-			__m512		s = _mm512_mul_ps(score[g], _mm512_set1_ps(kv->scale));
-			float		page_max = _mm512_mask_reduce_max_ps(mask, s);
-
-			page_max = page_max > max[g] ? page_max : max[g];
-			/* a NaN score stays NaN here, and so reaches the sum */
-			s = _mm512_maskz_mov_ps(mask, exp_16(_mm512_sub_ps(s, _mm512_set1_ps(page_max))));
-			rescale[g] = expf(max[g] - page_max);
-			max[g] = page_max;
-			sum[g] = sum[g] * rescale[g] + _mm512_reduce_add_ps(s);
-			_mm512_storeu_ps(weight[g], s);
+			attention_block(y, q, n_heads, kv, pages + p, 1, from, p == last_page ? to : MILLM_KERNEL_PAGE - 1, head_offset, &softmax);
+			p++;
 		}
-		for (int d = 0; d < hd; d += 16)
-		{
-			__mmask16	lanes = first_lanes(hd - d);
-			__m512		out[4];
-
-			for (int g = 0; g < n_heads; g++)
-				out[g] = _mm512_mul_ps(_mm512_maskz_loadu_ps(lanes, y + g * hd + d), _mm512_set1_ps(rescale[g]));
-			for (int s = from; s <= to; s++)
-			{
-				__m512		vs = load_16(v, (int64_t) s * hd + d, MILLM_F16, lanes);
-
-				for (int g = 0; g < n_heads; g++)
-					out[g] = _mm512_fmadd_ps(_mm512_set1_ps(weight[g][s]), vs, out[g]);
-			}
-			for (int g = 0; g < n_heads; g++)
-				_mm512_mask_storeu_ps(y + g * hd + d, lanes, out[g]);
-		}
-	}
 	for (int g = 0; g < n_heads; g++)
 		for (int d = 0; d < hd; d++)
-			y[g * hd + d] /= sum[g];
+			y[g * hd + d] /= softmax.sum[g];
 }
 
 static void
 attention(float *y, const float *q, const MillmKvLayer *kv, const int32_t *pages, int64_t position, int kv_head)
 {
-	const int64_t head_offset = (int64_t) kv_head * kv->head_dim * MILLM_KERNEL_PAGE;
+	const int64_t head_offset = (int64_t) kv_head * kv->head_dim * MILLM_KERNEL_PAGE * 2;	/* bytes */
 
 	for (int g = 0; g < kv->group;)
 	{
