@@ -26,6 +26,7 @@
 #include <unistd.h>
 
 #include "libpq/pqsignal.h"
+#include "mb/pg_wchar.h"
 #include "miscadmin.h"
 #include "storage/latch.h"
 #include "utils/memutils.h"
@@ -179,6 +180,7 @@ start(MillmChild *child)
 	child->control_fd = control[0];
 	child->line_len = child->tail_len = child->hello_len = 0;
 	child->ready = false;
+	child->verdict[0] = '\0';
 	publish(child, MILLM_HELPER_STARTING);
 }
 
@@ -248,6 +250,15 @@ read_log(MillmChild *child)
 	}
 }
 
+/* End it ourselves, and remember why. */
+static void
+condemn(MillmChild *child, const char *why)
+{
+	if (!child->verdict[0])
+		strlcpy(child->verdict, why, sizeof(child->verdict));
+	kill(child->pid, SIGKILL);
+}
+
 /* Its HELLO on fd 3: it listens, and it is of our version. */
 static void
 read_hello(MillmChild *child)
@@ -274,23 +285,34 @@ read_hello(MillmChild *child)
 	version = millm_json_get_string(hello, "version");
 	if (!version || strcmp(version, MILLM_VERSION) != 0)
 	{
-		ereport(LOG, (errmsg("%s is of version %s, the server's millm library of version %s", child->program, version ? version : "unknown", MILLM_VERSION),
-					  errhint("Restart the server after an upgrade.")));
-		kill(child->pid, SIGKILL);
+		condemn(child, psprintf("it is of version %s, the server's millm library of version %s", version ? version : "unknown", MILLM_VERSION));
 		return;
 	}
 	child->ready = true;
 	publish(child, MILLM_HELPER_READY);
 }
 
-/* "was killed by signal 9", and the last lines it wrote. */
+/* One line of valid UTF-8, in place: people read it through SQL. */
+static void
+make_text(char *s)
+{
+	for (char *p = s; *p; p++)
+		if ((unsigned char) *p < ' ')
+			*p = ' ';
+	for (s += pg_encoding_verifymbstr(PG_UTF8, s, strlen(s)); *s; s += pg_encoding_verifymbstr(PG_UTF8, s, strlen(s)))
+		*s++ = '?';
+}
+
+/* "killed by signal 9", and the last lines it wrote. */
 static void
 describe_exit(MillmChild *child, int status, char *buf, size_t size)
 {
 	int			n;
 	int			from = Max(0, child->tail_len - 300);
 
-	if (WIFSIGNALED(status))
+	if (child->verdict[0])
+		n = snprintf(buf, size, "ended by the supervisor: %s", child->verdict);
+	else if (WIFSIGNALED(status))
 		n = snprintf(buf, size, "killed by signal %d", WTERMSIG(status));
 	else
 		n = snprintf(buf, size, "exit status %d", WEXITSTATUS(status));
@@ -299,9 +321,7 @@ describe_exit(MillmChild *child, int status, char *buf, size_t size)
 	if (from < child->tail_len)
 	{
 		snprintf(buf + n, size - n, "; it said: %.*s", child->tail_len - from, child->tail + from);
-		for (char *p = buf; *p; p++)
-			if ((unsigned char) *p < ' ')
-				*p = ' ';
+		make_text(buf);
 	}
 }
 
@@ -350,10 +370,7 @@ millm_child_tend(MillmChild *child)
 	if (child->control_fd >= 0)
 		read_hello(child);
 	if (!child->ready && GetCurrentTimestamp() - child->started > STARTING_MAX_MS * INT64CONST(1000))
-	{
-		ereport(LOG, (errmsg("%s did not become ready in time", child->program)));
-		kill(child->pid, SIGKILL);
-	}
+		condemn(child, "it did not become ready in time");
 	return notice_end(child);
 }
 

@@ -26,6 +26,7 @@ typedef struct MillmChild
 	char		hello[256];		/* received from fd 3 so far */
 	int			hello_len;
 	bool		ready;
+	char		verdict[160];	/* why we ended it ourselves; "" if we did not */
 	TimestampTz started;
 	TimestampTz restart_at;		/* while it is not running */
 	int			delay_ms;		/* before the next restart */

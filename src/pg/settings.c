@@ -152,8 +152,11 @@ millm_effective_token(void)
 			ereport(WARNING, (errcode_for_file_access(), errmsg("could not read millm.hf_token_file: %m")));
 		else if (sb.st_mode & (S_IRWXG | S_IRWXO))
 			ereport(WARNING, (errmsg("millm.hf_token_file is not used because others may read it"), errhint("Set its mode to 0600.")));
-		else if (fgets(line, sizeof(line), f))
+		else if (!fgets(line, sizeof(line), f) || strlen(line) == sizeof(line) - 1)
+			ereport(WARNING, (errmsg("millm.hf_token_file is empty, or its first line is too long")));
+		else
 			token = pstrdup(line);
+		explicit_bzero(line, sizeof(line));
 		if (f)
 			FreeFile(f);
 	}

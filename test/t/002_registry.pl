@@ -79,6 +79,23 @@ is(sql(q(SELECT millm.wait('gated'))), 'ready', 'a token opens a gated repositor
 unlike(join("\n", map { process_text($_) } helper_pids()), qr/hf_good/, 'the token is in no command line and no environment');
 unlike(sql('SELECT string_agg(r::text, $$ $$) FROM millm.registry r'), qr/hf_good/, 'and in no table');
 
+# The server's own, in a file that nobody else may read
+my $token_file = abs_path($node->basedir) . '/token';
+append_to_file($token_file, "hf_good\n");
+chmod 0644, $token_file;
+$node->append_conf('postgresql.conf', "millm.hf_token_file = '$token_file'");
+$node->reload;
+my $download = q(BEGIN; SELECT millm.download('millm-test/private', 'FP16'); ROLLBACK);
+ok(wait_true(sub { ($rc, $out, $err) = $node->psql('postgres', $download); $err =~ /others may read it/ }), 'a token file that others may read is not used');
+chmod 0600, $token_file;
+is((sqlstate($node, $download))[0], '', 'one of mode 0600 is');
+$node->append_conf('postgresql.conf', "millm.hf_token_file = ''\nmillm.hf_token = 'hf_secret'");
+$node->reload;
+ok(wait_true(sub { sql('SHOW millm.hf_token') eq '********' }), 'millm.hf_token is not shown');
+$node->append_conf('postgresql.conf', "millm.hf_token = ''");
+$node->reload;
+ok(wait_true(sub { sql('SHOW millm.hf_token') eq '' }), 'unset again');
+
 # --- cancel, retry ----------------------------------------------------------------------------------------------------
 slow();
 sql(q(SELECT millm.download('millm-test/sharded', 'FP16')));
