@@ -10,11 +10,14 @@
  */
 #include <curl/curl.h>
 #include <errno.h>
+#include <fcntl.h>
 #include <getopt.h>
 #include <pthread.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/file.h>
+#include <sys/stat.h>
 #include <time.h>
 #include <unistd.h>
 
@@ -114,12 +117,10 @@ free_work(Work *w)
 	free(w);
 }
 
-/* The end of a request that was in the list.  on_shutdown() waits for it: nothing of the request may be used after. */
+/* The work is done: before its client hears of it, so that the next download does not find this one still there. */
 static void
-finish(Work *w)
+leave(Work *w)
 {
-	bool		counts = w->op != OP_CANCEL;
-
 	pthread_mutex_lock(&hub.lock);
 	for (Work **p = &hub.running; *p; p = &(*p)->next)
 		if (*p == w)
@@ -127,7 +128,16 @@ finish(Work *w)
 			*p = w->next;
 			break;
 		}
+	pthread_cond_broadcast(&hub.changed);
 	pthread_mutex_unlock(&hub.lock);
+}
+
+/* The end of a request that has left.  on_shutdown() waits for it: nothing of the request may be used after. */
+static void
+finish(Work *w)
+{
+	bool		counts = w->op != OP_CANCEL;
+
 	free_work(w);
 	pthread_mutex_lock(&hub.lock);
 	hub.n_threads--;
@@ -195,6 +205,7 @@ work_main(void *arg)
 			out = json_pack("{s:b}", "removed", removed);
 			break;
 	}
+	leave(w);
 	if (rc == MILLM_OK)
 		millm_conn_result(w->conn, out);
 	else
@@ -348,6 +359,7 @@ on_request(void *arg, MillmConn *conn, json_t *request)
 	{
 		millm_fail(&err, MILLM_E_INSUFFICIENT_MEMORY, "could not start a thread");
 		millm_conn_error(conn, &err);
+		leave(w);
 		finish(w);
 	}
 	else
@@ -435,6 +447,27 @@ read_token(const char *file)
 	return line[0] ? strdup(line) : NULL;
 }
 
+/* One cache, one owner: a server that uses it holds this lock.  It is ours until we exit. */
+static MillmCode
+lock_cache(const char *cache_dir, MillmError *err)
+{
+	char		path[4096];
+	int			fd = -1;
+
+	(void) mkdir(cache_dir, 0700);	/* the open says whether it is there */
+	if ((size_t) snprintf(path, sizeof(path), "%s/.lock", cache_dir) >= sizeof(path))
+		errno = ENAMETOOLONG;
+	else
+		fd = open(path, O_RDWR | O_CREAT | O_NOFOLLOW | O_CLOEXEC, 0600);
+	if (fd >= 0 && flock(fd, LOCK_EX | LOCK_NB) == 0)
+		return MILLM_OK;
+	millm_fail(err, MILLM_E_MODEL_DOWNLOAD_FAILED, "could not lock the model cache \"%s\": %s", cache_dir,
+			   fd >= 0 && errno == EWOULDBLOCK ? "a server or another download uses it" : strerror(errno));
+	if (fd >= 0)
+		close(fd);
+	return MILLM_E_MODEL_DOWNLOAD_FAILED;
+}
+
 int
 main(int argc, char **argv)
 {
@@ -502,8 +535,11 @@ main(int argc, char **argv)
 			memcpy(slash, "--", 2);
 		}
 		spec.directory = directory;
-		rc = millm_job_download(&spec, &stop, &keep, report_line, NULL, &out, &err);
-		fputc('\n', stderr);
+		if ((rc = millm_repo_id_check(spec.repo_id, &err)) == MILLM_OK && (rc = lock_cache(spec.cache_dir, &err)) == MILLM_OK)
+		{
+			rc = millm_job_download(&spec, &stop, &keep, report_line, NULL, &out, &err);
+			fputc('\n', stderr);
+		}
 	}
 	else
 		return usage(stderr, 2);

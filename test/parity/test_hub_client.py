@@ -15,7 +15,7 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "test/hub"))
 import hub as hub_module  # noqa: E402
 
-MILLM_HUB = ROOT / "build/millm-hub"
+MILLM_HUB = Path(os.environ.get("MILLM_HUB", ROOT / "build/millm-hub"))  # or one built with a sanitizer
 HUB_ROOT = ROOT / ".fixtures/hub"
 SMOL = "HuggingFaceTB/SmolLM2-135M-Instruct"
 TINY = "millm-test/tiny-llama"
@@ -211,6 +211,16 @@ def test_stall_and_slow(hub, tmp_path):
     assert done.returncode == 0
 
 
+def test_one_cache_one_owner(hub, tmp_path):
+    import fcntl
+
+    with open(tmp_path / ".lock", "w") as f:
+        fcntl.flock(f, fcntl.LOCK_EX)
+        done = run(hub, "download", TINY, tmp_path)
+    assert done.returncode == 1 and "uses it" in done.stderr
+    assert run(hub, "download", TINY, tmp_path).returncode == 0
+
+
 def test_nobody_listens(tmp_path):
     done = subprocess.run([MILLM_HUB, "validate", TINY, "--endpoint", "http://127.0.0.1:9"], capture_output=True, text=True, timeout=60)
     assert done.returncode == 1 and "HUB_UNAVAILABLE" in done.stderr and "Hint" in done.stderr
@@ -353,6 +363,8 @@ def test_another_models_directory_is_safe(hub, tmp_path, serve):
     """A finished directory belongs to its uuid: neither the download of another model of that name nor its failure touches it."""
     from engine_client import HelperError
 
+    for i in range(20):  # a download that has been answered is no longer in the way of the next
+        serve("download", **(job(hub, tmp_path, TINY) | {"directory": f"huggingface/many-{i}"})).result()
     serve("download", **job(hub, tmp_path, TINY)).result()
     before = {n: (model_dir(tmp_path, TINY) / n).stat().st_mtime_ns for n in leftovers(tmp_path, TINY)}
     with pytest.raises(HelperError, match="MODEL_ALREADY_EXISTS"):
