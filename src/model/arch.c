@@ -27,7 +27,7 @@ static const MillmArch archs[] = {
 		/* Llama 2 and 3, SmolLM, TinyLlama, R1-Distill-Llama, Vicuna, Yi */
 		.model_type = "llama",
 		.hidden_size = {"hidden_size"}, .intermediate_size = {"intermediate_size"}, .n_layers = {"num_hidden_layers"},
-		.n_heads = {"num_attention_heads"}, .n_kv_heads = {"num_key_value_heads"}, .max_positions = {"max_position_embeddings"},
+		.n_heads = {"num_attention_heads"}, .n_kv_heads = {"num_key_value_heads"}, .head_dim = {"head_dim"}, .max_positions = {"max_position_embeddings"},
 		.norm_eps = {"rms_norm_eps"}, .act = {"hidden_act"},
 		.default_norm_eps = 1e-6, .default_rope_theta = 10000.0, .default_max_positions = 2048, .default_act = "silu",
 		.norm = MILLM_NORM_RMS, .position = MILLM_POS_ROPE, .mlp_gated = true,

@@ -27,7 +27,7 @@ typedef struct MillmArch
 	const char *model_type;
 
 	/* config.json */
-	MillmKeys	hidden_size, intermediate_size, n_layers, n_heads, n_kv_heads, max_positions, norm_eps, act;
+	MillmKeys	hidden_size, intermediate_size, n_layers, n_heads, n_kv_heads, head_dim, max_positions, norm_eps, act;
 	double		default_norm_eps;
 	double		default_rope_theta;
 	int			default_max_positions;

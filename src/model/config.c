@@ -14,6 +14,9 @@
 
 #include "arch.h"
 #include "config.h"
+#include "shown.h"
+
+#define MIN_ROPE_THETA 2.0	/* its logarithm divides */
 
 /* The value of a key, or NULL when it is absent or null. */
 static json_t *
@@ -24,15 +27,24 @@ get(json_t *object, const char *key)
 	return json_is_null(v) ? NULL : v;
 }
 
+/* value may be NULL: absent. */
+static MillmCode
+bad_value_of(MillmError *err, const char *file, const char *key, json_t *value, const char *expected)
+{
+	char	   *text = json_is_array(value) || json_is_object(value) ? NULL : json_dumps(value, JSON_ENCODE_ANY);
+
+	millm_fail(err, MILLM_E_INVALID_MODEL_FILE, "invalid value of \"%s\" in %s", key, file);
+	millm_detail(err, "It is %s; expected %s.",
+				 !value ? "absent" : json_is_array(value) ? "a list" : json_is_object(value) ? "an object" : text ? shown(text).text : "unprintable",
+				 expected);
+	free(text);
+	return MILLM_E_INVALID_MODEL_FILE;
+}
+
 static MillmCode
 bad_value(MillmError *err, const char *key, json_t *value, const char *expected)
 {
-	char	   *text = json_dumps(value, JSON_ENCODE_ANY | JSON_COMPACT);
-
-	millm_fail(err, MILLM_E_INVALID_MODEL_FILE, "invalid value of \"%s\" in config.json", key);
-	millm_detail(err, "It is %.200s; expected %s.", text ? text : "(unprintable)", expected);
-	free(text);
-	return MILLM_E_INVALID_MODEL_FILE;
+	return bad_value_of(err, "config.json", key, value, expected);
 }
 
 /* An integer under one of its spellings.  Absent: *out stays; min..max are inclusive. */
@@ -88,15 +100,22 @@ get_bool(json_t *c, const char *key, bool *out, MillmError *err)
 }
 
 static MillmCode
+get_when(json_t *c, MillmWhen when, bool *out, MillmError *err)
+{
+	*out = when.always;
+	return when.key ? get_bool(c, when.key, out, err) : MILLM_OK;
+}
+
+static MillmCode
 unsupported_flag(MillmError *err, const char *model_type, const char *key, const char *value)
 {
-	millm_fail(err, MILLM_E_UNSUPPORTED_ARCHITECTURE, "\"%s\": %s is not supported for model type \"%s\"", key, value, model_type);
-	millm_hint(err, "This engine would compute something else than the model's authors; it refuses instead.");
+	millm_fail(err, MILLM_E_UNSUPPORTED_ARCHITECTURE, "\"%s\": %s is not supported for model type \"%s\"", key, shown(value).text, model_type);
+	millm_hint(err, "This engine would compute something else than the model's authors meant; it refuses instead.");
 	return MILLM_E_UNSUPPORTED_ARCHITECTURE;
 }
 
 static MillmCode
-parse_act(const char *name, const MillmConfig *c, MillmAct *out, MillmError *err)
+parse_act(const char *key, const char *name, const MillmConfig *c, MillmAct *out, MillmError *err)
 {
 	static const struct
 	{
@@ -113,7 +132,7 @@ parse_act(const char *name, const MillmConfig *c, MillmAct *out, MillmError *err
 			*out = acts[i].act;
 			return MILLM_OK;
 		}
-	return unsupported_flag(err, c->model_type, "hidden_act", name);
+	return unsupported_flag(err, c->model_type, key, name);
 }
 
 /*
@@ -123,19 +142,22 @@ parse_act(const char *name, const MillmConfig *c, MillmAct *out, MillmError *err
 static MillmCode
 resolve_rope(json_t *json, const MillmArch *arch, MillmConfig *c, MillmError *err)
 {
-	json_t	   *scaling = get(json, "rope_parameters");
-	const char *type = "default";
-	double		theta = arch->default_rope_theta, partial = 1.0, factor = 1.0, attention_factor = NAN;
-	double		low = 1.0, high = 4.0, fast = 32.0, slow = 1.0, mscale = 0.0, mscale_all = 0.0;
+	json_t	   *scaling = get(json, "rope_scaling"), *value;	/* what transformers 4 wrote wins, as it does in 5 */
+	const char *type = "default", *spelling = "rope_scaling", *key;
+	double		theta = arch->default_rope_theta, partial = 1.0, factor = NAN, attention_factor = NAN;
+	double		low = NAN, high = NAN, fast = 32.0, slow = 1.0, mscale = 0.0, mscale_all = 0.0;
 	int			original = c->max_positions, r;
 	bool		truncate = true;
 	MillmCode	rc;
 
-	if (!scaling)
-		scaling = get(json, "rope_scaling");
+	if (!scaling || (json_is_object(scaling) && json_object_size(scaling) == 0))
+		scaling = get(json, spelling = "rope_parameters");
 	if (scaling && !json_is_object(scaling))
-		return bad_value(err, "rope_scaling", scaling, "an object");
-	if ((rc = get_double(json, "rope_theta", 1.0, 1e12, &theta, err)) != MILLM_OK ||
+		return bad_value(err, spelling, scaling, "an object");
+	json_object_foreach(scaling, key, value)
+		if (json_is_object(value))	/* one set of parameters for each of the layer_types */
+			return unsupported_flag(err, c->model_type, spelling, key);
+	if ((rc = get_double(json, "rope_theta", MIN_ROPE_THETA, 1e12, &theta, err)) != MILLM_OK ||
 		(rc = get_double(json, "partial_rotary_factor", 0.01, 1.0, &partial, err)) != MILLM_OK)
 		return rc;
 	if (scaling)
@@ -150,7 +172,7 @@ resolve_rope(json_t *json, const MillmArch *arch, MillmConfig *c, MillmError *er
 				return bad_value(err, "rope_type", t, "a string");
 			type = json_string_value(t);
 		}
-		if ((rc = get_double(scaling, "rope_theta", 1.0, 1e12, &theta, err)) != MILLM_OK ||
+		if ((rc = get_double(scaling, "rope_theta", MIN_ROPE_THETA, 1e12, &theta, err)) != MILLM_OK ||
 			(rc = get_double(scaling, "partial_rotary_factor", 0.01, 1.0, &partial, err)) != MILLM_OK ||
 			(rc = get_double(scaling, "factor", 1.0, 1e6, &factor, err)) != MILLM_OK ||
 			(rc = get_double(scaling, "attention_factor", 0.0, 1e3, &attention_factor, err)) != MILLM_OK ||
@@ -184,13 +206,19 @@ resolve_rope(json_t *json, const MillmArch *arch, MillmConfig *c, MillmError *er
 		return MILLM_OK;
 	if (strcmp(type, "linear") == 0)
 	{
+		if (isnan(factor))
+			return bad_value(err, "factor", NULL, "a number, for rope_type \"linear\"");
 		for (int j = 0; j < r / 2; j++)
 			c->inv_freq[j] = (float) (c->inv_freq[j] / factor);
 		return MILLM_OK;
 	}
 	if (strcmp(type, "llama3") == 0)
 	{
-		if (high <= low)
+		if (isnan(factor))
+			return bad_value(err, "factor", NULL, "a number, for rope_type \"llama3\"");
+		if (isnan(low))
+			return bad_value(err, "low_freq_factor", NULL, "a number, for rope_type \"llama3\"");
+		if (!(high > low))
 			return bad_value(err, "high_freq_factor", get(scaling, "high_freq_factor"), "more than low_freq_factor");
 		for (int j = 0; j < r / 2; j++)
 		{
@@ -207,8 +235,14 @@ resolve_rope(json_t *json, const MillmArch *arch, MillmConfig *c, MillmError *er
 	}
 	if (strcmp(type, "yarn") == 0)
 	{
-		double		lo = r * log(original / (fast * 2 * M_PI)) / (2 * log(theta));
-		double		hi = r * log(original / (slow * 2 * M_PI)) / (2 * log(theta));
+		double		lo, hi;
+
+		if (fast <= slow)
+			return bad_value(err, "beta_fast", get(scaling, "beta_fast"), "more than beta_slow");
+		if (isnan(factor))
+			factor = (double) c->max_positions / original;
+		lo = r * log(original / (fast * 2 * M_PI)) / (2 * log(theta));
+		hi = r * log(original / (slow * 2 * M_PI)) / (2 * log(theta));
 
 		if (truncate)
 		{
@@ -239,19 +273,19 @@ resolve_rope(json_t *json, const MillmArch *arch, MillmConfig *c, MillmError *er
 
 /* Token ids that config.json and generation_config.json give as an int or a list. */
 MillmCode
-millm_config_eos(json_t *value, MillmConfig *c, MillmError *err)
+millm_config_eos(json_t *value, const char *file, MillmConfig *c, MillmError *err)
 {
 	size_t		n = json_is_array(value) ? json_array_size(value) : 1;
 
 	if (n > sizeof(c->eos_ids) / sizeof(c->eos_ids[0]))
-		return bad_value(err, "eos_token_id", value, "at most 32 ids");
+		return bad_value_of(err, file, "eos_token_id", value, "at most 32 ids");
 	c->n_eos = 0;
 	for (size_t i = 0; i < n; i++)
 	{
 		json_t	   *id = json_is_array(value) ? json_array_get(value, i) : value;
 
 		if (!json_is_integer(id) || json_integer_value(id) < 0 || json_integer_value(id) > INT_MAX)
-			return bad_value(err, "eos_token_id", value, "a token id, or a list of them");
+			return bad_value_of(err, file, "eos_token_id", json_is_array(value) ? id : value, "a token id, or a list of them");
 		c->eos_ids[c->n_eos++] = (int) json_integer_value(id);
 	}
 	return MILLM_OK;
@@ -266,21 +300,33 @@ refuse_flags(json_t *json, const MillmArch *arch, MillmError *err)
 	json_t	   *quantization = get(json, "quantization_config");
 	json_t	   *entry;
 	size_t		i;
+	bool		flag = false;
+	MillmCode	rc;
 
 	if (quantization)
 	{
 		const char *method = json_string_value(json_object_get(quantization, "quant_method"));
 
-		millm_fail(err, MILLM_E_UNSUPPORTED, "quantized checkpoints (quant_method \"%s\") are not supported", method ? method : "unknown");
+		millm_fail(err, MILLM_E_UNSUPPORTED, "quantized checkpoints (quant_method \"%s\") are not supported", method ? shown(method).text : "unknown");
 		millm_hint(err, "Use the repository that holds the 16-bit weights.");
 		return MILLM_E_UNSUPPORTED;
 	}
 	for (const char *const *key = everywhere; *key; key++)
-		if (json_is_true(json_object_get(json, *key)))
+	{
+		if ((rc = get_bool(json, *key, &flag, err)) != MILLM_OK)
+			return rc;
+		if (flag)
 			return unsupported_flag(err, arch->model_type, *key, "true");
+	}
 	for (i = 0; i < 4 && arch->refused[i]; i++)
-		if (json_is_true(json_object_get(json, arch->refused[i])))
+	{
+		if ((rc = get_bool(json, arch->refused[i], &flag, err)) != MILLM_OK)
+			return rc;
+		if (flag)
 			return unsupported_flag(err, arch->model_type, arch->refused[i], "true");
+	}
+	if (layer_types && !json_is_array(layer_types))
+		return bad_value(err, "layer_types", layer_types, "a list");
 	json_array_foreach(layer_types, i, entry)
 	{
 		const char *type = json_string_value(entry);
@@ -311,14 +357,14 @@ resolve(json_t *json, const MillmArch *arch, MillmConfig *c, MillmError *err)
 	if ((rc = refuse_flags(json, arch, err)) != MILLM_OK)
 		return rc;
 	v = json_array_get(json_object_get(json, "architectures"), 0);
-	snprintf(c->architecture, sizeof(c->architecture), "%s", json_is_string(v) ? json_string_value(v) : "");
+	snprintf(c->architecture, sizeof(c->architecture), "%s", json_is_string(v) ? shown(json_string_value(v)).text : "");
 
 	c->max_positions = arch->default_max_positions;
 	if ((rc = get_int(json, arch->hidden_size, 1, MILLM_MAX_HIDDEN, &c->hidden_size, err)) != MILLM_OK ||
 		(rc = get_int(json, arch->n_layers, 1, MILLM_MAX_LAYERS, &c->n_layers, err)) != MILLM_OK ||
 		(rc = get_int(json, arch->n_heads, 1, MILLM_MAX_HEADS, &c->n_heads, err)) != MILLM_OK ||
 		(rc = get_int(json, arch->n_kv_heads, 1, MILLM_MAX_HEADS, &c->n_kv_heads, err)) != MILLM_OK ||
-		(rc = get_int(json, (const MillmKeys) {"head_dim"}, 1, MILLM_MAX_HEAD_DIM, &c->head_dim, err)) != MILLM_OK ||
+		(rc = get_int(json, arch->head_dim, 1, MILLM_MAX_HEAD_DIM, &c->head_dim, err)) != MILLM_OK ||
 		(rc = get_int(json, arch->intermediate_size, 1, 16 * MILLM_MAX_HIDDEN, &c->intermediate_size, err)) != MILLM_OK ||
 		(rc = get_int(json, (const MillmKeys) {"vocab_size"}, 1, MILLM_MAX_VOCAB, &c->vocab_size, err)) != MILLM_OK ||
 		(rc = get_int(json, arch->max_positions, 1, MILLM_MAX_POSITIONS, &c->max_positions, err)) != MILLM_OK ||
@@ -338,13 +384,21 @@ resolve(json_t *json, const MillmArch *arch, MillmConfig *c, MillmError *err)
 		c->intermediate_size = arch->default_ffn_mult * c->hidden_size;
 	if (!c->n_kv_heads)
 		c->n_kv_heads = c->n_heads;
-	if (!c->head_dim)
-		c->head_dim = c->hidden_size / c->n_heads;
-	if (c->head_dim < 1 || c->n_heads % c->n_kv_heads != 0)
+	if (c->n_heads % c->n_kv_heads != 0 || (!c->head_dim && c->hidden_size % c->n_heads != 0))
 	{
 		millm_fail(err, MILLM_E_INVALID_MODEL_FILE, "contradictory attention sizes in config.json");
-		millm_detail(err, "%d heads, %d KV heads, head_dim %d, hidden size %d: heads must be a multiple of KV heads, and a head needs dimensions.",
-					 c->n_heads, c->n_kv_heads, c->head_dim, c->hidden_size);
+		millm_detail(err, "Hidden size %d, %d heads, %d KV heads: %s.", c->hidden_size, c->n_heads, c->n_kv_heads,
+					 c->n_heads % c->n_kv_heads != 0 ? "heads must be a multiple of KV heads"
+					 : "without a head_dim, the hidden size must be a multiple of heads");
+		return MILLM_E_INVALID_MODEL_FILE;
+	}
+	if (!c->head_dim)
+		c->head_dim = c->hidden_size / c->n_heads;
+	if (c->head_dim > MILLM_MAX_HEAD_DIM)
+	{
+		millm_fail(err, MILLM_E_INVALID_MODEL_FILE, "heads are too large in config.json");
+		millm_detail(err, "Hidden size %d makes %d heads of %d dimensions; at most %d are possible.",
+					 c->hidden_size, c->n_heads, c->head_dim, MILLM_MAX_HEAD_DIM);
 		return MILLM_E_INVALID_MODEL_FILE;
 	}
 
@@ -355,7 +409,10 @@ resolve(json_t *json, const MillmArch *arch, MillmConfig *c, MillmError *err)
 	c->rope_interleaved = arch->rope_interleaved;
 	c->mlp_gated = arch->mlp_gated;
 	c->tied = arch->default_tied;
-	if ((rc = get_bool(json, "tie_word_embeddings", &c->tied, err)) != MILLM_OK)
+	if ((rc = get_bool(json, "tie_word_embeddings", &c->tied, err)) != MILLM_OK ||
+		(rc = get_when(json, arch->qkv_bias, &c->qkv_bias, err)) != MILLM_OK ||
+		(rc = get_when(json, arch->o_bias, &c->o_bias, err)) != MILLM_OK ||
+		(rc = get_when(json, arch->mlp_bias, &c->mlp_bias, err)) != MILLM_OK)
 		return rc;
 	if (arch->scale_switch && (rc = get_bool(json, arch->scale_switch, &scaled, err)) != MILLM_OK)
 		return rc;
@@ -368,15 +425,12 @@ resolve(json_t *json, const MillmArch *arch, MillmConfig *c, MillmError *err)
 			return bad_value(err, arch->act[0], v, "a string");
 		act = json_string_value(v);
 	}
-	if ((rc = parse_act(act, c, &c->act, err)) != MILLM_OK)
+	if ((rc = parse_act(arch->act[0], act, c, &c->act, err)) != MILLM_OK)
 		return rc;
 	if (c->position == MILLM_POS_ROPE && (rc = resolve_rope(json, arch, c, err)) != MILLM_OK)
 		return rc;
 
-	c->bos_id = -1;
-	if ((v = get(json, "bos_token_id")) && json_is_integer(v) && json_integer_value(v) >= 0 && json_integer_value(v) <= INT_MAX)
-		c->bos_id = (int) json_integer_value(v);
-	if ((v = get(json, "eos_token_id")) && (rc = millm_config_eos(v, c, err)) != MILLM_OK)
+	if ((v = get(json, "eos_token_id")) && (rc = millm_config_eos(v, "config.json", c, err)) != MILLM_OK)
 		return rc;
 	return MILLM_OK;
 }
@@ -400,7 +454,7 @@ millm_config_resolve(json_t *json, MillmConfig *config, MillmError *err)
 	arch = millm_arch_find(json_string_value(type));
 	if (!arch)
 	{
-		millm_fail(err, MILLM_E_UNSUPPORTED_ARCHITECTURE, "model type \"%.100s\" is not supported", json_string_value(type));
+		millm_fail(err, MILLM_E_UNSUPPORTED_ARCHITECTURE, "model type \"%s\" is not supported", shown(json_string_value(type)).text);
 		millm_hint(err, "Supported are: %s.", millm_supported_model_types());
 		return MILLM_E_UNSUPPORTED_ARCHITECTURE;
 	}

@@ -4,6 +4,7 @@
  * Keys that are honoured fill MillmGenerationConfig.  A key that would change the output, is set to something
  * else than its neutral value and is not honoured, is listed in `ignored`, for a warning at load.
  */
+#include <limits.h>
 #include <math.h>
 #include <stdio.h>
 #include <string.h>
@@ -14,7 +15,8 @@ static void
 ignore(MillmGenerationConfig *g, const char *key)
 {
 	if (g->n_ignored < (int) (sizeof(g->ignored) / sizeof(g->ignored[0])))
-		snprintf(g->ignored[g->n_ignored++], sizeof(g->ignored[0]), "%s", key);
+		snprintf(g->ignored[g->n_ignored], sizeof(g->ignored[0]), "%s", key);
+	g->n_ignored++;
 }
 
 static MillmCode
@@ -23,6 +25,14 @@ bad(MillmError *err, const char *key, const char *expected)
 	millm_fail(err, MILLM_E_INVALID_MODEL_FILE, "invalid value of \"%s\" in generation_config.json", key);
 	millm_detail(err, "Expected %s.", expected);
 	return MILLM_E_INVALID_MODEL_FILE;
+}
+
+/* null, false, nothing in it, or the number that does nothing */
+static bool
+is_neutral(json_t *v, double neutral)
+{
+	return !v || json_is_null(v) || json_is_false(v) || (json_is_number(v) && json_number_value(v) == neutral) ||
+		(json_is_array(v) && json_array_size(v) == 0) || (json_is_object(v) && json_object_size(v) == 0);
 }
 
 static MillmCode
@@ -50,12 +60,12 @@ millm_generation_resolve(json_t *json, MillmGenerationConfig *g, MillmConfig *co
 		{"min_length", 0}, {"min_new_tokens", 0}, {"typical_p", 1}, {"no_repeat_ngram_size", 0}, {"encoder_no_repeat_ngram_size", 0}, {"num_beams", 1},
 		{"epsilon_cutoff", 0}, {"eta_cutoff", 0}, {"guidance_scale", 1}, {"penalty_alpha", 0}, {"num_beam_groups", 1}, {"diversity_penalty", 0},
 	};
-	static const char *const lists[] = {
+	static const char *const others[] = {
 		"suppress_tokens", "begin_suppress_tokens", "bad_words_ids", "force_words_ids", "sequence_bias", "stop_strings",
 		"forced_bos_token_id", "forced_eos_token_id", "exponential_decay_length_penalty", "constraints", "watermarking_config",
+		"renormalize_logits", "token_healing", "dola_layers",
 	};
 	json_t	   *v;
-	float		top_k = -1;
 	MillmCode	rc;
 
 	if (!json_is_object(json))
@@ -65,28 +75,25 @@ millm_generation_resolve(json_t *json, MillmGenerationConfig *g, MillmConfig *co
 		return bad(err, "do_sample", "true or false");
 	g->do_sample = json_is_true(v);
 	if ((rc = get_number(json, "temperature", 0, 100, "a number from 0 to 100", &g->temperature, err)) != MILLM_OK ||
-		(rc = get_number(json, "top_k", 0, 1 << 30, "an integer of at least 0", &top_k, err)) != MILLM_OK ||
 		(rc = get_number(json, "top_p", 0, 1, "a number from 0 to 1", &g->top_p, err)) != MILLM_OK ||
 		(rc = get_number(json, "min_p", 0, 1, "a number from 0 to 1", &g->min_p, err)) != MILLM_OK ||
 		(rc = get_number(json, "repetition_penalty", 1e-3, 100, "a number from 0.001 to 100", &g->repetition_penalty, err)) != MILLM_OK)
 		return rc;
-	g->top_k = (int) top_k;
+	v = json_object_get(json, "top_k");
+	if (v && !json_is_null(v))
+	{
+		if (!json_is_integer(v) || json_integer_value(v) < 0 || json_integer_value(v) > INT_MAX)
+			return bad(err, "top_k", "an integer of at least 0");
+		g->top_k = (int) json_integer_value(v);
+	}
 	v = json_object_get(json, "eos_token_id");
-	if (v && !json_is_null(v) && (rc = millm_config_eos(v, config, err)) != MILLM_OK)
+	if (v && !json_is_null(v) && (rc = millm_config_eos(v, "generation_config.json", config, err)) != MILLM_OK)
 		return rc;
 	for (size_t i = 0; i < sizeof(numbers) / sizeof(numbers[0]); i++)
-	{
-		v = json_object_get(json, numbers[i].key);
-		if (v && !json_is_null(v) && !(json_is_number(v) && json_number_value(v) == numbers[i].neutral))
+		if (!is_neutral(json_object_get(json, numbers[i].key), numbers[i].neutral))
 			ignore(g, numbers[i].key);
-	}
-	for (size_t i = 0; i < sizeof(lists) / sizeof(lists[0]); i++)
-	{
-		v = json_object_get(json, lists[i]);
-		if (v && !json_is_null(v) && !(json_is_array(v) && json_array_size(v) == 0) && !(json_is_object(v) && json_object_size(v) == 0))
-			ignore(g, lists[i]);
-	}
-	if (json_is_true(json_object_get(json, "renormalize_logits")))
-		ignore(g, "renormalize_logits");
+	for (size_t i = 0; i < sizeof(others) / sizeof(others[0]); i++)
+		if (!is_neutral(json_object_get(json, others[i]), NAN))
+			ignore(g, others[i]);
 	return MILLM_OK;
 }

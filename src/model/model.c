@@ -24,10 +24,13 @@
 #include "config.h"
 #include "half.h"
 #include "safetensors.h"
+#include "shown.h"
 
 #define MAX_SHARDS 4096
-#define MAX_JSON_BYTES (64 << 20)
-#define MAX_NAME 256
+#define MAX_CONFIG_BYTES ((size_t) 4 << 20)
+#define MAX_INDEX_BYTES ((size_t) 32 << 20)	/* as a safetensors header */
+#define MAX_PATH 4096
+#define MAX_NAME 256				/* of a tensor that a row names; a file's other names have no limit */
 
 typedef struct Entry
 {
@@ -49,60 +52,83 @@ typedef struct Binder
 	MillmModel *model;
 	const MillmArch *arch;
 	const char *prefix;			/* the row's, or "" */
+	const Entry *tied_head;		/* a stored copy of the tied embedding, or NULL */
 	MillmError *err;
-	json_t	   *config;			/* the file, for boolean keys */
 } Binder;
 
 /* --- Files ------------------------------------------------------------------------------------ */
 
-/* Parse dir/name; *out is NULL when there is no such file. */
 static MillmCode
-read_json(const char *dir, const char *name, json_t **out, MillmError *err)
+join(char path[MAX_PATH], const char *dir, const char *name, MillmError *err)
 {
-	char		path[4096];
+	if ((size_t) snprintf(path, MAX_PATH, "%s/%s", dir, name) >= MAX_PATH)
+		return millm_fail(err, MILLM_E_INVALID_ARGUMENT, "the path of \"%s\" is longer than %d bytes", shown(name).text, MAX_PATH - 1);
+	return MILLM_OK;
+}
+
+/* Parse dir/name, of at most max_bytes; *out is NULL when there is no such file. */
+static MillmCode
+read_json(const char *dir, const char *name, size_t max_bytes, json_t **out, MillmError *err)
+{
+	char		path[MAX_PATH];
 	struct stat sb;
 	json_error_t jerr;
-	FILE	   *f;
+	FILE	   *f = NULL;
+	char	   *text = NULL;
+	size_t		len = 0;
+	MillmCode	rc;
+	int			fd;
 
 	*out = NULL;
-	if ((size_t) snprintf(path, sizeof(path), "%s/%s", dir, name) >= sizeof(path))
-		return millm_fail(err, MILLM_E_INVALID_ARGUMENT, "path is too long");
-	f = fopen(path, "re");
-	if (!f && errno == ENOENT)
+	if ((rc = join(path, dir, name, err)) != MILLM_OK)
+		return rc;
+	fd = open(path, O_RDONLY | O_CLOEXEC | O_NONBLOCK);	/* a FIFO must not hang us */
+	if (fd < 0 && errno == ENOENT)
 		return MILLM_OK;
-	if (!f)
+	if (fd < 0)
 		return millm_fail(err, MILLM_E_MODEL_FILES_MISSING, "could not open \"%s\": %s", path, strerror(errno));
-	if (fstat(fileno(f), &sb) != 0 || !S_ISREG(sb.st_mode) || sb.st_size > MAX_JSON_BYTES)
+	if (fstat(fd, &sb) != 0 || !S_ISREG(sb.st_mode) || !(f = fdopen(fd, "r")))
 	{
-		fclose(f);
-		millm_fail(err, MILLM_E_INVALID_MODEL_FILE, "\"%s\" is not a file that can be read", path);
-		millm_detail(err, "It must be a regular file of at most %d MB.", MAX_JSON_BYTES >> 20);
-		return MILLM_E_INVALID_MODEL_FILE;
+		close(fd);
+		return millm_fail(err, MILLM_E_INVALID_MODEL_FILE, "\"%s\" is not a regular file", path);
 	}
-	*out = json_loadf(f, 0, &jerr);
+	/* the size that stat tells may lie: one byte more than may be there is asked for */
+	if (!(text = malloc(max_bytes + 1)))
+		rc = millm_fail(err, MILLM_E_INSUFFICIENT_MEMORY, "out of memory");
+	else if ((len = fread(text, 1, max_bytes + 1, f)), ferror(f))
+		rc = millm_fail(err, MILLM_E_INVALID_MODEL_FILE, "could not read \"%s\": %s", path, strerror(errno));
+	else if (len > max_bytes)
+	{
+		rc = millm_fail(err, MILLM_E_INVALID_MODEL_FILE, "\"%s\" is too large", path);
+		millm_detail(err, "At most %zu bytes are read.", max_bytes);
+	}
+	else if (!(*out = json_loadb(text, len, 0, &jerr)))
+	{
+		rc = millm_fail(err, MILLM_E_INVALID_MODEL_FILE, "\"%s\" is not valid JSON", path);
+		millm_detail(err, "Line %d: %s.", jerr.line, shown(jerr.text).text);
+	}
+	free(text);
 	fclose(f);
-	if (!*out)
-	{
-		millm_fail(err, MILLM_E_INVALID_MODEL_FILE, "\"%s\" is not valid JSON", path);
-		millm_detail(err, "Line %d: %s.", jerr.line, jerr.text);
-		return MILLM_E_INVALID_MODEL_FILE;
-	}
-	return MILLM_OK;
+	return rc;
 }
 
 static MillmCode
 open_shard(struct MillmModelFiles *files, const char *dir, const char *name, MillmError *err)
 {
-	char		path[4096];
+	char		path[MAX_PATH];
 	MillmCode	rc;
 
 	if (name[0] == '\0' || name[0] == '.' || strchr(name, '/') || strchr(name, '\\'))
-		return millm_fail(err, MILLM_E_INVALID_MODEL_FILE, "invalid shard name \"%.100s\" in model.safetensors.index.json", name);
-	if ((size_t) snprintf(path, sizeof(path), "%s/%s", dir, name) >= sizeof(path))
-		return millm_fail(err, MILLM_E_INVALID_ARGUMENT, "path is too long");
-	if ((rc = millm_st_open(path, &files->shards[files->n_shards], err)) == MILLM_OK)
-		files->n_shards++;
-	return rc;
+	{
+		millm_fail(err, MILLM_E_INVALID_MODEL_FILE, "invalid shard name \"%s\" in model.safetensors.index.json", shown(name).text);
+		millm_detail(err, "A shard is a file of the same directory, and not a hidden one.");
+		return MILLM_E_INVALID_MODEL_FILE;
+	}
+	if ((rc = join(path, dir, name, err)) != MILLM_OK ||
+		(rc = millm_st_open(path, &files->shards[files->n_shards], err)) != MILLM_OK)
+		return rc;
+	files->n_shards++;
+	return MILLM_OK;
 }
 
 static int
@@ -115,7 +141,7 @@ by_string(const void *a, const void *b)
 static MillmCode
 open_shards(struct MillmModelFiles *files, const char *dir, MillmError *err)
 {
-	char		path[4096];
+	char		path[MAX_PATH];
 	json_t	   *index = NULL, *map, *value;
 	const char *key, **names = NULL;
 	size_t		n = 0;
@@ -124,29 +150,36 @@ open_shards(struct MillmModelFiles *files, const char *dir, MillmError *err)
 	files->shards = calloc(MAX_SHARDS, sizeof(*files->shards));
 	if (!files->shards)
 		return millm_fail(err, MILLM_E_INSUFFICIENT_MEMORY, "out of memory");
-	snprintf(path, sizeof(path), "%s/model.safetensors", dir);
+	if ((rc = join(path, dir, "model.safetensors", err)) != MILLM_OK)
+		return rc;
 	if (access(path, F_OK) == 0)
 		return open_shard(files, dir, "model.safetensors", err);
 
-	if ((rc = read_json(dir, "model.safetensors.index.json", &index, err)) != MILLM_OK)
+	if ((rc = read_json(dir, "model.safetensors.index.json", MAX_INDEX_BYTES, &index, err)) != MILLM_OK)
 		return rc;
 	if (!index)
 	{
 		millm_fail(err, MILLM_E_MODEL_FILES_MISSING, "no weights in \"%s\"", dir);
 		millm_detail(err, "There is neither model.safetensors nor model.safetensors.index.json.");
+		millm_hint(err, "Weights in other formats (pytorch_model.bin, GGUF) are not read.");
 		return MILLM_E_MODEL_FILES_MISSING;
 	}
 	map = json_object_get(index, "weight_map");
-	if (!json_is_object(map) || json_object_size(map) == 0 || !(names = calloc(json_object_size(map), sizeof(*names))))
+	if (json_object_size(map) == 0)
 	{
 		rc = millm_fail(err, MILLM_E_INVALID_MODEL_FILE, "model.safetensors.index.json has no weight_map");
+		goto done;
+	}
+	if (!(names = calloc(json_object_size(map), sizeof(*names))))
+	{
+		rc = millm_fail(err, MILLM_E_INSUFFICIENT_MEMORY, "out of memory");
 		goto done;
 	}
 	json_object_foreach(map, key, value)
 	{
 		if (!json_is_string(value))
 		{
-			rc = millm_fail(err, MILLM_E_INVALID_MODEL_FILE, "model.safetensors.index.json maps \"%.100s\" to something that is not a file name", key);
+			rc = millm_fail(err, MILLM_E_INVALID_MODEL_FILE, "model.safetensors.index.json maps \"%s\" to something that is not a file name", shown(key).text);
 			goto done;
 		}
 		names[n++] = json_string_value(value);
@@ -189,7 +222,7 @@ index_tensors(struct MillmModelFiles *files, MillmError *err)
 	qsort(files->entries, n, sizeof(Entry), by_tensor_name);
 	for (size_t i = 1; i < n; i++)
 		if (by_tensor_name(&files->entries[i - 1], &files->entries[i]) == 0)
-			return millm_fail(err, MILLM_E_INVALID_MODEL_FILE, "tensor \"%.200s\" is in two files", files->entries[i].tensor->name);
+			return millm_fail(err, MILLM_E_INVALID_MODEL_FILE, "tensor \"%s\" is in two files", shown(files->entries[i].tensor->name).text);
 	return MILLM_OK;
 }
 
@@ -310,12 +343,6 @@ bind_vector(Binder *b, const char *template, int layer, const char *suffix, int6
 	return MILLM_OK;
 }
 
-static bool
-when(const Binder *b, MillmWhen w)
-{
-	return w.always || (w.key && json_is_true(json_object_get(b->config, w.key)));
-}
-
 static MillmCode
 bind_norm(Binder *b, const char *template, int layer, MillmVector *weight, MillmVector *bias)
 {
@@ -343,7 +370,6 @@ bind_qkv(Binder *b, int i, MillmLayer *l)
 	const MillmArch *a = b->arch;
 	const MillmConfig *c = &b->model->config;
 	int64_t		nq = (int64_t) l->n_heads * l->head_dim, nkv = (int64_t) l->n_kv_heads * l->head_dim;
-	bool		bias = when(b, a->qkv_bias);
 	MillmWeight fused;
 	MillmVector fused_bias = {NULL, 0};
 	MillmCode	rc;
@@ -352,7 +378,7 @@ bind_qkv(Binder *b, int i, MillmLayer *l)
 	{
 		if ((rc = bind_matrix(b, b->prefix, a->q, i, nq, c->hidden_size, a->in_out, &l->q)) != MILLM_OK ||
 			(rc = bind_matrix(b, b->prefix, a->k, i, nkv, c->hidden_size, a->in_out, &l->k)) != MILLM_OK ||
-			(rc = bind_matrix(b, b->prefix, a->v, i, nkv, c->hidden_size, a->in_out, &l->v)) != MILLM_OK || !bias)
+			(rc = bind_matrix(b, b->prefix, a->v, i, nkv, c->hidden_size, a->in_out, &l->v)) != MILLM_OK || !c->qkv_bias)
 			return rc;
 		if ((rc = bind_vector(b, a->q, i, ".bias", nq, &l->q_bias)) != MILLM_OK ||
 			(rc = bind_vector(b, a->k, i, ".bias", nkv, &l->k_bias)) != MILLM_OK)
@@ -364,7 +390,7 @@ bind_qkv(Binder *b, int i, MillmLayer *l)
 	l->q = slice(&fused, 0, nq);
 	l->k = slice(&fused, nq, nkv);
 	l->v = slice(&fused, nq + nkv, nkv);
-	if (!bias || (rc = bind_vector(b, a->qkv, i, ".bias", nq + 2 * nkv, &fused_bias)) != MILLM_OK)
+	if (!c->qkv_bias || (rc = bind_vector(b, a->qkv, i, ".bias", nq + 2 * nkv, &fused_bias)) != MILLM_OK)
 		return rc;
 	l->q_bias = vector_slice(&fused_bias, 0, nq);
 	l->k_bias = vector_slice(&fused_bias, nq, nkv);
@@ -389,11 +415,11 @@ bind_layer(Binder *b, int i, MillmLayer *l)
 	if ((rc = bind_norm(b, a->attn_norm, i, &l->attn_norm, &l->attn_norm_bias)) != MILLM_OK ||
 		(rc = bind_qkv(b, i, l)) != MILLM_OK ||
 		(rc = bind_matrix(b, b->prefix, a->o, i, h, (int64_t) l->n_heads * l->head_dim, a->in_out, &l->o)) != MILLM_OK ||
-		(when(b, a->o_bias) && (rc = bind_vector(b, a->o, i, ".bias", h, &l->o_bias)) != MILLM_OK) ||
+		(c->o_bias && (rc = bind_vector(b, a->o, i, ".bias", h, &l->o_bias)) != MILLM_OK) ||
 		(rc = bind_norm(b, a->mlp_norm, i, &l->mlp_norm, &l->mlp_norm_bias)) != MILLM_OK ||
 		(c->mlp_gated && (rc = bind_matrix(b, b->prefix, a->gate, i, ffn, h, a->in_out, &l->gate)) != MILLM_OK) ||
 		(rc = bind_matrix(b, b->prefix, a->up, i, ffn, h, a->in_out, &l->up)) != MILLM_OK ||
-		(rc = bind_matrix(b, b->prefix, a->down, i, h, ffn, a->in_out, &l->down)) != MILLM_OK || !when(b, a->mlp_bias))
+		(rc = bind_matrix(b, b->prefix, a->down, i, h, ffn, a->in_out, &l->down)) != MILLM_OK || !c->mlp_bias)
 		return rc;
 	if ((c->mlp_gated && (rc = bind_vector(b, a->gate, i, ".bias", ffn, &l->gate_bias)) != MILLM_OK) ||
 		(rc = bind_vector(b, a->up, i, ".bias", ffn, &l->up_bias)) != MILLM_OK)
@@ -423,7 +449,10 @@ bind_head(Binder *b)
 		return rc;
 	if (m->config.tied && m->head.dtype == emb->dtype &&
 		memcmp(m->head.data, emb->data, (size_t) (emb->n_out * emb->n_in) * (size_t) millm_dtype_bytes(emb->dtype)) == 0)
+	{
 		m->head = *emb;
+		b->tied_head = e;
+	}
 	else
 		m->config.tied = false;
 	return MILLM_OK;
@@ -441,7 +470,7 @@ static MillmCode
 check_all_used(Binder *b)
 {
 	const struct MillmModelFiles *files = b->model->files;
-	char		list[600] = "";
+	char		list[800] = "";
 	size_t		n = 0, at = 0;
 
 	for (size_t i = 0; i < files->n_entries; i++)
@@ -454,37 +483,31 @@ check_all_used(Binder *b)
 		if (known)
 			continue;
 		n++;
-		if (at < sizeof(list) - 100)
-			at += (size_t) snprintf(list + at, sizeof(list) - at, "%s\"%.90s\"", n > 1 ? ", " : "", name);
+		if (at < sizeof(list) - sizeof(MillmShown) - 4)
+			at += (size_t) snprintf(list + at, sizeof(list) - at, "%s\"%s\"", n > 1 ? ", " : "", shown(name).text);
 	}
 	if (n == 0)
 		return MILLM_OK;
-	millm_fail(b->err, MILLM_E_INVALID_MODEL_FILE, "%zu tensors of the files have no place in a model of type \"%s\"", n, b->arch->model_type);
-	millm_detail(b->err, "Among them: %s.", list);
+	millm_fail(b->err, MILLM_E_INVALID_MODEL_FILE, "the files hold tensors that have no place in a model of type \"%s\"", b->arch->model_type);
+	millm_detail(b->err, "There are %zu of them, such as %s.", n, list);
 	millm_hint(b->err, "The config may lack a flag, or the model is of another type than it says.");
 	return MILLM_E_INVALID_MODEL_FILE;
 }
 
 static void
-count(MillmModel *m)
+count(Binder *b)
 {
+	MillmModel *m = b->model;
+
 	for (size_t i = 0; i < m->files->n_entries; i++)
 	{
-		const MillmStTensor *t = m->files->entries[i].tensor;
+		const Entry *e = &m->files->entries[i];
 
-		if (!m->files->entries[i].used)
+		if (!e->used)
 			continue;
-		m->weights_bytes += t->bytes;
-		m->n_params += (int64_t) (t->bytes / (uint64_t) millm_dtype_bytes(t->dtype));
-	}
-	if (m->config.tied && m->files->n_entries)	/* a stored copy of the tied head is no parameter of its own */
-	{
-		MillmStTensor tensor = {.name = "lm_head.weight"};
-		Entry		key = {.tensor = &tensor};
-		Entry	   *e = bsearch(&key, m->files->entries, m->files->n_entries, sizeof(Entry), by_tensor_name);
-
-		if (e && e->used)
-			m->n_params -= (int64_t) (e->tensor->bytes / (uint64_t) millm_dtype_bytes(e->tensor->dtype));
+		m->weights_bytes += e->tensor->bytes;
+		if (e != b->tied_head)
+			m->n_params += (int64_t) (e->tensor->bytes / (uint64_t) millm_dtype_bytes(e->tensor->dtype));
 	}
 }
 
@@ -498,7 +521,7 @@ bind(Binder *b)
 	MillmCode	rc;
 
 	/* a file saved from the headless class has no prefix */
-	b->prefix = find(b, tensor_name(name, a->prefix, a->embedding, 0, ".weight")) ? a->prefix : "";
+	b->prefix = find(b, tensor_name(name, "", a->embedding, 0, ".weight")) ? "" : a->prefix;
 	if ((rc = bind_matrix(b, b->prefix, a->embedding, 0, c->vocab_size, c->hidden_size, false, &m->embedding)) != MILLM_OK ||
 		(a->position_embedding &&
 		 (rc = bind_matrix(b, b->prefix, a->position_embedding, 0, c->max_positions, c->hidden_size, false, &m->position_embedding)) != MILLM_OK) ||
@@ -514,7 +537,7 @@ bind(Binder *b)
 	if ((rc = check_all_used(b)) != MILLM_OK)
 		return rc;
 	snprintf(m->dtype, sizeof(m->dtype), "%s", millm_dtype_name(m->embedding.dtype));
-	count(m);
+	count(b);
 	return MILLM_OK;
 }
 
@@ -534,7 +557,7 @@ millm_model_open(const char *dir, MillmModel **out, MillmError *err)
 		return millm_fail(err, MILLM_E_INSUFFICIENT_MEMORY, "out of memory");
 	}
 	m->generation = (MillmGenerationConfig) {.temperature = NAN, .top_k = -1, .top_p = NAN, .min_p = NAN, .repetition_penalty = NAN};
-	if ((rc = read_json(dir, "config.json", &config, err)) != MILLM_OK)
+	if ((rc = read_json(dir, "config.json", MAX_CONFIG_BYTES, &config, err)) != MILLM_OK)
 		goto done;
 	if (!config)
 	{
@@ -542,13 +565,12 @@ millm_model_open(const char *dir, MillmModel **out, MillmError *err)
 		goto done;
 	}
 	if ((rc = millm_config_resolve(config, &m->config, err)) != MILLM_OK ||
-		(rc = read_json(dir, "generation_config.json", &generation, err)) != MILLM_OK ||
+		(rc = read_json(dir, "generation_config.json", MAX_CONFIG_BYTES, &generation, err)) != MILLM_OK ||
 		(generation && (rc = millm_generation_resolve(generation, &m->generation, &m->config, err)) != MILLM_OK) ||
 		(rc = open_shards(m->files, dir, err)) != MILLM_OK ||
 		(rc = index_tensors(m->files, err)) != MILLM_OK)
 		goto done;
 	binder.arch = millm_arch_find(m->config.model_type);
-	binder.config = config;
 	if ((rc = bind(&binder)) != MILLM_OK)
 		goto done;
 	*out = m;

@@ -56,9 +56,9 @@ typedef struct MillmConfig
 	bool		layer_inv_scale;
 	MillmAct	act;
 	bool		mlp_gated;
-	bool		tied;				/* the LM head is the embedding */
-	/* token ids */
-	int			bos_id;				/* -1: none */
+	bool		qkv_bias, o_bias, mlp_bias;
+	bool		tied;				/* the LM head is the embedding; once open: it is, whatever the file says */
+	/* ids that end a text */
 	int			eos_ids[32];
 	int			n_eos;
 } MillmConfig;
@@ -72,7 +72,7 @@ typedef struct MillmGenerationConfig
 	float		top_p;
 	float		min_p;
 	float		repetition_penalty;
-	int			n_ignored;			/* keys that would change the output and are not honoured */
+	int			n_ignored;			/* keys that would change the output and are not honoured; may be more than fit below */
 	char		ignored[8][48];
 } MillmGenerationConfig;
 
@@ -128,8 +128,10 @@ extern void millm_model_close(MillmModel *model);	/* NULL is fine */
 /* Ask the kernel to read the mapped weights into the page cache now; reports 0..100. */
 extern void millm_model_populate(const MillmModel *model, void (*progress) (void *arg, int percent), void *arg);
 
-/* What `millm-engine inspect` and register_local report: type, sizes, dtype, params, weights_bytes, files.  A new reference. */
-
+/*
+ * What `millm-engine inspect` and register_local report: type, sizes, dtype, params, weights_bytes, files.  A new
+ * reference, or NULL when memory is out.
+ */
 extern struct json_t *millm_model_inspect_json(const MillmModel *model);
 
 /* Test support (mutate.c): names of the flags that can be falsified, NULL past the last; and do it. */

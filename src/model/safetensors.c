@@ -15,6 +15,7 @@
 #include <unistd.h>
 
 #include "arith.h"
+#include "shown.h"
 
 struct MillmSafetensors
 {
@@ -23,7 +24,7 @@ struct MillmSafetensors
 	size_t		len;
 	bool		mapped;
 	json_t	   *header;			/* owns the names */
-	MillmStTensor *tensors;		/* by name */
+	MillmStTensor *tensors;		/* in order of their data */
 	size_t		n_tensors;
 };
 
@@ -82,14 +83,14 @@ read_tensor(MillmSafetensors *st, const char *name, json_t *entry, uint64_t data
 	if (!dtype || !json_is_array(shape) || !get_offsets(json_object_get(entry, "data_offsets"), &t->begin, &end))
 	{
 		damaged(st, err);
-		millm_detail(err, "Tensor \"%s\" lacks a valid dtype, shape or data_offsets.", name);
+		millm_detail(err, "Tensor \"%s\" lacks a valid dtype, shape or data_offsets.", shown(name).text);
 		return MILLM_E_INVALID_MODEL_FILE;
 	}
 	for (d = 0; d < MILLM_N_DTYPES && strcmp(dtypes[d].name, dtype) != 0; d++)
 		;
 	if (d == MILLM_N_DTYPES)
 	{
-		millm_fail(err, MILLM_E_UNSUPPORTED, "dtype \"%s\" of tensor \"%s\" is not supported", dtype, name);
+		millm_fail(err, MILLM_E_UNSUPPORTED, "dtype \"%s\" of tensor \"%s\" is not supported", shown(dtype).text, shown(name).text);
 		millm_detail(err, "It is in the file \"%s\".", st->path);
 		return MILLM_E_UNSUPPORTED;
 	}
@@ -97,7 +98,7 @@ read_tensor(MillmSafetensors *st, const char *name, json_t *entry, uint64_t data
 	if (json_array_size(shape) > MILLM_ST_MAX_DIMS)
 	{
 		damaged(st, err);
-		millm_detail(err, "Tensor \"%s\" has %zu dimensions; at most %d are possible.", name, json_array_size(shape), MILLM_ST_MAX_DIMS);
+		millm_detail(err, "Tensor \"%s\" has %zu dimensions; at most %d are possible.", shown(name).text, json_array_size(shape), MILLM_ST_MAX_DIMS);
 		return MILLM_E_INVALID_MODEL_FILE;
 	}
 	t->n_dims = (int) json_array_size(shape);
@@ -108,7 +109,8 @@ read_tensor(MillmSafetensors *st, const char *name, json_t *entry, uint64_t data
 		if (!json_is_integer(dim) || json_integer_value(dim) < 0 || !millm_mul_u64(n, (uint64_t) json_integer_value(dim), &n))
 		{
 			damaged(st, err);
-			millm_detail(err, "Tensor \"%s\" has an impossible shape.", name);
+			millm_detail(err, "Tensor \"%s\" has an impossible shape: dimension %zu is %s.", shown(name).text, i,
+						 json_is_integer(dim) ? "negative, or makes more elements than 64 bits count" : "not an integer");
 			return MILLM_E_INVALID_MODEL_FILE;
 		}
 		t->dims[i] = json_integer_value(dim);
@@ -116,7 +118,7 @@ read_tensor(MillmSafetensors *st, const char *name, json_t *entry, uint64_t data
 	if (!millm_mul_u64(n, (uint64_t) dtypes[d].bytes, &n) || n != end - t->begin || end > data_bytes)
 	{
 		damaged(st, err);
-		millm_detail(err, "Tensor \"%s\" claims bytes %llu to %llu for %llu bytes of elements; the file has %llu bytes of data.", name,
+		millm_detail(err, "Tensor \"%s\" claims bytes %llu to %llu for %llu bytes of elements; the file has %llu bytes of data.", shown(name).text,
 					 (unsigned long long) t->begin, (unsigned long long) end, (unsigned long long) n, (unsigned long long) data_bytes);
 		return MILLM_E_INVALID_MODEL_FILE;
 	}
@@ -135,13 +137,7 @@ by_begin(const void *a, const void *b)
 	return (x->bytes > y->bytes) - (x->bytes < y->bytes);	/* empty tensors first */
 }
 
-static int
-by_name(const void *a, const void *b)
-{
-	return strcmp(((const MillmStTensor *) a)->name, ((const MillmStTensor *) b)->name);
-}
-
-/* Every byte of the data belongs to exactly one tensor. */
+/* Put the tensors in order; every byte of the data belongs to exactly one of them. */
 static MillmCode
 check_coverage(MillmSafetensors *st, uint64_t data_bytes, MillmError *err)
 {
@@ -156,7 +152,7 @@ check_coverage(MillmSafetensors *st, uint64_t data_bytes, MillmError *err)
 		{
 			damaged(st, err);
 			millm_detail(err, "Tensor \"%s\" begins at byte %llu of the data where byte %llu is expected: a hole or an overlap.",
-						 t->name, (unsigned long long) t->begin, (unsigned long long) at);
+						 shown(t->name).text, (unsigned long long) t->begin, (unsigned long long) at);
 			return MILLM_E_INVALID_MODEL_FILE;
 		}
 		at += t->bytes;
@@ -189,7 +185,8 @@ read_index(MillmSafetensors *st, MillmError *err)
 	if (header_len > MILLM_ST_HEADER_MAX || header_len > st->len - 8)
 	{
 		damaged(st, err);
-		millm_detail(err, "The header claims %llu bytes; %zu follow.", (unsigned long long) header_len, st->len - 8);
+		millm_detail(err, "The header claims %llu bytes; %zu follow, and at most %llu are read.", (unsigned long long) header_len,
+					 st->len - 8, (unsigned long long) MILLM_ST_HEADER_MAX);
 		return MILLM_E_INVALID_MODEL_FILE;
 	}
 	data_bytes = st->len - 8 - header_len;
@@ -211,10 +208,7 @@ read_index(MillmSafetensors *st, MillmError *err)
 			return rc;
 		st->n_tensors++;
 	}
-	if ((rc = check_coverage(st, data_bytes, err)) != MILLM_OK)
-		return rc;
-	qsort(st->tensors, st->n_tensors, sizeof(MillmStTensor), by_name);
-	return MILLM_OK;
+	return check_coverage(st, data_bytes, err);
 }
 
 MillmCode
@@ -240,7 +234,7 @@ millm_st_parse(const void *bytes, size_t len, const char *name, MillmSafetensors
 MillmCode
 millm_st_open(const char *path, MillmSafetensors **out, MillmError *err)
 {
-	int			fd = open(path, O_RDONLY | O_CLOEXEC);
+	int			fd = open(path, O_RDONLY | O_CLOEXEC | O_NONBLOCK);	/* a FIFO must not hang us */
 	struct stat sb;
 	void	   *map = NULL;
 	MillmCode	rc;
@@ -292,14 +286,6 @@ const MillmStTensor *
 millm_st_tensor(const MillmSafetensors *st, size_t i)
 {
 	return &st->tensors[i];
-}
-
-const MillmStTensor *
-millm_st_find(const MillmSafetensors *st, const char *name)
-{
-	MillmStTensor key = {.name = name};
-
-	return bsearch(&key, st->tensors, st->n_tensors, sizeof(MillmStTensor), by_name);
 }
 
 const char *

@@ -15,7 +15,11 @@
 #include "error.h"
 #include "tensor.h"
 
-#define MILLM_ST_HEADER_MAX	((uint64_t) 100 << 20)	/* the genuine reader's limit */
+/*
+ * The genuine reader allows 100 MB.  A parsed header can take 40 times its text, and the largest published ones are
+ * a few MB, so this is where a header stops being believed.
+ */
+#define MILLM_ST_HEADER_MAX	((uint64_t) 32 << 20)
 #define MILLM_ST_MAX_DIMS	8
 
 typedef struct MillmStTensor
@@ -35,6 +39,9 @@ typedef struct MillmSafetensors MillmSafetensors;
  * Map path and index its tensors.  On MILLM_OK the caller owns *out; on failure it is untouched.
  * MODEL_FILES_MISSING when it cannot be opened, INVALID_MODEL_FILE when it is damaged, UNSUPPORTED
  * for a dtype that we do not know.
+ *
+ * The checks hold for the file as it is now.  Whoever truncates it while it is mapped kills the reading process
+ * with SIGBUS; that is one reason why the engine is a process of its own.
  */
 extern MillmCode millm_st_open(const char *path, MillmSafetensors **out, MillmError *err);
 extern void millm_st_close(MillmSafetensors *st);	/* NULL is fine */
@@ -45,8 +52,7 @@ extern void millm_st_close(MillmSafetensors *st);	/* NULL is fine */
 extern MillmCode millm_st_parse(const void *bytes, size_t len, const char *name, MillmSafetensors **out, MillmError *err);
 
 extern size_t millm_st_n_tensors(const MillmSafetensors *st);
-extern const MillmStTensor *millm_st_tensor(const MillmSafetensors *st, size_t i);	/* in order of their names */
-extern const MillmStTensor *millm_st_find(const MillmSafetensors *st, const char *name);	/* NULL: none */
+extern const MillmStTensor *millm_st_tensor(const MillmSafetensors *st, size_t i);	/* in order of their data */
 extern const char *millm_st_path(const MillmSafetensors *st);
 /* The mapping, for madvise(). */
 extern const void *millm_st_map(const MillmSafetensors *st, size_t *len);
