@@ -57,7 +57,7 @@ $(BUILD)/module/%.o: src/%.c
 	$(CC) $(CFLAGS) $(CFLAGS_SL) $(CPPFLAGS) -MMD -MP -c -o $@ $<
 
 # --- The helper programs: every other room ------------------------------------------------------
-ENGINE_ROOMS  = base wire serve token kernel model hub engine
+ENGINE_ROOMS  = base wire serve token quant kernel model hub engine
 DEPS_PKG      = libcurl jansson libpcre2-8 libutf8proc libcrypto libevent libevent_pthreads
 ENGINE_CFLAGS = -std=c11 -D_GNU_SOURCE $(if $(DEBUG),-O1 -DMILLM_DEBUG,-O2) -g -fno-omit-frame-pointer -Wall -Wextra -Wvla \
                 $(ENGINE_ROOMS:%=-Isrc/%) $(shell pkg-config --cflags $(DEPS_PKG)) $(SAN_FLAGS)
@@ -71,6 +71,7 @@ PROGRAMS      = $(BUILD)/millm-engine $(BUILD)/millm-hub
 $(BUILD)/src/kernel/avx2.o:   ISA = -mavx2 -mfma -mf16c
 $(BUILD)/src/kernel/avx512.o: ISA = -mavx512f -mavx512bw -mavx512vl -mavx512dq -mavx512bf16 -mavx512vnni -mfma -mf16c
 $(BUILD)/src/kernel/%.o:      OPT = -O3
+$(BUILD)/src/quant/%.o:       OPT = -O3
 
 all: $(PROGRAMS)
 programs: $(PROGRAMS)
