@@ -26,7 +26,7 @@ help:
 	@echo "make lint              who may include whom, versions that must agree"
 	@echo "make clean             remove build/"
 	@echo
-	@echo "Variables: PG_CONFIG, CC, SAN, BUILD, DEBUG=1"
+	@echo "Variables: PG_CONFIG, CC, SAN, BUILD, DEBUG=1, V=1 (show commands)"
 
 setup:
 	@dev/setup all
@@ -35,6 +35,9 @@ demo check playground playground-stop check-long:
 .PHONY: $(WORKFLOW)
 
 else # ----------------------------------------------------------------------------------------
+
+# One line for each file; V=1 shows the commands.
+Q = $(if $(V),,@)
 
 # --- The extension: src/pg and the two rooms that it may see, through PGXS ---------------------
 EXTENSION   = millm
@@ -53,8 +56,8 @@ endif
 include $(PGXS)
 
 $(BUILD)/module/%.o: src/%.c
-	@mkdir -p $(@D)
-	$(CC) $(CFLAGS) $(CFLAGS_SL) $(CPPFLAGS) -MMD -MP -c -o $@ $<
+	@mkdir -p $(@D) && echo "  CC  $<"
+	$(Q)$(CC) $(CFLAGS) $(CFLAGS_SL) $(CPPFLAGS) -MMD -MP -c -o $@ $<
 
 # --- The helper programs: every other room ------------------------------------------------------
 ENGINE_ROOMS  = base wire serve token quant kernel model hub engine
@@ -77,15 +80,16 @@ all: $(PROGRAMS)
 programs: $(PROGRAMS)
 
 $(BUILD)/src/%.o: src/%.c
-	@mkdir -p $(@D)
-	$(CC) $(ENGINE_CFLAGS) $(OPT) $(ISA) -MMD -MP -c -o $@ $<
+	@mkdir -p $(@D) && echo "  CC  $<"
+	$(Q)$(CC) $(ENGINE_CFLAGS) $(OPT) $(ISA) -MMD -MP -c -o $@ $<
 
 $(LIB): $(ROOM_SOURCES:src/%.c=$(BUILD)/src/%.o)
 	@rm -f $@
-	ar rcs $@ $^
+	$(Q)ar rcs $@ $^
 
 $(BUILD)/millm-%: $(BUILD)/src/%/main.o $(LIB)
-	$(CC) $(ENGINE_CFLAGS) -o $@ $^ $(ENGINE_LIBS)
+	@echo "  LD  $@"
+	$(Q)$(CC) $(ENGINE_CFLAGS) -o $@ $^ $(ENGINE_LIBS)
 
 # --- Install: PGXS installs the module, we install what it starts -------------------------------
 HELPER_DIR = $(DESTDIR)$(pkglibdir)/millm/$(MILLM_VERSION)
@@ -104,9 +108,9 @@ unit-programs: $(UNIT_TESTS)
 drivers: $(DRIVERS)
 $(BUILD)/test/%: test/unit/%.c $(LIB)
 	@mkdir -p $(@D)
-	$(CC) $(ENGINE_CFLAGS) -Itest/unit -MMD -MP -MF $@.d -o $@ $< $(LIB) -lcmocka $(ENGINE_LIBS)
+	$(Q)$(CC) $(ENGINE_CFLAGS) -Itest/unit -MMD -MP -MF $@.d -o $@ $< $(LIB) -lcmocka $(ENGINE_LIBS)
 $(DRIVERS): $(BUILD)/%: test/parity/%.c $(LIB)
-	$(CC) $(ENGINE_CFLAGS) -MMD -MP -MF $@.d -o $@ $< $(LIB) $(ENGINE_LIBS)
+	$(Q)$(CC) $(ENGINE_CFLAGS) -MMD -MP -MF $@.d -o $@ $< $(LIB) $(ENGINE_LIBS)
 unit: $(UNIT_TESTS)
 	@dev/run-unit $(UNIT_TESTS)
 
@@ -116,7 +120,7 @@ FUZZ_TARGETS  = $(patsubst test/fuzz/%.c,build/fuzz/%,$(wildcard test/fuzz/fuzz_
 fuzz-lib:
 	@$(MAKE) --no-print-directory BUILD=build/fuzz CC=clang SAN=fuzzer-no-link,address,undefined build/fuzz/libmillm.a
 build/fuzz/fuzz_%: test/fuzz/fuzz_%.c fuzz-lib
-	clang $(filter-out -fsanitize%,$(ENGINE_CFLAGS)) -fsanitize=fuzzer,address,undefined -fno-sanitize-recover=all \
+	$(Q)clang $(filter-out -fsanitize%,$(ENGINE_CFLAGS)) -fsanitize=fuzzer,address,undefined -fno-sanitize-recover=all \
 		-o $@ $< build/fuzz/libmillm.a $(ENGINE_LIBS)
 fuzz-programs: $(FUZZ_TARGETS)
 fuzz: $(FUZZ_TARGETS)

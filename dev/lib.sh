@@ -18,12 +18,15 @@ else
 	RUN_USER=$(id -un)
 fi
 
-as_run_user() { if [ "$(id -un)" = "$RUN_USER" ]; then "$@"; else runuser -u "$RUN_USER" -- "$@"; fi; }
+# That user may not be able to enter the checkout: its commands run in $RUN_ROOT.
+as_run_user() {
+	if [ "$(id -un)" = "$RUN_USER" ]; then "$@"; else (cd "${RUN_ROOT:-/}" && runuser -u "$RUN_USER" -- "$@"); fi
+}
 
 # Called once the packages are there (the user comes with PostgreSQL's).
 find_run_root() {
 	id "$RUN_USER" >/dev/null 2>&1 || fail "there is no user \"$RUN_USER\" to run the server as" "Set MILLM_RUN_USER to an ordinary user."
-	if as_run_user test -x "$ROOT"; then
+	if as_run_user test -x "$ROOT/dev"; then
 		RUN_ROOT=$ROOT
 	else
 		RUN_ROOT=/var/tmp/millm-$(printf %s "$ROOT" | sha256sum | cut -c1-12)
@@ -78,7 +81,7 @@ private_pg() {
 
 # Build everything and install it into the private copy.
 build_and_install() {
-	make --no-print-directory -j"$(nproc)" PG_CONFIG="$SYSTEM_PG_CONFIG" all
+	make --no-print-directory -s -j"$(nproc)" PG_CONFIG="$SYSTEM_PG_CONFIG" all
 	# Files of an earlier install may be links into the system's PostgreSQL: never write through them.
 	find "$PG_PREFIX" -name 'millm*' -type l -delete
 	make --no-print-directory -s PG_CONFIG="$PG_CONFIG" install
