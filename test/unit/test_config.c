@@ -1,0 +1,511 @@
+/* test_config.c -- config.json and generation_config.json: the same model in both spellings, numbers, and refusals. */
+#include <setjmp.h>
+#include <stdarg.h>
+#include <stddef.h>
+#include <stdint.h>
+#include <cmocka.h>
+
+#include <math.h>
+
+#include "checkpoint.h"
+#include "config.h"
+#include "utf8.h"
+
+#define LLAMA "\"model_type\": \"llama\", \"architectures\": [\"LlamaForCausalLM\"], \"hidden_size\": 64, \"intermediate_size\": 172," \
+	" \"num_hidden_layers\": 4, \"num_attention_heads\": 4, \"num_key_value_heads\": 2, \"vocab_size\": 509," \
+	" \"max_position_embeddings\": 128, \"rms_norm_eps\": 1e-5, \"hidden_act\": \"silu\", \"eos_token_id\": [2, 3]"
+#define GPT2 "\"model_type\": \"gpt2\", \"n_embd\": 32, \"n_layer\": 5, \"n_head\": 4, \"n_positions\": 128, \"vocab_size\": 509"
+
+/* The object of base with the members of change in place of its own; a member that is "-" is taken away. */
+static MillmCode
+parse(const char *base, const char *change, MillmConfig *c, MillmError *err)
+{
+	char		text[4096];
+	json_t	   *object, *changes, *value;
+	const char *key;
+	char	   *merged;
+	MillmCode	rc;
+
+	snprintf(text, sizeof(text), "{%s}", base);
+	assert_non_null(object = json_loads(text, 0, NULL));
+	snprintf(text, sizeof(text), "{%s}", change);
+	if (!(changes = json_loads(text, 0, NULL)))
+		fail_msg("the test's own JSON: %s", change);
+	json_object_foreach(changes, key, value)
+	{
+		if (json_is_string(value) && strcmp(json_string_value(value), "-") == 0)
+			assert_int_equal(json_object_del(object, key), 0);
+		else
+			json_object_set(object, key, value);
+	}
+	assert_non_null(merged = json_dumps(object, 0));
+	rc = millm_config_parse(merged, strlen(merged), c, err);
+	free(merged);
+	json_decref(object);
+	json_decref(changes);
+	return rc;
+}
+
+static void
+must_parse(const char *base, const char *change, MillmConfig *c)
+{
+	MillmError	err;
+
+	if (parse(base, change, c, &err) != MILLM_OK)
+		fail_msg("%s: %s / %s", change, err.message, err.detail);
+}
+
+static void
+assert_near(double a, double b)
+{
+	if (!(fabs(a - b) <= 1e-6 * fmax(fabs(b), 1e-30)))
+		fail_msg("%.10g is not %.10g", a, b);
+}
+
+static void
+llama(void **state)
+{
+	MillmConfig c;
+
+	(void) state;
+	must_parse(LLAMA, "\"rope_theta\": 10000.0, \"rope_scaling\": null", &c);
+	assert_string_equal(c.model_type, "llama");
+	assert_string_equal(c.architecture, "LlamaForCausalLM");
+	assert_int_equal(c.hidden_size, 64);
+	assert_int_equal(c.intermediate_size, 172);
+	assert_int_equal(c.n_layers, 4);
+	assert_int_equal(c.n_heads, 4);
+	assert_int_equal(c.n_kv_heads, 2);
+	assert_int_equal(c.head_dim, 16);
+	assert_int_equal(c.vocab_size, 509);
+	assert_int_equal(c.max_positions, 128);
+	assert_int_equal(c.norm, MILLM_NORM_RMS);
+	assert_false(c.norm_bias);
+	assert_near(c.norm_eps, 1e-5f);
+	assert_int_equal(c.position, MILLM_POS_ROPE);
+	assert_int_equal(c.rotary_dim, 16);
+	assert_near(c.attention_scale, 0.25);
+	assert_int_equal(c.act, MILLM_ACT_SILU);
+	assert_true(c.mlp_gated);
+	assert_false(c.tied);
+	assert_false(c.qkv_bias || c.o_bias || c.mlp_bias);
+	assert_int_equal(c.n_eos, 2);
+	assert_int_equal(c.eos_ids[1], 3);
+	millm_config_free(&c);
+	millm_config_free(&c);		/* harmless */
+
+	/* absent and null: class defaults */
+	must_parse(LLAMA, "\"num_key_value_heads\": null, \"head_dim\": null, \"max_position_embeddings\": null, \"rms_norm_eps\": \"-\","
+			   " \"hidden_act\": null, \"eos_token_id\": null, \"architectures\": null", &c);
+	assert_int_equal(c.n_kv_heads, 4);
+	assert_int_equal(c.head_dim, 16);
+	assert_int_equal(c.max_positions, 2048);
+	assert_near(c.norm_eps, 1e-6f);
+	assert_int_equal(c.n_eos, 0);
+	assert_string_equal(c.architecture, "");
+	millm_config_free(&c);
+
+	must_parse(LLAMA, "\"attention_bias\": true, \"tie_word_embeddings\": true, \"head_dim\": 24, \"num_attention_heads\": 6, \"eos_token_id\": 7", &c);
+	assert_true(c.qkv_bias && c.o_bias && !c.mlp_bias && c.tied);
+	assert_int_equal(c.head_dim, 24);	/* 6 heads of 24 are more than the hidden size: normal */
+	assert_int_equal(c.n_eos, 1);
+	assert_int_equal(c.eos_ids[0], 7);
+	millm_config_free(&c);
+	must_parse(LLAMA, "\"mlp_bias\": true, \"layer_types\": [\"full_attention\", \"full_attention\"], \"unknown_key\": {\"a\": [1]}", &c);
+	assert_true(!c.qkv_bias && !c.o_bias && c.mlp_bias);
+	millm_config_free(&c);
+}
+
+static void
+gpt2(void **state)
+{
+	MillmConfig c;
+
+	(void) state;
+	must_parse(GPT2, "\"n_inner\": null, \"head_dim\": 3", &c);	/* GPT-2 has no key head_dim */
+	assert_int_equal(c.hidden_size, 32);
+	assert_int_equal(c.intermediate_size, 128);
+	assert_int_equal(c.n_layers, 5);
+	assert_int_equal(c.n_heads, 4);
+	assert_int_equal(c.n_kv_heads, 4);
+	assert_int_equal(c.head_dim, 8);
+	assert_int_equal(c.max_positions, 128);
+	assert_int_equal(c.norm, MILLM_NORM_LAYER);
+	assert_true(c.norm_bias && c.qkv_bias && c.o_bias && c.mlp_bias);
+	assert_int_equal(c.position, MILLM_POS_LEARNED);
+	assert_null(c.inv_freq);
+	assert_int_equal(c.act, MILLM_ACT_GELU_TANH);
+	assert_false(c.mlp_gated);
+	assert_false(c.layer_inv_scale);
+	assert_true(c.tied);
+	assert_near(c.attention_scale, 1 / sqrt(8));
+	millm_config_free(&c);
+	must_parse(GPT2, "\"n_inner\": 37, \"activation_function\": \"gelu\", \"scale_attn_weights\": false, \"scale_attn_by_inverse_layer_idx\": true,"
+			   " \"tie_word_embeddings\": false, \"n_positions\": \"-\", \"n_ctx\": 64", &c);
+	assert_int_equal(c.intermediate_size, 37);
+	assert_int_equal(c.act, MILLM_ACT_GELU_ERF);
+	assert_true(c.attention_scale == 1 && c.layer_inv_scale && !c.tied);
+	assert_int_equal(c.max_positions, 64);
+	millm_config_free(&c);
+	/* the spelling that transformers' attribute map also writes */
+	must_parse("\"model_type\": \"gpt2\", \"hidden_size\": 32, \"num_hidden_layers\": 5, \"num_attention_heads\": 4, \"vocab_size\": 509", "", &c);
+	assert_int_equal(c.hidden_size, 32);
+	assert_int_equal(c.max_positions, 1024);
+	millm_config_free(&c);
+}
+
+/* transformers 4 and 5 say the same thing differently. */
+static void
+two_spellings(void **state)
+{
+	static const char *const pairs[][2] = {
+		{"\"rope_theta\": 500000.0, \"rope_scaling\": null, \"torch_dtype\": \"float32\"",
+		"\"rope_parameters\": {\"rope_type\": \"default\", \"rope_theta\": 500000.0}, \"dtype\": \"float32\""},
+		{"\"rope_theta\": 10000.0, \"rope_scaling\": {\"type\": \"linear\", \"factor\": 4.0}",
+		"\"rope_parameters\": {\"rope_type\": \"linear\", \"factor\": 4.0, \"rope_theta\": 10000.0}"},
+		{"\"rope_theta\": 20000.0, \"rope_scaling\": {\"rope_type\": \"llama3\", \"factor\": 8.0, \"low_freq_factor\": 1.0, \"high_freq_factor\": 4.0,"
+			" \"original_max_position_embeddings\": 64}",
+		"\"rope_theta\": 7.0, \"rope_parameters\": {\"rope_theta\": 20000, \"rope_type\": \"llama3\", \"factor\": 8.0, \"low_freq_factor\": 1.0,"
+		" \"high_freq_factor\": 4.0, \"original_max_position_embeddings\": 64}"},
+		{"\"rope_theta\": 10000.0, \"partial_rotary_factor\": 0.5", "\"rope_parameters\": {\"rope_type\": \"default\", \"partial_rotary_factor\": 0.5}"},
+		/* an empty rope_scaling is none; a real one wins */
+		{"\"rope_scaling\": {\"type\": \"linear\", \"factor\": 4.0}, \"rope_parameters\": {\"rope_type\": \"default\"}",
+		"\"rope_scaling\": {}, \"rope_parameters\": {\"rope_type\": \"linear\", \"factor\": 4.0}"},
+	};
+
+	(void) state;
+	for (size_t i = 0; i < sizeof(pairs) / sizeof(pairs[0]); i++)
+	{
+		MillmConfig a, b;
+		float	   *fa, *fb;
+
+		must_parse(LLAMA, pairs[i][0], &a);
+		must_parse(LLAMA, pairs[i][1], &b);
+		fa = a.inv_freq;
+		fb = b.inv_freq;
+		assert_int_equal(a.rotary_dim, b.rotary_dim);
+		assert_memory_equal(fa, fb, (size_t) a.rotary_dim / 2 * sizeof(float));
+		a.inv_freq = b.inv_freq = NULL;
+		assert_memory_equal(&a, &b, sizeof(a));
+		free(fa);
+		free(fb);
+	}
+}
+
+/* The vectors of reference/architectures.md 1.3: r = 16, theta = 1e4. */
+static void
+rope(void **state)
+{
+	static const struct
+	{
+		const char *change;
+		double		attention_factor;
+		double		inv_freq[8];
+	}			cases[] = {
+		{"\"rope_scaling\": {\"rope_type\": \"default\"}", 1, {1, .31622777, .1, .031622777, .01, .0031622777, .001, .00031622777}},
+		{"\"rope_scaling\": {\"rope_type\": \"linear\", \"factor\": 2}", 1,
+		{.5, .158113883, .05, .0158113883, .005, .00158113883, .0005, .000158113883}},
+		{"\"rope_scaling\": {\"rope_type\": \"yarn\", \"factor\": 4.0, \"original_max_position_embeddings\": 64}", 1.13862944,
+		{1, .23717082, .05, .0079056942, .0025, .00079056942, .00025, 7.9056942e-5}},
+		/* without a factor it is M / O */
+		{"\"max_position_embeddings\": 256, \"rope_scaling\": {\"rope_type\": \"yarn\", \"factor\": null, \"original_max_position_embeddings\": 64}", 1.13862944,
+		{1, .23717082, .05, .0079056942, .0025, .00079056942, .00025, 7.9056942e-5}},
+		{"\"rope_scaling\": {\"rope_type\": \"yarn\", \"factor\": 4.0, \"original_max_position_embeddings\": 64, \"truncate\": false}", 1.13862944,
+		{1, .19858352, .025595246, .0079056942, .0025, .00079056942, .00025, 7.9056942e-5}},
+		{"\"rope_scaling\": {\"rope_type\": \"yarn\", \"factor\": 4.0, \"original_max_position_embeddings\": 64, \"attention_factor\": 1.5}", 1.5,
+		{1, .23717082, .05, .0079056942, .0025, .00079056942, .00025, 7.9056942e-5}},
+		/* g(4, 1) / g(4, 0.5) */
+		{"\"rope_scaling\": {\"rope_type\": \"yarn\", \"factor\": 4.0, \"original_max_position_embeddings\": 64, \"mscale\": 1.0, \"mscale_all_dim\": 0.5}",
+		1.13862944 / 1.06931472, {1, .23717082, .05, .0079056942, .0025, .00079056942, .00025, 7.9056942e-5}},
+		{"\"rope_scaling\": {\"rope_type\": \"llama3\", \"factor\": 8.0, \"low_freq_factor\": 1.0, \"high_freq_factor\": 4.0, \"original_max_position_embeddings\": 64}", 1,
+		{1, .2443846, .013042256, .0039528471, .00125, .00039528471, .000125, 3.9528471e-5}},
+	};
+	MillmConfig c;
+
+	(void) state;
+	for (size_t i = 0; i < sizeof(cases) / sizeof(cases[0]); i++)
+	{
+		must_parse(LLAMA, cases[i].change, &c);
+		assert_int_equal(c.rotary_dim, 16);
+		assert_near(c.rope_attention_factor, cases[i].attention_factor);
+		for (int j = 0; j < 8; j++)
+			assert_near(c.inv_freq[j], cases[i].inv_freq[j]);
+		millm_config_free(&c);
+	}
+	/* partial: the denominator is r */
+	must_parse(LLAMA, "\"head_dim\": 32, \"partial_rotary_factor\": 0.5", &c);
+	assert_int_equal(c.rotary_dim, 16);
+	assert_near(c.inv_freq[1], .31622777);
+	millm_config_free(&c);
+}
+
+static void
+refused(void **state)
+{
+	static const struct
+	{
+		const char *base;
+		const char *change;
+		MillmCode	code;
+		const char *text;
+	}			cases[] = {
+		/* another type, or none */
+		{LLAMA, "\"model_type\": \"mamba\"", MILLM_E_UNSUPPORTED_ARCHITECTURE, "model type \"mamba\""},
+		{LLAMA, "\"model_type\": \"\"", MILLM_E_UNSUPPORTED_ARCHITECTURE, "model type \"\""},
+		{LLAMA, "\"model_type\": null", MILLM_E_UNSUPPORTED_ARCHITECTURE, "does not name a model_type"},
+		{LLAMA, "\"model_type\": [\"llama\"]", MILLM_E_UNSUPPORTED_ARCHITECTURE, "does not name a model_type"},
+		/* numbers */
+		{LLAMA, "\"hidden_size\": \"-\"", MILLM_E_INVALID_MODEL_FILE, "lacks \"hidden_size\""},
+		{LLAMA, "\"num_hidden_layers\": null", MILLM_E_INVALID_MODEL_FILE, "lacks \"num_hidden_layers\""},
+		{LLAMA, "\"num_attention_heads\": \"-\"", MILLM_E_INVALID_MODEL_FILE, "lacks \"num_attention_heads\""},
+		{LLAMA, "\"vocab_size\": \"-\"", MILLM_E_INVALID_MODEL_FILE, "lacks \"vocab_size\""},
+		{LLAMA, "\"intermediate_size\": \"-\"", MILLM_E_INVALID_MODEL_FILE, "lacks \"intermediate_size\""},
+		{LLAMA, "\"hidden_size\": -64", MILLM_E_INVALID_MODEL_FILE, "It is -64; expected an integer from 1 to 65536"},
+		{LLAMA, "\"hidden_size\": 0", MILLM_E_INVALID_MODEL_FILE, "It is 0;"},
+		{LLAMA, "\"hidden_size\": 64.0", MILLM_E_INVALID_MODEL_FILE, "It is 64.0;"},
+		{LLAMA, "\"hidden_size\": \"64\"", MILLM_E_INVALID_MODEL_FILE, "It is \"64\";"},
+		{LLAMA, "\"hidden_size\": true", MILLM_E_INVALID_MODEL_FILE, "It is true;"},
+		{LLAMA, "\"hidden_size\": [64]", MILLM_E_INVALID_MODEL_FILE, "It is a list;"},
+		{LLAMA, "\"hidden_size\": 9223372036854775807", MILLM_E_INVALID_MODEL_FILE, "It is 9223372036854775807;"},
+		{LLAMA, "\"hidden_size\": 4294967360", MILLM_E_INVALID_MODEL_FILE, "It is 4294967360;"},	/* 64 in 32 bits */
+		{LLAMA, "\"num_hidden_layers\": 1025", MILLM_E_INVALID_MODEL_FILE, "\"num_hidden_layers\""},
+		{LLAMA, "\"num_hidden_layers\": -1", MILLM_E_INVALID_MODEL_FILE, "\"num_hidden_layers\""},
+		{LLAMA, "\"num_attention_heads\": 0", MILLM_E_INVALID_MODEL_FILE, "\"num_attention_heads\""},
+		{LLAMA, "\"num_key_value_heads\": 0", MILLM_E_INVALID_MODEL_FILE, "\"num_key_value_heads\""},
+		{LLAMA, "\"num_key_value_heads\": 3", MILLM_E_INVALID_MODEL_FILE, "heads must be a multiple of KV heads"},
+		{LLAMA, "\"num_key_value_heads\": 8", MILLM_E_INVALID_MODEL_FILE, "heads must be a multiple of KV heads"},
+		{LLAMA, "\"num_attention_heads\": 6", MILLM_E_INVALID_MODEL_FILE, "must be a multiple of heads"},
+		{LLAMA, "\"num_attention_heads\": 128, \"num_key_value_heads\": 128", MILLM_E_INVALID_MODEL_FILE, "must be a multiple of heads"},
+		{LLAMA, "\"hidden_size\": 65536", MILLM_E_INVALID_MODEL_FILE, "4 heads of 16384 dimensions; at most 1024"},
+		{LLAMA, "\"head_dim\": 1025", MILLM_E_INVALID_MODEL_FILE, "\"head_dim\""},
+		{LLAMA, "\"vocab_size\": 4194305", MILLM_E_INVALID_MODEL_FILE, "\"vocab_size\""},
+		{LLAMA, "\"max_position_embeddings\": 0", MILLM_E_INVALID_MODEL_FILE, "\"max_position_embeddings\""},
+		{LLAMA, "\"max_position_embeddings\": 1e6", MILLM_E_INVALID_MODEL_FILE, "\"max_position_embeddings\""},
+		{LLAMA, "\"rms_norm_eps\": -1e-5", MILLM_E_INVALID_MODEL_FILE, "\"rms_norm_eps\""},
+		{LLAMA, "\"rms_norm_eps\": \"1e-5\"", MILLM_E_INVALID_MODEL_FILE, "\"rms_norm_eps\""},
+		{LLAMA, "\"rms_norm_eps\": 2", MILLM_E_INVALID_MODEL_FILE, "from 0 to 1"},
+		{GPT2, "\"n_embd\": 30", MILLM_E_INVALID_MODEL_FILE, "must be a multiple of heads"},
+		{GPT2, "\"n_positions\": -5", MILLM_E_INVALID_MODEL_FILE, "\"n_positions\""},
+		/* flags */
+		{LLAMA, "\"attention_bias\": 1", MILLM_E_INVALID_MODEL_FILE, "\"attention_bias\""},
+		{LLAMA, "\"mlp_bias\": \"false\"", MILLM_E_INVALID_MODEL_FILE, "\"mlp_bias\""},
+		{LLAMA, "\"tie_word_embeddings\": 0", MILLM_E_INVALID_MODEL_FILE, "\"tie_word_embeddings\""},
+		{LLAMA, "\"hidden_act\": \"xielu\"", MILLM_E_UNSUPPORTED_ARCHITECTURE, "\"hidden_act\": xielu"},
+		{LLAMA, "\"hidden_act\": 1", MILLM_E_INVALID_MODEL_FILE, "\"hidden_act\""},
+		{GPT2, "\"activation_function\": \"mish\"", MILLM_E_UNSUPPORTED_ARCHITECTURE, "\"activation_function\": mish"},
+		{GPT2, "\"add_cross_attention\": true", MILLM_E_UNSUPPORTED_ARCHITECTURE, "\"add_cross_attention\": true"},
+		{GPT2, "\"scale_attn_weights\": null, \"scale_attn_by_inverse_layer_idx\": 2", MILLM_E_INVALID_MODEL_FILE, "\"scale_attn_by_inverse_layer_idx\""},
+		{LLAMA, "\"is_encoder_decoder\": true", MILLM_E_UNSUPPORTED_ARCHITECTURE, "\"is_encoder_decoder\""},
+		{LLAMA, "\"is_encoder_decoder\": \"yes\"", MILLM_E_INVALID_MODEL_FILE, "\"is_encoder_decoder\""},
+		{LLAMA, "\"use_bidirectional_attention\": true", MILLM_E_UNSUPPORTED_ARCHITECTURE, "\"use_bidirectional_attention\""},
+		{LLAMA, "\"layer_types\": [\"full_attention\", \"sliding_attention\"]", MILLM_E_UNSUPPORTED_ARCHITECTURE, "\"layer_types\": sliding_attention"},
+		{LLAMA, "\"layer_types\": [4]", MILLM_E_UNSUPPORTED_ARCHITECTURE, "not a string"},
+		{LLAMA, "\"layer_types\": \"full_attention\"", MILLM_E_INVALID_MODEL_FILE, "\"layer_types\""},
+		{LLAMA, "\"quantization_config\": {\"quant_method\": \"gptq\", \"bits\": 4}", MILLM_E_UNSUPPORTED, "quant_method \"gptq\""},
+		{LLAMA, "\"quantization_config\": {}", MILLM_E_UNSUPPORTED, "quant_method \"unknown\""},
+		{LLAMA, "\"quantization_config\": false", MILLM_E_UNSUPPORTED, "quant_method \"unknown\""},
+		/* rope */
+		{LLAMA, "\"head_dim\": 15", MILLM_E_INVALID_MODEL_FILE, "of head_dim 15 gives 15"},
+		{LLAMA, "\"head_dim\": 1", MILLM_E_INVALID_MODEL_FILE, "gives 1"},
+		{LLAMA, "\"partial_rotary_factor\": 0.2", MILLM_E_INVALID_MODEL_FILE, "gives 3"},
+		{LLAMA, "\"partial_rotary_factor\": 2.0", MILLM_E_INVALID_MODEL_FILE, "\"partial_rotary_factor\""},
+		{LLAMA, "\"rope_theta\": 0", MILLM_E_INVALID_MODEL_FILE, "\"rope_theta\""},
+		{LLAMA, "\"rope_theta\": -1e4", MILLM_E_INVALID_MODEL_FILE, "\"rope_theta\""},
+		{LLAMA, "\"rope_theta\": 1", MILLM_E_INVALID_MODEL_FILE, "\"rope_theta\""},
+		{LLAMA, "\"rope_theta\": \"10000\"", MILLM_E_INVALID_MODEL_FILE, "\"rope_theta\""},
+		{LLAMA, "\"rope_scaling\": \"linear\"", MILLM_E_INVALID_MODEL_FILE, "\"rope_scaling\""},
+		{LLAMA, "\"rope_parameters\": [1]", MILLM_E_INVALID_MODEL_FILE, "\"rope_parameters\""},
+		{LLAMA, "\"rope_parameters\": {\"full_attention\": {\"rope_type\": \"default\"}}", MILLM_E_UNSUPPORTED_ARCHITECTURE, "full_attention"},
+		{LLAMA, "\"rope_scaling\": {\"type\": \"dynamic\", \"factor\": 2}", MILLM_E_UNSUPPORTED_ARCHITECTURE, "\"rope_type\": dynamic"},
+		{LLAMA, "\"rope_scaling\": {\"rope_type\": \"longrope\"}", MILLM_E_UNSUPPORTED_ARCHITECTURE, "\"rope_type\": longrope"},
+		{LLAMA, "\"rope_scaling\": {\"rope_type\": \"su\"}", MILLM_E_UNSUPPORTED_ARCHITECTURE, "\"rope_type\": su"},
+		{LLAMA, "\"rope_scaling\": {\"rope_type\": 3}", MILLM_E_INVALID_MODEL_FILE, "\"rope_type\""},
+		{LLAMA, "\"rope_scaling\": {\"rope_type\": \"linear\"}", MILLM_E_INVALID_MODEL_FILE, "\"factor\""},
+		{LLAMA, "\"rope_scaling\": {\"rope_type\": \"linear\", \"factor\": 0.5}", MILLM_E_INVALID_MODEL_FILE, "\"factor\""},
+		{LLAMA, "\"rope_scaling\": {\"rope_type\": \"llama3\"}", MILLM_E_INVALID_MODEL_FILE, "\"factor\""},
+		{LLAMA, "\"rope_scaling\": {\"rope_type\": \"llama3\", \"factor\": 8}", MILLM_E_INVALID_MODEL_FILE, "\"low_freq_factor\""},
+		{LLAMA, "\"rope_scaling\": {\"rope_type\": \"llama3\", \"factor\": 8, \"low_freq_factor\": 1}", MILLM_E_INVALID_MODEL_FILE, "\"high_freq_factor\""},
+		{LLAMA, "\"rope_scaling\": {\"rope_type\": \"llama3\", \"factor\": 8, \"low_freq_factor\": 4, \"high_freq_factor\": 4}", MILLM_E_INVALID_MODEL_FILE,
+		"It is 4; expected more than low_freq_factor"},
+		{LLAMA, "\"rope_scaling\": {\"rope_type\": \"yarn\", \"factor\": 4, \"beta_fast\": 1, \"beta_slow\": 32}", MILLM_E_INVALID_MODEL_FILE, "\"beta_fast\""},
+		{LLAMA, "\"rope_scaling\": {\"rope_type\": \"yarn\", \"factor\": 4, \"original_max_position_embeddings\": 0}", MILLM_E_INVALID_MODEL_FILE,
+		"\"original_max_position_embeddings\""},
+		/* eos */
+		{LLAMA, "\"eos_token_id\": -1", MILLM_E_INVALID_MODEL_FILE, "It is -1; expected a token id"},
+		{LLAMA, "\"eos_token_id\": \"</s>\"", MILLM_E_INVALID_MODEL_FILE, "\"eos_token_id\" in config.json"},
+		{LLAMA, "\"eos_token_id\": [1, null]", MILLM_E_INVALID_MODEL_FILE, "\"eos_token_id\""},
+		{LLAMA, "\"eos_token_id\": 2147483648", MILLM_E_INVALID_MODEL_FILE, "\"eos_token_id\""},
+		{LLAMA, "\"eos_token_id\": [0,1,2,3,4,5,6,7,8,9,10,11,12,13,14,15,16,17,18,19,20,21,22,23,24,25,26,27,28,29,30,31,32]", MILLM_E_INVALID_MODEL_FILE,
+		"at most 32 ids"},
+	};
+
+	(void) state;
+	for (size_t i = 0; i < sizeof(cases) / sizeof(cases[0]); i++)
+	{
+		MillmConfig c;
+		MillmError	err;
+		MillmCode	rc = parse(cases[i].base, cases[i].change, &c, &err);
+
+		if (rc == MILLM_OK)
+			fail_msg("accepted: %s", cases[i].change);
+		assert_failure(rc, &err, cases[i].code, cases[i].text);
+		assert_null(c.inv_freq);
+	}
+}
+
+static void
+not_a_config(void **state)
+{
+	static const struct
+	{
+		const char *text;
+		const char *expected;
+	}			cases[] = {
+		{"", "not valid JSON"}, {"{\"model_type\": \"llama\"", "Line 1"}, {"[]", "not a JSON object"}, {"3", "not valid JSON"},
+		{"{\"model_type\": \"llama\", \"x\": NaN}", "not valid JSON"}, {"{\"model_type\": \"\xff\"}", "not valid JSON"},
+		{"{\"x\": 1e999}", "not valid JSON"}, {"{\"x\": 99999999999999999999}", "not valid JSON"},
+	};
+	MillmConfig c;
+	MillmError	err;
+	char		deep[8192];
+
+	(void) state;
+	for (size_t i = 0; i < sizeof(cases) / sizeof(cases[0]); i++)
+		assert_failure(millm_config_parse(cases[i].text, strlen(cases[i].text), &c, &err), &err, MILLM_E_INVALID_MODEL_FILE, cases[i].expected);
+	memset(deep, '[', sizeof(deep));
+	assert_failure(millm_config_parse(deep, sizeof(deep), &c, &err), &err, MILLM_E_INVALID_MODEL_FILE, "depth");
+}
+
+/* An architecture's name that does not fit is cut between characters. */
+static void
+long_architecture(void **state)
+{
+	char		change[400];
+	MillmConfig c;
+	size_t		n;
+
+	(void) state;
+	n = (size_t) snprintf(change, sizeof(change), "\"architectures\": [\"x");
+	for (; n < 380; n += 2)
+		memcpy(change + n, "\xc3\xa9", 2);
+	memcpy(change + n, "\"]", 3);
+	must_parse(LLAMA, change, &c);
+	assert_true(strlen(c.architecture) > 100);
+	assert_int_equal(millm_utf8_valid_bytes(c.architecture, strlen(c.architecture)), strlen(c.architecture));
+	millm_config_free(&c);
+}
+
+/* --- generation_config.json ------------------------------------------------------------------- */
+
+static MillmCode
+generation(const char *text, MillmGenerationConfig *g, MillmConfig *c, MillmError *err)
+{
+	json_t	   *json = json_loads(text, 0, NULL);
+	MillmCode	rc;
+
+	assert_non_null(json);
+	memset(c, 0, sizeof(*c));
+	c->n_eos = 1;
+	c->eos_ids[0] = 9;
+	*g = (MillmGenerationConfig) {.temperature = NAN, .top_k = -1, .top_p = NAN, .min_p = NAN, .repetition_penalty = NAN};
+	rc = millm_generation_resolve(json, g, c, err);
+	json_decref(json);
+	return rc;
+}
+
+static void
+generation_good(void **state)
+{
+	MillmGenerationConfig g;
+	MillmConfig c;
+	MillmError	err;
+
+	(void) state;
+	assert_int_equal(generation("{}", &g, &c, &err), MILLM_OK);
+	assert_false(g.do_sample);
+	assert_true(isnan(g.temperature) && isnan(g.top_p) && isnan(g.min_p) && isnan(g.repetition_penalty) && g.top_k == -1);
+	assert_int_equal(c.n_eos, 1);	/* config.json's */
+	assert_int_equal(g.n_ignored, 0);
+
+	assert_int_equal(generation("{\"do_sample\": true, \"temperature\": 0.6, \"top_k\": 20, \"top_p\": 0.95, \"min_p\": 0, \"repetition_penalty\": 1.1,"
+								" \"eos_token_id\": [5, 6, 7], \"bos_token_id\": 1, \"pad_token_id\": null, \"max_length\": 4096}", &g, &c, &err), MILLM_OK);
+	assert_true(g.do_sample && g.top_k == 20);
+	assert_near(g.temperature, 0.6f);
+	assert_near(g.top_p, 0.95f);
+	assert_true(g.min_p == 0);
+	assert_near(g.repetition_penalty, 1.1f);
+	assert_int_equal(c.n_eos, 3);	/* replaced */
+	assert_int_equal(c.eos_ids[0], 5);
+	assert_int_equal(c.eos_ids[2], 7);
+	assert_int_equal(g.n_ignored, 0);
+	assert_int_equal(generation("{\"temperature\": null, \"top_k\": null, \"do_sample\": null, \"eos_token_id\": null}", &g, &c, &err), MILLM_OK);
+	assert_true(isnan(g.temperature) && g.top_k == -1 && c.n_eos == 1);
+}
+
+static void
+generation_ignored(void **state)
+{
+	MillmGenerationConfig g;
+	MillmConfig c;
+	MillmError	err;
+
+	(void) state;
+	/* neutral values change nothing */
+	assert_int_equal(generation("{\"num_beams\": 1, \"typical_p\": 1.0, \"no_repeat_ngram_size\": 0, \"bad_words_ids\": [], \"suppress_tokens\": null,"
+								" \"renormalize_logits\": false, \"sequence_bias\": {}, \"token_healing\": false, \"use_cache\": true}", &g, &c, &err), MILLM_OK);
+	assert_int_equal(g.n_ignored, 0);
+	assert_int_equal(generation("{\"num_beams\": 4, \"stop_strings\": [\"x\"], \"renormalize_logits\": true}", &g, &c, &err), MILLM_OK);
+	assert_int_equal(g.n_ignored, 3);
+	assert_string_equal(g.ignored[0], "num_beams");
+	assert_string_equal(g.ignored[1], "stop_strings");
+	assert_string_equal(g.ignored[2], "renormalize_logits");
+	/* more than have room are still counted */
+	assert_int_equal(generation("{\"min_length\": 1, \"min_new_tokens\": 1, \"typical_p\": 0.5, \"no_repeat_ngram_size\": 1, \"num_beams\": 2,"
+								" \"epsilon_cutoff\": 0.1, \"eta_cutoff\": 0.1, \"guidance_scale\": 2, \"penalty_alpha\": 1, \"num_beam_groups\": 2}", &g, &c, &err), MILLM_OK);
+	assert_int_equal(g.n_ignored, 10);
+}
+
+static void
+generation_bad(void **state)
+{
+	static const struct
+	{
+		const char *text;
+		const char *expected;
+	}			cases[] = {
+		{"[]", "not a JSON object"}, {"{\"do_sample\": 1}", "\"do_sample\" in generation_config.json"}, {"{\"temperature\": -0.5}", "\"temperature\""},
+		{"{\"temperature\": \"hot\"}", "\"temperature\""}, {"{\"temperature\": 1e30}", "\"temperature\""}, {"{\"top_k\": -1}", "\"top_k\""},
+		{"{\"top_k\": 2.5}", "\"top_k\""}, {"{\"top_k\": 99999999999}", "\"top_k\""}, {"{\"top_p\": 1.5}", "\"top_p\""}, {"{\"min_p\": -1}", "\"min_p\""},
+		{"{\"repetition_penalty\": 0}", "\"repetition_penalty\""}, {"{\"eos_token_id\": \"x\"}", "\"eos_token_id\" in generation_config.json"},
+		{"{\"eos_token_id\": [1, -2]}", "It is -2"}, {"{\"eos_token_id\": {}}", "It is an object"},
+	};
+
+	(void) state;
+	for (size_t i = 0; i < sizeof(cases) / sizeof(cases[0]); i++)
+	{
+		MillmGenerationConfig g;
+		MillmConfig c;
+		MillmError	err;
+
+		assert_failure(generation(cases[i].text, &g, &c, &err), &err, MILLM_E_INVALID_MODEL_FILE, cases[i].expected);
+	}
+}
+
+int
+main(void)
+{
+	const struct CMUnitTest tests[] = {
+		cmocka_unit_test(llama),
+		cmocka_unit_test(gpt2),
+		cmocka_unit_test(two_spellings),
+		cmocka_unit_test(rope),
+		cmocka_unit_test(refused),
+		cmocka_unit_test(not_a_config),
+		cmocka_unit_test(long_architecture),
+		cmocka_unit_test(generation_good),
+		cmocka_unit_test(generation_ignored),
+		cmocka_unit_test(generation_bad),
+	};
+
+	return cmocka_run_group_tests(tests, NULL, NULL);
+}
