@@ -1,6 +1,8 @@
 /*
  * generation.c -- generation_config.json: the sampling that the model's authors recommend.
  *
+ * Repositories older than that file keep the same keys in config.json.
+ *
  * Keys that are honoured fill MillmGenerationConfig.  A key that would change the output, is set to something
  * else than its neutral value and is not honoured, is listed in `ignored`, for a warning at load.
  */
@@ -20,9 +22,9 @@ ignore(MillmGenerationConfig *g, const char *key)
 }
 
 static MillmCode
-bad(MillmError *err, const char *key, const char *expected)
+bad(MillmError *err, const char *file, const char *key, const char *expected)
 {
-	millm_fail(err, MILLM_E_INVALID_MODEL_FILE, "invalid value of \"%s\" in generation_config.json", key);
+	millm_fail(err, MILLM_E_INVALID_MODEL_FILE, "invalid value of \"%s\" in %s", key, file);
 	millm_detail(err, "Expected %s.", expected);
 	return MILLM_E_INVALID_MODEL_FILE;
 }
@@ -36,20 +38,20 @@ is_neutral(json_t *v, double neutral)
 }
 
 static MillmCode
-get_number(json_t *json, const char *key, double min, double max, const char *expected, float *out, MillmError *err)
+get_number(json_t *json, const char *file, const char *key, double min, double max, const char *expected, float *out, MillmError *err)
 {
 	json_t	   *v = json_object_get(json, key);
 
 	if (!v || json_is_null(v))
 		return MILLM_OK;
 	if (!json_is_number(v) || !(json_number_value(v) >= min && json_number_value(v) <= max))
-		return bad(err, key, expected);
+		return bad(err, file, key, expected);
 	*out = (float) json_number_value(v);
 	return MILLM_OK;
 }
 
 MillmCode
-millm_generation_resolve(json_t *json, MillmGenerationConfig *g, MillmConfig *config, MillmError *err)
+millm_generation_resolve(json_t *json, const char *file, MillmGenerationConfig *g, MillmConfig *config, MillmError *err)
 {
 	/* key and the value that does nothing */
 	static const struct
@@ -69,25 +71,25 @@ millm_generation_resolve(json_t *json, MillmGenerationConfig *g, MillmConfig *co
 	MillmCode	rc;
 
 	if (!json_is_object(json))
-		return millm_fail(err, MILLM_E_INVALID_MODEL_FILE, "generation_config.json is not a JSON object");
+		return millm_fail(err, MILLM_E_INVALID_MODEL_FILE, "%s is not a JSON object", file);
 	v = json_object_get(json, "do_sample");
 	if (v && !json_is_null(v) && !json_is_boolean(v))
-		return bad(err, "do_sample", "true or false");
+		return bad(err, file, "do_sample", "true or false");
 	g->do_sample = json_is_true(v);
-	if ((rc = get_number(json, "temperature", 0, 100, "a number from 0 to 100", &g->temperature, err)) != MILLM_OK ||
-		(rc = get_number(json, "top_p", 0, 1, "a number from 0 to 1", &g->top_p, err)) != MILLM_OK ||
-		(rc = get_number(json, "min_p", 0, 1, "a number from 0 to 1", &g->min_p, err)) != MILLM_OK ||
-		(rc = get_number(json, "repetition_penalty", 1e-3, 100, "a number from 0.001 to 100", &g->repetition_penalty, err)) != MILLM_OK)
+	if ((rc = get_number(json, file, "temperature", 0, 100, "a number from 0 to 100", &g->temperature, err)) != MILLM_OK ||
+		(rc = get_number(json, file, "top_p", 0, 1, "a number from 0 to 1", &g->top_p, err)) != MILLM_OK ||
+		(rc = get_number(json, file, "min_p", 0, 1, "a number from 0 to 1", &g->min_p, err)) != MILLM_OK ||
+		(rc = get_number(json, file, "repetition_penalty", 1e-3, 100, "a number from 0.001 to 100", &g->repetition_penalty, err)) != MILLM_OK)
 		return rc;
 	v = json_object_get(json, "top_k");
 	if (v && !json_is_null(v))
 	{
 		if (!json_is_integer(v) || json_integer_value(v) < 0 || json_integer_value(v) > INT_MAX)
-			return bad(err, "top_k", "an integer of at least 0");
+			return bad(err, file, "top_k", "an integer of at least 0");
 		g->top_k = (int) json_integer_value(v);
 	}
 	v = json_object_get(json, "eos_token_id");
-	if (v && !json_is_null(v) && (rc = millm_config_eos(v, "generation_config.json", config, err)) != MILLM_OK)
+	if (v && !json_is_null(v) && (rc = millm_config_eos(v, file, config, err)) != MILLM_OK)
 		return rc;
 	for (size_t i = 0; i < sizeof(numbers) / sizeof(numbers[0]); i++)
 		if (!is_neutral(json_object_get(json, numbers[i].key), numbers[i].neutral))

@@ -46,6 +46,14 @@ struct MillmModelFiles
 	size_t		n_entries;
 };
 
+/* Names for an error's detail: how many, and the first few, quoted. */
+typedef struct Names
+{
+	size_t		n;
+	size_t		len;
+	char		text[440];
+} Names;
+
 /* What binding carries along. */
 typedef struct Binder
 {
@@ -53,6 +61,7 @@ typedef struct Binder
 	const MillmArch *arch;
 	const char *prefix;			/* the row's, or "" */
 	const Entry *tied_head;		/* a stored copy of the tied embedding, or NULL */
+	Names		missing;		/* tensors that the row names and the files lack */
 	MillmError *err;
 } Binder;
 
@@ -250,7 +259,19 @@ tensor_name(char buf[MAX_NAME], const char *prefix, const char *template, int la
 	return buf;
 }
 
-/* The named tensor, of that shape (dims[1] 0: a vector) and of a dtype that can be multiplied. */
+static void
+add_name(Names *names, const char *name)
+{
+	names->n++;
+	if (sizeof(names->text) - names->len > sizeof(MillmShown) + 4)	/* two quotes, a comma, a space */
+		names->len += (size_t) snprintf(names->text + names->len, sizeof(names->text) - names->len, "%s\"%s\"",
+										names->n > 1 ? ", " : "", shown(name).text);
+}
+
+/*
+ * The named tensor, of that shape (d1 0: a vector) and of a dtype that can be multiplied.  A missing one is noted, and
+ * *out is NULL: binding goes on, so that check_complete() can name them all.
+ */
 static MillmCode
 take(Binder *b, const char *name, int64_t d0, int64_t d1, const MillmStTensor **out)
 {
@@ -259,10 +280,9 @@ take(Binder *b, const char *name, int64_t d0, int64_t d1, const MillmStTensor **
 
 	if (!e)
 	{
-		millm_fail(b->err, MILLM_E_INVALID_MODEL_FILE, "tensor \"%s\" is missing", name);
-		millm_detail(b->err, "Its config says \"%s\" with %d layers; the files have %zu tensors.",
-					 b->model->config.model_type, b->model->config.n_layers, b->model->files->n_entries);
-		return MILLM_E_INVALID_MODEL_FILE;
+		add_name(&b->missing, name);
+		*out = NULL;
+		return MILLM_OK;
 	}
 	t = e->tensor;
 	if (t->n_dims != (d1 ? 2 : 1) || t->dims[0] != d0 || (d1 && t->dims[1] != d1))
@@ -287,7 +307,7 @@ take(Binder *b, const char *name, int64_t d0, int64_t d1, const MillmStTensor **
 	return MILLM_OK;
 }
 
-/* A matrix.  Stored [n_out, n_in], or [n_in, n_out] when in_out. */
+/* A matrix.  Stored [n_out, n_in], or [n_in, n_out] when in_out.  *w stays as it was when the tensor is missing. */
 static MillmCode
 bind_matrix(Binder *b, const char *prefix, const char *template, int layer, int64_t n_out, int64_t n_in, bool in_out, MillmWeight *w)
 {
@@ -297,7 +317,7 @@ bind_matrix(Binder *b, const char *prefix, const char *template, int layer, int6
 
 	tensor_name(buf, prefix, template, layer, ".weight");
 	rc = in_out ? take(b, buf, n_in, n_out, &t) : take(b, buf, n_out, n_in, &t);
-	if (rc == MILLM_OK)
+	if (rc == MILLM_OK && t)
 		*w = (MillmWeight) {.dtype = t->dtype, .in_out = in_out, .n_out = n_out, .n_in = n_in, .stride = in_out ? n_out : n_in, .data = t->data};
 	return rc;
 }
@@ -321,7 +341,7 @@ bind_vector(Binder *b, const char *template, int layer, const char *suffix, int6
 	const char *src;
 	MillmCode	rc = take(b, tensor_name(buf, b->prefix, template, layer, suffix), n, 0, &t);
 
-	if (rc != MILLM_OK)
+	if (rc != MILLM_OK || !t)
 		return rc;
 	v->data = aligned_alloc(64, ((size_t) n * sizeof(float) + 63) & ~(size_t) 63);
 	if (!v->data)
@@ -370,7 +390,7 @@ bind_qkv(Binder *b, int i, MillmLayer *l)
 	const MillmArch *a = b->arch;
 	const MillmConfig *c = &b->model->config;
 	int64_t		nq = (int64_t) l->n_heads * l->head_dim, nkv = (int64_t) l->n_kv_heads * l->head_dim;
-	MillmWeight fused;
+	MillmWeight fused = {.data = NULL};
 	MillmVector fused_bias = {NULL, 0};
 	MillmCode	rc;
 
@@ -387,10 +407,13 @@ bind_qkv(Binder *b, int i, MillmLayer *l)
 	}
 	if ((rc = bind_matrix(b, b->prefix, a->qkv, i, nq + 2 * nkv, c->hidden_size, a->in_out, &fused)) != MILLM_OK)
 		return rc;
-	l->q = slice(&fused, 0, nq);
-	l->k = slice(&fused, nq, nkv);
-	l->v = slice(&fused, nq + nkv, nkv);
-	if (!c->qkv_bias || (rc = bind_vector(b, a->qkv, i, ".bias", nq + 2 * nkv, &fused_bias)) != MILLM_OK)
+	if (fused.data)
+	{
+		l->q = slice(&fused, 0, nq);
+		l->k = slice(&fused, nq, nkv);
+		l->v = slice(&fused, nq + nkv, nkv);
+	}
+	if (!c->qkv_bias || (rc = bind_vector(b, a->qkv, i, ".bias", nq + 2 * nkv, &fused_bias)) != MILLM_OK || !fused_bias.data)
 		return rc;
 	l->q_bias = vector_slice(&fused_bias, 0, nq);
 	l->k_bias = vector_slice(&fused_bias, nq, nkv);
@@ -447,7 +470,7 @@ bind_head(Binder *b)
 	}
 	if ((rc = bind_matrix(b, "", b->arch->head, 0, m->config.vocab_size, m->config.hidden_size, false, &m->head)) != MILLM_OK)
 		return rc;
-	if (m->config.tied && m->head.dtype == emb->dtype &&
+	if (m->config.tied && emb->data && m->head.dtype == emb->dtype &&
 		memcmp(m->head.data, emb->data, (size_t) (emb->n_out * emb->n_in) * (size_t) millm_dtype_bytes(emb->dtype)) == 0)
 	{
 		m->head = *emb;
@@ -466,12 +489,14 @@ ends_with(const char *s, const char *suffix)
 	return n >= k && strcmp(s + n - k, suffix) == 0;
 }
 
+/* Each tensor that the row names was there, and each tensor of the files has its place or is a known buffer. */
 static MillmCode
-check_all_used(Binder *b)
+check_complete(Binder *b)
 {
 	const struct MillmModelFiles *files = b->model->files;
-	char		list[800] = "";
-	size_t		n = 0, at = 0;
+	const char *type = b->arch->model_type;
+	const Names *missing = &b->missing;
+	Names		extra = {.n = 0};
 
 	for (size_t i = 0; i < files->n_entries; i++)
 	{
@@ -480,17 +505,27 @@ check_all_used(Binder *b)
 
 		for (int k = 0; !known && k < 6 && b->arch->ignored[k]; k++)
 			known = ends_with(name, b->arch->ignored[k]);
-		if (known)
-			continue;
-		n++;
-		if (at < sizeof(list) - sizeof(MillmShown) - 4)
-			at += (size_t) snprintf(list + at, sizeof(list) - at, "%s\"%s\"", n > 1 ? ", " : "", shown(name).text);
+		if (!known)
+			add_name(&extra, name);
 	}
-	if (n == 0)
+	if (missing->n == 0 && extra.n == 0)
 		return MILLM_OK;
-	millm_fail(b->err, MILLM_E_INVALID_MODEL_FILE, "the files hold tensors that have no place in a model of type \"%s\"", b->arch->model_type);
-	millm_detail(b->err, "There are %zu of them, such as %s.", n, list);
-	millm_hint(b->err, "The config may lack a flag, or the model is of another type than it says.");
+	if (missing->n == 0)
+	{
+		millm_fail(b->err, MILLM_E_INVALID_MODEL_FILE, "the files hold tensors that have no place in a model of type \"%s\"", type);
+		millm_detail(b->err, "There are %zu of them, such as %s.", extra.n, extra.text);
+	}
+	else
+	{
+		millm_fail(b->err, MILLM_E_INVALID_MODEL_FILE, "the files lack tensors of a model of type \"%s\" with %d layers",
+				   type, b->model->config.n_layers);
+		if (extra.n == 0)
+			millm_detail(b->err, "Missing: %zu, such as %s.", missing->n, missing->text);
+		else
+			millm_detail(b->err, "Missing: %zu, such as %s.  Without a place: %zu, such as %s.", missing->n, missing->text, extra.n, extra.text);
+	}
+	if (extra.n > 0)
+		millm_hint(b->err, "The config may lack a flag, or the model is of another type than it says.");
 	return MILLM_E_INVALID_MODEL_FILE;
 }
 
@@ -534,7 +569,7 @@ bind(Binder *b)
 	for (int i = 0; i < c->n_layers; i++)
 		if ((rc = bind_layer(b, i, &m->layers[i])) != MILLM_OK)
 			return rc;
-	if ((rc = check_all_used(b)) != MILLM_OK)
+	if ((rc = check_complete(b)) != MILLM_OK)
 		return rc;
 	snprintf(m->dtype, sizeof(m->dtype), "%s", millm_dtype_name(m->embedding.dtype));
 	count(b);
@@ -566,7 +601,8 @@ millm_model_open(const char *dir, MillmModel **out, MillmError *err)
 	}
 	if ((rc = millm_config_resolve(config, &m->config, err)) != MILLM_OK ||
 		(rc = read_json(dir, "generation_config.json", MAX_CONFIG_BYTES, &generation, err)) != MILLM_OK ||
-		(generation && (rc = millm_generation_resolve(generation, &m->generation, &m->config, err)) != MILLM_OK) ||
+		(rc = generation ? millm_generation_resolve(generation, "generation_config.json", &m->generation, &m->config, err)
+		 : millm_generation_resolve(config, "config.json", &m->generation, &m->config, err)) != MILLM_OK ||
 		(rc = open_shards(m->files, dir, err)) != MILLM_OK ||
 		(rc = index_tensors(m->files, err)) != MILLM_OK)
 		goto done;

@@ -48,6 +48,16 @@ position_embedding(MillmModel *m)
 	w->n_out--;
 }
 
+/* The LM head is the embedding where it is a matrix of its own. */
+static void
+head(MillmModel *m)
+{
+	if (!m->config.tied)
+		m->head = m->embedding;
+}
+
+static void final_norm_bias(MillmModel *m) { drop(&m->final_norm_bias); }
+
 static void
 inv_freq(MillmModel *m)
 {
@@ -67,6 +77,14 @@ static void l_up_bias(MillmLayer *l) { drop(&l->up_bias); }
 static void l_down_bias(MillmLayer *l) { drop(&l->down_bias); }
 static void l_mlp_gated(MillmLayer *l) { MillmWeight w = l->gate; if (w.data) { l->gate = l->up; l->up = w; } }
 static void l_qkv_order(MillmLayer *l) { MillmWeight w = l->k; l->k = l->v; l->v = w; }
+/* Every head reads the first KV head. */
+static void
+l_n_kv_heads(MillmLayer *l)
+{
+	l->n_kv_heads = 1;
+	l->k.n_out = l->v.n_out = l->head_dim;
+}
+
 static void l_in_out(MillmLayer *l) { if (l->o.n_in == l->o.n_out) l->o.in_out = !l->o.in_out; }
 
 static const struct
@@ -78,6 +96,7 @@ static const struct
 	{"norm", norm, NULL}, {"norm_eps", norm_eps, NULL}, {"rope_interleaved", rope_interleaved, NULL}, {"rotary_dim", rotary_dim, NULL},
 	{"inv_freq", inv_freq, NULL}, {"rope_attention_factor", rope_attention_factor, NULL}, {"attention_scale", attention_scale, NULL},
 	{"layer_inv_scale", layer_inv_scale, NULL}, {"act", act, NULL}, {"position_embedding", position_embedding, NULL},
+	{"final_norm_bias", final_norm_bias, NULL}, {"head", head, NULL}, {"n_kv_heads", NULL, l_n_kv_heads},
 	{"window", NULL, l_window}, {"attn_norm_bias", NULL, l_attn_norm_bias}, {"mlp_norm_bias", NULL, l_mlp_norm_bias}, {"q_bias", NULL, l_q_bias},
 	{"k_bias", NULL, l_k_bias}, {"v_bias", NULL, l_v_bias}, {"o_bias", NULL, l_o_bias}, {"gate_bias", NULL, l_gate_bias}, {"up_bias", NULL, l_up_bias},
 	{"down_bias", NULL, l_down_bias}, {"mlp_gated", NULL, l_mlp_gated}, {"qkv_order", NULL, l_qkv_order}, {"in_out", NULL, l_in_out},
