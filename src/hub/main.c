@@ -42,7 +42,6 @@ typedef struct Work
 	char	   *strings[16];	/* owns what spec points to */
 	int			n_strings;
 	const char *path;
-	const char *trash;
 	bool		is_waiting;		/* a download, for the one before it to end */
 	atomic_bool stop;			/* canceled, or the client is gone, or shutdown */
 	atomic_bool keep;			/* leave what is there for a later attempt */
@@ -201,7 +200,7 @@ work_main(void *arg)
 			rc = millm_job_inspect(w->path, &out, &err);
 			break;
 		case OP_REMOVE:
-			rc = millm_store_trash(w->spec.cache_dir, w->spec.directory, w->trash, w->spec.model_uuid, &removed, &err);
+			rc = millm_store_trash(w->spec.cache_dir, w->spec.directory, w->spec.model_uuid, &removed, &err);
 			out = json_pack("{s:b}", "removed", removed);
 			break;
 	}
@@ -236,7 +235,7 @@ static MillmCode
 read_request(Work *w, json_t *request, MillmError *err)
 {
 	MillmFields f;
-	const char *op = NULL, *commit = NULL;
+	const char *op = NULL;
 	int64_t		n = 1500;
 
 	millm_fields_begin(&f, request, err);
@@ -276,15 +275,9 @@ read_request(Work *w, json_t *request, MillmError *err)
 		need(&f, w, "model_uuid", &w->spec.model_uuid, true);
 	if (w->op == OP_DOWNLOAD)
 	{
-		need(&f, w, "commit", &commit, false);
-		if (commit)
-			w->spec.revision = commit;
 		need(&f, w, "owner_id", &w->spec.owner_id, true);
 		millm_field_int(&f, "model_id", 0, INT64_MAX, &w->spec.model_id);
 	}
-	w->trash = ".trash";
-	if (w->op == OP_REMOVE)
-		need(&f, w, "trash", &w->trash, false);
 	if (w->op == OP_INSPECT)
 		need(&f, w, "path", &w->path, true);
 	return millm_fields_end(&f);

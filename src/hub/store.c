@@ -15,6 +15,8 @@
 #include <sys/statvfs.h>
 #include <unistd.h>
 
+/* Where directories go to be removed, in the cache directory. */
+#define TRASH_NAME ".trash"
 #define MAX_DEPTH		16
 #define MAX_META_BYTES	(16 << 20)
 #define UUID_CHARS		36
@@ -522,7 +524,7 @@ move_to_trash(int parent_fd, const char *name, int trash_fd, const char *uuid, b
 }
 
 MillmCode
-millm_store_trash(const char *cache_dir, const char *directory, const char *trash, const char *uuid, bool *removed, MillmError *err)
+millm_store_trash(const char *cache_dir, const char *directory, const char *uuid, bool *removed, MillmError *err)
 {
 	const char *slash = strrchr(directory, '/'), *name = slash ? slash + 1 : directory;
 	char		parent[512];
@@ -537,8 +539,8 @@ millm_store_trash(const char *cache_dir, const char *directory, const char *tras
 	snprintf(parent, sizeof(parent), "%.*s", slash ? (int) (slash - directory) : 0, directory);
 	if ((parent_fd = open_below(cache_dir, parent, false)) < 0)
 		return errno == ENOENT ? MILLM_OK : disk_error(err, "open", parent);
-	trash_fd = open_below(cache_dir, trash, true);
-	rc = trash_fd < 0 ? disk_error(err, "open", trash) : move_to_trash(parent_fd, name, trash_fd, uuid, removed, err);
+	trash_fd = open_below(cache_dir, TRASH_NAME, true);
+	rc = trash_fd < 0 ? disk_error(err, "open", TRASH_NAME) : move_to_trash(parent_fd, name, trash_fd, uuid, removed, err);
 	close(parent_fd);
 	if (trash_fd >= 0)
 		close(trash_fd);

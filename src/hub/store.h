@@ -43,9 +43,9 @@ extern void millm_store_remove(MillmStore *store, const MillmHubFile *const *fil
 extern void millm_store_remove_unfinished(const char *cache_dir, const char *directory, const char *uuid);
 
 /*
- * Remove cache_dir/directory whole, if it is the model of that uuid, finished or not: rename to cache_dir/trash/uuid,
+ * Remove cache_dir/directory whole, if it is the model of that uuid, finished or not: rename to cache_dir/.trash/uuid,
  * fsync, unlink without following links.  *removed false: there is no such directory, or it is another model's.
  */
-extern MillmCode millm_store_trash(const char *cache_dir, const char *directory, const char *trash, const char *uuid, bool *removed, MillmError *err);
+extern MillmCode millm_store_trash(const char *cache_dir, const char *directory, const char *uuid, bool *removed, MillmError *err);
 
 #endif

@@ -293,10 +293,10 @@ directories(void **state)
 	for (size_t i = 0; i < sizeof(wrong) / sizeof(*wrong); i++)
 	{
 		assert_int_equal(millm_store_open(cache, wrong[i], UUID, &s, NULL), MILLM_E_INVALID_ARGUMENT);
-		assert_int_equal(millm_store_trash(cache, wrong[i], ".trash", UUID, &removed, NULL), MILLM_E_INVALID_ARGUMENT);
+		assert_int_equal(millm_store_trash(cache, wrong[i], UUID, &removed, NULL), MILLM_E_INVALID_ARGUMENT);
 	}
 	assert_int_equal(millm_store_open(cache, "h/m", "../../etc", &s, NULL), MILLM_E_INVALID_ARGUMENT);
-	assert_int_equal(millm_store_trash(cache, "h/m", ".trash", "../../etc", &removed, NULL), MILLM_E_INVALID_ARGUMENT);
+	assert_int_equal(millm_store_trash(cache, "h/m", "../../etc", &removed, NULL), MILLM_E_INVALID_ARGUMENT);
 	assert_false(is_there("h"));
 	/* a link on the way is not followed */
 	{
@@ -339,7 +339,7 @@ possession(void **state)
 	millm_store_close(s);
 	millm_store_remove_unfinished(cache, "h/m", OTHER);
 	assert_true(is_there("h/m/a.json"));
-	assert_int_equal(millm_store_trash(cache, "h/m", ".trash", OTHER, &removed, NULL), MILLM_OK);
+	assert_int_equal(millm_store_trash(cache, "h/m", OTHER, &removed, NULL), MILLM_OK);
 	assert_false(removed);
 	millm_store_remove_unfinished(cache, "h/m", UUID);
 	assert_false(is_there("h/m"));
@@ -358,13 +358,13 @@ possession(void **state)
 	millm_store_close(s);
 	assert_true(is_there("h/m/a.json"));
 	/* removed by its uuid; a second time there is nothing */
-	assert_int_equal(millm_store_trash(cache, "h/m", ".trash", OTHER, &removed, NULL), MILLM_OK);
+	assert_int_equal(millm_store_trash(cache, "h/m", OTHER, &removed, NULL), MILLM_OK);
 	assert_false(removed);
-	assert_int_equal(millm_store_trash(cache, "h/m", ".trash", UUID, &removed, NULL), MILLM_OK);
+	assert_int_equal(millm_store_trash(cache, "h/m", UUID, &removed, NULL), MILLM_OK);
 	assert_true(removed);
 	assert_false(is_there("h/m"));
 	assert_false(is_there(".trash/" UUID));
-	assert_int_equal(millm_store_trash(cache, "h/m", ".trash", UUID, &removed, NULL), MILLM_OK);
+	assert_int_equal(millm_store_trash(cache, "h/m", UUID, &removed, NULL), MILLM_OK);
 	assert_false(removed);
 }
 
@@ -378,7 +378,7 @@ make_cache(void **state)
 static int
 remove_cache(void **state)
 {
-	static const char *const dirs[] = {"h", ".trash", ""};
+	static const char *const dirs[] = {"h", ""};
 	char		path[400];
 
 	(void) state;
