@@ -8,6 +8,7 @@
 #include <string.h>
 
 #include "layout.h"
+#include "widen.h"
 
 static float
 float_at(const void *p, int64_t i)
@@ -46,17 +47,9 @@ not_finite(const char *name, const char *suffix, MillmError *err)
 static float
 largest(const void *p, int64_t n)
 {
-	uint32_t	max = 0;
+	uint32_t	max = max_magnitude(p, (size_t) n);
 	float		f;
 
-	for (int64_t i = 0; i < n; i++)
-	{
-		uint32_t	u;
-
-		memcpy(&u, (const unsigned char *) p + 4 * i, 4);
-		u &= 0x7FFFFFFF;
-		max = u > max ? u : max;
-	}
 	memcpy(&f, &max, 4);
 	return f;
 }

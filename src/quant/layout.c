@@ -4,8 +4,8 @@
  * Names, dtypes, shapes and keys are those that bitsandbytes' modules save and transformers' loader asks for.
  */
 #include <jansson.h>
+#include <string.h>
 
-#include "arith.h"
 #include "layout.h"
 
 static MillmQuantPart
@@ -56,6 +56,24 @@ millm_quant_layout(MillmQuantFormat format, MillmDtype dtype, int64_t n_out, int
 			break;
 	}
 	return millm_fail(err, MILLM_E_UNSUPPORTED, "cannot quantize to FP4");
+}
+
+bool
+millm_quant_is_quantized(const char *tensor, int n_dims)
+{
+	static const char weight[] = ".weight";
+	size_t		len = strlen(tensor);
+
+	if (n_dims != 2 || len < sizeof(weight) || strcmp(tensor + len - (sizeof(weight) - 1), weight) != 0)
+		return false;
+	for (const char *dot = strchr(tensor, '.'); dot; dot = strchr(dot + 1, '.'))
+	{
+		size_t		digits = strspn(dot + 1, "0123456789");
+
+		if (digits > 0 && dot[1 + digits] == '.')
+			return true;
+	}
+	return false;
 }
 
 static const char *

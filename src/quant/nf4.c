@@ -8,8 +8,8 @@
  */
 #include <string.h>
 
-#include "half.h"
 #include "quant.h"
+#include "widen.h"
 
 const float millm_nf4_codebook[16] = {
 	-1.0f, -0.6961928009986877f, -0.5250730514526367f, -0.39491748809814453f,
@@ -52,40 +52,14 @@ millm_dynamic_map(float map[256])
 		map[254 - k] = -map[k];
 }
 
-/* y[n] = x[n] in float32; x may be unaligned. */
-static void
-widen(float *restrict y, const unsigned char *restrict x, MillmDtype dtype, size_t n)
-{
-	if (dtype == MILLM_F32)
-	{
-		memcpy(y, x, n * 4);
-		return;
-	}
-	for (size_t i = 0; i < n; i++)
-	{
-		uint16_t	h;
-
-		memcpy(&h, x + 2 * i, 2);
-		y[i] = dtype == MILLM_BF16 ? millm_bf16_to_f32(h) : millm_f16_to_f32(h);
-	}
-}
-
-/* Largest magnitude of v[n].  Magnitudes order as their bits do, and NaN lies above infinity. */
+/* The largest magnitude of v[n]; false when it is infinite or NaN. */
 static bool
-find_absmax(const float *v, size_t n, float *absmax)
+find_absmax(float *absmax, const float *v, size_t n)
 {
-	uint32_t	max = 0;
+	uint32_t	max = max_magnitude(v, n);
 
-	for (size_t i = 0; i < n; i++)
-	{
-		uint32_t	u;
-
-		memcpy(&u, v + i, 4);
-		u &= 0x7FFFFFFF;
-		max = u > max ? u : max;
-	}
 	memcpy(absmax, &max, 4);
-	return max < 0x7F800000;
+	return max < INFINITY_BITS;
 }
 
 /* Code of x in [-1, 1]: how many midpoints of neighbours in the codebook, rounded to float32, lie below it. */
@@ -110,7 +84,7 @@ encode_block(uint8_t *restrict packed, float *restrict absmax, const unsigned ch
 	float		inverse;
 
 	widen(v, values, dtype, MILLM_NF4_BLOCK);
-	if (!find_absmax(v, MILLM_NF4_BLOCK, absmax))
+	if (!find_absmax(absmax, v, MILLM_NF4_BLOCK))
 		return false;
 	inverse = 1.0f / (*absmax > SMALLEST_ABSMAX ? *absmax : SMALLEST_ABSMAX);
 	for (int i = 0; i < MILLM_NF4_BLOCK; i++)
@@ -128,7 +102,7 @@ encode_rest(uint8_t *packed, float *absmax, const unsigned char *values, MillmDt
 	float		divisor;
 
 	widen(v, values, dtype, n);
-	if (!find_absmax(v, n, absmax))
+	if (!find_absmax(absmax, v, n))
 		return false;
 	divisor = *absmax > SMALLEST_ABSMAX ? *absmax : SMALLEST_ABSMAX;
 	for (size_t i = 0; i < (n + 1) / 2; i++)
@@ -166,7 +140,7 @@ void
 millm_absmax_encode(uint8_t *codes, float *nested_absmax, const float *absmax, size_t n, float offset)
 {
 	float		map[256];
-	float		middle[255];
+	float		middle[256];
 
 	millm_dynamic_map(map);
 	for (int i = 0; i < 255; i++)
@@ -175,6 +149,7 @@ millm_absmax_encode(uint8_t *codes, float *nested_absmax, const float *absmax, s
 
 		middle[i] = sum * 0.5f;
 	}
+	middle[255] = 2;			/* above every x; code 255 is tested for a tie like the others */
 	for (size_t group = 0; group < n; group += MILLM_NF4_NESTED_BLOCK)
 	{
 		size_t		end = n - group < MILLM_NF4_NESTED_BLOCK ? n : group + MILLM_NF4_NESTED_BLOCK;
@@ -199,20 +174,13 @@ millm_absmax_encode(uint8_t *codes, float *nested_absmax, const float *absmax, s
 		{
 			float		d = absmax[i] - offset;
 			float		x = d * inverse;
-			int			lo = 0, hi = 255;	/* the code is the number of midpoints below x */
+			int			code = 0;	/* how many of the 255 midpoints lie below x: eight halvings, no branch */
 
-			while (lo < hi)
-			{
-				int			mid = (lo + hi) / 2;
-
-				if (middle[mid] < x)
-					lo = mid + 1;
-				else
-					hi = mid;
-			}
-			if (lo < 255 && x == middle[lo] && lo % 2 == 1)
-				lo++;
-			codes[i] = (uint8_t) lo;
+			for (int half = 128; half > 0; half /= 2)
+				code += (middle[code + half - 1] < x) * half;
+			if (code % 2 == 1 && x == middle[code])
+				code++;
+			codes[i] = (uint8_t) code;
 		}
 	}
 }

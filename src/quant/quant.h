@@ -2,8 +2,8 @@
  * quant.h -- the quantized formats, as bitsandbytes stores them and transformers reads them: NF4 with double
  * quantization and LLM.int8, written while the bytes arrive; those and their older variants, read.
  *
- * Everything here is arithmetic over the caller's bytes.  Where they come from, in which file they end and which
- * Linears of a model are quantized is not this room's business.
+ * Everything here is arithmetic over the caller's bytes.  Where they come from and in which file they end is not
+ * this room's business.
  *
  * Words: a Linear has a module name X ("model.layers.0.mlp.up_proj") and a weight [n_out, n_in], row-major.
  * NF4 cuts the flattened weight into blocks of 64 (a block may straddle rows); absmax is the largest magnitude of
@@ -202,6 +202,13 @@ extern MillmCode millm_quant_bind_int8(const char *name, int64_t n_out, int64_t 
 extern void millm_quant_dequantize(float *y, const MillmQuantWeight *w, int64_t first, int64_t n);
 
 /* --- transformers (layout.c) ------------------------------------------------------------------------------------ */
+
+/*
+ * Is this tensor of a decoder the weight of a Linear (or of GPT-2's Conv1D, to be transposed first) that is quantized:
+ * a matrix "....weight" in one of the numbered blocks?  Embeddings and the LM head lie outside of these, norms
+ * have one dimension.  The LM head's module name must then be in the skip list, or transformers expects it quantized.
+ */
+extern bool millm_quant_is_quantized(const char *tensor, int n_dims);
 
 /*
  * The value of "quantization_config" in config.json; a new reference, NULL without memory.  compute is the model's

@@ -192,15 +192,17 @@ LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
 	MillmQuantState st;
 	MillmError	err;
 
+	const char *name = size % 2 ? "x.weight.quant_state.bitsandbytes__nf4" : "x.weight.quant_state.bitsandbytes__fp4";
+
 	memcpy(text, data, len);
-	if (millm_quant_state_read("x.weight.quant_state.bitsandbytes__nf4", text, len, &st, &err) == MILLM_OK)
+	if (millm_quant_state_read(name, text, len, &st, &err) == MILLM_OK)
 	{
 		char		again[MILLM_QUANT_STATE_MAX];
 		MillmQuantState st2;
 		size_t		n = millm_quant_state_write(&st, again, sizeof(again));
 
 		check(n < sizeof(again));
-		check(millm_quant_state_read("x.weight.quant_state.bitsandbytes__nf4", again, n, &st2, &err) == MILLM_OK);
+		check(millm_quant_state_read(name, again, n, &st2, &err) == MILLM_OK);
 		check(st2.n_out == st.n_out && st2.n_in == st.n_in && st2.nested == st.nested && st2.nested_offset == st.nested_offset);
 		len = len < size ? len + 1 : len;
 		four_bit(data + len, size - len, &st);

@@ -8,7 +8,9 @@
  *                                                          parts -> float32 weight
  *     quant_driver config nf4|int8 DTYPE [SKIP...]         -> the quantization_config
  *
- * DTYPE is F32, F16, BF16, ...  A part is a line "SUFFIX DTYPE BYTES DIM...\n" and its bytes; N_DIMS may be 0.
+ *     quant_driver linears                                 lines "NAME N_DIMS" -> the names that are quantized
+ *
+ * DTYPE is F32, F16, BF16, ...  A part is a line "SUFFIX DTYPE BYTES DIM...\n" and its bytes; there may be no DIM.
  */
 #include <jansson.h>
 #include <stdio.h>
@@ -233,6 +235,16 @@ main(int argc, char **argv)
 		json_t	   *config = millm_quant_config_json(format_of(argv[2]), dtype_of(argv[3]), (const char *const *) argv + 4, argc - 4);
 
 		return json_dumpf(config, stdout, JSON_SORT_KEYS | JSON_INDENT(2));
+	}
+	if (strcmp(what, "linears") == 0)
+	{
+		char		name[512];
+		int			n_dims;
+
+		while (scanf("%511s %d", name, &n_dims) == 2)
+			if (millm_quant_is_quantized(name, n_dims))
+				puts(name);
+		return 0;
 	}
 	fprintf(stderr, "see the top of quant_driver.c\n");
 	return 2;

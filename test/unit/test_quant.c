@@ -295,6 +295,34 @@ int8_beyond_f16(void **state)
 	assert_int_equal(millm_int8_encode(q, &scb, half, inf, MILLM_F16, 1, 2), MILLM_INT8_NOT_FINITE);
 }
 
+/* The way through F16 is base's: every bf16 value, and the neighbourhood of every middle of two F16 values. */
+static void
+int8_rounding(void **state)
+{
+	(void) state;
+	for (uint32_t i = 0; i < 0x7C00 * 6; i++)
+	{
+		float		mid = (millm_f16_to_f32((uint16_t) (i / 6)) + millm_f16_to_f32((uint16_t) (i / 6 + 1))) / 2;
+		float		near[3] = {mid, nextafterf(mid, 0), nextafterf(mid, INFINITY)};
+		float		v = i % 2 ? -near[i % 3] : near[i % 3];
+		uint16_t	bf16 = millm_f32_to_bf16(v), f16 = millm_f32_to_f16(v);
+		int8_t		q;
+		float		scb, half;
+
+		if ((f16 & 0x7FFF) == 0x7C00)
+			continue;
+		assert_int_equal(millm_int8_encode(&q, &scb, &half, &v, MILLM_F32, 1, 1), MILLM_INT8_OK);
+		assert_true(half == millm_f16_to_f32(f16) && scb == fabsf(half));
+		assert_int_equal(millm_int8_encode(&q, &scb, &half, &f16, MILLM_F16, 1, 1), MILLM_INT8_OK);
+		assert_true(half == millm_f16_to_f32(f16) && scb == fabsf(half));
+		f16 = millm_f32_to_f16(millm_bf16_to_f32(bf16));
+		if ((f16 & 0x7FFF) == 0x7C00)
+			continue;
+		assert_int_equal(millm_int8_encode(&q, &scb, &half, &bf16, MILLM_BF16, 1, 1), MILLM_INT8_OK);
+		assert_true(half == millm_f16_to_f32(f16) && scb == fabsf(half));
+	}
+}
+
 /* --- the stream -- */
 
 /* However the bytes are cut, the result is the same; every push writes what it said. */
@@ -592,7 +620,7 @@ main(void)
 	const struct CMUnitTest tests[] = {
 		cmocka_unit_test(dynamic_map), cmocka_unit_test(thresholds), cmocka_unit_test(ramp), cmocka_unit_test(zeros_and_signs),
 		cmocka_unit_test(odd_end), cmocka_unit_test(denormals), cmocka_unit_test(nested), cmocka_unit_test(single_block),
-		cmocka_unit_test(int8_rows), cmocka_unit_test(int8_beyond_f16), cmocka_unit_test(cuts), cmocka_unit_test(stream_errors),
+		cmocka_unit_test(int8_rows), cmocka_unit_test(int8_beyond_f16), cmocka_unit_test(int8_rounding), cmocka_unit_test(cuts), cmocka_unit_test(stream_errors),
 		cmocka_unit_test(layout_sizes), cmocka_unit_test(state_texts), cmocka_unit_test(state_lies), cmocka_unit_test(bind_lies),
 	};
 
