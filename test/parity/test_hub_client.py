@@ -402,7 +402,7 @@ def test_unfinished_is_removed_by_its_uuid_only(hub, tmp_path, serve):
     where = {"cache_dir": str(tmp_path), "directory": job(hub, tmp_path, SMOL)["directory"]}
     assert serve("remove", **where, model_uuid=OTHER).result() == {"removed": False}
     assert leftovers(tmp_path, SMOL)
-    assert serve("remove", **where, model_uuid=UUID, trash=".trash").result() == {"removed": True}
+    assert serve("remove", **where, model_uuid=UUID).result() == {"removed": True}
     assert serve("remove", **where, model_uuid=UUID).result() == {"removed": False}
     assert not model_dir(tmp_path, SMOL).exists() and not any((tmp_path / ".trash").iterdir())
     # a resumed attempt that fails before it has chosen files leaves nothing either

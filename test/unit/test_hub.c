@@ -378,11 +378,11 @@ make_cache(void **state)
 static int
 remove_cache(void **state)
 {
-	static const char *const dirs[] = {"h", ""};
+	static const char *const dirs[] = {"h", ".trash", ""};
 	char		path[400];
 
 	(void) state;
-	for (int i = 0; i < 3; i++)
+	for (int i = 0; i < (int) (sizeof(dirs) / sizeof(dirs[0])); i++)
 	{
 		snprintf(path, sizeof(path), "%s/%s", cache, dirs[i]);
 		rmdir(path);
