@@ -408,7 +408,7 @@ generation(const char *text, MillmGenerationConfig *g, MillmConfig *c, MillmErro
 	c->n_eos = 1;
 	c->eos_ids[0] = 9;
 	*g = (MillmGenerationConfig) {.temperature = NAN, .top_k = -1, .top_p = NAN, .min_p = NAN, .repetition_penalty = NAN};
-	rc = millm_generation_resolve(json, g, c, err);
+	rc = millm_generation_resolve(json, "generation_config.json", g, c, err);
 	json_decref(json);
 	return rc;
 }
