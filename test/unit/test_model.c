@@ -1,0 +1,699 @@
+/* test_model.c -- model directories: what binds where, what is counted, and every damage by its name. */
+#include <setjmp.h>
+#include <stdarg.h>
+#include <stddef.h>
+#include <stdint.h>
+#include <cmocka.h>
+
+#include <jansson.h>
+
+#include "checkpoint.h"
+#include "model.h"
+#include "utf8.h"
+
+/* H 8, 2 heads of 4, 1 KV head, I 6, 2 layers, V 11 */
+#define CONFIG "{\"model_type\": \"llama\", \"hidden_size\": 8, \"intermediate_size\": 6, \"num_hidden_layers\": 2, \"num_attention_heads\": 2," \
+	" \"num_key_value_heads\": 1, \"vocab_size\": 11, \"max_position_embeddings\": 32, \"eos_token_id\": 1"
+#define LAYER(i, f) \
+	{"model.layers." #i ".input_layernorm.weight", "F32", 4, {8}, f}, \
+	{"model.layers." #i ".self_attn.q_proj.weight", "F32", 4, {8, 8}, f + 1}, \
+	{"model.layers." #i ".self_attn.k_proj.weight", "F32", 4, {4, 8}, f + 2}, \
+	{"model.layers." #i ".self_attn.v_proj.weight", "F32", 4, {4, 8}, f + 3}, \
+	{"model.layers." #i ".self_attn.o_proj.weight", "F32", 4, {8, 8}, f + 4}, \
+	{"model.layers." #i ".post_attention_layernorm.weight", "F32", 4, {8}, f + 5}, \
+	{"model.layers." #i ".mlp.gate_proj.weight", "F32", 4, {6, 8}, f + 6}, \
+	{"model.layers." #i ".mlp.up_proj.weight", "F32", 4, {6, 8}, f + 7}, \
+	{"model.layers." #i ".mlp.down_proj.weight", "F32", 4, {8, 6}, f + 8}
+
+static const TestTensor llama[] = {
+	{"lm_head.weight", "F32", 4, {11, 8}, 500},
+	{"model.embed_tokens.weight", "F32", 4, {11, 8}, 600},
+	{"model.norm.weight", "F32", 4, {8}, 700},
+	LAYER(0, 10),
+	LAYER(1, 20),
+};
+#define N_LLAMA (sizeof(llama) / sizeof(llama[0]))
+#define LAYER_PARAMS (2 * 8 + 2 * 64 + 2 * 32 + 3 * 48)
+
+#define GPT2_CONFIG "{\"model_type\": \"gpt2\", \"n_embd\": 4, \"n_layer\": 1, \"n_head\": 2, \"n_inner\": 3, \"n_positions\": 5, \"vocab_size\": 7}"
+static const TestTensor gpt2[] = {
+	{"transformer.wte.weight", "F32", 4, {7, 4}, 0},
+	{"transformer.wpe.weight", "F32", 4, {5, 4}, 100},
+	{"transformer.ln_f.weight", "F32", 4, {4}, 1},
+	{"transformer.ln_f.bias", "F32", 4, {4}, 2},
+	{"transformer.h.0.ln_1.weight", "F32", 4, {4}, 3},
+	{"transformer.h.0.ln_1.bias", "F32", 4, {4}, 4},
+	{"transformer.h.0.attn.c_attn.weight", "F32", 4, {4, 12}, 0},
+	{"transformer.h.0.attn.c_attn.bias", "F32", 4, {12}, 0},
+	{"transformer.h.0.attn.c_proj.weight", "F32", 4, {4, 4}, 5},
+	{"transformer.h.0.attn.c_proj.bias", "F32", 4, {4}, 6},
+	{"transformer.h.0.ln_2.weight", "F32", 4, {4}, 7},
+	{"transformer.h.0.ln_2.bias", "F32", 4, {4}, 8},
+	{"transformer.h.0.mlp.c_fc.weight", "F32", 4, {4, 3}, 9},
+	{"transformer.h.0.mlp.c_fc.bias", "F32", 4, {3}, 10},
+	{"transformer.h.0.mlp.c_proj.weight", "F32", 4, {3, 4}, 11},
+	{"transformer.h.0.mlp.c_proj.bias", "F32", 4, {4}, 12},
+};
+#define N_GPT2 (sizeof(gpt2) / sizeof(gpt2[0]))
+
+static char dir[64];
+
+static int
+setup(void **state)
+{
+	(void) state;
+	make_dir(dir);
+	return 0;
+}
+
+static int
+teardown(void **state)
+{
+	(void) state;
+	remove_dir(dir);
+	return 0;
+}
+
+/* A llama with these changes to its config (", \"k\": v"). */
+static void
+write_llama(const char *change)
+{
+	char		config[1024];
+
+	snprintf(config, sizeof(config), CONFIG "%s}", change);
+	write_text(dir, "config.json", config);
+	write_st(dir, "model.safetensors", llama, N_LLAMA, 0);
+}
+
+static MillmModel *
+must_open(void)
+{
+	MillmModel *m = NULL;
+	MillmError	err;
+
+	if (millm_model_open(dir, &m, &err) != MILLM_OK)
+		fail_msg("%s / %s", err.message, err.detail);
+	return m;
+}
+
+static void
+must_fail(MillmCode code, const char *text)
+{
+	MillmModel *m = NULL;
+	MillmError	err;
+
+	assert_failure(millm_model_open(dir, &m, &err), &err, code, text);
+	assert_null(m);
+}
+
+/* Element i of a F32 weight, wherever it lies. */
+static float
+at(const void *data, int64_t i)
+{
+	float		f;
+
+	memcpy(&f, (const char *) data + 4 * i, 4);
+	return f;
+}
+
+/* --- good ones -------------------------------------------------------------------------------- */
+
+static void
+binds_llama(void **state)
+{
+	MillmModel *m;
+
+	(void) state;
+	for (int pad = 0; pad < 4; pad++)
+	{
+		write_llama("");
+		write_st(dir, "model.safetensors", llama, N_LLAMA, pad);
+		m = must_open();
+		assert_true(at(m->embedding.data, 0) == 600 && m->embedding.n_out == 11 && m->embedding.n_in == 8 && m->embedding.stride == 8);
+		assert_true(at(m->head.data, 87) == 587 && !m->config.tied);
+		assert_true(m->final_norm.n == 8 && m->final_norm.data[7] == 707 && !m->final_norm_bias.data);
+		assert_null(m->position_embedding.data);
+		for (int i = 0; i < 2; i++)
+		{
+			const MillmLayer *l = &m->layers[i];
+			float		f = i ? 20 : 10;
+
+			assert_true(l->n_heads == 2 && l->n_kv_heads == 1 && l->head_dim == 4 && l->window == 0);
+			assert_true(l->attn_norm.data[0] == f && l->mlp_norm.data[0] == f + 5 && !l->attn_norm_bias.data);
+			assert_true(at(l->q.data, 0) == f + 1 && l->q.n_out == 8 && l->q.n_in == 8 && !l->q.in_out);
+			assert_true(at(l->k.data, 0) == f + 2 && l->k.n_out == 4);
+			assert_true(at(l->v.data, 31) == f + 3 + 31);
+			assert_true(at(l->o.data, 0) == f + 4);
+			assert_true(at(l->gate.data, 0) == f + 6 && l->gate.n_out == 6);
+			assert_true(at(l->up.data, 0) == f + 7);
+			assert_true(at(l->down.data, 0) == f + 8 && l->down.n_out == 8 && l->down.n_in == 6);
+			assert_true(!l->q_bias.data && !l->o_bias.data && !l->down_bias.data);
+		}
+		assert_int_equal(m->n_params, 2 * 88 + 8 + 2 * LAYER_PARAMS);
+		assert_int_equal(m->weights_bytes, 4 * m->n_params);
+		assert_string_equal(m->dtype, "F32");
+		assert_int_equal(m->generation.top_k, -1);
+		millm_model_close(m);
+	}
+	millm_model_close(NULL);
+}
+
+static void
+binds_gpt2(void **state)
+{
+	MillmModel *m;
+	const MillmLayer *l;
+
+	(void) state;
+	write_text(dir, "config.json", GPT2_CONFIG);
+	write_st(dir, "model.safetensors", gpt2, N_GPT2, 1);
+	m = must_open();
+	l = &m->layers[0];
+	assert_true(m->config.tied && m->head.data == m->embedding.data);
+	assert_true(m->position_embedding.n_out == 5 && at(m->position_embedding.data, 19) == 119);
+	/* c_attn is [in, 3 out]: q, k and v are columns of it */
+	assert_true(l->q.in_out && l->q.n_in == 4 && l->q.n_out == 4 && l->q.stride == 12 && at(l->q.data, 0) == 0);
+	assert_true(at(l->k.data, 0) == 4 && at(l->v.data, 0) == 8 && l->v.stride == 12);
+	assert_true(l->q_bias.data[3] == 3 && l->k_bias.data[0] == 4 && l->v_bias.data[3] == 11 && l->v_bias.n == 4);
+	assert_true(l->up.in_out && l->up.n_in == 4 && l->up.n_out == 3 && l->up.stride == 3);
+	assert_true(l->down.n_in == 3 && l->down.n_out == 4 && !l->gate.data);
+	assert_true(l->up_bias.n == 3 && l->o_bias.data[0] == 6 && l->down_bias.data[0] == 12 && l->mlp_norm_bias.data[0] == 8);
+	assert_int_equal(m->n_params, 28 + 20 + 8 + 8 + 48 + 12 + 16 + 4 + 8 + 12 + 3 + 12 + 4);
+	millm_model_close(m);
+}
+
+/* Saved from the headless class: no prefix. */
+static void
+no_prefix(void **state)
+{
+	TestTensor	tensors[N_GPT2];
+	MillmModel *m;
+
+	(void) state;
+	for (size_t i = 0; i < N_GPT2; i++)
+	{
+		tensors[i] = gpt2[i];
+		tensors[i].name += strlen("transformer.");
+	}
+	write_text(dir, "config.json", GPT2_CONFIG);
+	write_st(dir, "model.safetensors", tensors, N_GPT2, 0);
+	m = must_open();
+	assert_true(m->layers[0].o_bias.data[0] == 6);
+	millm_model_close(m);
+
+	/* neither form: the usual name is missed */
+	write_st(dir, "model.safetensors", tensors + 1, N_GPT2 - 1, 0);
+	must_fail(MILLM_E_INVALID_MODEL_FILE, "tensor \"transformer.wte.weight\" is missing");
+}
+
+static void
+tied(void **state)
+{
+	TestTensor	tensors[N_LLAMA];
+	MillmModel *m;
+
+	(void) state;
+	write_llama(", \"tie_word_embeddings\": true");
+	/* stored, and different: the stored one counts */
+	m = must_open();
+	assert_false(m->config.tied);
+	assert_true(at(m->head.data, 0) == 500);
+	assert_int_equal(m->n_params, 2 * 88 + 8 + 2 * LAYER_PARAMS);
+	millm_model_close(m);
+	/* stored, and equal: one parameter, stored twice */
+	memcpy(tensors, llama, sizeof(llama));
+	tensors[0].start = tensors[1].start;
+	write_st(dir, "model.safetensors", tensors, N_LLAMA, 0);
+	m = must_open();
+	assert_true(m->config.tied);
+	assert_ptr_equal(m->head.data, m->embedding.data);
+	assert_int_equal(m->n_params, 88 + 8 + 2 * LAYER_PARAMS);
+	assert_int_equal(m->weights_bytes, 4 * (2 * 88 + 8 + 2 * LAYER_PARAMS));
+	millm_model_close(m);
+	/* not stored */
+	write_st(dir, "model.safetensors", llama + 1, N_LLAMA - 1, 0);
+	m = must_open();
+	assert_true(m->config.tied);
+	assert_ptr_equal(m->head.data, m->embedding.data);
+	assert_int_equal(m->n_params, 88 + 8 + 2 * LAYER_PARAMS);
+	millm_model_close(m);
+	/* not stored, and not tied */
+	write_llama("");
+	write_st(dir, "model.safetensors", llama + 1, N_LLAMA - 1, 0);
+	must_fail(MILLM_E_INVALID_MODEL_FILE, "tensor \"lm_head.weight\" is missing");
+}
+
+/* Each dtype in one file; vectors become float32. */
+static void
+mixed_dtypes(void **state)
+{
+	TestTensor	tensors[N_LLAMA];
+	MillmModel *m;
+
+	(void) state;
+	memcpy(tensors, llama, sizeof(llama));
+	for (size_t i = 0; i < N_LLAMA; i++)
+	{
+		tensors[i].dtype = i % 2 ? "BF16" : "F16";
+		tensors[i].element_bytes = 2;
+		tensors[i].start = 1;
+	}
+	tensors[8].dtype = "F32";
+	tensors[8].element_bytes = 4;
+	write_llama("");
+	write_st(dir, "model.safetensors", tensors, N_LLAMA, 1);
+	m = must_open();
+	assert_string_equal(m->dtype, "BF16");
+	assert_int_equal(m->head.dtype, MILLM_F16);
+	for (int i = 0; i < 8; i++)
+		assert_true(m->final_norm.data[i] == 1 + i && m->layers[0].attn_norm.data[i] == 1 + i && m->layers[0].mlp_norm.data[i] == 1 + i);
+	assert_int_equal(m->weights_bytes, 2 * m->n_params + 2 * 8);
+	millm_model_close(m);
+}
+
+static void
+biases(void **state)
+{
+	TestTensor	tensors[N_LLAMA + 14];
+	static const TestTensor extra[] = {
+		{"model.layers.0.self_attn.q_proj.bias", "F32", 4, {8}, 1}, {"model.layers.0.self_attn.k_proj.bias", "F32", 4, {4}, 2},
+		{"model.layers.0.self_attn.v_proj.bias", "F32", 4, {4}, 3}, {"model.layers.0.self_attn.o_proj.bias", "F32", 4, {8}, 4},
+		{"model.layers.0.mlp.gate_proj.bias", "F32", 4, {6}, 5}, {"model.layers.0.mlp.up_proj.bias", "F32", 4, {6}, 6},
+		{"model.layers.0.mlp.down_proj.bias", "F32", 4, {8}, 7},
+		{"model.layers.1.self_attn.q_proj.bias", "F32", 4, {8}, 1}, {"model.layers.1.self_attn.k_proj.bias", "F32", 4, {4}, 2},
+		{"model.layers.1.self_attn.v_proj.bias", "F32", 4, {4}, 3}, {"model.layers.1.self_attn.o_proj.bias", "F32", 4, {8}, 4},
+		{"model.layers.1.mlp.gate_proj.bias", "F32", 4, {6}, 5}, {"model.layers.1.mlp.up_proj.bias", "F32", 4, {6}, 6},
+		{"model.layers.1.mlp.down_proj.bias", "F32", 4, {8}, 7},
+	};
+	MillmModel *m;
+
+	(void) state;
+	memcpy(tensors, llama, sizeof(llama));
+	memcpy(tensors + N_LLAMA, extra, sizeof(extra));
+	write_llama(", \"attention_bias\": true, \"mlp_bias\": true");
+	write_st(dir, "model.safetensors", tensors, N_LLAMA + 14, 0);
+	m = must_open();
+	assert_true(m->layers[1].q_bias.data[0] == 1 && m->layers[1].o_bias.data[0] == 4 && m->layers[1].gate_bias.n == 6 && m->layers[1].down_bias.data[7] == 14);
+	millm_model_close(m);
+	/* the same file without the flag: a wrong flag shows */
+	write_text(dir, "config.json", CONFIG ", \"attention_bias\": true}");
+	must_fail(MILLM_E_INVALID_MODEL_FILE, "There are 6 of them, such as \"model.layers.0.mlp.down_proj.bias\"");
+	write_llama(", \"attention_bias\": true");
+	must_fail(MILLM_E_INVALID_MODEL_FILE, "tensor \"model.layers.0.self_attn.q_proj.bias\" is missing");
+}
+
+static void
+ignored_buffers(void **state)
+{
+	TestTensor	tensors[N_LLAMA + 1];
+	MillmModel *m;
+
+	(void) state;
+	memcpy(tensors, llama, sizeof(llama));
+	tensors[N_LLAMA] = (TestTensor) {"model.layers.0.self_attn.rotary_emb.inv_freq", "F32", 4, {2}, 0};
+	write_llama("");
+	write_st(dir, "model.safetensors", tensors, N_LLAMA + 1, 0);
+	m = must_open();
+	assert_int_equal(m->n_params, 2 * 88 + 8 + 2 * LAYER_PARAMS);	/* not a parameter */
+	millm_model_close(m);
+	/* another family's buffer is not known here */
+	tensors[N_LLAMA].name = "model.layers.0.attn.bias";
+	write_st(dir, "model.safetensors", tensors, N_LLAMA + 1, 0);
+	must_fail(MILLM_E_INVALID_MODEL_FILE, "There are 1 of them, such as \"model.layers.0.attn.bias\"");
+}
+
+static void
+generation_config(void **state)
+{
+	MillmModel *m;
+
+	(void) state;
+	write_llama("");
+	write_text(dir, "generation_config.json", "{\"do_sample\": true, \"top_k\": 7, \"eos_token_id\": [3, 4]}");
+	m = must_open();
+	assert_true(m->generation.do_sample && m->generation.top_k == 7);
+	assert_int_equal(m->config.n_eos, 2);
+	assert_int_equal(m->config.eos_ids[0], 3);
+	millm_model_close(m);
+	write_text(dir, "generation_config.json", "{\"top_p\": 2}");
+	must_fail(MILLM_E_INVALID_MODEL_FILE, "\"top_p\" in generation_config.json");
+	write_text(dir, "generation_config.json", "{");
+	must_fail(MILLM_E_INVALID_MODEL_FILE, "not valid JSON");
+}
+
+static void
+inspect(void **state)
+{
+	MillmModel *m;
+	json_t	   *json;
+
+	(void) state;
+	write_llama("");
+	m = must_open();
+	assert_non_null(json = millm_model_inspect_json(m));
+	assert_string_equal(json_string_value(json_object_get(json, "model_type")), "llama");
+	assert_int_equal(json_integer_value(json_object_get(json, "params")), m->n_params);
+	assert_int_equal(json_integer_value(json_object_get(json, "num_hidden_layers")), 2);
+	assert_string_equal(json_string_value(json_array_get(json_object_get(json, "files"), 0)), "model.safetensors");
+	json_decref(json);
+	millm_model_close(m);
+}
+
+static void
+note_percent(void *arg, int percent)
+{
+	int		   *last = arg;
+
+	assert_true(percent >= *last && percent <= 100);
+	*last = percent;
+}
+
+/* --- shards ----------------------------------------------------------------------------------- */
+
+#define INDEX(map) "{\"metadata\": {}, \"weight_map\": {" map "}}"
+#define TWO_SHARDS INDEX("\"lm_head.weight\": \"a.safetensors\", \"model.norm.weight\": \"b.safetensors\", \"model.embed_tokens.weight\": \"a.safetensors\"")
+
+static void
+shards(void **state)
+{
+	MillmModel *m;
+	json_t	   *json;
+	int			percent = 0;
+
+	(void) state;
+	write_llama("");
+	remove_file(dir, "model.safetensors");
+	write_st(dir, "a.safetensors", llama, 2, 0);
+	write_st(dir, "b.safetensors", llama + 2, N_LLAMA - 2, 3);
+	write_text(dir, "model.safetensors.index.json", TWO_SHARDS);
+	m = must_open();
+	assert_int_equal(m->n_params, 2 * 88 + 8 + 2 * LAYER_PARAMS);
+	assert_non_null(json = millm_model_inspect_json(m));
+	assert_int_equal(json_array_size(json_object_get(json, "files")), 2);
+	json_decref(json);
+	millm_model_populate(m, note_percent, &percent);
+	assert_int_equal(percent, 100);
+	millm_model_populate(m, NULL, NULL);
+	millm_model_close(m);
+
+	remove_file(dir, "b.safetensors");
+	must_fail(MILLM_E_MODEL_FILES_MISSING, "b.safetensors\": No such file");
+	write_st(dir, "b.safetensors", llama + 1, N_LLAMA - 1, 0);
+	must_fail(MILLM_E_INVALID_MODEL_FILE, "tensor \"model.embed_tokens.weight\" is in two files");
+	write_st(dir, "b.safetensors", llama + 3, N_LLAMA - 3, 0);
+	must_fail(MILLM_E_INVALID_MODEL_FILE, "tensor \"model.norm.weight\" is missing");
+	write_text(dir, "b.safetensors", "short");
+	must_fail(MILLM_E_INVALID_MODEL_FILE, "It has 5 bytes");
+}
+
+static void
+bad_index(void **state)
+{
+	static const struct
+	{
+		const char *index;
+		const char *text;
+	}			cases[] = {
+		{INDEX("\"a\": \"../x\""), "invalid shard name \"../x\""},
+		{INDEX("\"a\": \"/etc/passwd\""), "invalid shard name \"/etc/passwd\""},
+		{INDEX("\"a\": \"sub/a.safetensors\""), "invalid shard name"},
+		{INDEX("\"a\": \"sub\\\\a.safetensors\""), "invalid shard name"},
+		{INDEX("\"a\": \"..\""), "invalid shard name \"..\""},
+		{INDEX("\"a\": \"\""), "invalid shard name \"\""},
+		{INDEX("\"a\": \".hidden\""), "invalid shard name \".hidden\""},
+		{INDEX("\"a\": \"x\\ny/\""), "invalid shard name \"x?y/\""},
+		{INDEX("\"a\": 1"), "maps \"a\" to something that is not a file name"},
+		{INDEX("\"a\": null"), "maps \"a\""},
+		{INDEX(""), "no weight_map"},
+		{"{\"weight_map\": []}", "no weight_map"},
+		{"{\"weight_map\": \"a.safetensors\"}", "no weight_map"},
+		{"{}", "no weight_map"},
+		{"[]", "no weight_map"},
+		{"{\"weight_map\"", "not valid JSON"},
+		{"", "not valid JSON"},
+	};
+	char		name[6000];
+
+	(void) state;
+	write_llama("");
+	remove_file(dir, "model.safetensors");
+	write_st(dir, "a.safetensors", llama, N_LLAMA, 0);
+	for (size_t i = 0; i < sizeof(cases) / sizeof(cases[0]); i++)
+	{
+		write_text(dir, "model.safetensors.index.json", cases[i].index);
+		must_fail(MILLM_E_INVALID_MODEL_FILE, cases[i].text);
+	}
+	memset(name, 'a', sizeof(name));
+	memcpy(name, "{\"weight_map\": {\"a\": \"", 22);
+	memcpy(name + sizeof(name) - 4, "\"}}", 4);
+	write_text(dir, "model.safetensors.index.json", name);
+	must_fail(MILLM_E_INVALID_ARGUMENT, "longer than 4095 bytes");
+}
+
+static void
+too_many_shards(void **state)
+{
+	char	   *text = malloc(200000);
+	size_t		n;
+	char		file[64];
+
+	(void) state;
+	write_llama("");
+	remove_file(dir, "model.safetensors");
+	n = (size_t) sprintf(text, "{\"weight_map\": {");
+	write_st(dir, "s0000", NULL, 0, 0);
+	for (int i = 0; i <= 4096; i++)
+	{
+		n += (size_t) sprintf(text + n, "%s\"t%d\": \"s%04d\"", i ? ", " : "", i, i);
+		if (i)
+		{
+			char		from[128], to[128];
+
+			snprintf(from, sizeof(from), "%s/s0000", dir);
+			snprintf(file, sizeof(file), "s%04d", i);
+			snprintf(to, sizeof(to), "%s/%s", dir, file);
+			assert_int_equal(link(from, to), 0);
+		}
+	}
+	sprintf(text + n, "}}");
+	write_text(dir, "model.safetensors.index.json", text);
+	must_fail(MILLM_E_INVALID_MODEL_FILE, "names more than 4096 files");
+	free(text);
+}
+
+/* --- damage ----------------------------------------------------------------------------------- */
+
+static void
+missing_files(void **state)
+{
+	char		path[512];
+
+	(void) state;
+	must_fail(MILLM_E_MODEL_FILES_MISSING, "there is no config.json");
+	write_llama("");
+	remove_file(dir, "model.safetensors");
+	must_fail(MILLM_E_MODEL_FILES_MISSING, "no weights in");
+	/* what is not a regular file is not waited for */
+	remove_file(dir, "config.json");
+	snprintf(path, sizeof(path), "%s/config.json", dir);
+	assert_int_equal(mkfifo(path, 0600), 0);
+	must_fail(MILLM_E_INVALID_MODEL_FILE, "not a regular file");
+	remove_file(dir, "config.json");
+	assert_int_equal(symlink("/dev/zero", path), 0);
+	must_fail(MILLM_E_INVALID_MODEL_FILE, "not a regular file");
+	remove_file(dir, "config.json");
+	assert_int_equal(symlink("config.json", path), 0);
+	must_fail(MILLM_E_MODEL_FILES_MISSING, "could not open");
+}
+
+static void
+config_too_large(void **state)
+{
+	size_t		n = ((size_t) 4 << 20) + 1;
+	char	   *text = malloc(n);
+
+	(void) state;
+	memset(text, ' ', n);
+	write_llama("");
+	write_file(dir, "config.json", text, n);
+	must_fail(MILLM_E_INVALID_MODEL_FILE, "At most 4194304 bytes are read");
+	write_file(dir, "config.json", text, n - 1);
+	must_fail(MILLM_E_INVALID_MODEL_FILE, "not valid JSON");
+	free(text);
+}
+
+/* Take away, or reshape, or re-type each tensor in turn: each is missed by its name, and nothing leaks. */
+static void
+each_tensor(void **state)
+{
+	TestTensor	tensors[N_LLAMA];
+	char		text[200];
+
+	(void) state;
+	write_llama("");
+	for (size_t i = 0; i < N_LLAMA; i++)
+	{
+		memcpy(tensors, llama, sizeof(llama));
+		memmove(tensors + i, tensors + i + 1, (N_LLAMA - i - 1) * sizeof(tensors[0]));
+		write_st(dir, "model.safetensors", tensors, N_LLAMA - 1, 0);
+		snprintf(text, sizeof(text), "tensor \"%s\" is missing", llama[i].name);
+		must_fail(MILLM_E_INVALID_MODEL_FILE, text);
+
+		memcpy(tensors, llama, sizeof(llama));
+		tensors[i].dims[0]++;
+		write_st(dir, "model.safetensors", tensors, N_LLAMA, 0);
+		snprintf(text, sizeof(text), "tensor \"%s\" has the wrong shape", llama[i].name);
+		must_fail(MILLM_E_INVALID_MODEL_FILE, text);
+		snprintf(text, sizeof(text), "%d dimensions", llama[i].dims[1] ? 2 : 1);
+		must_fail(MILLM_E_INVALID_MODEL_FILE, text);
+
+		/* the same elements with one dimension more */
+		memcpy(tensors, llama, sizeof(llama));
+		tensors[i].dims[llama[i].dims[1] ? 2 : 1] = 1;
+		write_st(dir, "model.safetensors", tensors, N_LLAMA, 0);
+		snprintf(text, sizeof(text), "%d dimensions", llama[i].dims[1] ? 3 : 2);
+		must_fail(MILLM_E_INVALID_MODEL_FILE, text);
+
+		memcpy(tensors, llama, sizeof(llama));
+		tensors[i].dtype = "I64";
+		tensors[i].element_bytes = 8;
+		write_st(dir, "model.safetensors", tensors, N_LLAMA, 0);
+		snprintf(text, sizeof(text), "dtype I64 of tensor \"%s\"", llama[i].name);
+		must_fail(MILLM_E_UNSUPPORTED, text);
+	}
+	write_st(dir, "model.safetensors", NULL, 0, 0);
+	must_fail(MILLM_E_INVALID_MODEL_FILE, "tensor \"model.embed_tokens.weight\" is missing");
+}
+
+static void
+extra_tensors(void **state)
+{
+	TestTensor	tensors[N_LLAMA + 40];
+	static char names[40][200];
+
+	(void) state;
+	memcpy(tensors, llama, sizeof(llama));
+	for (int i = 0; i < 40; i++)
+	{
+		/* names of every length around the limit of what is shown, of two-byte characters */
+		snprintf(names[i], sizeof(names[i]), "z%02d%.*s", i, i, "...........................................");
+		while (strlen(names[i]) < 150)
+			strcat(names[i], "\xc3\xa9");
+		tensors[N_LLAMA + i] = (TestTensor) {names[i], "F32", 4, {1}, 0};
+	}
+	write_llama("");
+	for (size_t n = 1; n <= 40; n++)
+	{
+		MillmModel *m;
+		MillmError	err;
+
+		write_st(dir, "model.safetensors", tensors, N_LLAMA + n, 0);
+		assert_failure(millm_model_open(dir, &m, &err), &err, MILLM_E_INVALID_MODEL_FILE, "have no place in a model of type \"llama\"");
+		assert_non_null(strstr(err.detail, "such as \"z00"));
+		assert_int_equal(millm_utf8_valid_bytes(err.detail, strlen(err.detail)), strlen(err.detail));
+		assert_int_equal(strtol(err.detail + strlen("There are "), NULL, 10), n);
+	}
+	/* a layer more than the config says */
+	write_st(dir, "model.safetensors", llama, N_LLAMA, 0);
+	write_text(dir, "config.json", CONFIG ", \"num_hidden_layers\": 1}");
+	must_fail(MILLM_E_INVALID_MODEL_FILE, "There are 9 of them, such as \"model.layers.1.input_layernorm.weight\"");
+	write_text(dir, "config.json", CONFIG ", \"num_hidden_layers\": 1024}");
+	must_fail(MILLM_E_INVALID_MODEL_FILE, "tensor \"model.layers.2.input_layernorm.weight\" is missing");
+}
+
+/* A config that disagrees with the files; sizes that no file has. */
+static void
+config_and_files(void **state)
+{
+	static const struct
+	{
+		const char *change;
+		const char *text;
+	}			cases[] = {
+		{", \"vocab_size\": 12", "The config implies [12, 8]; it has 2 dimensions, [11, 8]"},
+		{", \"vocab_size\": 4194304, \"hidden_size\": 65536, \"head_dim\": 4", "The config implies [4194304, 65536]"},
+		{", \"hidden_size\": 16", "The config implies [11, 16]"},
+		{", \"intermediate_size\": 1048576", "The config implies [1048576, 8]"},
+		{", \"num_key_value_heads\": 2", "\"model.layers.0.self_attn.k_proj.weight\" has the wrong shape"},
+		{", \"num_attention_heads\": 1024, \"num_key_value_heads\": 1, \"head_dim\": 1024", "The config implies [1048576, 8]"},
+		{", \"head_dim\": 8", "\"model.layers.0.self_attn.q_proj.weight\" has the wrong shape"},
+	};
+
+	(void) state;
+	for (size_t i = 0; i < sizeof(cases) / sizeof(cases[0]); i++)
+	{
+		write_llama(cases[i].change);
+		must_fail(MILLM_E_INVALID_MODEL_FILE, cases[i].text);
+	}
+	write_llama(", \"quantization_config\": {\"quant_method\": \"awq\"}");
+	must_fail(MILLM_E_UNSUPPORTED, "awq");
+	write_llama(", \"model_type\": \"mixtral\"");
+	must_fail(MILLM_E_UNSUPPORTED_ARCHITECTURE, "mixtral");
+	assert_non_null(strstr(millm_supported_model_types(), "llama"));
+}
+
+static void
+long_path(void **state)
+{
+	char		path[5000];
+	MillmModel *m;
+	MillmError	err;
+
+	(void) state;
+	memset(path, 'a', sizeof(path));
+	for (size_t n = 4060; n < 4100; n++)
+	{
+		MillmCode	rc;
+
+		path[n] = '\0';
+		rc = millm_model_open(path, &m, &err);
+		assert_true(rc == MILLM_E_INVALID_ARGUMENT || rc == MILLM_E_MODEL_FILES_MISSING);
+		path[n] = 'a';
+	}
+	path[sizeof(path) - 1] = '\0';
+	assert_failure(millm_model_open(path, &m, &err), &err, MILLM_E_INVALID_ARGUMENT, "longer than 4095 bytes");
+}
+
+/* --- mutations -------------------------------------------------------------------------------- */
+
+static void
+mutations(void **state)
+{
+	int			n = 0;
+
+	(void) state;
+	for (; millm_mutation_name(n); n++)
+	{
+		MillmError	err;
+		MillmModel *m;
+
+		for (int k = 0; k < n; k++)
+			assert_string_not_equal(millm_mutation_name(k), millm_mutation_name(n));
+		write_llama("");
+		m = must_open();
+		assert_int_equal(millm_model_mutate(m, millm_mutation_name(n), &err), MILLM_OK);
+		millm_model_close(m);
+		write_text(dir, "config.json", GPT2_CONFIG);
+		write_st(dir, "model.safetensors", gpt2, N_GPT2, 0);
+		m = must_open();
+		assert_int_equal(millm_model_mutate(m, millm_mutation_name(n), &err), MILLM_OK);
+		assert_failure(millm_model_mutate(m, "no_such_flag", &err), &err, MILLM_E_INVALID_ARGUMENT, "no_such_flag");
+		millm_model_close(m);
+	}
+	assert_true(n >= 20);
+	assert_null(millm_mutation_name(-1));
+	assert_null(millm_mutation_name(n + 1));
+}
+
+int
+main(void)
+{
+#define TEST(f) cmocka_unit_test_setup_teardown(f, setup, teardown)
+	const struct CMUnitTest tests[] = {
+		TEST(binds_llama), TEST(binds_gpt2), TEST(no_prefix), TEST(tied), TEST(mixed_dtypes), TEST(biases), TEST(ignored_buffers),
+		TEST(generation_config), TEST(inspect), TEST(shards), TEST(bad_index), TEST(too_many_shards), TEST(missing_files), TEST(config_too_large),
+		TEST(each_tensor), TEST(extra_tensors), TEST(config_and_files), TEST(long_path), TEST(mutations),
+	};
+
+	return cmocka_run_group_tests(tests, NULL, NULL);
+}
