@@ -46,10 +46,11 @@ struct MillmModelFiles
 	size_t		n_entries;
 };
 
-/* Names for an error's detail: how many, and the first few, quoted. */
+/* Names for an error: how many, the first one, and the first few, quoted. */
 typedef struct Names
 {
 	size_t		n;
+	MillmShown	first;
 	size_t		len;
 	char		text[440];
 } Names;
@@ -262,7 +263,8 @@ tensor_name(char buf[MAX_NAME], const char *prefix, const char *template, int la
 static void
 add_name(Names *names, const char *name)
 {
-	names->n++;
+	if (names->n++ == 0)
+		names->first = shown(name);
 	if (sizeof(names->text) - names->len > sizeof(MillmShown) + 4)	/* two quotes, a comma, a space */
 		names->len += (size_t) snprintf(names->text + names->len, sizeof(names->text) - names->len, "%s\"%s\"",
 										names->n > 1 ? ", " : "", shown(name).text);
@@ -517,12 +519,13 @@ check_complete(Binder *b)
 	}
 	else
 	{
-		millm_fail(b->err, MILLM_E_INVALID_MODEL_FILE, "the files lack tensors of a model of type \"%s\" with %d layers",
-				   type, b->model->config.n_layers);
-		if (extra.n == 0)
-			millm_detail(b->err, "Missing: %zu, such as %s.", missing->n, missing->text);
-		else
-			millm_detail(b->err, "Missing: %zu, such as %s.  Without a place: %zu, such as %s.", missing->n, missing->text, extra.n, extra.text);
+		char		rest[600] = "";
+
+		if (extra.n > 0)
+			snprintf(rest, sizeof(rest), "  Without a place: %zu, such as %s.", extra.n, extra.text);
+		millm_fail(b->err, MILLM_E_INVALID_MODEL_FILE, "tensor \"%s\" is missing", missing->first.text);
+		millm_detail(b->err, "Missing of a model of type \"%s\" with %d layers: %zu, such as %s.%s",
+					 type, b->model->config.n_layers, missing->n, missing->text, rest);
 	}
 	if (extra.n > 0)
 		millm_hint(b->err, "The config may lack a flag, or the model is of another type than it says.");
