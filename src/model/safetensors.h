@@ -16,7 +16,7 @@
 #include "tensor.h"
 
 /*
- * The genuine reader allows 100 MB.  A parsed header can take 40 times its text, and the largest published ones are
+ * The genuine reader allows 100 MB.  A parsed header can take 50 times its text, and the largest published ones are
  * a few MB, so this is where a header stops being believed.
  */
 #define MILLM_ST_HEADER_MAX	((uint64_t) 32 << 20)

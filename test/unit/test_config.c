@@ -232,6 +232,16 @@ rope(void **state)
 			assert_near(c.inv_freq[j], cases[i].inv_freq[j]);
 		millm_config_free(&c);
 	}
+	/* gpt_oss's: the ramp is from 8.09 to 17.40, or from 8 to 18 when truncated */
+	must_parse(LLAMA, "\"head_dim\": 64, \"rope_theta\": 150000, \"rope_scaling\": {\"rope_type\": \"yarn\", \"factor\": 32.0,"
+			   " \"original_max_position_embeddings\": 4096, \"truncate\": false}", &c);
+	assert_near(c.rope_attention_factor, 1.34657359);
+	assert_near(c.inv_freq[9], pow(150000, -18.0 / 64) * (1 - 0.09749566 * 31 / 32));
+	millm_config_free(&c);
+	must_parse(LLAMA, "\"head_dim\": 64, \"rope_theta\": 150000, \"rope_scaling\": {\"rope_type\": \"yarn\", \"factor\": 32.0,"
+			   " \"original_max_position_embeddings\": 4096}", &c);
+	assert_near(c.inv_freq[9], pow(150000, -18.0 / 64) * (1 - 0.1 * 31 / 32));
+	millm_config_free(&c);
 	/* partial: the denominator is r */
 	must_parse(LLAMA, "\"head_dim\": 32, \"partial_rotary_factor\": 0.5", &c);
 	assert_int_equal(c.rotary_dim, 16);
