@@ -69,7 +69,7 @@ read_seconds(const char *p, size_t n)
 static void
 bench_read(const MillmKernels *k, MillmDtype dtype, int64_t n_in, bool in_out, const char *what, char *data)
 {
-	int			size = millm_dtype_bytes(dtype);
+	int			size = millm_weight_bytes(dtype, 1);
 	int64_t		n_out = in_out ? n_in : BIG_BYTES / size / n_in;
 	int64_t		n_matrices = in_out ? BIG_BYTES / size / n_in / n_out : 1;
 	float	   *x = calloc((size_t) n_in, sizeof(*x)),
@@ -103,7 +103,7 @@ bench_read(const MillmKernels *k, MillmDtype dtype, int64_t n_in, bool in_out, c
 static void
 bench_gemm(const MillmKernels *k, MillmForm form, MillmDtype dtype, bool in_out, int64_t n_in, int n_tokens, const char *what, char *data)
 {
-	int64_t		panel = 128 * 1024 / millm_dtype_bytes(dtype) / n_in / 16 * 16;
+	int64_t		panel = 128 * 1024 / millm_weight_bytes(dtype, 1) / n_in / 16 * 16;
 	int64_t		n_out = (panel < 16 ? 16 : panel) * 16;
 	int64_t		stride = form == MILLM_FORM_F32 ? n_in * 4 : millm_form_row_bytes(form, n_in);
 	char	   *x = aligned_alloc(64, (size_t) (stride * n_tokens + 63) / 64 * 64);
@@ -133,7 +133,7 @@ bench_gemm(const MillmKernels *k, MillmForm form, MillmDtype dtype, bool in_out,
 static void
 bench_attention(const MillmKernels *k, int n_positions, int group, int hd, char *data)
 {
-	int64_t		half = (int64_t) hd * MILLM_KERNEL_PAGE * millm_dtype_bytes(k->kv_dtype);
+	int64_t		half = (int64_t) hd * MILLM_KERNEL_PAGE * millm_weight_bytes(k->kv_dtype, 1);
 	int			n_pages = (n_positions + MILLM_KERNEL_PAGE - 1) / MILLM_KERNEL_PAGE;
 	int32_t    *pages = calloc((size_t) n_pages, sizeof(*pages));
 	float	   *q = calloc((size_t) (group * hd), sizeof(*q)),

@@ -5,8 +5,8 @@
  * Borrows:  the model and, for a step, positions and page tables.
  * Does not: know what a layer is made of (forward.c) or whose a page is (kv.c).
  *
- * An activation is packed once into each form that the weights it meets ask for, and the packed rows
- * stay valid until the buffer is written again.  Small loops run on the calling thread alone: waking
+ * An activation is packed once into the form that the weights it meets ask for, and the packed rows
+ * stay valid until the buffer is written again or a weight asks for another form.  Small loops run on the calling thread alone: waking
  * others takes longer.
  *
  * KV pages: for each layer K [n_kv_heads, head_dim, 16] then V [n_kv_heads, 16, head_dim], in the
@@ -47,10 +47,11 @@ struct MillmBuffer
 {
 	float	   *data;			/* [n_rows, n_columns] */
 	int64_t		n_columns;
-	char	   *bf16;			/* [n_rows, bf16_stride bytes], 64-byte aligned */
-	int64_t		bf16_stride;
-	int			n_packed;		/* rows of bf16 that are up to date */
-	size_t		mapped;			/* bytes from data on, bf16 included */
+	char	   *packed;			/* [n_rows, packed_stride bytes] in one form, 64-byte aligned */
+	int64_t		packed_stride;	/* wide enough for any form */
+	MillmForm	form;			/* of the first n_packed rows of packed, which are up to date */
+	int			n_packed;
+	size_t		mapped;			/* bytes from data on, packed included */
 	MillmBuffer *next;
 };
 
@@ -104,7 +105,7 @@ static int64_t
 layer_bytes(const MillmLayer *layer, MillmDtype dtype)
 {
 	/* bounded by MILLM_MAX_HEADS and MILLM_MAX_HEAD_DIM: no overflow */
-	int64_t		bytes = (int64_t) 2 * layer->n_kv_heads * layer->head_dim * MILLM_KERNEL_PAGE * millm_dtype_bytes(dtype);
+	int64_t		bytes = (int64_t) 2 * layer->n_kv_heads * layer->head_dim * MILLM_KERNEL_PAGE * millm_weight_bytes(dtype, 1);
 
 	return (bytes + 63) / 64 * 64;
 }
@@ -142,7 +143,7 @@ millm_backend_cpu_page_bytes(const MillmModel *model, const char *kernels)
 int64_t
 millm_backend_cpu_buffer_bytes(int64_t n_rows, int64_t n_columns)
 {
-	return (n_rows * n_columns * (int64_t) sizeof(float) + 63) / 64 * 64 + n_rows * millm_form_row_bytes(MILLM_FORM_BF16, n_columns);
+	return (n_rows * n_columns * (int64_t) sizeof(float) + 63) / 64 * 64 + n_rows * millm_form_row_bytes(MILLM_FORM_I16, n_columns);
 }
 
 int64_t
@@ -176,14 +177,14 @@ buffer_create(MillmBackend *be, int64_t n_rows, int64_t n_columns, MillmBuffer *
 	if (!b)
 		return millm_fail(err, MILLM_E_INSUFFICIENT_MEMORY, "out of memory");
 	b->n_columns = n_columns;
-	b->bf16_stride = millm_form_row_bytes(MILLM_FORM_BF16, n_columns);
+	b->packed_stride = millm_form_row_bytes(MILLM_FORM_I16, n_columns);
 	b->mapped = (size_t) millm_backend_cpu_buffer_bytes(n_rows, n_columns);
 	if (!(b->data = map(b->mapped, "the workspace", err)))
 	{
 		free(b);
 		return MILLM_E_INSUFFICIENT_MEMORY;
 	}
-	b->bf16 = (char *) b->data + (n_rows * n_columns * (int64_t) sizeof(float) + 63) / 64 * 64;
+	b->packed = (char *) b->data + (n_rows * n_columns * (int64_t) sizeof(float) + 63) / 64 * 64;
 	b->next = c->buffers;
 	c->buffers = b;
 	*out = b;
@@ -288,7 +289,7 @@ norm(MillmBackend *be, MillmBuffer *y, MillmBuffer *x, MillmNorm kind, const Mil
 
 typedef struct PackLoop
 {
-	CpuBackend *c;
+	void		(*pack) (void *y, const float *x, int64_t n);
 	MillmBuffer *x;
 	int64_t		n_columns;
 } PackLoop;
@@ -299,7 +300,7 @@ pack_rows(void *arg, int64_t begin_row, int64_t end_row)
 	PackLoop   *l = arg;
 
 	for (int64_t t = begin_row; t < end_row; t++)
-		l->c->k.pack_bf16((uint16_t *) (l->x->bf16 + t * l->x->bf16_stride), row(l->x, t), l->n_columns);
+		l->pack(l->x->packed + t * l->x->packed_stride, row(l->x, t), l->n_columns);
 }
 
 typedef struct MatmulLoop
@@ -334,6 +335,7 @@ matmul(MillmBackend *be, const MillmProjection *p, int n_projections, MillmBuffe
 {
 	CpuBackend *c = cpu(be);
 	MatmulLoop	l = {.n_matmuls = n_projections};
+	MillmForm	packed = MILLM_FORM_F32;
 	int64_t		bytes = 0,
 				work = 0,
 				n_pieces = 0,
@@ -341,8 +343,19 @@ matmul(MillmBackend *be, const MillmProjection *p, int n_projections, MillmBuffe
 
 	for (int i = 0; i < n_projections; i++)
 	{
-		bytes += p[i].w->n_in * p[i].w->n_out * millm_dtype_bytes(p[i].w->dtype);
+		bytes += millm_weight_bytes(p[i].w->dtype, p[i].w->n_in * p[i].w->n_out);
 		work += p[i].w->n_in * p[i].w->n_out * n;
+	}
+	/* one packed form at a time: where the matmuls disagree, the later ones take the activation as it is */
+	for (int i = 0; i < n_projections && packed == MILLM_FORM_F32 && !c->deterministic; i++)
+		packed = c->k.best_form(p[i].w, n);
+	if (packed != MILLM_FORM_F32 && (x->form != packed || x->n_packed < n))
+	{
+		PackLoop	pack = {c->k.pack[packed], x, p[0].w->n_in};
+
+		run_rows(c, pack_rows, &pack, n, p[0].w->n_in);
+		x->form = packed;
+		x->n_packed = n;
 	}
 	piece_bytes = bytes / (c->base.n_threads * PIECES_PER_THREAD);
 	if (n > 1 && piece_bytes > MAX_PANEL_BYTES)
@@ -353,17 +366,10 @@ matmul(MillmBackend *be, const MillmProjection *p, int n_projections, MillmBuffe
 	for (int i = 0; i < n_projections; i++)
 	{
 		const MillmWeight *w = p[i].w;
-		MillmForm	form = c->deterministic ? MILLM_FORM_F32 : c->k.best_form(w, n);
+		MillmForm	form = !c->deterministic && c->k.best_form(w, n) == packed ? packed : MILLM_FORM_F32;
 		int64_t		granule = w->in_out ? COLUMN_GRANULE : OUTPUT_GRANULE;
-		int64_t		outputs = piece_bytes / (w->n_in * millm_dtype_bytes(w->dtype)) / granule * granule;
+		int64_t		outputs = piece_bytes / millm_weight_bytes(w->dtype, w->n_in) / granule * granule;
 
-		if (form == MILLM_FORM_BF16 && x->n_packed < n)
-		{
-			PackLoop	pack = {c, x, w->n_in};
-
-			run_rows(c, pack_rows, &pack, n, w->n_in);
-			x->n_packed = n;
-		}
 		l.run[i] = c->k.matmul[form][w->dtype][w->in_out];
 		l.m[i] = (MillmMatmul) {
 			.y = p[i].y->data,
@@ -372,8 +378,8 @@ matmul(MillmBackend *be, const MillmProjection *p, int n_projections, MillmBuffe
 			.bias = p[i].bias->data,
 			.accumulate = p[i].accumulate,
 			.form = form,
-			.x = form == MILLM_FORM_F32 ? (const void *) x->data : x->bf16,
-			.x_stride = form == MILLM_FORM_F32 ? x->n_columns * (int64_t) sizeof(float) : x->bf16_stride,
+			.x = form == MILLM_FORM_F32 ? (const void *) x->data : x->packed,
+			.x_stride = form == MILLM_FORM_F32 ? x->n_columns * (int64_t) sizeof(float) : x->packed_stride,
 			.n_tokens = n,
 		};
 		l.outputs[i] = outputs < granule ? granule : outputs;
@@ -396,7 +402,7 @@ static AttentionLoop
 attention_loop(MillmBackend *be, const MillmAttention *a)
 {
 	CpuBackend *c = cpu(be);
-	int64_t		k_bytes = (int64_t) a->n_kv_heads * a->head_dim * MILLM_KERNEL_PAGE * millm_dtype_bytes(c->k.kv_dtype);
+	int64_t		k_bytes = (int64_t) a->n_kv_heads * a->head_dim * MILLM_KERNEL_PAGE * millm_weight_bytes(c->k.kv_dtype, 1);
 	char	   *layer = c->kv + c->layer_offset[a->layer];
 
 	return (AttentionLoop) {

@@ -5,7 +5,6 @@
  * the sink left off.  The hash runs along with the bytes; kept bytes of an earlier attempt are hashed again first, so a resumed file is
  * proved whole.  Every attempt resolves the redirect anew, so an expired signature of the file host costs one attempt.
  */
-#include <openssl/evp.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -29,46 +28,16 @@ typedef struct Fetch
 	MillmAdvance advance;
 	void	   *arg;
 	char		expected[72];	/* sha256 or git sha1 */
-	EVP_MD_CTX *hash;
+	MillmHash	hash;
 	int64_t		have;			/* bytes in the sink and in the hash */
 	int64_t		checkpoint;		/* of them at the last checkpoint */
 	int64_t		asked;			/* where this attempt's GET begins */
 	bool		started;		/* this attempt's first byte has come */
 	MillmCode	failed;			/* of the sink, while bytes came */
+	bool		is_begun;		/* the sink */
 	bool		is_misfit;		/* the bytes that came, or were kept, are not of this file */
 	MillmError *err;
 } Fetch;
-
-static MillmCode
-start_hash(Fetch *f)
-{
-	char		header[40];
-	bool		is_sha256 = strlen(f->expected) == 64;
-	/* git's blob id: sha1 over "blob " + length + NUL + content; the NUL is part of it */
-	int			n = snprintf(header, sizeof(header), "blob %lld", (long long) f->file->size) + 1;
-
-	if (EVP_DigestInit_ex(f->hash, is_sha256 ? EVP_sha256() : EVP_sha1(), NULL) != 1 ||
-		(!is_sha256 && EVP_DigestUpdate(f->hash, header, (size_t) n) != 1))
-		return millm_fail(f->err, MILLM_E_INTERNAL, "OpenSSL cannot compute a hash");
-	return MILLM_OK;
-}
-
-/* A piece of what an earlier attempt left. */
-static bool
-see(void *arg, const void *data, size_t len)
-{
-	Fetch	   *f = arg;
-
-	if ((int64_t) len > f->file->size - f->have)
-	{
-		f->is_misfit = true;
-		return false;
-	}
-	EVP_DigestUpdate(f->hash, data, len);
-	f->have += (int64_t) len;
-	f->advance(f->arg, (int64_t) len, false);
-	return !millm_http_is_stopped(f->http);
-}
 
 /* Forget everything of this file. */
 static MillmCode
@@ -79,7 +48,8 @@ start_over(Fetch *f)
 	if (f->have > 0)
 		f->advance(f->arg, -f->have, false);
 	f->have = f->checkpoint = 0;
-	return rc == MILLM_OK ? start_hash(f) : rc;
+	millm_hash_begin(&f->hash, f->expected, f->file->size);
+	return rc;
 }
 
 static MillmCode
@@ -87,13 +57,13 @@ take_up_kept(Fetch *f)
 {
 	MillmCode	rc;
 
-	f->is_misfit = false;
-	if ((rc = start_hash(f)) != MILLM_OK || (rc = f->sink->replay(f->sink->arg, see, f, f->err)) != MILLM_OK)
+	millm_hash_begin(&f->hash, f->expected, f->file->size);
+	if ((rc = f->sink->begin(f->sink->arg, f->file, &f->hash, &f->have, millm_http_stop(f->http), f->err)) != MILLM_OK)
 		return rc;
-	if (millm_http_is_stopped(f->http))
-		return millm_fail(f->err, MILLM_E_CANCELED, "the download was canceled");
+	f->is_begun = true;
 	f->checkpoint = f->have;
-	return f->is_misfit ? start_over(f) : MILLM_OK;
+	f->advance(f->arg, f->have, false);
+	return MILLM_OK;
 }
 
 static bool
@@ -128,13 +98,13 @@ take(void *arg, const char *data, size_t len, const MillmReply *reply)
 	}
 	if ((f->failed = f->sink->write(f->sink->arg, data, len, f->err)) != MILLM_OK)
 		return false;
-	EVP_DigestUpdate(f->hash, data, len);
+	millm_hash_update(&f->hash, data, len);
 	f->have += (int64_t) len;
 	f->advance(f->arg, (int64_t) len, true);
 	if (f->have - f->checkpoint >= CHECKPOINT_BYTES)
 	{
 		f->checkpoint = f->have;
-		f->failed = f->sink->checkpoint(f->sink->arg, f->err);
+		f->failed = f->sink->checkpoint(f->sink->arg, &f->hash, f->err);
 	}
 	return f->failed == MILLM_OK;
 }
@@ -180,20 +150,6 @@ check_identity(Fetch *f, const char *url, bool *again, int *wait_s)
 		return bad_identity(f, "The hash", r.etag, f->file->hash);
 	snprintf(f->expected, sizeof(f->expected), "%s", r.etag);
 	return MILLM_OK;
-}
-
-/* True when all bytes are there and are the right ones. */
-static bool
-is_proved(Fetch *f, char got[72])
-{
-	unsigned char digest[EVP_MAX_MD_SIZE];
-	unsigned	n = 0;
-
-	if (EVP_DigestFinal_ex(f->hash, digest, &n) != 1)
-		return false;
-	for (unsigned i = 0; i < n && i < 32; i++)
-		snprintf(got + 2 * i, 3, "%02x", digest[i]);
-	return strcmp(got, f->expected) == 0;
 }
 
 /* One GET; *again when another attempt may help. */
@@ -295,9 +251,10 @@ fetch(Fetch *f, const char *url)
 			rc = get_bytes(f, url, &again, &wait_s);
 		if (rc == MILLM_OK)
 		{
-			char		got[72] = "";
+			char		got[MILLM_HASH_HEX];
 
-			if (is_proved(f, got))
+			millm_hash_hex(&f->hash, got);
+			if (strcmp(got, f->expected) == 0)
 				return f->sink->finish(f->sink->arg, f->err);
 			rc = start_over(f);
 			if (rc != MILLM_OK)
@@ -325,16 +282,14 @@ MillmCode
 millm_hub_fetch(MillmHttp *http, const MillmRepo *repo, const MillmHubFile *file, MillmSink *sink,
 				MillmAdvance advance, void *arg, MillmError *err)
 {
-	Fetch		f = {.http = http, .repo = repo, .file = file, .sink = sink, .advance = advance, .arg = arg, .err = err, .hash = EVP_MD_CTX_new()};
+	Fetch		f = {.http = http, .repo = repo, .file = file, .sink = sink, .advance = advance, .arg = arg, .err = err};
 	char	   *url = millm_resolve_url(repo, file->path);
-	int64_t		kept;
 	MillmCode	rc;
 
-	if (!f.hash || !url)
+	if (!url)
 		rc = millm_fail(err, MILLM_E_INSUFFICIENT_MEMORY, "out of memory");
-	else if ((rc = sink->begin(sink->arg, file, &kept, err)) == MILLM_OK && (rc = fetch(&f, url)) != MILLM_OK)
+	else if ((rc = fetch(&f, url)) != MILLM_OK && f.is_begun)
 		sink->abandon(sink->arg);
-	EVP_MD_CTX_free(f.hash);
 	free(url);
 	return rc;
 }

@@ -108,6 +108,12 @@ millm_http_set_deadline(MillmHttp *h, int ms)
 	h->deadline_ms = now_ms() + ms;
 }
 
+atomic_bool *
+millm_http_stop(const MillmHttp *h)
+{
+	return h->stop;
+}
+
 bool
 millm_http_is_stopped(const MillmHttp *h)
 {

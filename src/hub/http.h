@@ -25,6 +25,7 @@ extern void millm_http_close(MillmHttp *http);	/* NULL is fine; the token's memo
 extern const char *millm_http_endpoint(const MillmHttp *http);
 extern bool millm_http_has_token(const MillmHttp *http);
 extern bool millm_http_is_stopped(const MillmHttp *http);
+extern atomic_bool *millm_http_stop(const MillmHttp *http);	/* what it was created with */
 /* From now on all requests together have so long; what is not done by then fails as a timeout does. */
 extern void millm_http_set_deadline(MillmHttp *http, int ms);
 

@@ -7,10 +7,12 @@
 #define MILLM_HUB_H
 
 #include <jansson.h>
+#include <stdatomic.h>
 #include <stdbool.h>
 #include <stdint.h>
 
 #include "error.h"
+#include "hash.h"
 #include "http.h"
 
 #define MILLM_HUB_MAX_FILES		10000
@@ -71,17 +73,23 @@ extern MillmCode millm_hub_error(MillmHttp *http, const char *repo_id, const cha
 /* "/owner/name/resolve/COMMIT/path", malloc'ed. */
 extern char *millm_resolve_url(const MillmRepo *repo, const char *path);
 
-/* Where the bytes of a file go. */
+/*
+ * Where the bytes of a file go, in order.  begin ... finish or abandon; one thread at a time, not always the same.
+ */
 typedef struct MillmSink
 {
 	void	   *arg;
-	/* Bytes that an earlier attempt left and that may be kept, or 0. */
-	MillmCode	(*begin) (void *arg, const MillmHubFile *file, int64_t *have, MillmError *err);
-	/* Show the kept bytes to the hash, in pieces, while see() returns true. */
-	MillmCode	(*replay) (void *arg, bool (*see) (void *see_arg, const void *data, size_t len), void *see_arg, MillmError *err);
+	/*
+	 * Open for this file.  *have: how many of its first bytes an earlier attempt left that need not come again; hash, which the caller
+	 * has begun, is then brought to that point (by reading them again, or from a saved state).  *stop ends a long reading: CANCELED.
+	 */
+	MillmCode	(*begin) (void *arg, const MillmHubFile *file, MillmHash *hash, int64_t *have, atomic_bool *stop, MillmError *err);
+	/* The next len bytes; never across the point that until_checkpoint() tells. */
 	MillmCode	(*write) (void *arg, const void *data, size_t len, MillmError *err);
-	/* What was written is good so far: make it survive a crash of the machine. */
-	MillmCode	(*checkpoint) (void *arg, MillmError *err);
+	/* After how many more bytes, at least 1, a checkpoint is possible; INT64_MAX: wherever you like. */
+	int64_t		(*until_checkpoint) (void *arg);
+	/* What was written is good so far, and hash is the state at this point: make both survive a crash of the machine. */
+	MillmCode	(*checkpoint) (void *arg, const MillmHash *hash, MillmError *err);
 	/* Start over: forget what was written of this file. */
 	MillmCode	(*discard) (void *arg, MillmError *err);
 	/* The bytes are what they should be: keep the file under its name. */

@@ -7,7 +7,6 @@
 #include <errno.h>
 #include <fcntl.h>
 #include <jansson.h>
-#include <openssl/evp.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -33,7 +32,6 @@ struct MillmStore
 	const MillmHubFile *file;
 	char		partial[400];
 	int			fd;
-	int64_t		kept;
 };
 
 static MillmCode
@@ -195,45 +193,47 @@ millm_store_have(const MillmStore *s, const MillmHubFile *file)
 	return n < 0 ? 0 : n > file->size ? file->size : n;
 }
 
+/* Hash fd from its start until its end, or the end of size bytes; returns how many. */
+static int64_t
+hash_file(int fd, int64_t size, MillmHash *hash, atomic_bool *stop)
+{
+	unsigned char *buf = malloc(1 << 20);
+	int64_t		at = 0;
+	ssize_t		n;
+
+	while (buf && at < size && !atomic_load(stop) && (n = pread(fd, buf, size - at < 1 << 20 ? (size_t) (size - at) : 1 << 20, at)) > 0)
+	{
+		millm_hash_update(hash, buf, (size_t) n);
+		at += n;
+	}
+	free(buf);
+	return at;
+}
+
 bool
 millm_store_is_proved(const MillmStore *s, const MillmHubFile *file, atomic_bool *stop)
 {
-	bool		is_sha256 = strlen(file->hash) == 64;
-	unsigned char digest[EVP_MAX_MD_SIZE], *buf;
-	char		header[40], hex[2 * EVP_MAX_MD_SIZE + 1] = "";
-	unsigned	n = 0;
-	ssize_t		got;
-	EVP_MD_CTX *h;
+	char		hex[MILLM_HASH_HEX] = "";
+	MillmHash	hash;
 	int			fd;
 
 	if (!file->hash[0] || size_of(s, file->path) != file->size)
 		return false;
+	millm_hash_begin(&hash, file->hash, file->size);
 	fd = openat(s->dir_fd, file->path, O_RDONLY | O_NOFOLLOW | O_CLOEXEC);
-	h = EVP_MD_CTX_new();
-	buf = malloc(1 << 20);
-	if (fd >= 0 && h && buf && EVP_DigestInit_ex(h, is_sha256 ? EVP_sha256() : EVP_sha1(), NULL) == 1)
-	{
-		if (!is_sha256)
-			EVP_DigestUpdate(h, header, (size_t) snprintf(header, sizeof(header), "blob %lld", (long long) file->size) + 1);
-		while (!atomic_load(stop) && (got = read(fd, buf, 1 << 20)) > 0)
-			EVP_DigestUpdate(h, buf, (size_t) got);
-		EVP_DigestFinal_ex(h, digest, &n);
-	}
-	for (unsigned i = 0; i < n; i++)
-		snprintf(hex + 2 * i, 3, "%02x", digest[i]);
-	if (fd >= 0)
-		close(fd);
-	EVP_MD_CTX_free(h);
-	free(buf);
+	if (fd < 0)
+		return false;
+	if (hash_file(fd, file->size, &hash, stop) == file->size)
+		millm_hash_hex(&hash, hex);
+	close(fd);
 	return strcmp(hex, file->hash) == 0;
 }
 
 /* --- The plain sink ------------------------------------------------------------------------------- */
 
 static MillmCode
-sink_begin(void *arg, const MillmHubFile *file, int64_t *have, MillmError *err)
+open_partial(MillmStore *s, const MillmHubFile *file, int64_t *size, MillmError *err)
 {
-	MillmStore *s = arg;
 	struct stat sb;
 
 	s->file = file;
@@ -241,33 +241,43 @@ sink_begin(void *arg, const MillmHubFile *file, int64_t *have, MillmError *err)
 	s->fd = openat(s->dir_fd, s->partial, O_RDWR | O_CREAT | O_NOFOLLOW | O_CLOEXEC, 0600);
 	if (s->fd < 0 || fstat(s->fd, &sb) != 0)
 		return disk_error(err, "create", file->path);
-	*have = s->kept = sb.st_size;
+	*size = sb.st_size;
 	return MILLM_OK;
 }
 
 static MillmCode
-sink_replay(void *arg, bool (*see) (void *see_arg, const void *data, size_t len), void *see_arg, MillmError *err)
+sink_discard(void *arg, MillmError *err)
 {
 	MillmStore *s = arg;
-	char	   *buf = malloc(1 << 20);
-	int64_t		at = 0;
 
-	if (!buf)
-		return millm_fail(err, MILLM_E_INSUFFICIENT_MEMORY, "out of memory");
-	while (at < s->kept)
-	{
-		ssize_t		n = pread(s->fd, buf, 1 << 20, at);
-
-		if (n <= 0)
-			break;
-		at += n;
-		if (!see(see_arg, buf, (size_t) n))
-			break;
-	}
-	free(buf);
-	if (lseek(s->fd, at, SEEK_SET) < 0)
-		return disk_error(err, "read", s->file->path);
+	if (ftruncate(s->fd, 0) != 0 || lseek(s->fd, 0, SEEK_SET) < 0)
+		return disk_error(err, "truncate", s->file->path);
 	return MILLM_OK;
+}
+
+static MillmCode
+sink_begin(void *arg, const MillmHubFile *file, MillmHash *hash, int64_t *have, atomic_bool *stop, MillmError *err)
+{
+	MillmStore *s = arg;
+	int64_t		kept;
+	MillmCode	rc = open_partial(s, file, &kept, err);
+
+	*have = 0;
+	if (rc != MILLM_OK || kept == 0)
+		return rc;
+	if (kept > file->size)		/* not of this file */
+		return sink_discard(s, err);
+	*have = hash_file(s->fd, kept, hash, stop);
+	if (atomic_load(stop))
+		return millm_fail(err, MILLM_E_CANCELED, "the download was canceled");
+	return lseek(s->fd, *have, SEEK_SET) < 0 ? disk_error(err, "read", file->path) : MILLM_OK;
+}
+
+static int64_t
+sink_until_checkpoint(void *arg)
+{
+	(void) arg;
+	return INT64_MAX;
 }
 
 static MillmCode
@@ -291,21 +301,12 @@ sink_write(void *arg, const void *data, size_t len, MillmError *err)
 }
 
 static MillmCode
-sink_checkpoint(void *arg, MillmError *err)
+sink_checkpoint(void *arg, const MillmHash *hash, MillmError *err)
 {
 	MillmStore *s = arg;
 
+	(void) hash;				/* the bytes are there: they can be hashed again */
 	return fdatasync(s->fd) != 0 ? disk_error(err, "sync", s->file->path) : MILLM_OK;
-}
-
-static MillmCode
-sink_discard(void *arg, MillmError *err)
-{
-	MillmStore *s = arg;
-
-	if (ftruncate(s->fd, 0) != 0 || lseek(s->fd, 0, SEEK_SET) < 0)
-		return disk_error(err, "truncate", s->file->path);
-	return MILLM_OK;
 }
 
 static void
@@ -335,7 +336,7 @@ sink_finish(void *arg, MillmError *err)
 MillmSink *
 millm_store_sink(MillmStore *s)
 {
-	s->sink = (MillmSink) {s, sink_begin, sink_replay, sink_write, sink_checkpoint, sink_discard, sink_finish, sink_abandon};
+	s->sink = (MillmSink) {s, sink_begin, sink_write, sink_until_checkpoint, sink_checkpoint, sink_discard, sink_finish, sink_abandon};
 	return &s->sink;
 }
 
@@ -350,7 +351,7 @@ put(MillmStore *s, const char *name, const char *text, size_t len, MillmError *e
 	MillmCode	rc;
 
 	snprintf(file.path, sizeof(file.path), "%s", name);
-	if ((rc = sink_begin(s, &file, &have, err)) == MILLM_OK && (rc = sink_discard(s, err)) == MILLM_OK && (rc = sink_write(s, text, len, err)) == MILLM_OK)
+	if ((rc = open_partial(s, &file, &have, err)) == MILLM_OK && (rc = sink_discard(s, err)) == MILLM_OK && (rc = sink_write(s, text, len, err)) == MILLM_OK)
 		rc = sink_finish(s, err);
 	if (rc != MILLM_OK)
 		sink_abandon(s);

@@ -279,8 +279,10 @@ best_form_bf16(const MillmWeight *w, int n_tokens)
 }
 
 static void
-pack_bf16(uint16_t *y, const float *x, int64_t n)
+pack_bf16(void *packed, const float *x, int64_t n)
 {
+	uint16_t   *y = packed;
+
 	for (int64_t i = 0; i < n; i += 32)
 	{
 		__m512		low = _mm512_maskz_loadu_ps(first_lanes(n - i), x + i);
@@ -735,7 +737,7 @@ millm_kernels_avx512(MillmKernels *k, unsigned cpu)
 	{
 		k->matmul[MILLM_FORM_BF16][MILLM_BF16][0] = matmul_bf16_form;
 		k->best_form = best_form_bf16;
-		k->pack_bf16 = pack_bf16;
+		k->pack[MILLM_FORM_BF16] = pack_bf16;
 	}
 	k->rms_norm = rms_norm;
 	k->layer_norm = layer_norm;

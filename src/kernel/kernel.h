@@ -41,6 +41,11 @@ typedef enum MillmForm
 {
 	MILLM_FORM_F32,
 	MILLM_FORM_BF16,			/* rounded to nearest even, zeros up to a multiple of 32 */
+	/*
+	 * For MILLM_4BIT rows of whole blocks (n_in and first multiples of 64): each 64 values as int16, the 32 even ones first, then
+	 * the 32 odd ones, as nibbles lie in their bytes; after all of them a float32 scale for each 64.
+	 */
+	MILLM_FORM_I16,
 	MILLM_N_FORMS
 } MillmForm;
 
@@ -88,7 +93,8 @@ typedef struct MillmKernels
 	/* [form][dtype][in_out]; NULL where best_form() never sends one */
 	MillmMatmulFn matmul[MILLM_N_FORMS][MILLM_N_WEIGHT_DTYPES][2];
 	MillmForm	(*best_form) (const MillmWeight *w, int n_tokens);
-	void		(*pack_bf16) (uint16_t *y, const float *x, int64_t n);	/* y: the row's padding too */
+	/* y = x [n] in a packed form, the row's padding too; NULL where best_form() never asks for the form */
+	void		(*pack[MILLM_N_FORMS]) (void *y, const float *x, int64_t n);
 
 	/* y[i] = x[i] / sqrt(mean(x^2) + eps) * w[i];  w [n]; y may be x */
 	void		(*rms_norm) (float *y, const float *x, const float *w, float eps, int64_t n);
@@ -120,23 +126,23 @@ typedef struct MillmKernels
 static inline int64_t
 millm_form_row_bytes(MillmForm form, int64_t n_in)
 {
-	int64_t		bytes = n_in * (form == MILLM_FORM_F32 ? 4 : 2);
+	int64_t		bytes = form == MILLM_FORM_F32 ? n_in * 4 : form == MILLM_FORM_BF16 ? n_in * 2 : n_in * 2 + (n_in + 63) / 64 * 4;
 
 	return (bytes + 63) / 64 * 64;
 }
 
-static inline int
-millm_dtype_bytes(MillmDtype dtype)	/* of the dtypes that can be multiplied */
-{
-	return dtype == MILLM_F32 ? 4 : 2;
-}
-
-/* The address of element 0 of stored row i. */
+/* The address of element 0 of stored row i; not of MILLM_4BIT, whose rows may begin within a byte. */
 static inline const char *
 millm_weight_row(const MillmWeight *w, int64_t i)
 {
-	return (const char *) w->data + i * w->stride * millm_dtype_bytes(w->dtype);
+	return (const char *) w->data + millm_weight_bytes(w->dtype, i * w->stride);
 }
+
+/*
+ * y[n] = w[o, i .. i + n), of a weight of any dtype that is not in_out: what the faster paths are measured by, and what they fall
+ * back to for shapes that they do not know.
+ */
+extern void millm_weight_decode(float *y, const MillmWeight *w, int64_t o, int64_t i, int64_t n);
 
 /*
  * Fill *k with the variant of that name, or, when name is NULL, with the best one.  Returns false,

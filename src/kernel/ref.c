@@ -82,6 +82,112 @@ matmul_rows(const MillmMatmul *m, int64_t begin, int64_t end, MillmDtype dtype)
 	}
 }
 
+/* ---- quantized weights ---- */
+
+static inline float
+float_at(const void *p, int64_t i)
+{
+	float		f;
+
+	memcpy(&f, (const char *) p + i * 4, sizeof(f));
+	return f;
+}
+
+/* The scale of a 4-bit block.  Product and sum are rounded one after the other: two statements, so that none is fused. */
+static float
+block_scale(const MillmWeight *w, int64_t block)
+{
+	float		scale;
+
+	if (w->nested_block_size == 0)
+		return float_at(w->absmax, block);
+	scale = w->nested_map[((const uint8_t *) w->absmax)[block]];
+	scale *= float_at(w->nested_absmax, block / w->nested_block_size);
+	scale += w->nested_offset;
+	return scale;
+}
+
+static void
+decode_4bit(float *y, const MillmWeight *w, int64_t first, int64_t n)
+{
+	const uint8_t *data = w->data;
+
+	for (int64_t e = first; e < first + n;)
+	{
+		int64_t		block = e / w->block_size;
+		int64_t		end = (block + 1) * w->block_size < first + n ? (block + 1) * w->block_size : first + n;
+		float		scale = block_scale(w, block);
+
+		for (; e < end; e++, y++)
+		{
+			*y = w->codebook[e % 2 == 0 ? data[e / 2] >> 4 : data[e / 2] & 15] * scale;
+			if (w->rounded == MILLM_BF16)
+				*y = millm_bf16_to_f32(millm_f32_to_bf16(*y));
+			else if (w->rounded == MILLM_F16)
+				*y = millm_f16_to_f32(millm_f32_to_f16(*y));
+		}
+	}
+}
+
+void
+millm_weight_decode(float *y, const MillmWeight *w, int64_t o, int64_t i, int64_t n)
+{
+	if (w->dtype == MILLM_4BIT)
+		decode_4bit(y, w, w->first + o * w->n_in + i, n);
+	else if (w->dtype == MILLM_INT8)
+	{
+		const int8_t *q = (const int8_t *) w->data + o * w->n_in + i;
+		float		scb = float_at(w->scale, o);
+
+		for (int64_t j = 0; j < n; j++)
+		{
+			y[j] = (float) q[j] * scb;
+			y[j] *= 0.007874015718698502f;	/* 1 / 127, bitsandbytes' */
+		}
+	}
+	else
+		for (int64_t j = 0; j < n; j++)
+			y[j] = element(millm_weight_row(w, o), i + j, w->dtype);
+}
+
+/* Each row is decoded once for every few tokens, piece by piece. */
+static void
+rows_decoded(const MillmMatmul *m, int64_t begin, int64_t end)
+{
+	enum {TOKENS = 16, PIECE = 512};
+	const int64_t n = m->w->n_in;
+
+	for (int64_t o = begin; o < end; o++)
+		for (int t = 0; t < m->n_tokens; t += TOKENS)
+		{
+			int			n_tile = m->n_tokens - t < TOKENS ? m->n_tokens - t : TOKENS;
+			float		acc[TOKENS][LANES] = {{0}};
+			float		v[PIECE];
+
+			for (int64_t i = 0; i < n; i += PIECE)
+			{
+				int			n_piece = (int) (n - i < PIECE ? n - i : PIECE);
+
+				millm_weight_decode(v, m->w, o, i, n_piece);
+				for (int j = 0; j < n_tile; j++)
+				{
+					const float *x = (const float *) ((const char *) m->x + (t + j) * m->x_stride) + i;
+
+					for (int l = 0; l < n_piece; l++)
+						acc[j][l % LANES] += v[l] * x[l];
+				}
+			}
+			for (int j = 0; j < n_tile; j++)
+			{
+				float		sum = 0;
+
+				for (int l = 0; l < LANES; l++)
+					sum += acc[j][l];
+				finish(m, t + j, o, sum);
+			}
+		}
+}
+
 /* w [n_in, n_out]: a block of outputs at a time, row after row. */
 static inline __attribute__((always_inline)) void
 matmul_columns(const MillmMatmul *m, int64_t begin, int64_t end, MillmDtype dtype)
@@ -123,15 +229,6 @@ best_form(const MillmWeight *w, int n_tokens)
 	(void) w;
 	(void) n_tokens;
 	return MILLM_FORM_F32;
-}
-
-static void
-pack_bf16(uint16_t *y, const float *x, int64_t n)
-{
-	int64_t		padded = millm_form_row_bytes(MILLM_FORM_BF16, n) / 2;
-
-	for (int64_t i = 0; i < padded; i++)
-		y[i] = i < n ? millm_f32_to_bf16(x[i]) : 0;
 }
 
 static void
@@ -302,10 +399,11 @@ millm_kernels_ref(MillmKernels *k)
 				[MILLM_F32] = {rows_f32, columns_f32},
 				[MILLM_F16] = {rows_f16, columns_f16},
 				[MILLM_BF16] = {rows_bf16, columns_bf16},
+				[MILLM_4BIT] = {rows_decoded, NULL},
+				[MILLM_INT8] = {rows_decoded, NULL},
 			},
 		},
 		.best_form = best_form,
-		.pack_bf16 = pack_bf16,
 		.rms_norm = rms_norm,
 		.layer_norm = layer_norm,
 		.rope = rope,

@@ -307,9 +307,13 @@ refuse_flags(json_t *json, const MillmArch *arch, MillmError *err)
 	{
 		const char *method = json_string_value(json_object_get(quantization, "quant_method"));
 
-		millm_fail(err, MILLM_E_UNSUPPORTED, "quantized checkpoints (quant_method \"%s\") are not supported", method ? shown(method).text : "unknown");
-		millm_hint(err, "Use the repository that holds the 16-bit weights.");
-		return MILLM_E_UNSUPPORTED;
+		/* what is quantized, and how, the tensors say themselves */
+		if (!method || strcmp(method, "bitsandbytes") != 0)
+		{
+			millm_fail(err, MILLM_E_UNSUPPORTED, "quantized checkpoints of quant_method \"%s\" are not supported", method ? shown(method).text : "unknown");
+			millm_hint(err, "Use a repository that holds the 16-bit weights, or one that bitsandbytes quantized; millm quantizes while it downloads.");
+			return MILLM_E_UNSUPPORTED;
+		}
 	}
 	for (const char *const *key = everywhere; *key; key++)
 	{

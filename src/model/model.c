@@ -23,6 +23,7 @@
 #include "arch.h"
 #include "config.h"
 #include "half.h"
+#include "quant.h"
 #include "safetensors.h"
 #include "shown.h"
 
@@ -36,7 +37,15 @@ typedef struct Entry
 {
 	const MillmStTensor *tensor;
 	bool		used;
+	int64_t		n_params;		/* weights that it holds, for the count; set when used */
 } Entry;
+
+/* The values that 8-bit absmax codes stand for, aligned; all weights of a file share one, unless a stranger wrote it. */
+typedef struct NestedMap
+{
+	float		values[256];
+	struct NestedMap *next;
+} NestedMap;
 
 struct MillmModelFiles
 {
@@ -44,6 +53,7 @@ struct MillmModelFiles
 	int			n_shards;
 	Entry	   *entries;		/* all tensors, by name */
 	size_t		n_entries;
+	NestedMap  *maps;
 };
 
 /* Names for an error: how many, the first one, and the first few, quoted. */
@@ -298,29 +308,147 @@ take(Binder *b, const char *name, int64_t d0, int64_t d1, const MillmStTensor **
 						 t->n_dims, (long long) (t->n_dims > 0 ? t->dims[0] : 0));
 		return MILLM_E_INVALID_MODEL_FILE;
 	}
-	if (t->dtype >= MILLM_N_WEIGHT_DTYPES)
+	if (t->dtype >= MILLM_N_FLOAT_DTYPES)
 	{
 		millm_fail(b->err, MILLM_E_UNSUPPORTED, "dtype %s of tensor \"%s\" is not supported", millm_dtype_name(t->dtype), name);
-		millm_hint(b->err, "Weights may be F32, F16 or BF16.");
+		millm_hint(b->err, "Weights may be F32, F16, BF16, or quantized by bitsandbytes to 4 or 8 bits.");
 		return MILLM_E_UNSUPPORTED;
 	}
 	e->used = true;
+	e->n_params = (int64_t) (t->bytes / (uint64_t) millm_dtype_bytes(t->dtype));
 	*out = t;
 	return MILLM_OK;
 }
 
-/* A matrix.  Stored [n_out, n_in], or [n_in, n_out] when in_out.  *w stays as it was when the tensor is missing. */
+/* --- Quantized matrices: what lies beside the weight tells, not the config (bitsandbytes-format.md 5.2) --- */
+
+/* module + suffix, marked as used; data NULL when there is no such tensor. */
+static MillmStored
+take_beside(Binder *b, const char *module, const char *suffix)
+{
+	char		name[MAX_NAME + 64];
+	Entry	   *e;
+
+	snprintf(name, sizeof(name), "%s%s", module, suffix);
+	if (!(e = find(b, name)))
+		return (MillmStored) {.data = NULL};
+	e->used = true;
+	return (MillmStored) {.dtype = e->tensor->dtype, .data = e->tensor->data, .bytes = e->tensor->bytes};
+}
+
+static MillmCode
+wrong_shape(Binder *b, const char *module, int64_t n_out, int64_t n_in, int64_t has_out, int64_t has_in)
+{
+	millm_fail(b->err, MILLM_E_INVALID_MODEL_FILE, "tensor \"%s.weight\" has the wrong shape", module);
+	millm_detail(b->err, "The config implies [%lld, %lld]; it has been quantized from [%lld, %lld].", (long long) n_out, (long long) n_in,
+				 (long long) has_out, (long long) has_in);
+	return MILLM_E_INVALID_MODEL_FILE;
+}
+
+static const float *
+aligned_map(Binder *b, const void *stored)
+{
+	NestedMap  *map = b->model->files->maps;
+
+	if (map && memcmp(map->values, stored, sizeof(map->values)) == 0)
+		return map->values;
+	if (!(map = aligned_alloc(64, (sizeof(*map) + 63) / 64 * 64)))
+		return NULL;
+	memcpy(map->values, stored, sizeof(map->values));
+	map->next = b->model->files->maps;
+	b->model->files->maps = map;
+	return map->values;
+}
+
+static MillmCode
+bind_4bit(Binder *b, const char *module, Entry *e, const char *suffix, MillmStored text, int64_t n_out, int64_t n_in, MillmWeight *w)
+{
+	MillmStored weight = take_beside(b, module, ".weight");
+	MillmQuantState state;
+	MillmQuantWeight q;
+	char		name[MAX_NAME + 64];
+	MillmCode	rc;
+
+	if (text.dtype != MILLM_U8)
+		return millm_fail(b->err, MILLM_E_INVALID_MODEL_FILE, "the quant_state of \"%s\" is not U8", module);
+	snprintf(name, sizeof(name), "%s%s", module, suffix);
+	if ((rc = millm_quant_state_read(name, text.data, text.bytes, &state, b->err)) != MILLM_OK)
+		return rc;
+	if (state.n_out != n_out || state.n_in != n_in)
+		return wrong_shape(b, module, n_out, n_in, state.n_out, state.n_in);
+	if ((rc = millm_quant_bind_4bit(module, &state, weight, take_beside(b, module, ".weight.absmax"), take_beside(b, module, ".weight.quant_map"),
+									take_beside(b, module, ".weight.nested_absmax"), take_beside(b, module, ".weight.nested_quant_map"),
+									&q, b->err)) != MILLM_OK)
+		return rc;
+	*w = (MillmWeight) {
+		.dtype = MILLM_4BIT, .n_out = n_out, .n_in = n_in, .stride = n_in, .data = q.data,
+		.codebook = q.format == MILLM_QUANT_NF4 ? millm_nf4_codebook : millm_fp4_codebook, .absmax = q.absmax, .block_size = q.block_size,
+		.nested_absmax = q.nested_absmax, .nested_offset = q.nested_offset, .nested_block_size = q.nested_block_size, .rounded = q.dtype,
+	};
+	b->model->quantization = q.format == MILLM_QUANT_NF4 ? "nf4" : "fp4";
+	if (q.nested_map && !(w->nested_map = aligned_map(b, q.nested_map)))
+		return millm_fail(b->err, MILLM_E_INSUFFICIENT_MEMORY, "out of memory");
+	e->n_params = n_out * n_in;
+	return MILLM_OK;
+}
+
+static MillmCode
+bind_int8(Binder *b, const char *module, Entry *e, MillmStored scb, int64_t n_out, int64_t n_in, MillmWeight *w)
+{
+	const MillmStTensor *t = e->tensor;
+	MillmQuantWeight q;
+	MillmCode	rc;
+
+	if (t->n_dims != 2 || t->dims[0] != n_out || t->dims[1] != n_in)
+		return wrong_shape(b, module, n_out, n_in, t->n_dims > 0 ? t->dims[0] : 0, t->n_dims > 1 ? t->dims[1] : 0);
+	if ((rc = millm_quant_bind_int8(module, n_out, n_in, take_beside(b, module, ".weight"), scb, take_beside(b, module, ".weight_format"), &q,
+									b->err)) != MILLM_OK)
+		return rc;
+	b->model->quantization = "int8";
+	*w = (MillmWeight) {.dtype = MILLM_INT8, .n_out = n_out, .n_in = n_in, .stride = n_in, .data = q.data, .scale = q.absmax};
+	e->n_params = n_out * n_in;
+	return MILLM_OK;
+}
+
+/*
+ * A matrix, quantized or not.  Stored [n_out, n_in], or [n_in, n_out] when in_out; a quantized one always [n_out, n_in], because
+ * bitsandbytes turns a Conv1D first.  *w stays as it was when the tensor is missing.
+ */
 static MillmCode
 bind_matrix(Binder *b, const char *prefix, const char *template, int layer, int64_t n_out, int64_t n_in, bool in_out, MillmWeight *w)
 {
-	char		buf[MAX_NAME];
+	char		module[MAX_NAME], name[MAX_NAME];
 	const MillmStTensor *t;
+	MillmStored beside;
+	Entry	   *e;
 	MillmCode	rc;
 
-	tensor_name(buf, prefix, template, layer, ".weight");
-	rc = in_out ? take(b, buf, n_in, n_out, &t) : take(b, buf, n_out, n_in, &t);
+	tensor_name(module, prefix, template, layer, "");
+	tensor_name(name, prefix, template, layer, ".weight");
+	if ((e = find(b, name)))
+	{
+		static const char *const state[] = {".weight.quant_state.bitsandbytes__nf4", ".weight.quant_state.bitsandbytes__fp4"};
+
+		for (int i = 0; i < 2; i++)
+			if ((beside = take_beside(b, module, state[i])).data)
+				return bind_4bit(b, module, e, state[i], beside, n_out, n_in, w);
+		if ((beside = take_beside(b, module, ".SCB")).data)
+			return bind_int8(b, module, e, beside, n_out, n_in, w);
+	}
+	rc = in_out ? take(b, name, n_in, n_out, &t) : take(b, name, n_out, n_in, &t);
 	if (rc == MILLM_OK && t)
 		*w = (MillmWeight) {.dtype = t->dtype, .in_out = in_out, .n_out = n_out, .n_in = n_in, .stride = in_out ? n_out : n_in, .data = t->data};
+	return rc;
+}
+
+/* A matrix whose rows are looked up: never quantized by transformers. */
+static MillmCode
+bind_table(Binder *b, const char *template, int64_t n_rows, int64_t n_columns, MillmWeight *w)
+{
+	MillmCode	rc = bind_matrix(b, b->prefix, template, 0, n_rows, n_columns, false, w);
+
+	if (rc == MILLM_OK && w->dtype >= MILLM_N_FLOAT_DTYPES)
+		rc = millm_fail(b->err, MILLM_E_UNSUPPORTED, "the embedding \"%s%s.weight\" is quantized, which is not supported", b->prefix, template);
 	return rc;
 }
 
@@ -330,8 +458,13 @@ slice(const MillmWeight *fused, int64_t first, int64_t n_out)
 {
 	MillmWeight w = *fused;
 
-	w.data = (const char *) fused->data + first * (fused->in_out ? 1 : fused->stride) * millm_dtype_bytes(fused->dtype);
 	w.n_out = n_out;
+	if (w.dtype == MILLM_4BIT)
+		w.first += first * w.n_in;
+	else
+		w.data = (const char *) fused->data + millm_weight_bytes(w.dtype, first * (fused->in_out ? 1 : fused->stride));
+	if (w.dtype == MILLM_INT8)
+		w.scale = (const char *) fused->scale + first * 4;
 	return w;
 }
 
@@ -472,8 +605,8 @@ bind_head(Binder *b)
 	}
 	if ((rc = bind_matrix(b, "", b->arch->head, 0, m->config.vocab_size, m->config.hidden_size, false, &m->head)) != MILLM_OK)
 		return rc;
-	if (m->config.tied && emb->data && m->head.dtype == emb->dtype &&
-		memcmp(m->head.data, emb->data, (size_t) (emb->n_out * emb->n_in) * (size_t) millm_dtype_bytes(emb->dtype)) == 0)
+	if (m->config.tied && emb->data && m->head.dtype == emb->dtype && m->head.dtype < MILLM_N_FLOAT_DTYPES &&
+		memcmp(m->head.data, emb->data, (size_t) millm_weight_bytes(emb->dtype, emb->n_out * emb->n_in)) == 0)
 	{
 		m->head = *emb;
 		b->tied_head = e;
@@ -545,7 +678,7 @@ count(Binder *b)
 			continue;
 		m->weights_bytes += e->tensor->bytes;
 		if (e != b->tied_head)
-			m->n_params += (int64_t) (e->tensor->bytes / (uint64_t) millm_dtype_bytes(e->tensor->dtype));
+			m->n_params += e->n_params;
 	}
 }
 
@@ -560,9 +693,9 @@ bind(Binder *b)
 
 	/* a file saved from the headless class has no prefix */
 	b->prefix = find(b, tensor_name(name, "", a->embedding, 0, ".weight")) ? "" : a->prefix;
-	if ((rc = bind_matrix(b, b->prefix, a->embedding, 0, c->vocab_size, c->hidden_size, false, &m->embedding)) != MILLM_OK ||
+	if ((rc = bind_table(b, a->embedding, c->vocab_size, c->hidden_size, &m->embedding)) != MILLM_OK ||
 		(a->position_embedding &&
-		 (rc = bind_matrix(b, b->prefix, a->position_embedding, 0, c->max_positions, c->hidden_size, false, &m->position_embedding)) != MILLM_OK) ||
+		 (rc = bind_table(b, a->position_embedding, c->max_positions, c->hidden_size, &m->position_embedding)) != MILLM_OK) ||
 		(rc = bind_norm(b, a->final_norm, 0, &m->final_norm, &m->final_norm_bias)) != MILLM_OK ||
 		(rc = bind_head(b)) != MILLM_OK)
 		return rc;
@@ -641,6 +774,13 @@ millm_model_close(MillmModel *m)
 	free(m->head_bias.data);
 	for (int i = 0; i < m->files->n_shards; i++)
 		millm_st_close(m->files->shards[i]);
+	while (m->files->maps)
+	{
+		NestedMap  *map = m->files->maps;
+
+		m->files->maps = map->next;
+		free(map);
+	}
 	free(m->files->shards);
 	free(m->files->entries);
 	free(m->files);
@@ -695,10 +835,11 @@ millm_model_inspect_json(const MillmModel *m)
 
 		json_array_append_new(files, json_string(slash ? slash + 1 : path));
 	}
-	return json_pack("{s:s, s:s, s:i, s:i, s:i, s:i, s:i, s:i, s:i, s:i, s:b, s:s, s:I, s:I, s:o}",
+	return json_pack("{s:s, s:s, s:i, s:i, s:i, s:i, s:i, s:i, s:i, s:i, s:b, s:s, s:s?, s:I, s:I, s:o}",
 					 "model_type", c->model_type, "architecture", c->architecture, "hidden_size", c->hidden_size,
 					 "intermediate_size", c->intermediate_size, "num_hidden_layers", c->n_layers, "num_attention_heads", c->n_heads,
 					 "num_key_value_heads", c->n_kv_heads, "head_dim", c->head_dim, "vocab_size", c->vocab_size,
 					 "max_position_embeddings", c->max_positions, "tie_word_embeddings", c->tied, "dtype", m->dtype,
+					 "quantization", m->quantization,
 					 "params", (json_int_t) m->n_params, "weights_bytes", (json_int_t) m->weights_bytes, "files", files);
 }

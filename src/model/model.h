@@ -111,6 +111,7 @@ typedef struct MillmModel
 	int64_t		n_params;		/* as stored, tied weights once */
 	uint64_t	weights_bytes;	/* bytes of tensor data mapped */
 	char		dtype[8];		/* "BF16", "F16", "F32" of the embedding, for people */
+	const char *quantization;	/* "nf4", "fp4", "int8" of the Linears; NULL: none.  A checkpoint that mixes them shows one of them */
 	struct MillmModelFiles *files;	/* the mappings; model.c's */
 } MillmModel;
 
@@ -119,7 +120,7 @@ typedef struct MillmModel
  * of its index.  On MILLM_OK the caller owns *out.
  *
  * UNSUPPORTED_ARCHITECTURE (unknown model_type, or a known one with a flag we do not implement),
- * UNSUPPORTED (quantization_config, and what else we name), MODEL_FILES_MISSING, INVALID_MODEL_FILE
+ * UNSUPPORTED (a quantization_config of another method than bitsandbytes, and what else we name), MODEL_FILES_MISSING, INVALID_MODEL_FILE
  * (damaged or contradictory files; the detail has the figures).
  */
 extern MillmCode millm_model_open(const char *dir, MillmModel **out, MillmError *err);
@@ -129,7 +130,7 @@ extern void millm_model_close(MillmModel *model);	/* NULL is fine */
 extern void millm_model_populate(const MillmModel *model, void (*progress) (void *arg, int percent), void *arg);
 
 /*
- * What `millm-engine inspect` and register_local report: type, sizes, dtype, params, weights_bytes, files.  A new
+ * What `millm-engine inspect` and register_local report: type, sizes, dtype, quantization, params, weights_bytes, files.  A new
  * reference, or NULL when memory is out.
  */
 extern struct json_t *millm_model_inspect_json(const MillmModel *model);

@@ -32,7 +32,7 @@ static const struct
 {
 	const char *name;
 	int			bytes;
-}			dtypes[MILLM_N_DTYPES] = {
+}			dtypes[MILLM_N_DTYPES] = {	/* 4BIT and INT8 are made of several tensors: no dtype of a file */
 	[MILLM_F32] = {"F32", 4}, [MILLM_F16] = {"F16", 2}, [MILLM_BF16] = {"BF16", 2}, [MILLM_I8] = {"I8", 1},
 	[MILLM_U8] = {"U8", 1}, [MILLM_I16] = {"I16", 2}, [MILLM_I32] = {"I32", 4}, [MILLM_I64] = {"I64", 8},
 	[MILLM_F64] = {"F64", 8}, [MILLM_BOOL] = {"BOOL", 1},
@@ -86,7 +86,7 @@ read_tensor(MillmSafetensors *st, const char *name, json_t *entry, uint64_t data
 		millm_detail(err, "Tensor \"%s\" lacks a valid dtype, shape or data_offsets.", shown(name).text);
 		return MILLM_E_INVALID_MODEL_FILE;
 	}
-	for (d = 0; d < MILLM_N_DTYPES && strcmp(dtypes[d].name, dtype) != 0; d++)
+	for (d = 0; d < MILLM_N_DTYPES && (!dtypes[d].name || strcmp(dtypes[d].name, dtype) != 0); d++)
 		;
 	if (d == MILLM_N_DTYPES)
 	{

@@ -314,15 +314,56 @@ write_file(MillmStore *s, const char *name, const char *text)
 {
 	MillmSink  *sink = millm_store_sink(s);
 	MillmHubFile f = {.size = (int64_t) strlen(text), .hash = SHA256};
+	atomic_bool	stop = false;
+	MillmHash	hash;
 	int64_t		have;
 
 	snprintf(f.path, sizeof(f.path), "%s", name);
-	assert_int_equal(sink->begin(sink->arg, &f, &have, NULL), MILLM_OK);
+	millm_hash_begin(&hash, f.hash, f.size);
+	assert_int_equal(sink->begin(sink->arg, &f, &hash, &have, &stop, NULL), MILLM_OK);
 	assert_int_equal(sink->discard(sink->arg, NULL), MILLM_OK);
 	assert_int_equal(sink->write(sink->arg, text, strlen(text), NULL), MILLM_OK);
-	assert_int_equal(sink->checkpoint(sink->arg, NULL), MILLM_OK);
+	assert_int_equal(sink->checkpoint(sink->arg, &hash, NULL), MILLM_OK);
 	assert_false(is_there("h/m/a.json"));	/* no name before the proof */
 	assert_int_equal(sink->finish(sink->arg, NULL), MILLM_OK);
+}
+
+/* A hash that was saved at any point and restored elsewhere ends as one that never stopped. */
+static void
+hash_state(void **state)
+{
+	static const unsigned char bytes[300] = {1, 2, 3, 250};
+	char		text[MILLM_HASH_STATE], whole[MILLM_HASH_HEX], resumed[MILLM_HASH_HEX];
+
+	(void) state;
+	for (int kind = 0; kind < 2; kind++)
+		for (size_t cut = 0; cut <= sizeof(bytes); cut++)
+		{
+			MillmHash	a, b;
+
+			millm_hash_begin(&a, kind ? SHA256 : "", sizeof(bytes));
+			b = a;
+			millm_hash_update(&a, bytes, cut);
+			millm_hash_save(&a, text);
+			assert_true(millm_hash_restore(&b, text));
+			millm_hash_update(&a, bytes + cut, sizeof(bytes) - cut);
+			millm_hash_update(&b, bytes + cut, sizeof(bytes) - cut);
+			millm_hash_hex(&a, whole);
+			millm_hash_hex(&b, resumed);
+			assert_string_equal(whole, resumed);
+			/* not of the other kind, not cut off, not something else */
+			millm_hash_begin(&b, kind ? "" : SHA256, sizeof(bytes));
+			assert_false(millm_hash_restore(&b, text));
+			millm_hash_begin(&b, kind ? SHA256 : "", sizeof(bytes));
+			for (size_t n = 0; n + 1 < strlen(text); n++)
+			{
+				char		shorter[MILLM_HASH_STATE];
+
+				snprintf(shorter, sizeof(shorter), "%.*s", (int) n, text);
+				assert_false(millm_hash_restore(&b, shorter));
+			}
+			assert_false(millm_hash_restore(&b, "sha256 zz"));
+		}
 }
 
 static void
@@ -396,7 +437,8 @@ main(void)
 	const struct CMUnitTest tests[] = {
 		cmocka_unit_test(repo_ids), cmocka_unit_test(revisions), cmocka_unit_test(url_encoding), cmocka_unit_test(infos), cmocka_unit_test(pages),
 		cmocka_unit_test(too_many_files), cmocka_unit_test(small_files), cmocka_unit_test(indexes), cmocka_unit_test(endpoints_and_tokens),
-		cmocka_unit_test(directories), cmocka_unit_test(possession),
+		cmocka_unit_test(directories), cmocka_unit_test(hash_state),
+		cmocka_unit_test(possession),
 	};
 
 	return cmocka_run_group_tests(tests, make_cache, remove_cache);

@@ -64,7 +64,7 @@ variants(MillmKernels *out)
 static double
 weight_at(const MillmWeight *w, int64_t row, int64_t column)
 {
-	const char *p = millm_weight_row(w, row) + column * millm_dtype_bytes(w->dtype);
+	const char *p = millm_weight_row(w, row) + column * millm_weight_bytes(w->dtype, 1);
 	uint16_t	h;
 	float		f;
 
@@ -82,7 +82,7 @@ one_matmul(const MillmKernels *k, MillmForm form, MillmDtype dtype, bool in_out,
 {
 	const int64_t stored_rows = in_out ? n_in : n_out;
 	const int64_t stride = (in_out ? n_out : n_in) + 3;
-	const int	size = millm_dtype_bytes(dtype);
+	const int	size = millm_weight_bytes(dtype, 1);
 	char	   *bytes = malloc((size_t) (stored_rows * stride * size) + 1);
 	float	   *x = malloc(sizeof(float) * (size_t) (n_tokens * n_in + 1));
 	int64_t		packed_stride = form == MILLM_FORM_F32 ? n_in * 4 : millm_form_row_bytes(form, n_in);
@@ -105,7 +105,7 @@ one_matmul(const MillmKernels *k, MillmForm form, MillmDtype dtype, bool in_out,
 		fill(x + 1 + t * n_in, n_in, kind);
 	if (form == MILLM_FORM_BF16)
 		for (int t = 0; t < n_tokens; t++)
-			k->pack_bf16((uint16_t *) (packed + t * packed_stride), x + 1 + t * n_in, n_in);
+			k->pack[MILLM_FORM_BF16](packed + t * packed_stride, x + 1 + t * n_in, n_in);
 	fill(bias, n_out, ORDINARY);
 	for (int64_t i = 0; i < n_tokens * (n_out + 5); i++)
 		y[i] = 0.25f;
@@ -160,7 +160,7 @@ test_matmul(void **state)
 	n = 1 + variants(k + 1);
 	for (int v = 0; v < n; v++)
 		for (int form = 0; form < MILLM_N_FORMS; form++)
-			for (int dtype = 0; dtype < MILLM_N_WEIGHT_DTYPES; dtype++)
+			for (int dtype = 0; dtype < MILLM_N_FLOAT_DTYPES; dtype++)
 				for (int in_out = 0; in_out < 2; in_out++)
 				{
 					if (!k[v].matmul[form][dtype][in_out])
@@ -191,7 +191,7 @@ test_matmul_is_batch_invariant(void **state)
 		h[i] = millm_f32_to_bf16(w[i]);
 	for (int v = 0; v < n; v++)
 		for (int form = 0; form < MILLM_N_FORMS; form++)
-			for (int dtype = 0; dtype < MILLM_N_WEIGHT_DTYPES; dtype++)
+			for (int dtype = 0; dtype < MILLM_N_FLOAT_DTYPES; dtype++)
 				for (int in_out = 0; in_out < 2; in_out++)
 				{
 					MillmWeight weight = {.dtype = dtype, .in_out = in_out, .n_out = N_OUT, .n_in = N_IN,
@@ -204,7 +204,7 @@ test_matmul_is_batch_invariant(void **state)
 						continue;
 					if (form == MILLM_FORM_BF16)
 						for (int t = 0; t < N_TOKENS; t++)
-							k[v].pack_bf16((uint16_t *) (packed + t * 320), x + t * N_IN, N_IN);
+							k[v].pack[MILLM_FORM_BF16](packed + t * 320, x + t * N_IN, N_IN);
 					f(&m, 0, N_OUT);
 					for (int t = 0; t < N_TOKENS; t++)
 					{
@@ -312,7 +312,7 @@ test_attention(void **state)
 			int			n_kv = shapes[s][0],
 						group = shapes[s][1],
 						hd = shapes[s][2];
-			int64_t		half_bytes = (int64_t) n_kv * hd * MILLM_KERNEL_PAGE * millm_dtype_bytes(k[v].kv_dtype);
+			int64_t		half_bytes = (int64_t) n_kv * hd * MILLM_KERNEL_PAGE * millm_weight_bytes(k[v].kv_dtype, 1);
 			char	   *pool = malloc((size_t) (2 * half_bytes * N_PAGES));
 			float	   *keys = malloc(sizeof(float) * (size_t) (N_POSITIONS * n_kv * hd));
 			float	   *values = malloc(sizeof(float) * (size_t) (N_POSITIONS * n_kv * hd));
