@@ -12,11 +12,11 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
-#include <time.h>
 #include <unistd.h>
 
 #include <jansson.h>
 
+#include "bench.h"
 #include "engine.h"
 #include "forward.h"
 #include "server.h"
@@ -37,6 +37,7 @@ static const char usage[] =
 	"      --context-length N   (default: the model's maximum or 8192, the smaller)\n"
 	"  millm-engine bench DIR             measure prefill and decode, medians of the rounds\n"
 	"      --prompt N  --gen N  --rounds N   (default 512, 64, 3)\n"
+	"      --sequences N        decoded side by side (default 1)\n"
 	"      --json               print one JSON object\n"
 	"  millm-engine inspect DIR           what the model is\n"
 	"  millm-engine tokenize DIR [TEXT]   ids and their texts, one a line; TEXT from stdin when it is not given\n"
@@ -242,15 +243,6 @@ read_ids(const char *arg, int vocab, int *n)
 	return ids;
 }
 
-static double
-now_s(void)
-{
-	struct timespec ts;
-
-	clock_gettime(CLOCK_MONOTONIC, &ts);
-	return (double) ts.tv_sec + (double) ts.tv_nsec / 1e9;
-}
-
 /* ---- generate ------------------------------------------------------------------------------ */
 
 /* What main() waits for; the model thread fills it. */
@@ -382,7 +374,7 @@ command_generate(int argc, char **argv)
 	return 0;
 }
 
-/* ---- the forward pass alone: bench, greedy, logits ------------------------------------------- */
+/* ---- the forward pass alone: greedy, logits --------------------------------------------- */
 
 typedef struct Runner
 {
@@ -454,43 +446,6 @@ runner_feed(Runner *run, const int32_t *ids, int n, int chunk, FILE *out, const 
 }
 
 static int
-compare_doubles(const void *a, const void *b)
-{
-	double		x = *(const double *) a;
-	double		y = *(const double *) b;
-
-	return (x > y) - (x < y);
-}
-
-static double
-median(double *x, int n)
-{
-	qsort(x, (size_t) n, sizeof(*x), compare_doubles);
-	return n % 2 ? x[n / 2] : (x[n / 2 - 1] + x[n / 2]) / 2;
-}
-
-/* One round: a prompt, then one token after the other; seconds of each part. */
-static MillmCode
-bench_round(Runner *run, const int32_t *ids, int n_prompt, int n_gen, double *prefill_s, double *decode_s, MillmError *err)
-{
-	const float *logits;
-	double		start;
-	MillmCode	rc;
-
-	millm_sequence_truncate(run->seq, 0);
-	if (!millm_sequence_reserve(run->seq, n_prompt + n_gen))
-		return millm_fail(err, MILLM_E_INTERNAL, "the KV cache is too small");
-	start = now_s();
-	rc = runner_feed(run, ids, n_prompt, 0, NULL, &logits, err);
-	*prefill_s = now_s() - start;
-	start = now_s();
-	for (int i = 0; i < n_gen && rc == MILLM_OK; i++)
-		rc = runner_feed(run, &ids[n_prompt + i], 1, 1, NULL, &logits, err);
-	*decode_s = now_s() - start;
-	return rc;
-}
-
-static int
 command_bench(int argc, char **argv)
 {
 	const char *args[1];
@@ -498,71 +453,55 @@ command_bench(int argc, char **argv)
 	int64_t		threads = 0;
 	int64_t		n_prompt = 512;
 	int64_t		n_gen = 64;
+	int64_t		n_sequences = 1;
 	int64_t		n_rounds = 3;
 	bool		as_json = false;
 	Option		options[] = {
 		{"--prompt", OPT_INT, &n_prompt, 1, 1 << 20},
 		{"--gen", OPT_INT, &n_gen, 1, 1 << 20},
-		{"--rounds", OPT_INT, &n_rounds, 1, 1000},
+		{"--sequences", OPT_INT, &n_sequences, 1, 4096},
+		{"--rounds", OPT_INT, &n_rounds, 1, MILLM_BENCH_MAX_ROUNDS},
 		{"--json", OPT_FLAG, &as_json, 0, 0},
 		MACHINE_OPTIONS(threads, kernels),
 		{0}
 	};
-	Runner		run = {0};
-	double		prefill[1000];
-	double		decode[1000];
-	double		prefill_tps;
-	double		decode_tps;
-	int32_t    *ids;
+	MillmModel *model = NULL;
+	MillmBench	bench;
+	MillmBenchResult r;
 	MillmError	err;
 	MillmCode	rc;
 
 	parse(argc, argv, options, args, 1, 1);
-	rc = runner_open(&run, args[0], NULL, threads, kernels, n_prompt + n_gen, &err);
-	ids = malloc((size_t) (n_prompt + n_gen) * sizeof(*ids));
-	if (rc == MILLM_OK && !ids)
-		rc = millm_fail(&err, MILLM_E_INTERNAL, "out of memory");
+	bench = (MillmBench) {.n_prompt = (int) n_prompt, .n_gen = (int) n_gen, .n_sequences = (int) n_sequences, .n_rounds = (int) n_rounds,
+		.n_threads = (int) threads, .kernels = kernels};
+	rc = millm_model_open(args[0], &model, &err);
 	if (rc == MILLM_OK)
 	{
-		double		unused[2];
-
-		millm_model_populate(run.model, NULL, NULL);
-		for (int i = 0; i < n_prompt + n_gen; i++)
-			ids[i] = (int32_t) (millm_random_uniform(1, 0, i) * run.model->config.vocab_size);
-		/* Once unmeasured: threads, caches and the clock wake up. */
-		rc = bench_round(&run, ids, (int) (n_prompt < 16 ? n_prompt : 16), (int) (n_gen < 4 ? n_gen : 4), &unused[0], &unused[1], &err);
+		millm_model_populate(model, NULL, NULL);
+		rc = millm_bench_run(model, &bench, &r, &err);
 	}
-	for (int i = 0; i < n_rounds && rc == MILLM_OK; i++)
-		rc = bench_round(&run, ids, (int) n_prompt, (int) n_gen, &prefill[i], &decode[i], &err);
-	free(ids);
-	if (rc != MILLM_OK)
+	if (rc == MILLM_OK && as_json)
 	{
-		runner_close(&run);
-		return report(&err);
-	}
-	prefill_tps = (double) n_prompt / median(prefill, (int) n_rounds);
-	decode_tps = (double) n_gen / median(decode, (int) n_rounds);
-	if (as_json)
-	{
-		json_t	   *result = json_pack("{s:s, s:s, s:s, s:s, s:i, s:I, s:I, s:I, s:f, s:f, s:I}", "version", MILLM_VERSION,
-									   "model_type", run.model->config.model_type, "dtype", run.model->dtype,
-									   "kernels", millm_forward_kernels(run.fw), "threads", millm_forward_threads(run.fw),
-									   "prompt", (json_int_t) n_prompt, "gen", (json_int_t) n_gen, "rounds", (json_int_t) n_rounds,
-									   "prefill_tps", prefill_tps, "decode_tps", decode_tps,
-									   "weights_bytes", (json_int_t) run.model->weights_bytes);
+		json_t	   *result = json_pack("{s:s, s:s, s:s, s:s?, s:s, s:i, s:i, s:i, s:i, s:i, s:f, s:f, s:I, s:I}", "version", MILLM_VERSION,
+									   "model_type", model->config.model_type, "dtype", model->dtype, "quantization", model->quantization,
+									   "kernels", r.kernels, "threads", r.n_threads, "prompt", bench.n_prompt, "gen", bench.n_gen,
+									   "sequences", bench.n_sequences, "rounds", bench.n_rounds,
+									   "prefill_tps", r.prefill_tps, "decode_tps", r.decode_tps,
+									   "weights_bytes", (json_int_t) model->weights_bytes, "decode_bytes", (json_int_t) r.decode_bytes);
 
 		json_dumpf(result, stdout, JSON_COMPACT | JSON_REAL_PRECISION(6));
 		printf("\n");
 		json_decref(result);
 	}
-	else
-		printf("%s %s, %.1f MB, kernels %s, %d threads, median of %" PRId64 " rounds\n"
-			   "prefill %5" PRId64 " tokens  %9.1f tokens/s\n"
-			   "decode  %5" PRId64 " tokens  %9.1f tokens/s\n",
-			   run.model->config.model_type, run.model->dtype, (double) run.model->weights_bytes / 1e6,
-			   millm_forward_kernels(run.fw), millm_forward_threads(run.fw), n_rounds, n_prompt, prefill_tps, n_gen, decode_tps);
-	runner_close(&run);
-	return 0;
+	else if (rc == MILLM_OK)
+		printf("%s %s%s%s, %.1f MB, kernels %s, %d threads, median of %d rounds\n"
+			   "prefill %5d tokens  %9.1f tokens/s\n"
+			   "decode  %5d tokens  %9.1f tokens/s, %d sequences, %.1f GB/s of weights\n",
+			   model->config.model_type, model->dtype, model->quantization ? " and " : "", model->quantization ? model->quantization : "",
+			   (double) model->weights_bytes / 1e6, r.kernels, r.n_threads, bench.n_rounds, bench.n_prompt, r.prefill_tps, bench.n_gen,
+			   r.decode_tps, bench.n_sequences, r.decode_tps / bench.n_sequences * (double) r.decode_bytes / 1e9);
+	millm_model_close(model);
+	return rc == MILLM_OK ? 0 : report(&err);
 }
 
 static int

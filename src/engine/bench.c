@@ -1,0 +1,208 @@
+/*
+ * bench.c -- see bench.h.  Token ids are random: speed does not depend on them.
+ */
+#include "bench.h"
+
+#include <inttypes.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <time.h>
+
+#include "sampler.h"
+
+typedef struct Run
+{
+	const MillmModel *model;
+	const MillmBench *bench;
+	MillmForward *fw;
+	MillmSequence **sequences;	/* [n_sequences]; the first one takes the prompt too */
+	MillmBatchToken *batch;		/* [max_batch] */
+	int			max_batch;
+	MillmError *err;
+} Run;
+
+static double
+now_s(void)
+{
+	struct timespec ts;
+
+	clock_gettime(CLOCK_MONOTONIC, &ts);
+	return (double) ts.tv_sec + 1e-9 * (double) ts.tv_nsec;
+}
+
+static int
+compare_doubles(const void *a, const void *b)
+{
+	double		x = *(const double *) a;
+	double		y = *(const double *) b;
+
+	return (x > y) - (x < y);
+}
+
+static double
+median(double *x, int n)
+{
+	qsort(x, (size_t) n, sizeof(*x), compare_doubles);
+	return n % 2 ? x[n / 2] : (x[n / 2 - 1] + x[n / 2]) / 2;
+}
+
+static int32_t
+token_id(const Run *run, int i)
+{
+	return (int32_t) (millm_random_uniform(1, 0, i) * run->model->config.vocab_size);
+}
+
+/* Every sequence forgets what it has and makes room for n positions. */
+static MillmCode
+start_over(Run *run, int n_sequences, int n)
+{
+	for (int i = 0; i < run->bench->n_sequences; i++)
+		millm_sequence_truncate(run->sequences[i], 0);
+	for (int i = 0; i < n_sequences; i++)
+		if (!millm_sequence_reserve(run->sequences[i], n))
+			return millm_fail(run->err, MILLM_E_INTERNAL, "the KV cache is too small");
+	return MILLM_OK;
+}
+
+static MillmCode
+prefill(Run *run, int n)
+{
+	const float *logits;
+	MillmCode	rc = start_over(run, 1, n);
+
+	for (int at = 0, k; at < n && rc == MILLM_OK; at += k)
+	{
+		k = n - at < run->max_batch ? n - at : run->max_batch;
+		for (int i = 0; i < k; i++)
+			run->batch[i] = (MillmBatchToken) {.seq = run->sequences[0], .position = at + i, .token = token_id(run, at + i),
+				.want_logits = at + i == n - 1};
+		rc = millm_forward_step(run->fw, run->batch, k, NULL, NULL, &logits, run->err);
+	}
+	return rc;
+}
+
+/* One token of each sequence at a time. */
+static MillmCode
+decode(Run *run, int first, int n)
+{
+	const float *logits;
+	MillmCode	rc = MILLM_OK;
+
+	for (int at = first; at < first + n && rc == MILLM_OK; at++)
+	{
+		for (int i = 0; i < run->bench->n_sequences; i++)
+			run->batch[i] = (MillmBatchToken) {.seq = run->sequences[i], .position = at, .token = token_id(run, at + 7 * i), .want_logits = true};
+		rc = millm_forward_step(run->fw, run->batch, run->bench->n_sequences, NULL, NULL, &logits, run->err);
+	}
+	return rc;
+}
+
+/* Seconds of each part. */
+static MillmCode
+measure(Run *run, int n_prompt, int n_gen, double *prefill_s, double *decode_s)
+{
+	double		start = now_s();
+	MillmCode	rc = prefill(run, n_prompt);
+
+	*prefill_s = now_s() - start;
+	if (rc == MILLM_OK && (rc = start_over(run, run->bench->n_sequences, n_gen + 1)) == MILLM_OK)
+		rc = decode(run, 0, 1);
+	start = now_s();
+	if (rc == MILLM_OK)
+		rc = decode(run, 1, n_gen);
+	*decode_s = now_s() - start;
+	return rc;
+}
+
+/* A matrix and the scales beside it. */
+static int64_t
+matrix_bytes(const MillmWeight *w)
+{
+	int64_t		bytes = millm_weight_bytes(w->dtype, w->n_out * w->n_in);
+
+	if (!w->data)
+		return 0;
+	if (w->dtype == MILLM_INT8)
+		bytes += w->n_out * 4;
+	if (w->dtype == MILLM_4BIT)
+	{
+		int64_t		n_blocks = (w->n_out * w->n_in + w->block_size - 1) / w->block_size;
+
+		bytes += w->nested_block_size == 0 ? n_blocks * 4 : n_blocks + (n_blocks + w->nested_block_size - 1) / w->nested_block_size * 4;
+	}
+	return bytes;
+}
+
+static int64_t
+decode_bytes(const MillmModel *m)
+{
+	int64_t		bytes = matrix_bytes(&m->head);
+
+	for (int i = 0; i < m->config.n_layers; i++)
+	{
+		const MillmLayer *l = &m->layers[i];
+		const MillmWeight *w[] = {&l->q, &l->k, &l->v, &l->o, &l->gate, &l->up, &l->down};
+
+		for (size_t k = 0; k < sizeof(w) / sizeof(w[0]); k++)
+			bytes += matrix_bytes(w[k]);
+	}
+	return bytes;
+}
+
+static MillmCode
+open_run(Run *run)
+{
+	const MillmBench *b = run->bench;
+	int64_t		positions = b->n_prompt > b->n_gen + 1 ? b->n_prompt : b->n_gen + 1;
+	int64_t		pages = (positions + MILLM_KV_PAGE_TOKENS - 1) / MILLM_KV_PAGE_TOKENS;
+	MillmForwardOptions options = {.n_threads = b->n_threads, .kernels = b->kernels, .n_pages = pages * b->n_sequences,
+		.max_batch_tokens = b->n_sequences > 256 ? b->n_sequences : 0};
+	MillmCode	rc;
+
+	if (positions > run->model->config.max_positions)
+	{
+		millm_fail(run->err, MILLM_E_CONTEXT_LENGTH_EXCEEDED, "too many tokens for the model");
+		millm_detail(run->err, "There would be %" PRId64 "; it knows %d positions.", positions, run->model->config.max_positions);
+		return MILLM_E_CONTEXT_LENGTH_EXCEEDED;
+	}
+	if ((rc = millm_forward_create(run->model, &options, &run->fw, run->err)) != MILLM_OK)
+		return rc;
+	run->max_batch = millm_forward_max_batch_tokens(run->fw);
+	run->batch = calloc((size_t) run->max_batch, sizeof(*run->batch));
+	run->sequences = calloc((size_t) b->n_sequences, sizeof(MillmSequence *));
+	if (!run->batch || !run->sequences)
+		return millm_fail(run->err, MILLM_E_INSUFFICIENT_MEMORY, "out of memory");
+	for (int i = 0; i < b->n_sequences; i++)
+		if (!(run->sequences[i] = millm_sequence_create(run->fw)))
+			return millm_fail(run->err, MILLM_E_INSUFFICIENT_MEMORY, "out of memory");
+	return MILLM_OK;
+}
+
+MillmCode
+millm_bench_run(const MillmModel *model, const MillmBench *bench, MillmBenchResult *result, MillmError *err)
+{
+	Run			run = {.model = model, .bench = bench, .err = err};
+	double		prefill_s[MILLM_BENCH_MAX_ROUNDS], decode_s[MILLM_BENCH_MAX_ROUNDS];
+	MillmCode	rc = open_run(&run);
+
+	/* Once unmeasured: threads, caches and the clock wake up. */
+	if (rc == MILLM_OK)
+		rc = measure(&run, bench->n_prompt < 16 ? bench->n_prompt : 16, bench->n_gen < 4 ? bench->n_gen : 4, &prefill_s[0], &decode_s[0]);
+	for (int i = 0; i < bench->n_rounds && rc == MILLM_OK; i++)
+		rc = measure(&run, bench->n_prompt, bench->n_gen, &prefill_s[i], &decode_s[i]);
+	if (rc == MILLM_OK)
+	{
+		result->prefill_tps = bench->n_prompt / median(prefill_s, bench->n_rounds);
+		result->decode_tps = (double) bench->n_gen * bench->n_sequences / median(decode_s, bench->n_rounds);
+		result->decode_bytes = decode_bytes(model);
+		snprintf(result->kernels, sizeof(result->kernels), "%s", millm_forward_kernels(run.fw));
+		result->n_threads = millm_forward_threads(run.fw);
+	}
+	for (int i = 0; run.sequences && i < bench->n_sequences; i++)
+		millm_sequence_free(run.sequences[i]);
+	free(run.sequences);
+	free(run.batch);
+	millm_forward_free(run.fw);
+	return rc;
+}

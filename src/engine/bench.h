@@ -1,0 +1,36 @@
+/*
+ * bench.h -- how fast a model runs: prefill of one prompt, then decoding of several sequences side by side.
+ */
+#ifndef MILLM_BENCH_H
+#define MILLM_BENCH_H
+
+#include "error.h"
+#include "forward.h"
+#include "model.h"
+
+#define MILLM_BENCH_MAX_ROUNDS 1000
+
+typedef struct MillmBench
+{
+	int			n_prompt;
+	int			n_gen;			/* tokens of each sequence */
+	int			n_sequences;
+	int			n_rounds;		/* at most MILLM_BENCH_MAX_ROUNDS; once more, before, unmeasured */
+	int			n_threads;		/* 0: one per CPU */
+	const char *kernels;		/* as in MillmForwardOptions */
+} MillmBench;
+
+/* Medians of the rounds. */
+typedef struct MillmBenchResult
+{
+	double		prefill_tps;	/* tokens per second; logits of the last token only */
+	double		decode_tps;		/* of all sequences together, each from an empty cache, each with its logits */
+	int64_t		decode_bytes;	/* bytes of weights that a decoding step reads */
+	char		kernels[16];
+	int			n_threads;
+} MillmBenchResult;
+
+/* Errors are millm_forward_create()'s, CONTEXT_LENGTH_EXCEEDED, INSUFFICIENT_MEMORY. */
+extern MillmCode millm_bench_run(const MillmModel *model, const MillmBench *bench, MillmBenchResult *result, MillmError *err);
+
+#endif
