@@ -45,7 +45,10 @@ def main(directory, out):
     w.add_head_count_kv(kv)
     w.add_layer_norm_rms_eps(c["rms_norm_eps"])
     w.add_rope_freq_base(c.get("rope_theta", 10000.0))
-    w.add_rope_dimension_count(c.get("head_dim") or c["hidden_size"] // heads)
+    head_dim = c.get("head_dim") or c["hidden_size"] // heads
+    w.add_rope_dimension_count(head_dim)
+    w.add_key_length(head_dim)
+    w.add_value_length(head_dim)
     w.add_vocab_size(c["vocab_size"])
     w.add_tokenizer_model("no_vocab")
     w.add_file_type(gguf.LlamaFileType.MOSTLY_BF16)
