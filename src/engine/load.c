@@ -3,6 +3,7 @@
  */
 #include "load.h"
 
+#include <pthread.h>
 #include <stdatomic.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -87,25 +88,35 @@ now_ms(void)
 	return (double) ts.tv_sec * 1e3 + (double) ts.tv_nsec / 1e6;
 }
 
-/* Open, plan, reserve; loaded is zeroed and keeps what it got when this fails. */
+/* A tokenizer.json of megabytes takes longer to parse than weights to be mapped: both go on at once. */
+typedef struct Opening
+{
+	MillmLoaded *loaded;
+	MillmCode	rc;
+	MillmError	err;
+} Opening;
+
+static void *
+open_tokenizer(void *arg)
+{
+	Opening    *o = arg;
+
+	o->rc = millm_tokenizer_open(o->loaded->path, &o->loaded->tokenizer, &o->err);
+	return NULL;
+}
+
+/* Open, plan, reserve all but the tokenizer; loaded and keeps what it got when this fails. */
 static MillmCode
-fill(MillmLoaded *loaded, const MillmLoadOptions *options, void (*progress) (void *arg, int percent), void *arg,
+open_model(MillmLoaded *loaded, const MillmLoadOptions *options, void (*progress) (void *arg, int percent), void *arg,
 	 MillmForward **fw, MillmError *err)
 {
 	MillmForwardOptions fo = {.n_threads = options->threads, .deterministic = options->deterministic,
 		.kernels = options->kernels};
 	MillmMemoryPlan plan = {.page_tokens = MILLM_KV_PAGE_TOKENS, .max_sequences = options->max_sequences,
 		.kv_cache_bytes = options->kv_cache_bytes};
-	double		start = now_ms();
 	MillmCode	rc;
 
-	loaded->path = strdup(options->path);
-	loaded->name = strdup(options->model ? options->model : options->path);
-	loaded->uuid = options->model_uuid ? strdup(options->model_uuid) : NULL;
-	if (!loaded->path || !loaded->name || (options->model_uuid && !loaded->uuid))
-		return millm_fail(err, MILLM_E_INTERNAL, "out of memory");
 	if ((rc = millm_model_open(options->path, &loaded->model, err)) != MILLM_OK ||
-		(rc = millm_tokenizer_open(options->path, &loaded->tokenizer, err)) != MILLM_OK ||
 		(rc = choose_context(options, &loaded->model->config, &loaded->context_length, err)) != MILLM_OK)
 		return rc;
 
@@ -134,10 +145,41 @@ fill(MillmLoaded *loaded, const MillmLoadOptions *options, void (*progress) (voi
 	loaded->pages_total = plan.n_pages;
 	loaded->kv_bytes = plan.n_pages * plan.page_bytes;
 	loaded->private_bytes = loaded->kv_bytes + plan.workspace_bytes;
-	loaded->loaded_at = (int64_t) time(NULL);
-	loaded->load_ms = now_ms() - start;
 	warn_of_ignored(loaded);
 	return MILLM_OK;
+}
+
+/* loaded is zeroed, and keeps what it got when this fails. */
+static MillmCode
+fill(MillmLoaded *loaded, const MillmLoadOptions *options, void (*progress) (void *arg, int percent), void *arg,
+	 MillmForward **fw, MillmError *err)
+{
+	Opening		tokenizer = {.loaded = loaded};
+	double		start = now_ms();
+	pthread_t	thread;
+	MillmCode	rc;
+	int			failed;
+
+	loaded->path = strdup(options->path);
+	loaded->name = strdup(options->model ? options->model : options->path);
+	loaded->uuid = options->model_uuid ? strdup(options->model_uuid) : NULL;
+	if (!loaded->path || !loaded->name || (options->model_uuid && !loaded->uuid))
+		return millm_fail(err, MILLM_E_INTERNAL, "out of memory");
+	if ((failed = pthread_create(&thread, NULL, open_tokenizer, &tokenizer)) != 0)
+		open_tokenizer(&tokenizer);
+	rc = open_model(loaded, options, progress, arg, fw, err);
+	if (!failed)
+		pthread_join(thread, NULL);
+	if (rc == MILLM_OK && (rc = tokenizer.rc) != MILLM_OK)
+	{
+		if (err)
+			*err = tokenizer.err;
+		millm_forward_free(*fw);
+		*fw = NULL;
+	}
+	loaded->loaded_at = (int64_t) time(NULL);
+	loaded->load_ms = now_ms() - start;
+	return rc;
 }
 
 MillmCode
