@@ -3,12 +3,14 @@
  *
  * A comparison with the genuine library proves a flag only if the comparison fails without it.  Each name below stands for
  * one field that the forward pass reads; test/parity/test_logits.py flips each and demands that some tiny model notices.
+ * The fields of a quantized weight are called quant_..., and test_quant_logits.py's.
  */
 #include <math.h>
 #include <stdlib.h>
 #include <string.h>
 
 #include "model.h"
+#include "quant.h"
 #include "safetensors.h"
 
 static void
@@ -85,7 +87,33 @@ l_n_kv_heads(MillmLayer *l)
 	l->k.n_out = l->v.n_out = l->head_dim;
 }
 
-static void l_in_out(MillmLayer *l) { if (l->o.n_in == l->o.n_out) l->o.in_out = !l->o.in_out; }
+static void l_in_out(MillmLayer *l) { if (l->o.n_in == l->o.n_out && l->o.dtype < MILLM_N_FLOAT_DTYPES) l->o.in_out = !l->o.in_out; }
+
+/* Each 4-bit weight of a layer, changed so that nothing behind the end of a tensor is read. */
+static void
+each_4bit(MillmLayer *l, void (*f) (MillmWeight *w))
+{
+	MillmWeight *weights[] = {&l->q, &l->k, &l->v, &l->o, &l->gate, &l->up, &l->down};
+
+	for (size_t i = 0; i < sizeof(weights) / sizeof(weights[0]); i++)
+		if (weights[i]->dtype == MILLM_4BIT && weights[i]->data)
+			f(weights[i]);
+}
+
+static void w_first(MillmWeight *w) { w->first -= w->first > 0; }
+static void w_codebook(MillmWeight *w) { w->codebook = w->codebook == millm_nf4_codebook ? millm_fp4_codebook : millm_nf4_codebook; }
+static void w_block_size(MillmWeight *w) { w->block_size *= 2; }
+static void w_nested_block_size(MillmWeight *w) { w->nested_block_size *= 2; }
+static void w_nested_offset(MillmWeight *w) { w->nested_offset *= 1.01f; }
+static void w_rounded(MillmWeight *w) { w->rounded = w->rounded == MILLM_F32 ? MILLM_BF16 : MILLM_F32; }
+static void l_quant_first(MillmLayer *l) { each_4bit(l, w_first); }
+static void l_quant_codebook(MillmLayer *l) { each_4bit(l, w_codebook); }
+static void l_quant_block_size(MillmLayer *l) { each_4bit(l, w_block_size); }
+static void l_quant_nested_block_size(MillmLayer *l) { each_4bit(l, w_nested_block_size); }
+static void l_quant_nested_offset(MillmLayer *l) { each_4bit(l, w_nested_offset); }
+static void l_quant_rounded(MillmLayer *l) { each_4bit(l, w_rounded); }
+/* The scales of the first rows of a fused INT8 tensor for all of its parts. */
+static void l_quant_scale(MillmLayer *l) { if (l->k.dtype == MILLM_INT8 && l->q.n_out >= l->k.n_out) l->k.scale = l->q.scale; }
 
 static const struct
 {
@@ -100,6 +128,9 @@ static const struct
 	{"window", NULL, l_window}, {"attn_norm_bias", NULL, l_attn_norm_bias}, {"mlp_norm_bias", NULL, l_mlp_norm_bias}, {"q_bias", NULL, l_q_bias},
 	{"k_bias", NULL, l_k_bias}, {"v_bias", NULL, l_v_bias}, {"o_bias", NULL, l_o_bias}, {"gate_bias", NULL, l_gate_bias}, {"up_bias", NULL, l_up_bias},
 	{"down_bias", NULL, l_down_bias}, {"mlp_gated", NULL, l_mlp_gated}, {"qkv_order", NULL, l_qkv_order}, {"in_out", NULL, l_in_out},
+	{"quant_first", NULL, l_quant_first}, {"quant_codebook", NULL, l_quant_codebook}, {"quant_block_size", NULL, l_quant_block_size},
+	{"quant_nested_block_size", NULL, l_quant_nested_block_size}, {"quant_nested_offset", NULL, l_quant_nested_offset},
+	{"quant_rounded", NULL, l_quant_rounded}, {"quant_scale", NULL, l_quant_scale},
 };
 
 const char *

@@ -58,7 +58,8 @@ def test_tiny_fast(model, kernels, tmp_path):
 
 def mutations():
     done = run_engine("logits", "--list-mutations")
-    return done.stdout.split() if done.returncode == 0 else []
+    # the fields of quantized weights are test_quant_logits.py's
+    return [m for m in done.stdout.split() if not m.startswith("quant_")] if done.returncode == 0 else []
 
 
 def test_there_are_mutations():

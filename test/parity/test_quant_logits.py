@@ -1,0 +1,129 @@
+"""Numbers of quantized checkpoints: float32 transformers whose every quantized Linear holds what bitsandbytes dequantizes is the judge.
+
+That transformers' own loader sees the same weights in these directories is tested in load_with_transformers5.py.
+"""
+import json
+import random
+
+import numpy as np
+import pytest
+import torch
+from bitsandbytes.backends.default.ops import _dequantize_4bit_compute
+from bitsandbytes.functional import QuantState, dequantize_4bit, dequantize_blockwise
+from conftest import FIXTURES, SMOLLM2, engine_logits, error, reference_logits, run_engine
+from safetensors.torch import load_file
+from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.pytorch_utils import Conv1D
+
+TINY = FIXTURES / "tiny-bnb"
+TINY_TOLERANCE = 2e-5
+# 16-bit activations and KV, as for the float models
+FAST_TOLERANCE = 3e-2
+TINY_MODELS = sorted(p.name for p in TINY.iterdir() if (p / "config.json").exists()) if TINY.is_dir() else []
+STATE = ".weight.quant_state.bitsandbytes__"
+
+
+def tensors(directory):
+    return {k: t for path in sorted(directory.glob("*.safetensors")) for k, t in load_file(path).items()}
+
+
+def dequantized_4bit(beside, weight):
+    """beside: what lies beside the weight, by its name behind ".weight."."""
+    state = QuantState.from_dict(beside, device="cpu")
+    if state.shape[1] % state.blocksize == 0:
+        return dequantize_4bit(weight, state).float()
+    # bitsandbytes 0.50.1's AVX-512 code takes a wrong scale where a block straddles rows; its portable code does not
+    absmax = state.absmax
+    if state.nested:
+        absmax = dequantize_blockwise(absmax, state.state2) + state.offset
+    return _dequantize_4bit_compute(weight.view(torch.uint8).view(-1), absmax, state.code, state.blocksize, state.shape, state.dtype).float()
+
+
+def float_state(directory):
+    """The state dict in float32, quantized weights dequantized, still [out, in]; and the names of these."""
+    stored, out, quantized = tensors(directory), {}, set()
+    for name, t in stored.items():
+        module, _, leaf = name.rpartition(".")
+        if leaf == "weight" and module + ".SCB" in stored:
+            out[name] = (t.float() * stored[module + ".SCB"][:, None]) * 0.007874015718698502
+            quantized.add(module)
+        elif leaf == "weight" and any(name[:-len(".weight")] + STATE + kind in stored for kind in ("nf4", "fp4")):
+            beside = {k[len(name) + 1:]: v for k, v in stored.items() if k.startswith(name + ".")}
+            out[name] = dequantized_4bit(beside, t)
+            quantized.add(module)
+        elif ".weight." not in name and leaf not in ("SCB", "weight_format"):
+            out[name] = t.float()
+    return out, quantized
+
+
+def judge(directory):
+    torch.set_grad_enabled(False)
+    config = AutoConfig.from_pretrained(directory)
+    del config.quantization_config
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation="eager").eval()
+    state, quantized = float_state(directory)
+    assert quantized
+    for name, module in model.named_modules():
+        if isinstance(module, Conv1D) and name in quantized:
+            state[name + ".weight"] = state[name + ".weight"].T
+    missing, unexpected = model.load_state_dict(state, strict=False)
+    assert not unexpected and set(missing) <= set(model._tied_weights_keys or [])
+    model.tie_weights()
+    return model
+
+
+def some_ids(directory, n):
+    rng = random.Random(1)
+    vocab = json.loads((directory / "config.json").read_text())["vocab_size"]
+    return [rng.randrange(vocab) for _ in range(n)]
+
+
+def test_there_are_tiny_models():
+    assert len(TINY_MODELS) >= 30, f"run test/fixture/make: {TINY} has {TINY_MODELS}"
+
+
+@pytest.mark.parametrize("model", TINY_MODELS)
+def test_tiny_ref(model, tmp_path):
+    ids = some_ids(TINY / model, 24)
+    theirs = reference_logits(judge(TINY / model), ids)
+    ours = engine_logits(TINY / model, ids, tmp_path)
+    assert error(ours, theirs) <= TINY_TOLERANCE
+    assert error(engine_logits(TINY / model, ids, tmp_path, chunk=5), theirs) <= TINY_TOLERANCE
+
+
+def fast_kernels():
+    """The variants that this CPU has."""
+    flags = open("/proc/cpuinfo").read()
+    return [k for k, flag in (("avx2", " avx2 "), ("avx512", " avx512_bf16 ")) if flag in flags]
+
+
+@pytest.mark.parametrize("kernels", fast_kernels())
+@pytest.mark.parametrize("model", TINY_MODELS)
+def test_tiny_fast(model, kernels, tmp_path):
+    ids = some_ids(TINY / model, 24)
+    theirs = reference_logits(judge(TINY / model), ids)
+    assert error(engine_logits(TINY / model, ids, tmp_path, kernels=kernels), theirs) <= FAST_TOLERANCE
+    # one token at a time, as a generation runs
+    assert error(engine_logits(TINY / model, ids, tmp_path, kernels=kernels, chunk=1), theirs) <= FAST_TOLERANCE
+
+
+def mutations():
+    done = run_engine("logits", "--list-mutations")
+    return [m for m in done.stdout.split() if m.startswith("quant_")]
+
+
+def test_there_are_mutations():
+    assert len(mutations()) >= 7
+
+
+@pytest.mark.parametrize("field", mutations())
+def test_each_field_matters(field, tmp_path):
+    """Falsify one field of the quantized weights: some tiny model must change far beyond the tolerance."""
+    changed = []
+    for model in TINY_MODELS:
+        ids = some_ids(TINY / model, 24)
+        ours = engine_logits(TINY / model, ids, tmp_path, mutate=field)
+        if not np.isfinite(ours).all() or error(ours, engine_logits(TINY / model, ids, tmp_path)) > 5 * TINY_TOLERANCE:
+            changed.append(model)
+            break
+    assert changed, f"no tiny model notices {field}"
