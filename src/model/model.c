@@ -280,6 +280,19 @@ add_name(Names *names, const char *name)
 										names->n > 1 ? ", " : "", shown(name).text);
 }
 
+static MillmCode
+wrong_shape(Binder *b, const MillmStTensor *t, int64_t d0, int64_t d1)
+{
+	millm_fail(b->err, MILLM_E_INVALID_MODEL_FILE, "tensor \"%s\" has the wrong shape", t->name);
+	if (d1)
+		millm_detail(b->err, "The config implies [%lld, %lld]; it has %d dimensions, [%lld, %lld].", (long long) d0, (long long) d1,
+					 t->n_dims, (long long) (t->n_dims > 0 ? t->dims[0] : 0), (long long) (t->n_dims > 1 ? t->dims[1] : 0));
+	else
+		millm_detail(b->err, "The config implies [%lld]; it has %d dimensions, the first is %lld.", (long long) d0,
+					 t->n_dims, (long long) (t->n_dims > 0 ? t->dims[0] : 0));
+	return MILLM_E_INVALID_MODEL_FILE;
+}
+
 /*
  * The named tensor, of that shape (d1 0: a vector) and of a dtype that can be multiplied.  A missing one is noted, and
  * *out is NULL: binding goes on, so that check_complete() can name them all.
@@ -298,16 +311,7 @@ take(Binder *b, const char *name, int64_t d0, int64_t d1, const MillmStTensor **
 	}
 	t = e->tensor;
 	if (t->n_dims != (d1 ? 2 : 1) || t->dims[0] != d0 || (d1 && t->dims[1] != d1))
-	{
-		millm_fail(b->err, MILLM_E_INVALID_MODEL_FILE, "tensor \"%s\" has the wrong shape", name);
-		if (d1)
-			millm_detail(b->err, "The config implies [%lld, %lld]; it has %d dimensions, [%lld, %lld].", (long long) d0, (long long) d1,
-						 t->n_dims, (long long) (t->n_dims > 0 ? t->dims[0] : 0), (long long) (t->n_dims > 1 ? t->dims[1] : 0));
-		else
-			millm_detail(b->err, "The config implies [%lld]; it has %d dimensions, the first is %lld.", (long long) d0,
-						 t->n_dims, (long long) (t->n_dims > 0 ? t->dims[0] : 0));
-		return MILLM_E_INVALID_MODEL_FILE;
-	}
+		return wrong_shape(b, t, d0, d1);
 	if (t->dtype >= MILLM_N_FLOAT_DTYPES)
 	{
 		millm_fail(b->err, MILLM_E_UNSUPPORTED, "dtype %s of tensor \"%s\" is not supported", millm_dtype_name(t->dtype), name);
@@ -336,15 +340,6 @@ take_beside(Binder *b, const char *module, const char *suffix)
 	return (MillmStored) {.dtype = e->tensor->dtype, .data = e->tensor->data, .bytes = e->tensor->bytes};
 }
 
-static MillmCode
-wrong_shape(Binder *b, const char *module, int64_t n_out, int64_t n_in, int64_t has_out, int64_t has_in)
-{
-	millm_fail(b->err, MILLM_E_INVALID_MODEL_FILE, "tensor \"%s.weight\" has the wrong shape", module);
-	millm_detail(b->err, "The config implies [%lld, %lld]; it has been quantized from [%lld, %lld].", (long long) n_out, (long long) n_in,
-				 (long long) has_out, (long long) has_in);
-	return MILLM_E_INVALID_MODEL_FILE;
-}
-
 static const float *
 aligned_map(Binder *b, const void *stored)
 {
@@ -369,13 +364,25 @@ bind_4bit(Binder *b, const char *module, Entry *e, const char *suffix, MillmStor
 	char		name[MAX_NAME + 64];
 	MillmCode	rc;
 
-	if (text.dtype != MILLM_U8)
-		return millm_fail(b->err, MILLM_E_INVALID_MODEL_FILE, "the quant_state of \"%s\" is not U8", module);
 	snprintf(name, sizeof(name), "%s%s", module, suffix);
+	if (text.dtype != MILLM_U8)
+		return millm_fail(b->err, MILLM_E_INVALID_MODEL_FILE, "dtype %s of tensor \"%s\" is not U8", millm_dtype_name(text.dtype), name);
 	if ((rc = millm_quant_state_read(name, text.data, text.bytes, &state, b->err)) != MILLM_OK)
 		return rc;
 	if (state.n_out != n_out || state.n_in != n_in)
-		return wrong_shape(b, module, n_out, n_in, state.n_out, state.n_in);
+	{
+		millm_fail(b->err, MILLM_E_INVALID_MODEL_FILE, "tensor \"%s\" has the wrong shape", e->tensor->name);
+		millm_detail(b->err, "The config implies [%lld, %lld]; it has been quantized from [%lld, %lld].", (long long) n_out, (long long) n_in,
+					 (long long) state.n_out, (long long) state.n_in);
+		return MILLM_E_INVALID_MODEL_FILE;
+	}
+	/* bitsandbytes takes a row of codes for a transposed weight */
+	if (e->tensor->n_dims != 2 || e->tensor->dims[1] != 1)
+	{
+		millm_fail(b->err, MILLM_E_INVALID_MODEL_FILE, "tensor \"%s\" has the wrong shape", e->tensor->name);
+		millm_detail(b->err, "4-bit codes are stored as a column, [n, 1].");
+		return MILLM_E_INVALID_MODEL_FILE;
+	}
 	if ((rc = millm_quant_bind_4bit(module, &state, weight, take_beside(b, module, ".weight.absmax"), take_beside(b, module, ".weight.quant_map"),
 									take_beside(b, module, ".weight.nested_absmax"), take_beside(b, module, ".weight.nested_quant_map"),
 									&q, b->err)) != MILLM_OK)
@@ -400,7 +407,7 @@ bind_int8(Binder *b, const char *module, Entry *e, MillmStored scb, int64_t n_ou
 	MillmCode	rc;
 
 	if (t->n_dims != 2 || t->dims[0] != n_out || t->dims[1] != n_in)
-		return wrong_shape(b, module, n_out, n_in, t->n_dims > 0 ? t->dims[0] : 0, t->n_dims > 1 ? t->dims[1] : 0);
+		return wrong_shape(b, t, n_out, n_in);
 	if ((rc = millm_quant_bind_int8(module, n_out, n_in, take_beside(b, module, ".weight"), scb, take_beside(b, module, ".weight_format"), &q,
 									b->err)) != MILLM_OK)
 		return rc;
@@ -434,6 +441,12 @@ bind_matrix(Binder *b, const char *prefix, const char *template, int layer, int6
 				return bind_4bit(b, module, e, state[i], beside, n_out, n_in, w);
 		if ((beside = take_beside(b, module, ".SCB")).data)
 			return bind_int8(b, module, e, beside, n_out, n_in, w);
+		if (e->tensor->dtype == MILLM_U8 || e->tensor->dtype == MILLM_I8)
+		{
+			millm_fail(b->err, MILLM_E_INVALID_MODEL_FILE, "tensor \"%s%s\" is missing", module, e->tensor->dtype == MILLM_I8 ? ".SCB" : state[0]);
+			millm_detail(b->err, "\"%s\" is stored as %s: quantized, and nothing beside it tells how.", name, millm_dtype_name(e->tensor->dtype));
+			return MILLM_E_INVALID_MODEL_FILE;
+		}
 	}
 	rc = in_out ? take(b, name, n_in, n_out, &t) : take(b, name, n_out, n_in, &t);
 	if (rc == MILLM_OK && t)

@@ -2,8 +2,9 @@
  * decode.c -- a stranger's quantized Linear: checked against its quant_state, and turned back into float32.
  *
  * After a bind every index that millm_quant_dequantize() forms lies inside of a tensor, because each length was
- * compared with what n_out, n_in and the block sizes ask for, and every scale is finite.
+ * compared with what n_out, n_in and the block sizes ask for, and every weight is finite.
  */
+#include <float.h>
 #include <math.h>
 #include <string.h>
 
@@ -39,7 +40,7 @@ check_stored(const char *name, const char *suffix, MillmStored t, MillmDtype dty
 static MillmCode
 not_finite(const char *name, const char *suffix, MillmError *err)
 {
-	return millm_fail(err, MILLM_E_INVALID_MODEL_FILE, "\"%s\" of quantized tensor \"%.200s\" holds a value that is NaN or infinite, or scales to it",
+	return millm_fail(err, MILLM_E_INVALID_MODEL_FILE, "\"%s\" of quantized tensor \"%.200s\" holds a value that is NaN or infinite, or makes weights that are",
 					  suffix, name);
 }
 
@@ -52,6 +53,16 @@ largest(const void *p, int64_t n)
 
 	memcpy(&f, &max, 4);
 	return f;
+}
+
+/*
+ * Up to here a scale, which is also the largest weight of its block, stays finite when it is rounded to dtype.
+ * NaN is beyond it.
+ */
+static bool
+is_beyond(float scale, MillmDtype dtype)
+{
+	return !(dtype == MILLM_F16 ? scale < 65520.0f : dtype == MILLM_BF16 ? scale < 0x1.ffp127f : scale <= FLT_MAX);
 }
 
 /* The codebook is built in; the file's copy must be the same but for a rounding. */
@@ -99,8 +110,10 @@ millm_quant_bind_4bit(const char *name, const MillmQuantState *state, MillmStore
 			(rc = check_stored(name, "nested_absmax", nested_absmax, MILLM_F32, "F32", (uint64_t) n_groups * 4, err)) != MILLM_OK ||
 			(rc = check_stored(name, "nested_quant_map", nested_map, MILLM_F32, "F32", 256 * 4, err)) != MILLM_OK)
 			return rc;
-		/* the largest scale that any code could decode to; NaN fails the comparison too */
-		if (!(largest(nested_absmax.data, n_groups) * largest(nested_map.data, 256) + fabsf(state->nested_offset) <= 3.4028234e38f))
+		if (is_beyond(largest(nested_map.data, 256), MILLM_F32))
+			return not_finite(name, "nested_quant_map", err);
+		/* the largest scale that any code could decode to */
+		if (is_beyond(largest(nested_absmax.data, n_groups) * largest(nested_map.data, 256) + fabsf(state->nested_offset), state->dtype))
 			return not_finite(name, "nested_absmax", err);
 		w.nested_block_size = state->nested_block_size;
 		w.nested_offset = state->nested_offset;
@@ -116,7 +129,7 @@ millm_quant_bind_4bit(const char *name, const MillmQuantState *state, MillmStore
 		}
 		if ((rc = check_stored(name, "absmax", absmax, MILLM_F32, "F32", (uint64_t) n_blocks * 4, err)) != MILLM_OK)
 			return rc;
-		if (!isfinite(largest(absmax.data, n_blocks)))
+		if (is_beyond(largest(absmax.data, n_blocks), state->dtype))
 			return not_finite(name, "absmax", err);
 	}
 	*out = w;
@@ -148,7 +161,7 @@ millm_quant_bind_int8(const char *name, int64_t n_out, int64_t n_in, MillmStored
 			return MILLM_E_UNSUPPORTED;
 		}
 	}
-	if (!(largest(scb.data, n_out) <= 3.4028234e38f / 128))
+	if (!(largest(scb.data, n_out) <= FLT_MAX / 128))
 		return not_finite(name, "SCB", err);
 	*out = (MillmQuantWeight) {
 		.format = MILLM_QUANT_INT8, .dtype = MILLM_F32, .n_out = n_out, .n_in = n_in, .data = weight.data, .absmax = scb.data,

@@ -183,7 +183,7 @@ typedef struct MillmQuantWeight
 /*
  * The 4-bit weight called name from what lies beside it; quant_map, nested_absmax and nested_map as named in a file.
  * weight may be stored as U8 or, the same bytes, as any float dtype.  INVALID_MODEL_FILE when a tensor is missing or
- * too many, has the wrong dtype or length, or holds scales that are not finite.
+ * too many, has the wrong dtype or length, or when its scales make weights that are not finite.
  */
 extern MillmCode millm_quant_bind_4bit(const char *name, const MillmQuantState *state, MillmStored weight,
 									   MillmStored absmax, MillmStored quant_map, MillmStored nested_absmax,

@@ -11,6 +11,7 @@
 #include <string.h>
 
 #include "layout.h"
+#include "shown.h"
 
 /* Longer than any honest one; bitsandbytes' own are below 200 bytes. */
 #define MAX_STATE_BYTES	4096
@@ -71,9 +72,9 @@ bad_value(MillmError *err, const char *name, const char *key, json_t *value, con
 {
 	char	   *text = value ? json_dumps(value, JSON_ENCODE_ANY | JSON_COMPACT) : NULL;
 
-	millm_fail(err, MILLM_E_INVALID_MODEL_FILE, "invalid \"%s\" in \"%.200s\"", key, name);
+	millm_fail(err, MILLM_E_INVALID_MODEL_FILE, "invalid \"%s\" in \"%.200s\"", shown(key).text, name);
 	if (value)
-		millm_detail(err, "It is %.200s; expected %s.", text ? text : "(unprintable)", expected);
+		millm_detail(err, "It is %s; expected %s.", text ? shown(text).text : "unprintable", expected);
 	else
 		millm_detail(err, "It is missing; expected %s.", expected);
 	free(text);
@@ -136,7 +137,7 @@ get_format(const char *name, json_t *value, MillmQuantState *out, MillmError *er
 		out->format = MILLM_QUANT_FP4;
 	else
 	{
-		millm_fail(err, MILLM_E_UNSUPPORTED, "quant_type \"%.40s\" is not supported", type);
+		millm_fail(err, MILLM_E_UNSUPPORTED, "quant_type \"%s\" is not supported", shown(type).text);
 		millm_detail(err, "\"%.200s\" asks for it; \"nf4\" and \"fp4\" are known.", name);
 		return MILLM_E_UNSUPPORTED;
 	}
@@ -222,7 +223,7 @@ millm_quant_state_read(const char *name, const void *text, size_t len, MillmQuan
 	{
 		millm_fail(err, MILLM_E_INVALID_MODEL_FILE, "\"%.200s\" is not a JSON object", name);
 		if (!object)
-			millm_detail(err, "%s at byte %d.", why.text, why.position);
+			millm_detail(err, "%s at byte %d.", shown(why.text).text, why.position);
 		json_decref(object);
 		return MILLM_E_INVALID_MODEL_FILE;
 	}

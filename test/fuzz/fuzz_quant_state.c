@@ -169,10 +169,9 @@ encode(const uint8_t *data, size_t size)
 	if (is_nf4)
 	{
 		check(millm_quant_state_read("x.weight.quant_state.bitsandbytes__nf4", s[5].data, s[5].bytes, &st, &err) == MILLM_OK);
+		/* refused when its magnitudes are near the end of its dtype */
 		if (millm_quant_bind_4bit("x.weight", &st, s[0], s[1], s[2], s[3], s[4], &w, &err) == MILLM_OK)
 			dequantize(&w);
-		else
-			check(dtype != MILLM_F16);	/* only magnitudes near the end of float32 */
 	}
 	else
 	{

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-ENGINE = ROOT / "build" / "millm-engine"
+ENGINE = Path(os.environ.get("MILLM_ENGINE") or ROOT / "build" / "millm-engine").resolve()
 FIXTURES = ROOT / ".fixtures"
 SMOLLM2 = FIXTURES / "SmolLM2-135M-Instruct"
 TINY = FIXTURES / "tiny"
