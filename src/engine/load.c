@@ -66,7 +66,7 @@ choose_context(const MillmLoadOptions *options, const MillmConfig *config, int *
 }
 
 static void
-warn_of_ignored(MillmLoaded *loaded)
+collect_warnings(MillmLoaded *loaded)
 {
 	const MillmGenerationConfig *g = &loaded->model->generation;
 	int			n = (int) (sizeof(g->ignored) / sizeof(g->ignored[0]));
@@ -77,6 +77,8 @@ warn_of_ignored(MillmLoaded *loaded)
 	if (g->n_ignored > n)
 		snprintf(loaded->warnings[loaded->n_warnings++], sizeof(loaded->warnings[0]),
 				 "generation_config.json sets %d more keys that are not honoured", g->n_ignored - n);
+	if (loaded->model->screen_refused[0])
+		snprintf(loaded->warnings[loaded->n_warnings++], sizeof(loaded->warnings[0]), "%s", loaded->model->screen_refused);
 }
 
 static double
@@ -145,7 +147,7 @@ open_model(MillmLoaded *loaded, const MillmLoadOptions *options, void (*progress
 	loaded->pages_total = plan.n_pages;
 	loaded->kv_bytes = plan.n_pages * plan.page_bytes;
 	loaded->private_bytes = loaded->kv_bytes + plan.workspace_bytes;
-	warn_of_ignored(loaded);
+	collect_warnings(loaded);
 	return MILLM_OK;
 }
 

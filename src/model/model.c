@@ -25,6 +25,7 @@
 #include "half.h"
 #include "quant.h"
 #include "safetensors.h"
+#include "screening.h"
 #include "shown.h"
 
 #define MAX_SHARDS 4096
@@ -167,7 +168,7 @@ open_shards(struct MillmModelFiles *files, const char *dir, MillmError *err)
 	size_t		n = 0;
 	MillmCode	rc;
 
-	files->shards = calloc(MAX_SHARDS, sizeof(*files->shards));
+	files->shards = calloc(MAX_SHARDS + 1, sizeof(*files->shards));	/* and the screening copy */
 	if (!files->shards)
 		return millm_fail(err, MILLM_E_INSUFFICIENT_MEMORY, "out of memory");
 	if ((rc = join(path, dir, "model.safetensors", err)) != MILLM_OK)
@@ -733,6 +734,7 @@ millm_model_open(const char *dir, MillmModel **out, MillmError *err)
 	MillmModel *m = calloc(1, sizeof(*m));
 	json_t	   *config = NULL, *generation = NULL;
 	Binder		binder = {.model = m, .err = err};
+	MillmSafetensors *screening;
 	MillmCode	rc;
 
 	if (!m || !(m->files = calloc(1, sizeof(*m->files))))
@@ -756,8 +758,11 @@ millm_model_open(const char *dir, MillmModel **out, MillmError *err)
 		(rc = index_tensors(m->files, err)) != MILLM_OK)
 		goto done;
 	binder.arch = millm_arch_find(m->config.model_type);
-	if ((rc = bind(&binder)) != MILLM_OK)
+	if ((rc = bind(&binder)) != MILLM_OK ||
+		(rc = millm_screening_open(dir, m, &screening, err)) != MILLM_OK)
 		goto done;
+	if (screening)
+		m->files->shards[m->files->n_shards++] = screening;
 	*out = m;
 	m = NULL;
 done:
@@ -785,6 +790,7 @@ millm_model_close(MillmModel *m)
 	free(m->final_norm.data);
 	free(m->final_norm_bias.data);
 	free(m->head_bias.data);
+	free(m->screen.error.data);
 	for (int i = 0; i < m->files->n_shards; i++)
 		millm_st_close(m->files->shards[i]);
 	while (m->files->maps)

@@ -98,6 +98,13 @@ typedef struct MillmLayer
 	MillmVector gate_bias, up_bias, down_bias;
 } MillmLayer;
 
+/* An INT8 copy of the LM head that tells which rows cannot be among the largest logits (quant/screen.h); optional. */
+typedef struct MillmScreen
+{
+	MillmWeight codes;			/* [vocab, hidden]; data NULL: there is none */
+	MillmVector error;			/* [vocab]; +infinity where nothing is known */
+} MillmScreen;
+
 typedef struct MillmModel
 {
 	MillmConfig config;
@@ -108,8 +115,10 @@ typedef struct MillmModel
 	MillmVector final_norm, final_norm_bias;
 	MillmWeight head;			/* [vocab, hidden]; the embedding when tied */
 	MillmVector head_bias;
+	MillmScreen screen;			/* of the head */
+	char		screen_refused[256];	/* why the file that is there is not used; "" */
 	int64_t		n_params;		/* as stored, tied weights once */
-	uint64_t	weights_bytes;	/* bytes of tensor data mapped */
+	uint64_t	weights_bytes;	/* bytes of tensor data mapped, the screening copy's too */
 	char		dtype[8];		/* "BF16", "F16", "F32" of the embedding, for people */
 	const char *quantization;	/* "nf4", "fp4", "int8" of the Linears; NULL: none.  A checkpoint that mixes them shows one of them */
 	struct MillmModelFiles *files;	/* the mappings; model.c's */
@@ -117,7 +126,7 @@ typedef struct MillmModel
 
 /*
  * Open the directory dir: config.json, generation_config.json, model.safetensors or the shards
- * of its index.  On MILLM_OK the caller owns *out.
+ * of its index; and the LM head's screening copy when it is there.  On MILLM_OK the caller owns *out.
  *
  * UNSUPPORTED_ARCHITECTURE (unknown model_type, or a known one with a flag we do not implement),
  * UNSUPPORTED (a quantization_config of another method than bitsandbytes, and what else we name), MODEL_FILES_MISSING, INVALID_MODEL_FILE

@@ -54,8 +54,10 @@ position_embedding(MillmModel *m)
 static void
 head(MillmModel *m)
 {
-	if (!m->config.tied)
-		m->head = m->embedding;
+	if (m->config.tied)
+		return;
+	m->head = m->embedding;
+	m->screen.codes.data = NULL;	/* it was the other head's */
 }
 
 static void final_norm_bias(MillmModel *m) { drop(&m->final_norm_bias); }
