@@ -75,6 +75,7 @@ $(BUILD)/src/kernel/avx2.o:   ISA = -mavx2 -mfma -mf16c
 $(BUILD)/src/kernel/avx512.o: ISA = -mavx512f -mavx512bw -mavx512vl -mavx512dq -mavx512bf16 -mavx512vnni -mfma -mf16c
 $(BUILD)/src/kernel/%.o:      OPT = -O3
 $(BUILD)/src/quant/%.o:       OPT = -O3
+$(BUILD)/src/engine/shortlist.o: OPT = -O3
 
 all: $(PROGRAMS)
 programs: $(PROGRAMS)

@@ -14,6 +14,7 @@
 
 #include "error.h"
 #include "model.h"
+#include "shortlist.h"
 #include "tensor.h"
 
 typedef struct MillmBackend MillmBackend;
@@ -59,6 +60,13 @@ struct MillmBackend
 	void		(*norm) (MillmBackend *be, MillmBuffer *y, MillmBuffer *x, MillmNorm kind, const MillmVector *weight,
 						 const MillmVector *bias, float eps, int n);
 	void		(*matmul) (MillmBackend *be, const MillmProjection *p, int n_projections, MillmBuffer *x, int n);
+	/*
+	 * y[t] = x[t] head^T, the same bits as matmul's for the n rows, where tops[t] (k > 0) needs them, -infinity elsewhere: decided by
+	 * the head's screening copy.  Returns how many rows of the head were read; -1, y undefined, when matmul is
+	 * the better or the only way: also whenever a logit that was read is NaN or infinite.
+	 */
+	int64_t		(*screened_matmul) (MillmBackend *be, MillmBuffer *y, const MillmWeight *head, const MillmScreen *screen, MillmBuffer *x,
+									const MillmTop *tops, int n);
 	/* Rotate q and k by the tokens' positions, when the model has rope; store k and v in their pages. */
 	void		(*rope_and_store) (MillmBackend *be, const MillmAttention *a, MillmBuffer *q, MillmBuffer *k, MillmBuffer *v, int n);
 	/* y = attention of q over what the pages hold, each token up to its own position */

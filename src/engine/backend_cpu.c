@@ -43,6 +43,11 @@ _Static_assert(MILLM_KV_PAGE_TOKENS == MILLM_KERNEL_PAGE, "a KV page is as wide 
 #define OUTPUT_GRANULE		16
 #define COLUMN_GRANULE		256
 
+/* A shortlist of more than this part of the head's rows is not worth reading it piecemeal. */
+#define SHORTLIST_SHARE		16
+/* From here on a step's logits are bound by arithmetic, of which the copy saves none. */
+#define MAX_SCREENED_ROWS	4
+
 struct MillmBuffer
 {
 	float	   *data;			/* [n_rows, n_columns] */
@@ -74,6 +79,10 @@ typedef struct CpuBackend
 	int			n_pairs;		/* rotary_dim / 2, 0 without rope */
 	float	   *cosine,			/* [max_tokens, n_pairs] */
 			   *sine;
+	/* the shortlist of a row of logits, when the model has a screening copy */
+	float	   *lower;			/* [vocab] */
+	float	   *heap;			/* [vocab / SHORTLIST_SHARE] */
+	int32_t    *ids;			/* the same */
 } CpuBackend;
 
 static CpuBackend *
@@ -149,7 +158,9 @@ millm_backend_cpu_buffer_bytes(int64_t n_rows, int64_t n_columns)
 int64_t
 millm_backend_cpu_own_bytes(const MillmModel *model, int max_tokens)
 {
-	return (int64_t) max_tokens * model->config.rotary_dim * (int64_t) sizeof(float);
+	int64_t		n = model->screen.codes.data ? model->head.n_out : 0;
+
+	return ((int64_t) max_tokens * model->config.rotary_dim + n + 2 * (n / SHORTLIST_SHARE)) * (int64_t) sizeof(float);
 }
 
 /* Zeroed memory that is not touched before it is used. */
@@ -217,6 +228,9 @@ cpu_free(MillmBackend *be)
 	free(c->layer_offset);
 	free(c->cosine);
 	free(c->sine);
+	free(c->lower);
+	free(c->heap);
+	free(c->ids);
 	free(c);
 }
 
@@ -388,6 +402,91 @@ matmul(MillmBackend *be, const MillmProjection *p, int n_projections, MillmBuffe
 		p[i].y->n_packed = 0;
 	}
 	millm_team_run(c->team, matmul_pieces, &l, n_pieces, work < MIN_PARALLEL_WORK ? n_pieces : 1);
+}
+
+/* ---- the head through its screening copy ---- */
+
+typedef struct ScreenLoop
+{
+	MillmMatmulFn run;
+	MillmMatmul m;
+	int64_t		outputs;		/* of a piece */
+	const int32_t *ids;			/* the outputs; NULL: all */
+} ScreenLoop;
+
+static void
+screen_pieces(void *arg, int64_t begin_piece, int64_t end_piece)
+{
+	ScreenLoop *l = arg;
+	int64_t		end = end_piece * l->outputs;
+
+	l->run(&l->m, begin_piece * l->outputs, end < l->m.w->n_out ? end : l->m.w->n_out);
+}
+
+static void
+screen_ids(void *arg, int64_t begin_id, int64_t end_id)
+{
+	ScreenLoop *l = arg;
+
+	for (int64_t i = begin_id; i < end_id; i++)
+		l->run(&l->m, l->ids[i], l->ids[i] + 1);
+}
+
+/* y (x w^T) in the exact form, whose rows have the same bits in any company. */
+static ScreenLoop
+screen_loop(const CpuBackend *c, float *y, int64_t y_stride, const MillmWeight *w, const float *x, int n)
+{
+	return (ScreenLoop) {
+		.run = c->k.matmul[MILLM_FORM_F32][w->dtype][0],
+		.m = {.y = y, .y_stride = y_stride, .w = w, .form = MILLM_FORM_F32, .x = x, .x_stride = w->n_in * (int64_t) sizeof(float), .n_tokens = n},
+	};
+}
+
+/* No less than the Euclidean norm. */
+static float
+norm_above(const float *x, int64_t n)
+{
+	double		sum = 0;
+
+	for (int64_t i = 0; i < n; i++)
+		sum += (double) x[i] * x[i];
+	return nextafterf((float) (sqrt(sum) * (1 + 0x1p-30)), INFINITY);
+}
+
+static int64_t
+screened_matmul(MillmBackend *be, MillmBuffer *y, const MillmWeight *head, const MillmScreen *screen, MillmBuffer *x, const MillmTop *tops, int n)
+{
+	CpuBackend *c = cpu(be);
+	int			vocab = (int) head->n_out;
+	int64_t		n_read = 0;
+	int64_t		n_pieces;
+	ScreenLoop	l = screen_loop(c, y->data, y->n_columns, &screen->codes, x->data, n);
+
+	if (n > MAX_SCREENED_ROWS || (!c->deterministic && c->k.best_form(head, n) != MILLM_FORM_F32))
+		return -1;
+	y->n_packed = 0;
+	l.outputs = vocab / (c->base.n_threads * PIECES_PER_THREAD) / OUTPUT_GRANULE * OUTPUT_GRANULE + OUTPUT_GRANULE;
+	n_pieces = (vocab + l.outputs - 1) / l.outputs;
+	millm_team_run(c->team, screen_pieces, &l, n_pieces, vocab * head->n_in * n < MIN_PARALLEL_WORK ? n_pieces : 1);
+	for (int t = 0; t < n; t++)
+	{
+		float	   *logits = row(y, t);
+		int			n_ids = millm_shortlist(c->ids, vocab / SHORTLIST_SHARE, logits, screen->error.data, vocab,
+											norm_above(row(x, t), head->n_in), &tops[t], c->lower, c->heap);
+
+		if (n_ids < 0)
+			return -1;
+		for (int v = 0; v < vocab; v++)
+			logits[v] = -INFINITY;
+		l = screen_loop(c, logits, y->n_columns, head, row(x, t), 1);
+		l.ids = c->ids;
+		run_rows(c, screen_ids, &l, n_ids, head->n_in);
+		for (int i = 0; i < n_ids; i++)
+			if (!isfinite(logits[c->ids[i]]))
+				return -1;
+		n_read += n_ids;
+	}
+	return n_read;
 }
 
 typedef struct AttentionLoop
@@ -581,6 +680,7 @@ millm_backend_cpu_create(const MillmModel *model, const MillmBackendOptions *opt
 		.embed = embed,
 		.norm = norm,
 		.matmul = matmul,
+		.screened_matmul = screened_matmul,
 		.rope_and_store = rope_and_store,
 		.attention = attention,
 		.activation = activation,
@@ -601,6 +701,19 @@ millm_backend_cpu_create(const MillmModel *model, const MillmBackendOptions *opt
 		c->cosine = calloc(n, sizeof(float));
 		c->sine = calloc(n, sizeof(float));
 		if (!c->cosine || !c->sine)
+		{
+			rc = millm_fail(err, MILLM_E_INSUFFICIENT_MEMORY, "out of memory");
+			goto failed;
+		}
+	}
+	if (model->screen.codes.data)
+	{
+		size_t		n = (size_t) model->head.n_out;
+
+		c->lower = malloc(n * sizeof(float));
+		c->heap = malloc((n / SHORTLIST_SHARE + 1) * sizeof(float));
+		c->ids = malloc((n / SHORTLIST_SHARE + 1) * sizeof(int32_t));
+		if (!c->lower || !c->heap || !c->ids)
 		{
 			rc = millm_fail(err, MILLM_E_INSUFFICIENT_MEMORY, "out of memory");
 			goto failed;

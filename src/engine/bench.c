@@ -4,6 +4,7 @@
 #include "bench.h"
 
 #include <inttypes.h>
+#include <math.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -92,7 +93,8 @@ decode(Run *run, int first, int n)
 	for (int at = first; at < first + n && rc == MILLM_OK; at++)
 	{
 		for (int i = 0; i < run->bench->n_sequences; i++)
-			run->batch[i] = (MillmBatchToken) {.seq = run->sequences[i], .position = at, .token = token_id(run, at + 7 * i), .want_logits = true};
+			run->batch[i] = (MillmBatchToken) {.seq = run->sequences[i], .position = at, .token = token_id(run, at + 7 * i), .want_logits = true,
+				.top = {.k = 1, .margin = INFINITY}};
 		rc = millm_forward_step(run->fw, run->batch, run->bench->n_sequences, NULL, NULL, &logits, run->err);
 	}
 	return rc;
@@ -134,10 +136,12 @@ matrix_bytes(const MillmWeight *w)
 	return bytes;
 }
 
+/* head_rows: of the head, that are read for a token; < 0: all. */
 static int64_t
-decode_bytes(const MillmModel *m)
+decode_bytes(const MillmModel *m, double head_rows)
 {
-	int64_t		bytes = matrix_bytes(&m->head);
+	int64_t		bytes = head_rows < 0 ? matrix_bytes(&m->head) :
+		matrix_bytes(&m->screen.codes) + m->screen.error.n * 4 + (int64_t) (head_rows * (double) millm_weight_bytes(m->head.dtype, m->head.n_in));
 
 	for (int i = 0; i < m->config.n_layers; i++)
 	{
@@ -156,7 +160,7 @@ open_run(Run *run)
 	const MillmBench *b = run->bench;
 	int64_t		positions = b->n_prompt > b->n_gen + 1 ? b->n_prompt : b->n_gen + 1;
 	int64_t		pages = (positions + MILLM_KV_PAGE_TOKENS - 1) / MILLM_KV_PAGE_TOKENS;
-	MillmForwardOptions options = {.n_threads = b->n_threads, .kernels = b->kernels, .n_pages = pages * b->n_sequences,
+	MillmForwardOptions options = {.n_threads = b->n_threads, .kernels = b->kernels, .n_pages = pages * b->n_sequences, .full_head = b->full_head,
 		.max_batch_tokens = b->n_sequences > 256 ? b->n_sequences : 0};
 	MillmCode	rc;
 
@@ -193,9 +197,13 @@ millm_bench_run(const MillmModel *model, const MillmBench *bench, MillmBenchResu
 		rc = measure(&run, bench->n_prompt, bench->n_gen, &prefill_s[i], &decode_s[i]);
 	if (rc == MILLM_OK)
 	{
+		MillmHeadUse use = millm_forward_head_use(run.fw);
+
 		result->prefill_tps = bench->n_prompt / median(prefill_s, bench->n_rounds);
 		result->decode_tps = (double) bench->n_gen * bench->n_sequences / median(decode_s, bench->n_rounds);
-		result->decode_bytes = decode_bytes(model);
+		result->head = use.n_screened > 0 ? "screened" : "full";
+		result->head_rows = use.n_screened > 0 ? (double) use.n_read / (double) use.n_screened : 0;
+		result->decode_bytes = decode_bytes(model, use.n_screened > 0 ? result->head_rows * bench->n_sequences : -1);
 		snprintf(result->kernels, sizeof(result->kernels), "%s", millm_forward_kernels(run.fw));
 		result->n_threads = millm_forward_threads(run.fw);
 	}

@@ -4,6 +4,8 @@
 #ifndef MILLM_BENCH_H
 #define MILLM_BENCH_H
 
+#include <stdbool.h>
+
 #include "error.h"
 #include "forward.h"
 #include "model.h"
@@ -18,14 +20,17 @@ typedef struct MillmBench
 	int			n_rounds;		/* at most MILLM_BENCH_MAX_ROUNDS; once more, before, unmeasured */
 	int			n_threads;		/* 0: one per CPU */
 	const char *kernels;		/* as in MillmForwardOptions */
+	bool		full_head;		/* the same */
 } MillmBench;
 
 /* Medians of the rounds. */
 typedef struct MillmBenchResult
 {
 	double		prefill_tps;	/* tokens per second; logits of the last token only */
-	double		decode_tps;		/* of all sequences together, each from an empty cache, each with its logits */
-	int64_t		decode_bytes;	/* bytes of weights that a decoding step reads */
+	double		decode_tps;		/* of all sequences together, each from an empty cache, each with the logits of a greedy choice */
+	int64_t		decode_bytes;	/* bytes of weights that a decoding step reads, on average */
+	const char *head;			/* what it reads of the LM head: "full", or "screened" */
+	double		head_rows;		/* rows of the head that a screened row of logits reads, on average; 0: none was screened */
 	char		kernels[16];
 	int			n_threads;
 } MillmBenchResult;

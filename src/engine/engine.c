@@ -215,10 +215,11 @@ run_step(MillmEngine *e, int n)
 	{
 		MillmRequest *r = request_of(e->plan[i].slot);
 		int			last = r->slot.n_past + e->plan[i].n_tokens;
+		MillmTop	top = generation_needs(r);
 
 		for (int pos = r->slot.n_past; pos < last; pos++)
 			e->batch[n_batch++] = (MillmBatchToken) {.seq = r->seq, .position = pos, .token = r->tokens[pos],
-				.want_logits = pos == r->slot.n_tokens - 1};
+				.want_logits = pos == r->slot.n_tokens - 1, .top = top};
 	}
 	rc = millm_forward_step(e->fw, e->batch, n_batch, step_is_unwanted, &step, &logits, &err);
 	if (rc == MILLM_E_CANCELED)

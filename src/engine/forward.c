@@ -31,6 +31,8 @@ struct MillmForward
 	MillmBackend *be;
 	MillmKvPool pool;
 	int			max_batch_tokens;
+	bool		is_screened;	/* the head has a copy that may be used */
+	MillmHeadUse head_use;
 	MillmBuffer *x;				/* [n, hidden]: the residual */
 	MillmBuffer *h;				/* [n, hidden]: normed */
 	MillmBuffer *q;				/* [n, heads * head_dim] */
@@ -43,6 +45,7 @@ struct MillmForward
 	int32_t    *tokens;
 	int32_t    *positions;
 	int32_t    *wanted;			/* rows whose logits are wanted */
+	MillmTop   *tops;			/* which of them */
 	const int32_t **pages;
 };
 
@@ -146,8 +149,10 @@ millm_forward_create(const MillmModel *model, const MillmForwardOptions *options
 	fw->tokens = calloc((size_t) n, sizeof(*fw->tokens));
 	fw->positions = calloc((size_t) n, sizeof(*fw->positions));
 	fw->wanted = calloc((size_t) n, sizeof(*fw->wanted));
+	fw->tops = calloc((size_t) n, sizeof(*fw->tops));
 	fw->pages = calloc((size_t) n, sizeof(*fw->pages));
-	if (!fw->tokens || !fw->positions || !fw->wanted || !fw->pages)
+	fw->is_screened = model->screen.codes.data && !options->full_head;
+	if (!fw->tokens || !fw->positions || !fw->wanted || !fw->tops || !fw->pages)
 		rc = millm_fail(err, MILLM_E_INSUFFICIENT_MEMORY, "out of memory");
 	else if ((rc = millm_backend_cpu_create(model, &bo, &fw->be, err)) == MILLM_OK &&
 			 (rc = create_buffers(fw, err)) == MILLM_OK)
@@ -172,6 +177,7 @@ millm_forward_free(MillmForward *fw)
 	free(fw->tokens);
 	free(fw->positions);
 	free(fw->wanted);
+	free(fw->tops);
 	free(fw->pages);
 	free(fw);
 }
@@ -192,6 +198,12 @@ int
 millm_forward_max_batch_tokens(const MillmForward *fw)
 {
 	return fw->max_batch_tokens;
+}
+
+MillmHeadUse
+millm_forward_head_use(const MillmForward *fw)
+{
+	return fw->head_use;
 }
 
 int64_t
@@ -250,7 +262,10 @@ take_batch(MillmForward *fw, const MillmBatchToken *batch, int n, int *n_wanted,
 		fw->positions[t] = b->position;
 		fw->pages[t] = seq->tables[0].pages;
 		if (b->want_logits)
+		{
+			fw->tops[*n_wanted] = b->top;
 			fw->wanted[(*n_wanted)++] = t;
+		}
 	}
 	return MILLM_OK;
 }
@@ -301,6 +316,31 @@ not_finite(const char *where, int layer, MillmError *err)
 	return MILLM_E_INTERNAL;
 }
 
+/* The logits of the first n rows of fw->h. */
+static MillmCode
+run_head(MillmForward *fw, int n, MillmError *err)
+{
+	MillmBackend *be = fw->be;
+	const MillmModel *model = fw->model;
+	const MillmProjection head = {fw->logits, &model->head, &model->head_bias, false};
+	bool		screens = fw->is_screened;
+	int64_t		n_read = -1;
+
+	for (int i = 0; i < n; i++)
+		screens &= fw->tops[i].k > 0;
+	if (screens)
+		n_read = be->screened_matmul(be, fw->logits, &model->head, &model->screen, fw->h, fw->tops, n);
+	fw->head_use.n_rows += n;
+	if (n_read >= 0)
+	{
+		fw->head_use.n_screened += n;
+		fw->head_use.n_read += n_read;
+		return MILLM_OK;
+	}
+	be->matmul(be, &head, 1, fw->h, n);
+	return be->is_finite(be, fw->logits, n) ? MILLM_OK : not_finite("the logits", -1, err);
+}
+
 static MillmCode
 run_step(MillmForward *fw, int n, int n_wanted, bool (*should_stop) (void *arg), void *arg, MillmError *err)
 {
@@ -326,14 +366,11 @@ run_step(MillmForward *fw, int n, int n_wanted, bool (*should_stop) (void *arg),
 
 	if (n_wanted > 0)
 	{
-		const MillmProjection head = {fw->logits, &model->head, &model->head_bias, false};
 		static const MillmVector none;
 
 		be->select(be, fw->h, fw->x, fw->wanted, n_wanted);
 		be->norm(be, fw->h, fw->h, c->norm, &model->final_norm, c->norm_bias ? &model->final_norm_bias : &none, c->norm_eps, n_wanted);
-		be->matmul(be, &head, 1, fw->h, n_wanted);
-		if (!be->is_finite(be, fw->logits, n_wanted))
-			return not_finite("the logits", -1, err);
+		return run_head(fw, n_wanted, err);
 	}
 	return MILLM_OK;
 }

@@ -15,6 +15,7 @@
 
 #include "error.h"
 #include "model.h"
+#include "shortlist.h"
 
 typedef struct MillmForward MillmForward;
 typedef struct MillmSequence MillmSequence;		/* a growing list of tokens: its page tables and its length */
@@ -27,6 +28,7 @@ typedef struct MillmForwardOptions
 	int			max_batch_tokens;	/* rows of one step; 0: 256 */
 	int64_t		n_pages;		/* KV pages of MILLM_KV_PAGE_TOKENS positions, all layers */
 	bool		deterministic;	/* batch-invariant kernels: a row's bits do not depend on its company */
+	bool		full_head;		/* read all of the LM head, even if it has a screening copy: the tokens are the same */
 	const char *kernels;		/* "ref", "avx2", "avx512"; NULL: the best, or $MILLM_KERNELS */
 } MillmForwardOptions;
 
@@ -44,6 +46,14 @@ extern int	millm_forward_max_batch_tokens(const MillmForward *fw);
  */
 extern int64_t millm_kv_page_bytes(const MillmModel *model, const MillmForwardOptions *options);
 extern int64_t millm_forward_workspace_bytes(const MillmModel *model, const MillmForwardOptions *options);
+/* What became of the rows of logits so far. */
+typedef struct MillmHeadUse
+{
+	int64_t		n_rows;
+	int64_t		n_screened;		/* of them, by the screening copy */
+	int64_t		n_read;			/* rows of the head that were read for these */
+} MillmHeadUse;
+extern MillmHeadUse millm_forward_head_use(const MillmForward *fw);
 extern int64_t millm_kv_pages_total(const MillmForward *fw);
 extern int64_t millm_kv_pages_free(const MillmForward *fw);
 
@@ -69,11 +79,13 @@ typedef struct MillmBatchToken
 	int32_t		position;		/* == millm_sequence_length(seq) for its first token in this step */
 	int32_t		token;
 	bool		want_logits;
+	MillmTop	top;			/* of these, what is needed; zeros: all */
 } MillmBatchToken;
 
 /*
  * Run one step.  Room must have been reserved.  Rows of logits, [n_wanted, vocab_size] float32 in the
- * order of the wanting tokens, are at *logits until the next step.  should_stop(arg), if not NULL, is asked
+ * order of the wanting tokens, are at *logits until the next step; those that a token's top does not need may be
+ * -infinity, the others have the bits that the full head gives.  should_stop(arg), if not NULL, is asked
  * between layers; when it says true the step ends with CANCELED and no sequence has grown.
  * INTERNAL naming the layer when an activation becomes NaN or infinite; INVALID_ARGUMENT for a token id that the
  * vocabulary does not have, CONTEXT_LENGTH_EXCEEDED past learned positions.  A failed step has not happened.

@@ -194,6 +194,13 @@ is_eos(const MillmConfig *config, int32_t id)
 	return false;
 }
 
+MillmTop
+generation_needs(const MillmRequest *r)
+{
+	/* the first choice, which makes the sampler, reads them all */
+	return r->sampler ? millm_sampler_needs(r->sampler) : (MillmTop) {.k = 0};
+}
+
 MillmCode
 generation_take(MillmRequest *r, const float *logits, MillmError *err)
 {

@@ -55,17 +55,19 @@ static const char usage[] =
 	"DIR holds config.json, model.safetensors and tokenizer.json.  IDS is 1,2,3 or a file with such a list.\n"
 	"generate, bench, greedy and logits also take:\n"
 	"      --threads N          (default: one per CPU)\n"
-	"      --kernels NAME       ref, avx2 or avx512 (default: the best that this CPU has)\n";
+	"      --kernels NAME       ref, avx2 or avx512 (default: the best that this CPU has)\n"
+	"bench and greedy also take:\n"
+	"      --head full          do not use the screening copy of the LM head (default: screened, if there is one)\n";
 
 /* ---- the command line ---------------------------------------------------------------------- */
 
-typedef enum OptionKind {OPT_FLAG, OPT_TEXT, OPT_INT, OPT_DOUBLE, OPT_STOP} OptionKind;
+typedef enum OptionKind {OPT_FLAG, OPT_TEXT, OPT_INT, OPT_DOUBLE, OPT_STOP, OPT_HEAD} OptionKind;
 
 typedef struct Option
 {
 	const char *name;			/* "--threads"; NULL ends the table */
 	OptionKind	kind;
-	void	   *out;			/* bool, const char *, int64_t, double, MillmGenerateOptions */
+	void	   *out;			/* bool, const char *, int64_t, double, MillmGenerateOptions, bool (full) */
 	int64_t		min;			/* of an OPT_INT */
 	int64_t		max;
 } Option;
@@ -127,6 +129,11 @@ take_value(const Option *o, const char *value)
 			if (g->n_stops == MILLM_MAX_STOPS)
 				wrong_usage("at most %d stop sequences", MILLM_MAX_STOPS);
 			g->stops[g->n_stops++] = value;
+			return;
+		case OPT_HEAD:
+			if (strcmp(value, "full") != 0 && strcmp(value, "screened") != 0)
+				wrong_usage("%s takes full or screened, not \"%s\"", o->name, value);
+			*(bool *) o->out = strcmp(value, "full") == 0;
 			return;
 	}
 }
@@ -381,6 +388,8 @@ typedef struct Runner
 	MillmModel *model;
 	MillmForward *fw;
 	MillmSequence *seq;
+	bool		full_head;
+	MillmTop	top;			/* which logits of a last token are wanted */
 } Runner;
 
 /* A model with one sequence that has room for n_positions. */
@@ -388,7 +397,7 @@ static MillmCode
 runner_open(Runner *run, const char *dir, const char *mutate, int64_t threads, const char *kernels, int64_t n_positions,
 			MillmError *err)
 {
-	MillmForwardOptions options = {.n_threads = (int) threads, .kernels = kernels,
+	MillmForwardOptions options = {.n_threads = (int) threads, .kernels = kernels, .full_head = run->full_head,
 		.n_pages = (n_positions + MILLM_KV_PAGE_TOKENS - 1) / MILLM_KV_PAGE_TOKENS};
 	MillmCode	rc;
 
@@ -436,7 +445,7 @@ runner_feed(Runner *run, const int32_t *ids, int n, int chunk, FILE *out, const 
 		k = n - at < chunk ? n - at : chunk;
 		for (int i = 0; i < k; i++)
 			batch[i] = (MillmBatchToken) {.seq = run->seq, .position = past + i, .token = ids[at + i],
-				.want_logits = out || at + i == n - 1};
+				.want_logits = out || at + i == n - 1, .top = run->top};
 		rc = millm_forward_step(run->fw, batch, k, NULL, NULL, last, err);
 		if (rc == MILLM_OK && out && fwrite(*last, sizeof(float) * vocab, (size_t) k, out) != (size_t) k)
 			rc = millm_fail(err, MILLM_E_INTERNAL, "could not write: %s", strerror(errno));
@@ -456,12 +465,14 @@ command_bench(int argc, char **argv)
 	int64_t		n_sequences = 1;
 	int64_t		n_rounds = 3;
 	bool		as_json = false;
+	bool		full_head = false;
 	Option		options[] = {
 		{"--prompt", OPT_INT, &n_prompt, 1, 1 << 20},
 		{"--gen", OPT_INT, &n_gen, 1, 1 << 20},
 		{"--sequences", OPT_INT, &n_sequences, 1, 4096},
 		{"--rounds", OPT_INT, &n_rounds, 1, MILLM_BENCH_MAX_ROUNDS},
 		{"--json", OPT_FLAG, &as_json, 0, 0},
+		{"--head", OPT_HEAD, &full_head, 0, 0},
 		MACHINE_OPTIONS(threads, kernels),
 		{0}
 	};
@@ -473,7 +484,7 @@ command_bench(int argc, char **argv)
 
 	parse(argc, argv, options, args, 1, 1);
 	bench = (MillmBench) {.n_prompt = (int) n_prompt, .n_gen = (int) n_gen, .n_sequences = (int) n_sequences, .n_rounds = (int) n_rounds,
-		.n_threads = (int) threads, .kernels = kernels};
+		.n_threads = (int) threads, .kernels = kernels, .full_head = full_head};
 	rc = millm_model_open(args[0], &model, &err);
 	if (rc == MILLM_OK)
 	{
@@ -482,12 +493,13 @@ command_bench(int argc, char **argv)
 	}
 	if (rc == MILLM_OK && as_json)
 	{
-		json_t	   *result = json_pack("{s:s, s:s, s:s, s:s?, s:s, s:i, s:i, s:i, s:i, s:i, s:f, s:f, s:I, s:I}", "version", MILLM_VERSION,
+		json_t	   *result = json_pack("{s:s, s:s, s:s, s:s?, s:s, s:i, s:i, s:i, s:i, s:i, s:f, s:f, s:I, s:I, s:s, s:f}", "version", MILLM_VERSION,
 									   "model_type", model->config.model_type, "dtype", model->dtype, "quantization", model->quantization,
 									   "kernels", r.kernels, "threads", r.n_threads, "prompt", bench.n_prompt, "gen", bench.n_gen,
 									   "sequences", bench.n_sequences, "rounds", bench.n_rounds,
 									   "prefill_tps", r.prefill_tps, "decode_tps", r.decode_tps,
-									   "weights_bytes", (json_int_t) model->weights_bytes, "decode_bytes", (json_int_t) r.decode_bytes);
+									   "weights_bytes", (json_int_t) model->weights_bytes, "decode_bytes", (json_int_t) r.decode_bytes,
+									   "head", r.head, "head_rows", r.head_rows);
 
 		json_dumpf(result, stdout, JSON_COMPACT | JSON_REAL_PRECISION(6));
 		printf("\n");
@@ -496,10 +508,10 @@ command_bench(int argc, char **argv)
 	else if (rc == MILLM_OK)
 		printf("%s %s%s%s, %.1f MB, kernels %s, %d threads, median of %d rounds\n"
 			   "prefill %5d tokens  %9.1f tokens/s\n"
-			   "decode  %5d tokens  %9.1f tokens/s, %d sequences, %.1f GB/s of weights\n",
+			   "decode  %5d tokens  %9.1f tokens/s, %d sequences, %.1f GB/s of weights, head %s\n",
 			   model->config.model_type, model->dtype, model->quantization ? " and " : "", model->quantization ? model->quantization : "",
 			   (double) model->weights_bytes / 1e6, r.kernels, r.n_threads, bench.n_rounds, bench.n_prompt, r.prefill_tps, bench.n_gen,
-			   r.decode_tps, bench.n_sequences, r.decode_tps / bench.n_sequences * (double) r.decode_bytes / 1e9);
+			   r.decode_tps, bench.n_sequences, r.decode_tps / bench.n_sequences * (double) r.decode_bytes / 1e9, r.head);
 	millm_model_close(model);
 	return rc == MILLM_OK ? 0 : report(&err);
 }
@@ -514,13 +526,14 @@ command_greedy(int argc, char **argv)
 	int64_t		max_tokens = 64;
 	MillmSampling greedy = {.repetition_penalty = 1, .top_p = 1};
 	MillmSampler *sampler = NULL;
+	Runner		run = {0};
 	Option		options[] = {
 		{"--ids", OPT_TEXT, &ids_arg, 0, 0},
 		{"--max-tokens", OPT_INT, &max_tokens, 1, MILLM_MAX_POSITIONS},
+		{"--head", OPT_HEAD, &run.full_head, 0, 0},
 		MACHINE_OPTIONS(threads, kernels),
 		{0}
 	};
-	Runner		run = {0};
 	const float *logits;
 	int32_t    *ids = NULL;
 	int			n;
@@ -539,7 +552,10 @@ command_greedy(int argc, char **argv)
 	if (rc == MILLM_OK && !(sampler = millm_sampler_create(&greedy, run.model->config.vocab_size)))
 		rc = millm_fail(&err, MILLM_E_INTERNAL, "out of memory");
 	if (rc == MILLM_OK)
+	{
+		run.top = millm_sampler_needs(sampler);
 		rc = runner_feed(&run, ids, n, 0, NULL, &logits, &err);
+	}
 	for (int i = 0; i < max_tokens && rc == MILLM_OK; i++)
 	{
 		const MillmConfig *config = &run.model->config;

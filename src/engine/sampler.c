@@ -182,45 +182,6 @@ pop(Candidate *heap, int n)
 	sift_down(heap, n - 1, 0);
 }
 
-/* The k-th largest of scores[0..n), k <= n: a heap of the k largest seen, the smallest at its root. */
-static float
-kth_largest(const float *scores, int n, int k, float *heap)
-{
-	int			size = 0;
-
-	for (int i = 0; i < n; i++)
-	{
-		float		x = scores[i];
-		int			at;
-
-		if (size < k)
-		{
-			at = size++;
-			while (at > 0 && heap[(at - 1) / 2] > x)
-			{
-				heap[at] = heap[(at - 1) / 2];
-				at = (at - 1) / 2;
-			}
-		}
-		else if (x > heap[0])
-		{
-			at = 0;
-			for (int child; (child = 2 * at + 1) < k; at = child)
-			{
-				if (child + 1 < k && heap[child + 1] < heap[child])
-					child++;
-				if (heap[child] >= x)
-					break;
-				heap[at] = heap[child];
-			}
-		}
-		else
-			continue;
-		heap[at] = x;
-	}
-	return heap[0];
-}
-
 /* The index of the largest of scores[0..n), the first of equal ones. */
 static int32_t
 argmax(const float *scores, int n)
@@ -250,45 +211,54 @@ check_logits(const float *logits, int n, MillmError *err)
 	return MILLM_OK;
 }
 
-/* Make s->candidates a heap of the scores that top_k keeps; returns how many. */
+/*
+ * Make s->candidates a heap of the scores that top_k keeps, and min_p when it is decided without top_p; returns how many.  The
+ * heap depends on nothing else: not on what the others are, and so not on whether they are known.
+ */
 static int
 gather(MillmSampler *s)
 {
+	const MillmSampling *o = &s->options;
 	Candidate  *c = s->candidates;
-	int			k = s->options.top_k;
 	float		threshold = -INFINITY;
+	float		max = -INFINITY;
 	int			n = 0;
+	int			n_kept = 0;
 
-	/* The heap of kth_largest() lies in the candidates' memory, which is not yet used. */
-	if (k > 0 && k < s->n_vocab)
-		threshold = kth_largest(s->scores, s->n_vocab, k, (float *) c);
+	/* The heap of millm_kth_largest() lies in the candidates' memory, which is not yet used. */
+	if (o->top_k > 0 && o->top_k < s->n_vocab)
+		threshold = millm_kth_largest(s->scores, s->n_vocab, o->top_k, (float *) c);
 	for (int32_t i = 0; i < s->n_vocab; i++)
 		if (s->scores[i] >= threshold && s->scores[i] != -INFINITY)
+		{
 			c[n++] = (Candidate) {s->scores[i], i};
+			max = s->scores[i] > max ? s->scores[i] : max;
+		}
+	if (o->min_p > 0 && o->top_p >= 1)
+	{
+		for (int i = 0; i < n; i++)
+			if (expf(c[i].score - max) >= o->min_p)
+				c[n_kept++] = c[i];
+		n = n_kept;
+	}
 	heapify(c, n);
 	return n;
 }
 
-/* Draw from the heap of n candidates what top_p and min_p leave of them; u is uniform in [0, 1). */
+/* Draw from the heap of n candidates; top_p < 1 drops some of them, and then min_p.  u is uniform in [0, 1). */
 static int32_t
 draw(Candidate *c, int n, float top_p, float min_p, double u)
 {
 	float		max = c[0].score;
 	double		total = 0;		/* weight of all */
-	double		sum = 0;		/* weight of those that stay */
+	double		sum;			/* weight of those that stay */
 	double		walked = 0;
 	int			popped = 0;
-	int			kept;
+	int			kept = n;
 
 	for (int i = 0; i < n; i++)
-	{
-		float		weight = expf(c[i].score - max);
-
-		total += weight;
-		if (weight >= min_p)
-			sum += weight;
-	}
-	kept = n;
+		total += expf(c[i].score - max);
+	sum = total;
 	if (top_p < 1)
 	{
 		/* The cumulative probability from the smallest up to this one is 1 - sum / total. */
@@ -312,6 +282,28 @@ draw(Candidate *c, int n, float top_p, float min_p, double u)
 			return c[n - 1 - i].id;
 	}
 	return c[n - kept].id;		/* rounding left a crumb: the last */
+}
+
+MillmTop
+millm_sampler_needs(const MillmSampler *s)
+{
+	const MillmSampling *o = &s->options;
+	MillmTop	top = {.k = s->n_vocab, .margin = INFINITY, .always = s->distinct, .n_always = s->n_distinct};
+	float		t = o->temperature;
+
+	if (t == 0)
+		top.k = 1;
+	else
+	{
+		if (o->top_k > 0 && o->top_k < s->n_vocab)
+			top.k = o->top_k;
+		/* logits this far below the largest have a weight below min_p: with what expf() and this line round */
+		if (o->min_p > 0 && o->top_p >= 1)
+			top.margin = t * (-logf(o->min_p) * (1 + 0x1p-16f) + 0x1p-16f);
+		if (top.k == s->n_vocab && top.margin == INFINITY)
+			top.k = 0;			/* the sum of all weights decides */
+	}
+	return top;
 }
 
 MillmCode

@@ -11,6 +11,7 @@
 #include <stdint.h>
 
 #include "error.h"
+#include "shortlist.h"
 
 typedef struct MillmSampling
 {
@@ -33,6 +34,11 @@ extern void millm_sampler_free(MillmSampler *s);	/* NULL is fine */
 /* Note the ids of the prompt (repetition penalty) or one that was generated (all penalties). */
 extern void millm_sampler_note_prompt(MillmSampler *s, const int32_t *ids, int n);
 extern void millm_sampler_note_generated(MillmSampler *s, int32_t id);
+
+/*
+ * Which of the next logits decide its choice: with -infinity in place of the others it is the same.  Valid until the next note.
+ */
+extern MillmTop millm_sampler_needs(const MillmSampler *s);
 
 /*
  * Choose from logits [n_vocab], which are only read, for the token at that position of the sequence.

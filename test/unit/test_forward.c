@@ -20,6 +20,7 @@
 #include "forward.h"
 #include "half.h"
 #include "kernel.h"
+#include "screen.h"
 #include "threads.h"
 
 #define VOCAB		509
@@ -194,7 +195,7 @@ append(MillmBatchToken *batch, int n_batch, MillmSequence *seq, int sequence, in
 {
 	assert_true(millm_sequence_reserve(seq, from + n));
 	for (int i = 0; i < n; i++)
-		batch[n_batch++] = (MillmBatchToken) {seq, from + i, token_of(sequence, from + i), true};
+		batch[n_batch++] = (MillmBatchToken) {.seq = seq, .position = from + i, .token = token_of(sequence, from + i), .want_logits = true};
 	return n_batch;
 }
 
@@ -379,7 +380,7 @@ forked(const Tiny *t, const char *variant)
 	/* b continues with other tokens, then a with its own */
 	assert_true(millm_sequence_reserve(b, PAST + MORE));
 	for (int i = 0; i < MORE; i++)
-		batch[i] = (MillmBatchToken) {b, PAST + i, (7 * i + 3) % VOCAB, true};
+		batch[i] = (MillmBatchToken) {.seq = b, .position = PAST + i, .token = (7 * i + 3) % VOCAB, .want_logits = true};
 	step(fw, batch, MORE, rows_c);
 	step(fw, batch, append(batch, 0, a, 1, PAST, MORE), rows_b);
 	assert_same_bits("the original after a fork", rows_b, rows_a + PAST * VOCAB, MORE);
@@ -463,6 +464,129 @@ test_wanted_rows(void **state)
 	tiny_free(t);
 }
 
+/* Give the model a screening copy of its head. */
+static void
+add_screen(Tiny *t)
+{
+	MillmModel *m = &t->model;
+	size_t		bytes = (size_t) millm_weight_bytes(m->head.dtype, VOCAB * HIDDEN);
+	int8_t	   *codes = own(t, VOCAB * HIDDEN);
+	char	   *tail = own(t, VOCAB * 8 + 8);
+	MillmScreenEncoder *enc;
+	MillmError	err;
+	const void *part;
+	size_t		n;
+
+	assert_int_equal(millm_screen_begin(m->head.dtype, VOCAB, HIDDEN, &enc, &err), MILLM_OK);
+	assert_int_equal(millm_screen_push(enc, m->head.data, bytes, codes, &err), MILLM_OK);
+	assert_int_equal(millm_screen_finish(enc, &part, &n, &err), MILLM_OK);
+	memcpy(tail, part, n);
+	millm_screen_free(enc);
+	m->screen.codes = (MillmWeight) {.dtype = MILLM_INT8, .n_out = VOCAB, .n_in = HIDDEN, .stride = HIDDEN, .data = codes, .scale = tail};
+	m->screen.error = (MillmVector) {(float *) (tail + VOCAB * 4), VOCAB};
+}
+
+/* A row has the full head's bits, or -infinity where that is below the k-th; returns how many are there. */
+static int
+assert_screened(const float *got, const float *full, int k)
+{
+	int			n = 0;
+	float		least = INFINITY;
+
+	for (int v = 0; v < VOCAB; v++)
+		if (got[v] != -INFINITY)
+		{
+			n++;
+			assert_memory_equal(&got[v], &full[v], sizeof(float));
+			least = got[v] < least ? got[v] : least;
+		}
+	assert_true(n >= k);
+	for (int v = 0, above = 0; v < VOCAB; v++)
+	{
+		above += full[v] != got[v] && full[v] >= least;
+		assert_true(above <= n - k);	/* whoever is missing lies below k of those that are there */
+	}
+	return n;
+}
+
+/* Through the screening copy come the same bits, in any company; where it cannot decide, all of the head is read. */
+static void
+screened_rows(const Tiny *unscreened, const char *variant)
+{
+	Tiny	   *t = tiny(unscreened->model.config.norm == MILLM_NORM_LAYER);
+	MillmForward *full;
+	MillmForward *fw;
+	MillmSequence *seq;
+	MillmBatchToken batch[128];
+	MillmHeadUse use;
+	MillmError	err;
+	const float *logits;
+	uint16_t   *head;
+	uint16_t	saved;
+	int			at = 0;
+
+	add_screen(t);
+	full = open_forward(unscreened, variant, true, 2);
+	fw = open_forward(t, variant, true, 2);
+	seq = millm_sequence_create(fw);
+	run_alone(full, 1, N_LONG, N_LONG, rows_a);
+	for (int n = 1; n <= 4; n++)
+		for (int k = 1; k <= 20; k += 19, at += n)
+		{
+			append(batch, 0, seq, 1, at, n);
+			for (int i = 0; i < n; i++)
+				batch[i].top = (MillmTop) {.k = k, .margin = INFINITY};
+			step(fw, batch, n, rows_c);
+			for (int i = 0; i < n; i++)
+				assert_true(assert_screened(rows_c + i * VOCAB, rows_a + (size_t) (at + i) * VOCAB, k) < VOCAB / 4);
+		}
+	use = millm_forward_head_use(fw);
+	assert_int_equal(use.n_rows, 20);
+	assert_int_equal(use.n_screened, 20);
+	assert_true(use.n_read >= 210 && use.n_read < 20 * VOCAB / 16);
+
+	/* one wants all, too many are wanted, too many tokens */
+	append(batch, 0, seq, 1, at, 2);
+	batch[0].top = (MillmTop) {.k = 1, .margin = INFINITY};
+	step(fw, batch, 2, rows_c);
+	assert_same_bits("one wants all", rows_c, rows_a + (size_t) at * VOCAB, 2);
+	at += 2;
+	append(batch, 0, seq, 1, at, 1);
+	batch[0].top = (MillmTop) {.k = VOCAB / 2, .margin = INFINITY};
+	step(fw, batch, 1, rows_c);
+	assert_same_bits("half of all", rows_c, rows_a + (size_t) at * VOCAB, 1);
+	at++;
+	append(batch, 0, seq, 1, at, 9);
+	for (int i = 0; i < 9; i++)
+		batch[i].top = (MillmTop) {.k = 1, .margin = INFINITY};
+	step(fw, batch, 9, rows_c);
+	assert_same_bits("many tokens", rows_c, rows_a + (size_t) at * VOCAB, 9);
+	at += 9;
+	assert_int_equal(millm_forward_head_use(fw).n_screened, 20);
+
+	/* a head that is damaged where its copy knows it */
+	head = (uint16_t *) (uintptr_t) t->model.head.data + 5 * HIDDEN * (t->model.head.dtype == MILLM_F32 ? 2 : 1) + 1;
+	saved = *head;
+	*head = 0x7FC0;				/* NaN in both dtypes */
+	t->model.screen.error.data[5] = INFINITY;
+	append(batch, 0, seq, 1, at, 1);
+	batch[0].top = (MillmTop) {.k = 1, .margin = INFINITY};
+	assert_int_equal(millm_forward_step(fw, batch, 1, NULL, NULL, &logits, &err), MILLM_E_INTERNAL);
+	assert_non_null(strstr(err.message, "the logits"));
+	*head = saved;
+	millm_sequence_free(seq);
+	millm_forward_free(fw);
+	millm_forward_free(full);
+	tiny_free(t);
+}
+
+static void
+test_screened_rows(void **state)
+{
+	(void) state;
+	for_all(screened_rows);
+}
+
 static void
 test_bad_steps_are_refused(void **state)
 {
@@ -480,12 +604,12 @@ test_bad_steps_are_refused(void **state)
 		int			n;
 		MillmCode	code;
 	}			bad[] = {
-		{{{a, 0, -1, false}}, 1, MILLM_E_INVALID_ARGUMENT},
-		{{{a, 0, VOCAB, false}}, 1, MILLM_E_INVALID_ARGUMENT},
-		{{{a, 1, 5, false}}, 1, MILLM_E_INTERNAL},	/* not the next position */
-		{{{a, 0, 5, false}, {a, 0, 5, false}}, 2, MILLM_E_INTERNAL},
-		{{{a, 0, 5, false}, {b, 0, 5, false}, {a, 1, 5, false}}, 3, MILLM_E_INTERNAL},	/* not together */
-		{{{a, 0, 5, false}}, 0, MILLM_E_INTERNAL},
+		{{{.seq = a, .position = 0, .token = -1}}, 1, MILLM_E_INVALID_ARGUMENT},
+		{{{.seq = a, .position = 0, .token = VOCAB}}, 1, MILLM_E_INVALID_ARGUMENT},
+		{{{.seq = a, .position = 1, .token = 5}}, 1, MILLM_E_INTERNAL},	/* not the next position */
+		{{{.seq = a, .position = 0, .token = 5}, {.seq = a, .position = 0, .token = 5}}, 2, MILLM_E_INTERNAL},
+		{{{.seq = a, .position = 0, .token = 5}, {.seq = b, .position = 0, .token = 5}, {.seq = a, .position = 1, .token = 5}}, 3, MILLM_E_INTERNAL},	/* not together */
+		{{{.seq = a, .position = 0, .token = 5}}, 0, MILLM_E_INTERNAL},
 	};
 
 	(void) state;
@@ -499,14 +623,14 @@ test_bad_steps_are_refused(void **state)
 	}
 	step(fw, batch, append(batch, 0, a, 1, 0, POSITIONS), NULL);
 	assert_true(millm_sequence_reserve(a, POSITIONS + 1));
-	batch[0] = (MillmBatchToken) {a, POSITIONS, 1, true};
+	batch[0] = (MillmBatchToken) {.seq = a, .position = POSITIONS, .token = 1, .want_logits = true};
 	assert_int_equal(millm_forward_step(fw, batch, 1, NULL, NULL, &logits, &err), MILLM_E_CONTEXT_LENGTH_EXCEEDED);
 	millm_sequence_free(a);
 
 	/* a damaged weight is found in its layer */
 	saved = ((float *) t->model.layers[1].up_bias.data)[3];
 	t->model.layers[1].up_bias.data[3] = NAN;
-	batch[0] = (MillmBatchToken) {b, 0, 1, true};
+	batch[0] = (MillmBatchToken) {.seq = b, .token = 1, .want_logits = true};
 	assert_int_equal(millm_forward_step(fw, batch, 1, NULL, NULL, &logits, &err), MILLM_E_INTERNAL);
 	assert_non_null(strstr(err.message, "layer 1"));
 	t->model.layers[1].up_bias.data[3] = saved;
@@ -594,6 +718,7 @@ main(void)
 		cmocka_unit_test(test_fork_and_truncate),
 		cmocka_unit_test(test_cancel_leaves_nothing),
 		cmocka_unit_test(test_wanted_rows),
+		cmocka_unit_test(test_screened_rows),
 		cmocka_unit_test(test_bad_steps_are_refused),
 		cmocka_unit_test(test_create_refuses),
 	};

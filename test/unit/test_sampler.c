@@ -354,6 +354,50 @@ max_tokens(void **state)
 	assert_int_equal(n, 100);
 }
 
+/* What decides the choice; that the rest does not is test_screen.c's matter. */
+static void
+needs(void **state)
+{
+	static const int32_t ids[] = {3, 5, 3};
+	struct
+	{
+		float		temperature;
+		int			top_k;
+		float		top_p, min_p;
+		int			k;
+		double		margin;
+	}			cases[] = {
+		{0, 0, 1, 0, 1, INFINITY}, {0, 40, 0.5f, 0.1f, 1, INFINITY},
+		{1, 0, 1, 0, 0, 0}, {1, 0, 0.9f, 0, 0, 0}, {1, 0, 0.9f, 0.1f, 0, 0}, {1, 100, 0.9f, 0, 0, 0},
+		{1, 40, 1, 0, 40, INFINITY}, {1, 40, 0.9f, 0, 40, INFINITY}, {1, 40, 0.9f, 0.1f, 40, INFINITY},
+		{1, 0, 1, 0.1f, 100, 2.302585}, {2, 0, 1, 0.5f, 100, 1.386294}, {1, 40, 1, 0.1f, 40, 2.302585}, {1, 0, 1, 1, 100, 0},
+	};
+
+	(void) state;
+	for (size_t i = 0; i < sizeof(cases) / sizeof(cases[0]); i++)
+		for (int penalty = 0; penalty < 2; penalty++)
+		{
+			MillmSampling o = {.temperature = cases[i].temperature, .top_k = cases[i].top_k, .top_p = cases[i].top_p,
+				.min_p = cases[i].min_p, .repetition_penalty = penalty ? 1.1f : 1};
+			MillmSampler *s = millm_sampler_create(&o, 100);
+			MillmTop	top;
+
+			millm_sampler_note_prompt(s, ids, 3);
+			millm_sampler_note_generated(s, 7);
+			top = millm_sampler_needs(s);
+			assert_int_equal(top.k, cases[i].k);
+			if (top.k > 0)
+			{
+				assert_int_equal(top.n_always, penalty ? 3 : 0);
+				if (isinf(cases[i].margin))
+					assert_true(isinf(top.margin));
+				else
+					assert_true(top.margin > cases[i].margin && top.margin < cases[i].margin * 1.001 + 0.001);
+			}
+			millm_sampler_free(s);
+		}
+}
+
 int
 main(void)
 {
@@ -361,6 +405,7 @@ main(void)
 		cmocka_unit_test(greedy_ties), cmocka_unit_test(softmax), cmocka_unit_test(top_k), cmocka_unit_test(top_p),
 		cmocka_unit_test(min_p), cmocka_unit_test(penalties), cmocka_unit_test(pure_draws), cmocka_unit_test(damage),
 		cmocka_unit_test(precedence), cmocka_unit_test(ranges), cmocka_unit_test(max_tokens),
+		cmocka_unit_test(needs),
 	};
 
 	return cmocka_run_group_tests(tests, NULL, NULL);

@@ -1,0 +1,114 @@
+/*
+ * shortlist.c -- strike out the logits that cannot be among the largest.
+ *
+ * Each logit z lies in [y - e, y + e].  The k-th largest of the lower ends is at most the k-th largest logit, so whose upper
+ * end lies below it is out; and so is who ends below the largest lower end by more than the margin.  What is not known
+ * (NaN, bounds beyond HUGE) puts nobody out and is never out.
+ *
+ * The bound has 25 u (|z| + |y|) to spare (quant/screen.c, step 5; u = 2^-24), and whoever is out is below the k-th by them.  y + e
+ * and y - e, rounded, take 4.  Scores divided by a temperature of 1e-5 to 100 are off by u |z| each, so the others
+ * keep them from becoming ties; TINY and HUGE keep them from underflow and overflow.
+ */
+#include "shortlist.h"
+
+#include <math.h>
+#include <stdbool.h>
+
+#include "screen.h"
+
+float
+millm_kth_largest(const float *scores, int n, int k, float *heap)
+{
+	int			size = 0;
+
+	/* a heap of the k largest seen, the smallest at its root */
+	for (int i = 0; i < n; i++)
+	{
+		float		x = scores[i];
+		int			at;
+
+		if (size < k)
+		{
+			at = size++;
+			while (at > 0 && heap[(at - 1) / 2] > x)
+			{
+				heap[at] = heap[(at - 1) / 2];
+				at = (at - 1) / 2;
+			}
+		}
+		else if (x > heap[0])
+		{
+			at = 0;
+			for (int child; (child = 2 * at + 1) < k; at = child)
+			{
+				if (child + 1 < k && heap[child + 1] < heap[child])
+					child++;
+				if (heap[child] >= x)
+					break;
+				heap[at] = heap[child];
+			}
+		}
+		else
+			continue;
+		heap[at] = x;
+	}
+	return heap[0];
+}
+
+/* y becomes the upper ends, +infinity where nothing is known; lower the lower ones, -infinity there; returns the largest of these. */
+static float
+bound(float *restrict y, float *restrict lower, const float *restrict error, int n, float norm)
+{
+	enum {LANES = 16};
+	float		largest[LANES];
+
+	for (int l = 0; l < LANES; l++)
+		largest[l] = -INFINITY;
+	for (int v = 0; v < n; v += LANES)
+		for (int l = 0; l < LANES && v + l < n; l++)
+		{
+			float		middle = y[v + l];
+			float		e = error[v + l] * norm + MILLM_SCREEN_TINY;
+			bool		is_known = e <= MILLM_SCREEN_HUGE && fabsf(middle) < INFINITY;
+			float		low = is_known ? middle - e : -INFINITY;
+
+			lower[v + l] = low;
+			y[v + l] = is_known ? middle + e : INFINITY;
+			largest[l] = low > largest[l] ? low : largest[l];
+		}
+	for (int l = 1; l < LANES; l++)
+		largest[0] = largest[l] > largest[0] ? largest[l] : largest[0];
+	return largest[0];
+}
+
+int
+millm_shortlist(int32_t *ids, int max, float *y, const float *error, int n, float norm, const MillmTop *top,
+				float *lower, float *heap)
+{
+	float		threshold;
+	float		largest;
+	int			n_ids = 0;
+
+	if ((top->k > max && top->margin == INFINITY) || !(norm <= MILLM_SCREEN_HUGE))
+		return -1;
+	for (int i = 0; i < top->n_always; i++)
+		y[top->always[i]] = NAN;
+	largest = bound(y, lower, error, n, norm);
+	threshold = largest - top->margin;
+	if (top->k == 1)
+		threshold = largest;
+	else if (top->k <= max)
+	{
+		float		kth = millm_kth_largest(lower, n, top->k, heap);
+
+		threshold = kth > threshold ? kth : threshold;
+	}
+	for (int v = 0; v < n; v++)
+		if (y[v] >= threshold)
+		{
+			if (n_ids == max)
+				return -1;
+			ids[n_ids++] = v;
+		}
+	return n_ids;
+}
