@@ -71,14 +71,22 @@ print_begin(MillmDtype dtype, int64_t n_rows, int64_t n_in)
 	return mix(mix(mix(0, (uint64_t) dtype), (uint64_t) n_rows), (uint64_t) n_in);
 }
 
+/* Where in a row of row_bytes the bytes that count begin. */
+static size_t
+print_offset(int64_t index, size_t row_bytes)
+{
+	size_t		n = row_bytes < PRINT_BYTES ? 1 : row_bytes - PRINT_BYTES + 1;
+
+	return (size_t) ((mix(0, (uint64_t) index) >> 32) * n >> 32);
+}
+
 static uint64_t
 print_row(uint64_t hash, int64_t index, const unsigned char *row, size_t row_bytes)
 {
-	size_t		n = row_bytes < PRINT_BYTES ? row_bytes : PRINT_BYTES;
 	uint64_t	words[PRINT_BYTES / 8] = {0};
 	uint64_t	print = (uint64_t) index;
 
-	memcpy(words, row + mix(0, (uint64_t) index) % (row_bytes - n + 1), n);
+	memcpy(words, row + print_offset(index, row_bytes), row_bytes < PRINT_BYTES ? row_bytes : PRINT_BYTES);
 	for (int i = 0; i < PRINT_BYTES / 8; i++)
 		print = mix(print, words[i]);
 	return mix(hash, print);
@@ -87,11 +95,17 @@ print_row(uint64_t hash, int64_t index, const unsigned char *row, size_t row_byt
 int64_t
 millm_screen_fingerprint(MillmDtype dtype, int64_t n_rows, int64_t n_in, const void *head)
 {
+	enum {AHEAD = 32};			/* rows: each lies on another page, so nothing but we can know what comes next */
+	const unsigned char *rows = head;
 	size_t		row_bytes = (size_t) millm_weight_bytes(dtype, n_in);
 	uint64_t	hash = print_begin(dtype, n_rows, n_in);
 
 	for (int64_t v = 0; v < n_rows; v++)
-		hash = print_row(hash, v, (const unsigned char *) head + (size_t) v * row_bytes, row_bytes);
+	{
+		if (v + AHEAD < n_rows)
+			__builtin_prefetch(rows + (size_t) (v + AHEAD) * row_bytes + print_offset(v + AHEAD, row_bytes));
+		hash = print_row(hash, v, rows + (size_t) v * row_bytes, row_bytes);
+	}
 	return (int64_t) hash;
 }
 
