@@ -71,8 +71,8 @@ LIB           = $(BUILD)/libmillm.a
 PROGRAMS      = $(BUILD)/millm-engine $(BUILD)/millm-hub
 
 # Instruction sets belong to single files; nothing that others link may be compiled with them.
-$(BUILD)/src/kernel/avx2.o:   ISA = -mavx2 -mfma -mf16c
-$(BUILD)/src/kernel/avx512.o: ISA = -mavx512f -mavx512bw -mavx512vl -mavx512dq -mavx512bf16 -mavx512vnni -mfma -mf16c
+$(BUILD)/src/kernel/avx2.o $(BUILD)/src/kernel/avx2_quant.o: ISA = -mavx2 -mfma -mf16c
+$(BUILD)/src/kernel/avx512.o $(BUILD)/src/kernel/avx512_quant.o: ISA = -mavx512f -mavx512bw -mavx512vl -mavx512dq -mavx512bf16 -mavx512vnni -mavx512vbmi -mfma -mf16c
 $(BUILD)/src/kernel/%.o:      OPT = -O3
 $(BUILD)/src/quant/%.o:       OPT = -O3
 $(BUILD)/src/engine/shortlist.o: OPT = -O3

@@ -152,7 +152,7 @@ millm_backend_cpu_page_bytes(const MillmModel *model, const char *kernels)
 int64_t
 millm_backend_cpu_buffer_bytes(int64_t n_rows, int64_t n_columns)
 {
-	return (n_rows * n_columns * (int64_t) sizeof(float) + 63) / 64 * 64 + n_rows * millm_form_row_bytes(MILLM_FORM_I16, n_columns);
+	return (n_rows * n_columns * (int64_t) sizeof(float) + 63) / 64 * 64 + n_rows * millm_form_row_bytes(MILLM_FORM_I16_NIBBLES, n_columns);
 }
 
 int64_t
@@ -188,7 +188,7 @@ buffer_create(MillmBackend *be, int64_t n_rows, int64_t n_columns, MillmBuffer *
 	if (!b)
 		return millm_fail(err, MILLM_E_INSUFFICIENT_MEMORY, "out of memory");
 	b->n_columns = n_columns;
-	b->packed_stride = millm_form_row_bytes(MILLM_FORM_I16, n_columns);
+	b->packed_stride = millm_form_row_bytes(MILLM_FORM_I16_NIBBLES, n_columns);
 	b->mapped = (size_t) millm_backend_cpu_buffer_bytes(n_rows, n_columns);
 	if (!(b->data = map(b->mapped, "the workspace", err)))
 	{

@@ -14,24 +14,14 @@
 #include "kernel.h"
 
 #if defined(__x86_64__)
-#include <immintrin.h>
+#include "avx512.h"
+
 #include <math.h>
 #include <string.h>
 
-#define INLINE static inline __attribute__((always_inline))
-/* How far ahead of the reading weights are asked for: measured best, see kernel_bench. */
-#define PREFETCH_BYTES 4096
 #define COLUMN_PREFETCH_ROWS 16
 /* Outputs whose sums stream_columns() keeps: 4 KiB. */
 #define STREAM_COLUMNS 1024
-/* From this many tokens on the bfloat16 form pays. */
-#define MIN_BF16_TOKENS 8
-
-INLINE __mmask16
-first_lanes(int64_t n)
-{
-	return n >= 16 ? 0xFFFF : (__mmask16) ((1u << n) - 1);
-}
 
 /* 16 weights from element i on as float32; where the mask is 0, zeros, and no memory is read. */
 INLINE __m512
@@ -45,16 +35,6 @@ load_16(const char *p, int64_t i, MillmDtype dtype, __mmask16 mask)
 	if (dtype == MILLM_F16)
 		return _mm512_cvtph_ps(half);
 	return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16));
-}
-
-INLINE void
-finish(const MillmMatmul *m, int64_t t, int64_t o, float sum)
-{
-	float	   *y = m->y + t * m->y_stride + o;
-
-	if (m->bias)
-		sum += m->bias[o];
-	*y = m->accumulate ? *y + sum : sum;
 }
 
 /* ---- float32 form ---- */
@@ -85,7 +65,7 @@ dot_tile(const MillmMatmul *m, int64_t t, int n_tokens, int64_t o, int n_rows, M
 		if (prefetch)
 			for (int r = 0; r < n_rows; r++)
 				for (int line = 0; line < 64 * bytes; line += 64)
-					_mm_prefetch(w[r] + i * bytes + line + PREFETCH_BYTES, _MM_HINT_T0);
+					prefetch_ahead(w[r] + i * bytes + line);
 		for (int u = 0; u < 4; u++)
 		{
 			__m512		v[2];
@@ -120,9 +100,8 @@ dot_rows(const MillmMatmul *m, int64_t t, int n_tokens, int64_t begin, int64_t e
 {
 	int64_t		o = begin;
 
-	if (n_tokens > 1)			/* a single token reads one long stream */
-		for (; o + 2 <= end; o += 2)
-			dot_tile(m, t, n_tokens, o, 2, dtype, prefetch);
+	for (; o + 2 <= end; o += 2)
+		dot_tile(m, t, n_tokens, o, 2, dtype, prefetch);
 	for (; o < end; o++)
 		dot_tile(m, t, n_tokens, o, 1, dtype, prefetch);
 }
@@ -270,13 +249,13 @@ MATMUL(f32, MILLM_F32)
 MATMUL(f16, MILLM_F16)
 MATMUL(bf16, MILLM_BF16)
 
-/* ---- bfloat16 form ---- */
-
-static MillmForm
-best_form_bf16(const MillmWeight *w, int n_tokens)
+void
+millm_avx512_f32_rows(const MillmMatmul *m, int64_t begin, int64_t end)
 {
-	return w->dtype == MILLM_BF16 && !w->in_out && n_tokens >= MIN_BF16_TOKENS ? MILLM_FORM_BF16 : MILLM_FORM_F32;
+	rows_f32(m, begin, end);
 }
+
+/* ---- bfloat16 form ---- */
 
 static void
 pack_bf16(void *packed, const float *x, int64_t n)
@@ -318,6 +297,8 @@ finish_4(const MillmMatmul *m, int64_t t, int64_t o, __m128 sums)	/* outputs o .
 {
 	float	   *y = m->y + t * m->y_stride + o;
 
+	if (m->row_scale)
+		sums = _mm_mul_ps(sums, _mm_loadu_ps(m->row_scale + o));
 	if (m->bias)
 		sums = _mm_add_ps(sums, _mm_loadu_ps(m->bias + o));
 	if (m->accumulate)
@@ -347,7 +328,7 @@ bf16_tile(const MillmMatmul *m, int64_t t, int n_tokens, int64_t o, bool prefetc
 		for (int r = 0; r < 4; r++)
 		{
 			if (prefetch)
-				_mm_prefetch(w + r * row_bytes + i * 2 + PREFETCH_BYTES, _MM_HINT_T0);
+				prefetch_ahead(w + r * row_bytes + i * 2);
 			v[r] = (__m512bh) (mask == 0xFFFFFFFF ? _mm512_loadu_si512(w + r * row_bytes + i * 2)
 							   : _mm512_maskz_loadu_epi16(mask, w + r * row_bytes + i * 2));
 		}
@@ -393,8 +374,8 @@ bf16_rows(const MillmMatmul *m, int64_t t, int n_tokens, int64_t begin, int64_t 
 			bf16_dot(m, t + j, o);
 }
 
-static void
-matmul_bf16_form(const MillmMatmul *m, int64_t begin, int64_t end)
+void
+millm_avx512_bf16_form(const MillmMatmul *m, int64_t begin, int64_t end)
 {
 	int64_t		t = 0;
 
@@ -735,10 +716,10 @@ millm_kernels_avx512(MillmKernels *k, unsigned cpu)
 	k->matmul[MILLM_FORM_F32][MILLM_BF16][1] = columns_bf16;
 	if (cpu & MILLM_CPU_AVX512_BF16)
 	{
-		k->matmul[MILLM_FORM_BF16][MILLM_BF16][0] = matmul_bf16_form;
-		k->best_form = best_form_bf16;
+		k->matmul[MILLM_FORM_BF16][MILLM_BF16][0] = millm_avx512_bf16_form;
 		k->pack[MILLM_FORM_BF16] = pack_bf16;
 	}
+	millm_kernels_avx512_quant(k, cpu);
 	k->rms_norm = rms_norm;
 	k->layer_norm = layer_norm;
 	k->kv_store = kv_store;

@@ -46,6 +46,8 @@ millm_cpu_flags(void)
 	if ((xcr0 & 0xE6) == 0xE6 && (b & leaf7) == leaf7)	/* and opmask, upper ZMM, ZMM16-31 */
 	{
 		flags |= MILLM_CPU_AVX512;
+		if ((c & 1 << 11) && (c & 1 << 1))	/* VNNI, VBMI */
+			flags |= MILLM_CPU_AVX512_VNNI;
 		if (max_subleaf >= 1 && __get_cpuid_count(7, 1, &a, &b, &c, &d) && (a & 1 << 5))
 			flags |= MILLM_CPU_AVX512_BF16;
 	}

@@ -26,7 +26,8 @@ enum
 {
 	MILLM_CPU_AVX2 = 1 << 0,		/* with FMA and F16C */
 	MILLM_CPU_AVX512 = 1 << 1,		/* F, BW, VL, DQ */
-	MILLM_CPU_AVX512_BF16 = 1 << 2
+	MILLM_CPU_AVX512_BF16 = 1 << 2,
+	MILLM_CPU_AVX512_VNNI = 1 << 3	/* with VBMI */
 };
 extern unsigned millm_cpu_flags(void);
 
@@ -42,20 +43,22 @@ typedef enum MillmForm
 	MILLM_FORM_F32,
 	MILLM_FORM_BF16,			/* rounded to nearest even, zeros up to a multiple of 32 */
 	/*
-	 * For MILLM_4BIT rows of whole blocks (n_in and first multiples of 64): each 64 values as int16, the 32 even ones first, then
-	 * the 32 odd ones, as nibbles lie in their bytes; after all of them a float32 scale for each 64.
+	 * For MILLM_4BIT rows of whole blocks (millm_is_blocky()), in the order in which a variant unpacks nibbles, zeros up to a
+	 * multiple of 128: bfloat16; or int16 with a float32 scale for each 64 values after all of them.
 	 */
-	MILLM_FORM_I16,
+	MILLM_FORM_BF16_NIBBLES,
+	MILLM_FORM_I16_NIBBLES,
 	MILLM_N_FORMS
 } MillmForm;
 
-/* y[t, o] = (accumulate ? y[t, o] : 0) + bias[o] + sum_i x[t, i] * w[o, i] */
+/* y[t, o] = (accumulate ? y[t, o] : 0) + bias[o] + row_scale[o] * sum_i x[t, i] * w[o, i] */
 typedef struct MillmMatmul
 {
 	float	   *y;				/* [n_tokens, y_stride] */
 	int64_t		y_stride;		/* in floats */
 	const MillmWeight *w;
 	const float *bias;			/* [n_out] or NULL */
+	const float *row_scale;		/* [n_out] or NULL: for kernels that hand on a panel of weights without their scales */
 	bool		accumulate;
 	MillmForm	form;
 	const void *x;				/* n_tokens rows of n_in in that form, 64-byte aligned for BF16 */
@@ -126,7 +129,9 @@ typedef struct MillmKernels
 static inline int64_t
 millm_form_row_bytes(MillmForm form, int64_t n_in)
 {
-	int64_t		bytes = form == MILLM_FORM_F32 ? n_in * 4 : form == MILLM_FORM_BF16 ? n_in * 2 : n_in * 2 + (n_in + 63) / 64 * 4;
+	int64_t		padded = (n_in + 127) / 128 * 128;
+	int64_t		bytes = form == MILLM_FORM_F32 ? n_in * 4 : form == MILLM_FORM_BF16 ? n_in * 2 :
+		form == MILLM_FORM_BF16_NIBBLES ? padded * 2 : padded * 2 + padded / 64 * 4;
 
 	return (bytes + 63) / 64 * 64;
 }
@@ -136,6 +141,15 @@ static inline const char *
 millm_weight_row(const MillmWeight *w, int64_t i)
 {
 	return (const char *) w->data + millm_weight_bytes(w->dtype, i * w->stride);
+}
+
+/*
+ * Do rows of this 4-bit weight begin and end with 64 weights of one scale?  So it is in all but exotic models and files.
+ */
+static inline bool
+millm_is_blocky(const MillmWeight *w)
+{
+	return w->n_in % 64 == 0 && w->first % 64 == 0 && w->block_size % 64 == 0;
 }
 
 /*
@@ -151,6 +165,9 @@ extern void millm_weight_decode(float *y, const MillmWeight *w, int64_t o, int64
 extern bool millm_kernels_init(MillmKernels *k, const char *name, bool *is_known);
 /* Names in ascending order, NULL-terminated; static. */
 extern const char *const *millm_kernels_names(void);
+
+/* ref's matmul in F32 form, of a weight of any dtype that is not in_out, decoded piece by piece. */
+extern void millm_matmul_decoded(const MillmMatmul *m, int64_t begin, int64_t end);
 
 /* The steps of millm_kernels_init(). */
 extern void millm_kernels_ref(MillmKernels *k);

@@ -34,6 +34,8 @@ finish(const MillmMatmul *m, int t, int64_t o, float sum)
 {
 	float	   *y = m->y + t * m->y_stride + o;
 
+	if (m->row_scale)
+		sum *= m->row_scale[o];
 	if (m->bias)
 		sum += m->bias[o];
 	*y = m->accumulate ? *y + sum : sum;
@@ -151,8 +153,8 @@ millm_weight_decode(float *y, const MillmWeight *w, int64_t o, int64_t i, int64_
 }
 
 /* Each row is decoded once for every few tokens, piece by piece. */
-static void
-rows_decoded(const MillmMatmul *m, int64_t begin, int64_t end)
+void
+millm_matmul_decoded(const MillmMatmul *m, int64_t begin, int64_t end)
 {
 	enum {TOKENS = 16, PIECE = 512};
 	const int64_t n = m->w->n_in;
@@ -399,8 +401,8 @@ millm_kernels_ref(MillmKernels *k)
 				[MILLM_F32] = {rows_f32, columns_f32},
 				[MILLM_F16] = {rows_f16, columns_f16},
 				[MILLM_BF16] = {rows_bf16, columns_bf16},
-				[MILLM_4BIT] = {rows_decoded, NULL},
-				[MILLM_INT8] = {rows_decoded, NULL},
+				[MILLM_4BIT] = {millm_matmul_decoded, NULL},
+				[MILLM_INT8] = {millm_matmul_decoded, NULL},
 			},
 		},
 		.best_form = best_form,

@@ -21,6 +21,7 @@
 
 #include "half.h"
 #include "kernel.h"
+#include "quant.h"
 
 #define EPSILON_F32		1.2e-7		/* of float32 */
 #define EPSILON_BF16	0x1p-8		/* rounding an activation to bfloat16 */
@@ -169,6 +170,231 @@ test_matmul(void **state)
 						for (size_t t = 0; t < sizeof(tokens) / sizeof(tokens[0]); t++)
 							one_matmul(&k[v], form, dtype, in_out, shapes[s][0], shapes[s][1], tokens[t], (s + t) % N_KINDS);
 				}
+}
+
+/* ---- quantized weights ---- */
+
+typedef struct QuantCase
+{
+	MillmDtype	dtype;
+	int64_t		n_in, n_out, first;
+	int			block_size, nested_block_size;
+	bool		is_fp4;
+	MillmDtype	rounded;
+} QuantCase;
+
+/* A weight of random bytes, each tensor an exact allocation whose begin is unaligned, so that the address sanitizer sees any byte too far. */
+typedef struct Quantized
+{
+	MillmWeight w;
+	char	   *data, *absmax, *nested, *scale;
+	_Alignas(64) float map[256];
+} Quantized;
+
+static char *
+random_bytes(int64_t n)
+{
+	char	   *p = malloc((size_t) n + 1);
+
+	for (int64_t i = 0; i <= n; i++)
+		p[i] = (char) (uniform() * 128);
+	return p;
+}
+
+static char *
+random_scales(int64_t n)
+{
+	char	   *p = malloc((size_t) n * 4 + 1);
+
+	for (int64_t i = 0; i < n; i++)
+	{
+		float		f = 0.02f + 0.01f * uniform();
+
+		memcpy(p + 1 + 4 * i, &f, 4);
+	}
+	return p;
+}
+
+static void
+make_quantized(Quantized *q, const QuantCase *c)
+{
+	int64_t		n = c->first + c->n_in * c->n_out;
+
+	memset(q, 0, sizeof(*q));
+	q->w = (MillmWeight) {.dtype = c->dtype, .n_out = c->n_out, .n_in = c->n_in, .stride = c->n_in};
+	if (c->dtype == MILLM_INT8)
+	{
+		q->data = random_bytes(n);
+		q->scale = random_scales(c->n_out);
+		q->w.scale = q->scale + 1;
+	}
+	else
+	{
+		int64_t		n_blocks = (n + c->block_size - 1) / c->block_size;
+
+		q->data = random_bytes((n + 1) / 2);
+		q->w.codebook = c->is_fp4 ? millm_fp4_codebook : millm_nf4_codebook;
+		q->w.first = c->first;
+		q->w.block_size = c->block_size;
+		q->w.rounded = c->rounded;
+		q->w.nested_block_size = c->nested_block_size;
+		q->absmax = c->nested_block_size ? random_bytes(n_blocks) : random_scales(n_blocks);
+		if (c->nested_block_size)
+		{
+			q->nested = random_scales((n_blocks + c->nested_block_size - 1) / c->nested_block_size);
+			millm_dynamic_map(q->map);
+			q->w.nested_absmax = q->nested + 1;
+			q->w.nested_map = q->map;
+			q->w.nested_offset = 0.03f;
+		}
+		q->w.absmax = q->absmax + 1;
+	}
+	q->w.data = q->data + 1;
+}
+
+static void
+free_quantized(Quantized *q)
+{
+	free(q->data);
+	free(q->absmax);
+	free(q->nested);
+	free(q->scale);
+}
+
+static float
+largest_of(const float *x, int64_t n)
+{
+	float		max = 0;
+
+	for (int64_t i = 0; i < n; i++)
+		max = fabsf(x[i]) > max ? fabsf(x[i]) : max;
+	return max;
+}
+
+static void
+one_quantized(const MillmKernels *k, MillmForm form, const QuantCase *c, int n_tokens, Kind kind)
+{
+	Quantized	q;
+	const int64_t n = c->n_in, y_stride = c->n_out + 5;
+	float	   *x = malloc(sizeof(float) * (size_t) (n_tokens * n + 1));
+	float	   *y = malloc(sizeof(float) * (size_t) (n_tokens * y_stride));
+	float	   *bias = malloc(sizeof(float) * (size_t) c->n_out);
+	float	   *row = malloc(sizeof(float) * (size_t) n);
+	int64_t		packed_stride = millm_form_row_bytes(form, n);
+	char	   *packed = aligned_alloc(64, (size_t) (packed_stride * n_tokens));
+	MillmMatmul m = {.y = y, .y_stride = y_stride, .bias = bias, .accumulate = true, .form = form, .n_tokens = n_tokens,
+		.x = form == MILLM_FORM_F32 ? (char *) (x + 1) : packed, .x_stride = form == MILLM_FORM_F32 ? n * 4 : packed_stride};
+	int64_t		cut = c->n_out / 3;
+	const bool	is_i16 = form == MILLM_FORM_I16_NIBBLES;
+
+	make_quantized(&q, c);
+	m.w = &q.w;
+	for (int t = 0; t < n_tokens; t++)
+		fill(x + 1 + t * n, n, kind);
+	if (form != MILLM_FORM_F32)
+		for (int t = 0; t < n_tokens; t++)
+			k->pack[form] (packed + t * packed_stride, x + 1 + t * n, n);
+	fill(bias, c->n_out, ORDINARY);
+	for (int64_t i = 0; i < n_tokens * y_stride; i++)
+		y[i] = 0.25f;
+	k->matmul[form][c->dtype][0] (&m, 0, cut);
+	k->matmul[form][c->dtype][0] (&m, cut, c->n_out);
+
+	for (int64_t o = 0; o < c->n_out; o++)
+	{
+		millm_weight_decode(row, &q.w, o, 0, n);
+		for (int t = 0; t < n_tokens; t++)
+		{
+			const float *xt = x + 1 + t * n;
+			double		sum = (double) bias[o] + 0.25, absolute = 0, tolerance = 0;
+			float		got = y[t * y_stride + o];
+
+			for (int64_t i = 0; i < n; i++)
+			{
+				double		p = (double) row[i] * xt[i];
+
+				sum += p;
+				absolute += fabs(p);
+			}
+			/* half a unit of the int16 activation and of the int16 codebook, in each block */
+			for (int64_t i = 0; i < n && is_i16; i += 64)
+				for (int64_t j = i; j < i + 64; j++)
+					tolerance += 0.5 / 32767 * largest_of(xt + i, 64) * fabsf(row[j]) + 0.6 / 8191 * largest_of(row + i, 64) * fabsf(xt[j]);
+			/* what the judge itself rounds to, and the fast paths need not */
+			tolerance += (form == MILLM_FORM_BF16 || form == MILLM_FORM_BF16_NIBBLES ? 2 * EPSILON_BF16 : 0) * absolute;
+			tolerance += (c->dtype == MILLM_INT8 ? 0 : c->rounded == MILLM_BF16 ? EPSILON_BF16 : c->rounded == MILLM_F16 ? EPSILON_F16 : 0) * absolute;
+			tolerance += EPSILON_F32 * sqrt((double) n) * absolute + 4 * EPSILON_F32 * (fabs(sum) + 1);
+			if (!(fabs(got - sum) <= tolerance))
+				fail_msg("%s %s form %d, n_in %ld n_out %ld first %ld block %d nested %d n_tokens %d %s: y[%d, %ld] = %.9g, expected %.9g, tolerance %.3g",
+						 k->variant, c->dtype == MILLM_INT8 ? "int8" : "4bit", form, (long) n, (long) c->n_out, (long) c->first, c->block_size,
+						 c->nested_block_size, n_tokens, kind_name[kind], t, (long) o, got, sum, tolerance);
+		}
+	}
+	for (int t = 0; t < n_tokens; t++)
+		for (int64_t o = c->n_out; o < y_stride; o++)
+			assert_true(y[t * y_stride + o] == 0.25f);
+	/* each token alone, and the outputs cut otherwise, has the same bits */
+	if (form == MILLM_FORM_F32 || is_i16 || n_tokens > 1)
+		for (int t = 0; t < n_tokens; t++)
+		{
+			float	   *alone = malloc(sizeof(float) * (size_t) y_stride);
+			MillmMatmul single = m;
+
+			for (int64_t o = 0; o < y_stride; o++)
+				alone[o] = 0.25f;
+			single.y = alone;
+			single.n_tokens = 1;
+			single.x = (const char *) m.x + t * m.x_stride;
+			for (int64_t o = 0; o < c->n_out; o += 7)
+				k->matmul[form][c->dtype][0] (&single, o, o + 7 < c->n_out ? o + 7 : c->n_out);
+			if (memcmp(alone, y + t * y_stride, sizeof(float) * (size_t) c->n_out) != 0)
+				fail_msg("%s %s form %d n_in %ld: token %d has other bits alone", k->variant, c->dtype == MILLM_INT8 ? "int8" : "4bit", form, (long) n, t);
+			free(alone);
+		}
+	free_quantized(&q);
+	free(x);
+	free(y);
+	free(bias);
+	free(row);
+	free(packed);
+}
+
+static void
+test_quantized(void **state)
+{
+	static const QuantCase cases[] = {
+		/* blocky: one and a half blocks of 128, a nested group that ends within a row, a slice, plain scales, larger blocks, FP4 */
+		{MILLM_4BIT, 64, 5, 0, 64, 256, false, MILLM_BF16}, {MILLM_4BIT, 192, 37, 0, 64, 256, false, MILLM_BF16},
+		{MILLM_4BIT, 128, 17, 0, 64, 0, false, MILLM_F32}, {MILLM_4BIT, 576, 41, 576 * 3, 64, 256, false, MILLM_BF16},
+		{MILLM_4BIT, 4160, 9, 64, 64, 256, false, MILLM_F16}, {MILLM_4BIT, 320, 13, 0, 128, 256, false, MILLM_BF16},
+		{MILLM_4BIT, 448, 11, 192, 4096, 0, false, MILLM_F32}, {MILLM_4BIT, 256, 8, 0, 64, 64, true, MILLM_BF16},
+		{MILLM_4BIT, 1024, 7, 64 * 5, 64, 128, true, MILLM_F32},
+		/* blocks that straddle rows, odd rows, slices that begin within a byte, small blocks */
+		{MILLM_4BIT, 37, 29, 0, 64, 256, false, MILLM_BF16}, {MILLM_4BIT, 96, 19, 0, 64, 0, false, MILLM_F32},
+		{MILLM_4BIT, 33, 7, 33, 64, 256, true, MILLM_F16}, {MILLM_4BIT, 128, 9, 0, 32, 256, false, MILLM_BF16},
+		{MILLM_4BIT, 1, 3, 1, 64, 0, false, MILLM_F32}, {MILLM_4BIT, 100, 11, 700, 4096, 256, false, MILLM_BF16},
+		{MILLM_INT8, 1, 1, 0, 0, 0, false, MILLM_F32}, {MILLM_INT8, 37, 19, 0, 0, 0, false, MILLM_F32}, {MILLM_INT8, 64, 5, 0, 0, 0, false, MILLM_F32},
+		{MILLM_INT8, 131, 83, 0, 0, 0, false, MILLM_F32}, {MILLM_INT8, 576, 41, 0, 0, 0, false, MILLM_F32},
+	};
+	static const int tokens[] = {1, 2, 3, 4, 5, 7, 8, 13};
+	MillmKernels k[4];
+	int			n;
+
+	(void) state;
+	millm_kernels_ref(&k[0]);
+	n = 1 + variants(k + 1);
+	for (int v = 0; v < n; v++)
+		for (size_t i = 0; i < sizeof(cases) / sizeof(cases[0]); i++)
+			for (int form = 0; form < MILLM_N_FORMS; form++)
+			{
+				const MillmWeight shape = {.dtype = cases[i].dtype, .n_in = cases[i].n_in, .first = cases[i].first, .block_size = cases[i].block_size};
+
+				if (!k[v].matmul[form][cases[i].dtype][0] ||
+					((form == MILLM_FORM_I16_NIBBLES || form == MILLM_FORM_BF16_NIBBLES) && !millm_is_blocky(&shape)))
+					continue;
+				for (size_t t = 0; t < sizeof(tokens) / sizeof(tokens[0]); t++)
+					one_quantized(&k[v], form, &cases[i], tokens[t], (i + t) % N_KINDS);
+			}
 }
 
 /* A row's bits depend neither on its company nor on how the outputs are split. */
@@ -422,6 +648,7 @@ main(void)
 {
 	const struct CMUnitTest tests[] = {
 		cmocka_unit_test(test_matmul),
+		cmocka_unit_test(test_quantized),
 		cmocka_unit_test(test_matmul_is_batch_invariant),
 		cmocka_unit_test(test_norms_and_activations),
 		cmocka_unit_test(test_attention),

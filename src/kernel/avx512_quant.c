@@ -1,0 +1,546 @@
+/*
+ * avx512_quant.c -- 4-bit and INT8 weights for AVX-512.
+ *
+ * A few tokens (memory-bound): weights are read once, as they lie, and unpacked in registers.
+ *   4BIT  64 bytes are 128 weights.  Each of the four nibbles of a 16-bit word selects from a codebook of int16 (13 bits and a sign), and
+ *         vpdpwssd multiplies with activations of 16 bits, exactly: a lane sums 8 products, below 2^31.  Lanes 0..7 belong to one block
+ *         of 64, lanes 8..15 to the next; their sums are scaled in float32.  The relative error is some 1e-4: a tenth of bfloat16's.
+ *   INT8  to float32, times float32 activations: nothing is rounded but sums.
+ *
+ * Many tokens (bound by arithmetic): a panel of a few rows is dequantized into the cache and handed to the float kernels, BF16 where there
+ * is AVX512-BF16 (4-bit values rounded as bitsandbytes does; int8 are exact in bfloat16), else float32.
+ *
+ * 4-bit weights whose rows are not whole blocks take the panel too, decoded by the reference: correct, and slow for a single token.
+ */
+#include "kernel.h"
+
+#if defined(__x86_64__)
+#include "avx512.h"
+
+#include <math.h>
+#include <string.h>
+
+/* From this many tokens on a panel pays. */
+#define MIN_PANEL_TOKENS	8
+#define PANEL_BYTES			(128 * 1024)
+#define TOKENS				4		/* that share one unpacking of the weights */
+#define MAX_BLOCKS			1024	/* of 64, in a row of the fast path */
+#define I16_MAX				32767.0f
+#define CODEBOOK_MAX		8191.0f	/* 8 * 8191 * 32767 < 2^31 */
+
+/* ---- scales of the blocks of a row ---- */
+
+typedef struct MapPlanes
+{
+	_Alignas(64) uint8_t byte[4][256];	/* the nested map's floats, byte by byte */
+} MapPlanes;
+
+static void
+split_map(MapPlanes *p, const float *map)
+{
+	for (int i = 0; i < 256; i += 16)
+	{
+		__m512i		v = _mm512_loadu_si512(map + i);
+
+		for (int k = 0; k < 4; k++)
+			_mm_store_si128((__m128i *) (p->byte[k] + i), _mm512_cvtepi32_epi8(_mm512_srlv_epi32(v, _mm512_set1_epi32(8 * k))));
+	}
+}
+
+/* s[64] = map[codes[64]]: each byte of the floats is looked up in a table of 256 that lies in four registers. */
+INLINE void
+look_up_64(float *s, const MapPlanes *p, __m512i codes)
+{
+	/* so that what the unpacking below interleaves comes out in order: position 16 l + 4 v + m gets code 16 v + 4 l + m */
+	const __m512i order = _mm512_set_epi32(0x3F3E3D3C, 0x2F2E2D2C, 0x1F1E1D1C, 0x0F0E0D0C, 0x3B3A3938, 0x2B2A2928, 0x1B1A1918, 0x0B0A0908,
+										   0x37363534, 0x27262524, 0x17161514, 0x07060504, 0x33323130, 0x23222120, 0x13121110, 0x03020100);
+	__m512i		b[4];
+	__m512i		low01, high01, low23, high23;
+	__mmask64	upper;
+
+	codes = _mm512_permutexvar_epi8(order, codes);
+	upper = _mm512_movepi8_mask(codes);
+	for (int k = 0; k < 4; k++)
+	{
+		const __m512i *t = (const __m512i *) p->byte[k];
+
+		b[k] = _mm512_mask_mov_epi8(_mm512_permutex2var_epi8(t[0], codes, t[1]), upper, _mm512_permutex2var_epi8(t[2], codes, t[3]));
+	}
+	low01 = _mm512_unpacklo_epi8(b[0], b[1]);
+	high01 = _mm512_unpackhi_epi8(b[0], b[1]);
+	low23 = _mm512_unpacklo_epi8(b[2], b[3]);
+	high23 = _mm512_unpackhi_epi8(b[2], b[3]);
+	_mm512_storeu_si512(s, _mm512_unpacklo_epi16(low01, low23));
+	_mm512_storeu_si512(s + 16, _mm512_unpackhi_epi16(low01, low23));
+	_mm512_storeu_si512(s + 32, _mm512_unpacklo_epi16(high01, high23));
+	_mm512_storeu_si512(s + 48, _mm512_unpackhi_epi16(high01, high23));
+}
+
+/*
+ * s[n] = the scales of the n groups of 64 of row o, and a zero or two after them; s has room for a multiple of 64.  Each product and sum
+ * is rounded by itself, as in the definition (tensor.h).
+ */
+static void
+row_scales(float *s, const MillmWeight *w, const MapPlanes *planes, int64_t o, int64_t n)
+{
+	const int64_t first = (w->first + o * w->n_in) / 64;	/* group of 64, counted from the tensor's begin */
+	const int	per_block = w->block_size / 64;
+
+	if (per_block != 1)
+		for (int64_t i = 0; i < n; i++)
+		{
+			int64_t		block = (first + i) / per_block;
+
+			if (w->nested_block_size == 0)
+				memcpy(s + i, (const char *) w->absmax + block * 4, 4);
+			else
+			{
+				float		na;
+
+				memcpy(&na, (const char *) w->nested_absmax + block / w->nested_block_size * 4, 4);
+				s[i] = w->nested_map[((const uint8_t *) w->absmax)[block]] * na;
+				s[i] += w->nested_offset;
+			}
+		}
+	else if (w->nested_block_size == 0)
+		memcpy(s, (const char *) w->absmax + first * 4, (size_t) n * 4);
+	else
+	{
+		const uint8_t *codes = (const uint8_t *) w->absmax + first;
+
+		_mm_prefetch((const char *) codes + 512, _MM_HINT_T1);
+		for (int64_t i = 0; i < n; i += 64)
+			look_up_64(s + i, planes, n - i >= 64 ? _mm512_loadu_si512(codes + i)
+					   : _mm512_maskz_loadu_epi8((UINT64_C(1) << (n - i)) - 1, codes + i));
+		for (int64_t i = 0; i < n;)
+		{
+			int64_t		group = (first + i) / w->nested_block_size;
+			int64_t		end = (group + 1) * w->nested_block_size - first;
+			float		na;
+
+			memcpy(&na, (const char *) w->nested_absmax + group * 4, 4);
+			end = end < n ? end : n;
+			for (; i < end; i += 16)
+			{
+				__mmask16	mask = first_lanes(end - i);
+				__m512		v = _mm512_mul_ps(_mm512_maskz_loadu_ps(mask, s + i), _mm512_set1_ps(na));
+
+				_mm512_mask_storeu_ps(s + i, mask, _mm512_add_ps(v, _mm512_set1_ps(w->nested_offset)));
+			}
+			i = end;
+		}
+	}
+	s[n] = 0;
+}
+
+/* Two floats, each for eight lanes. */
+INLINE __m512
+pair(const float *s)
+{
+	return _mm512_mask_broadcastss_ps(_mm512_set1_ps(s[0]), 0xFF00, _mm_load_ss(s + 1));
+}
+
+/* 128 weights' nibbles of a row of n weights, from weight i on: at its end there may be only 64. */
+INLINE __m512i
+load_nibbles(const uint8_t *row, int64_t i, int64_t n)
+{
+	return n - i >= 128 ? _mm512_loadu_si512(row + i / 2) : _mm512_maskz_loadu_epi64(0x0F, row + i / 2);
+}
+
+INLINE const uint8_t *
+nibble_row(const MillmWeight *w, int64_t o)
+{
+	return (const uint8_t *) w->data + (w->first + o * w->n_in) / 2;
+}
+
+/* ---- 4BIT, few tokens: int16 ---- */
+
+/*
+ * Which of the 128 values stand where: plane k, word j is what nibble k (from the low end) of word j of the weights is multiplied by.
+ * Nibbles 0..3 of a little-endian word are elements 1, 0, 3, 2 of its four.
+ */
+static void
+pack_i16_nibbles(void *packed, const float *x, int64_t n)
+{
+	const int64_t padded = (n + 127) / 128 * 128;
+	int16_t    *y = packed;
+	float	   *scales = (float *) (y + padded);
+
+	for (int64_t i = 0; i < padded; i += 128)
+	{
+		int16_t		q[128];
+
+		for (int b = 0; b < 2; b++)
+		{
+			const float *xb = x + i + 64 * b;
+			__m512		max = _mm512_setzero_ps();
+			__m512		inverse;
+			float		m;
+			bool		is_there = i + 64 * b < n;
+
+			for (int u = 0; u < 64 && is_there; u += 16)
+				max = _mm512_max_ps(max, _mm512_abs_ps(_mm512_loadu_ps(xb + u)));
+			m = _mm512_reduce_max_ps(max);
+			scales[i / 64 + b] = m / I16_MAX / CODEBOOK_MAX;
+			/* a block of zeros, or so small that its inverse is none, counts as zeros: below 1e-38 */
+			inverse = _mm512_set1_ps(m > I16_MAX * 0x1p-126f ? I16_MAX / m : 0);
+			for (int u = 0; u < 64; u += 16)
+				_mm256_storeu_si256((__m256i *) (q + 64 * b + u), is_there ?
+									_mm512_cvtsepi32_epi16(_mm512_cvtps_epi32(_mm512_mul_ps(_mm512_loadu_ps(xb + u), inverse))) : _mm256_setzero_si256());
+		}
+		for (int j = 0; j < 32; j++)
+		{
+			y[i + j] = q[4 * j + 1];
+			y[i + 32 + j] = q[4 * j];
+			y[i + 64 + j] = q[4 * j + 3];
+			y[i + 96 + j] = q[4 * j + 2];
+		}
+	}
+}
+
+INLINE void
+i16_rows(const MillmMatmul *m, int64_t t, int n_tokens, int64_t begin, int64_t end)
+{
+	const MillmWeight *w = m->w;
+	const int64_t n = w->n_in;
+	const int64_t n_blocks = n / 64;
+	const int64_t padded = (n + 127) / 128 * 128;
+	const char *x[TOKENS];
+	float		scales[MAX_BLOCKS + 64];
+	float		scaled[TOKENS][MAX_BLOCKS + 64];
+	int16_t		codes[32];
+	MapPlanes	planes;
+	__m512i		codebook;
+
+	for (int i = 0; i < 32; i++)	/* twice, so that what lies above the nibble does not matter */
+		codes[i] = (int16_t) lrintf(w->codebook[i % 16] * CODEBOOK_MAX);
+	codebook = _mm512_loadu_si512(codes);
+	if (w->nested_block_size > 0)
+		split_map(&planes, w->nested_map);
+	for (int j = 0; j < n_tokens; j++)
+		x[j] = (const char *) m->x + (t + j) * m->x_stride;
+
+	for (int64_t o = begin; o < end; o++)
+	{
+		const uint8_t *row = nibble_row(w, o);
+		__m512		acc[TOKENS][2];
+
+		row_scales(scales, w, &planes, o, n_blocks);
+		for (int j = 0; j < n_tokens; j++)
+		{
+			const float *sx = (const float *) (x[j] + padded * 2);
+
+			for (int64_t i = 0; i < padded / 64; i += 16)
+				_mm512_storeu_ps(scaled[j] + i, _mm512_mul_ps(_mm512_loadu_ps(scales + i), _mm512_maskz_loadu_ps(first_lanes(padded / 64 - i), sx + i)));
+			acc[j][0] = acc[j][1] = _mm512_setzero_ps();
+		}
+		for (int64_t i = 0; i < n; i += 128)
+		{
+			__m512i		v = load_nibbles(row, i, n);
+			__m512i		q[4];
+
+			prefetch_ahead(row + i / 2);
+			q[0] = _mm512_permutexvar_epi16(v, codebook);
+			q[1] = _mm512_permutexvar_epi16(_mm512_srli_epi16(v, 4), codebook);
+			q[2] = _mm512_permutexvar_epi16(_mm512_srli_epi16(v, 8), codebook);
+			q[3] = _mm512_permutexvar_epi16(_mm512_srli_epi16(v, 12), codebook);
+			for (int j = 0; j < n_tokens; j++)
+			{
+				const __m512i *xj = (const __m512i *) (x[j] + i * 2);
+				__m512i		a = _mm512_dpwssd_epi32(_mm512_setzero_si512(), q[0], xj[0]);
+				__m512i		b = _mm512_dpwssd_epi32(_mm512_setzero_si512(), q[1], xj[1]);
+				int			k = i / 128 % 2;
+
+				a = _mm512_add_epi32(_mm512_dpwssd_epi32(a, q[2], xj[2]), _mm512_dpwssd_epi32(b, q[3], xj[3]));
+				acc[j][k] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(a), pair(scaled[j] + i / 64), acc[j][k]);
+			}
+		}
+		for (int j = 0; j < n_tokens; j++)
+			finish(m, t + j, o, _mm512_reduce_add_ps(_mm512_add_ps(acc[j][0], acc[j][1])));
+	}
+}
+
+static void
+matmul_i16_nibbles(const MillmMatmul *m, int64_t begin, int64_t end)
+{
+	int64_t		t = 0;
+
+	for (; t + TOKENS <= m->n_tokens; t += TOKENS)
+		i16_rows(m, t, TOKENS, begin, end);
+	switch (m->n_tokens - t)
+	{
+		case 3:
+			i16_rows(m, t, 3, begin, end);
+			break;
+		case 2:
+			i16_rows(m, t, 2, begin, end);
+			break;
+		case 1:
+			i16_rows(m, t, 1, begin, end);
+			break;
+	}
+}
+
+/* ---- INT8, few tokens: float32 ---- */
+
+INLINE float
+int8_scale(const MillmWeight *w, int64_t o)
+{
+	float		scb;
+
+	memcpy(&scb, (const char *) w->scale + o * 4, 4);
+	return scb * 0.007874015718698502f;	/* 1 / 127 */
+}
+
+INLINE __m512
+load_int8(const char *p, __mmask16 mask)
+{
+	return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(mask == 0xFFFF ? _mm_loadu_si128((const __m128i *) p) : _mm_maskz_loadu_epi8(mask, p)));
+}
+
+INLINE void
+int8_rows(const MillmMatmul *m, int64_t t, int n_tokens, int64_t begin, int64_t end)
+{
+	const int64_t n = m->w->n_in;
+	const float *x[TOKENS];
+
+	for (int j = 0; j < n_tokens; j++)
+		x[j] = (const float *) ((const char *) m->x + (t + j) * m->x_stride);
+	for (int64_t o = begin; o < end; o++)
+	{
+		const char *row = millm_weight_row(m->w, o);
+		float		scale = int8_scale(m->w, o);
+		__m512		acc[TOKENS][4];
+		int64_t		i = 0;
+
+		for (int j = 0; j < n_tokens; j++)
+			for (int u = 0; u < 4; u++)
+				acc[j][u] = _mm512_setzero_ps();
+		for (; i + 64 <= n; i += 64)
+		{
+			prefetch_ahead(row + i);
+			for (int u = 0; u < 4; u++)
+			{
+				__m512		v = load_int8(row + i + 16 * u, 0xFFFF);
+
+				for (int j = 0; j < n_tokens; j++)
+					acc[j][u] = _mm512_fmadd_ps(v, _mm512_loadu_ps(x[j] + i + 16 * u), acc[j][u]);
+			}
+		}
+		for (; i < n; i += 16)
+		{
+			__mmask16	mask = first_lanes(n - i);
+			__m512		v = load_int8(row + i, mask);
+
+			for (int j = 0; j < n_tokens; j++)
+				acc[j][0] = _mm512_fmadd_ps(v, _mm512_maskz_loadu_ps(mask, x[j] + i), acc[j][0]);
+		}
+		for (int j = 0; j < n_tokens; j++)
+			finish(m, t + j, o, scale * _mm512_reduce_add_ps(_mm512_add_ps(_mm512_add_ps(acc[j][0], acc[j][1]), _mm512_add_ps(acc[j][2], acc[j][3]))));
+	}
+}
+
+static void
+matmul_int8(const MillmMatmul *m, int64_t begin, int64_t end)
+{
+	int64_t		t = 0;
+
+	for (; t + TOKENS <= m->n_tokens; t += TOKENS)
+		int8_rows(m, t, TOKENS, begin, end);
+	switch (m->n_tokens - t)
+	{
+		case 3:
+			int8_rows(m, t, 3, begin, end);
+			break;
+		case 2:
+			int8_rows(m, t, 2, begin, end);
+			break;
+		case 1:
+			int8_rows(m, t, 1, begin, end);
+			break;
+	}
+}
+
+/* ---- panels ---- */
+
+/* The matmul of a panel of n_rows dequantized rows, row o of m's first; their scales apart, or NULL. */
+INLINE void
+run_panel(const MillmMatmul *m, MillmMatmulFn run, MillmDtype dtype, MillmForm form, const void *panel, int64_t n_in, int64_t o, int64_t n_rows, const float *scale)
+{
+	MillmWeight w = {.dtype = dtype, .n_out = n_rows, .n_in = n_in, .stride = n_in, .data = panel};
+	MillmMatmul part = *m;
+
+	part.w = &w;
+	part.form = form;
+	part.y = m->y + o;
+	part.bias = m->bias ? m->bias + o : NULL;
+	part.row_scale = scale;
+	run(&part, 0, n_rows);
+}
+
+/* How many rows of a panel: a multiple of granule, or 0 when not even that many fit. */
+INLINE int64_t
+panel_rows(int64_t row_bytes, int granule)
+{
+	return PANEL_BYTES / row_bytes / granule * granule;
+}
+
+/* A 4-bit row in bfloat16, in the order of nibbles: vector k of each four has nibbles 2 k, then nibbles 2 k + 1, of 16 double words. */
+static void
+row_to_bf16_nibbles(uint16_t *y, const MillmWeight *w, const MapPlanes *planes, int64_t o)
+{
+	const __m512 codebook = _mm512_loadu_ps(w->codebook);
+	const uint8_t *row = nibble_row(w, o);
+	float		scales[MAX_BLOCKS + 64];
+
+	row_scales(scales, w, planes, o, w->n_in / 64);
+	for (int64_t i = 0; i < w->n_in; i += 128, y += 128)
+	{
+		__m512i		v = load_nibbles(row, i, w->n_in);
+		__m512		scale = pair(scales + i / 64);
+
+		prefetch_ahead(row + i / 2);
+		for (int k = 0; k < 4; k++)
+		{
+			__m512		low = _mm512_mul_ps(_mm512_permutexvar_ps(_mm512_srlv_epi32(v, _mm512_set1_epi32(8 * k)), codebook), scale);
+			__m512		high = _mm512_mul_ps(_mm512_permutexvar_ps(_mm512_srlv_epi32(v, _mm512_set1_epi32(8 * k + 4)), codebook), scale);
+
+			_mm512_storeu_si512(y + 32 * k, (__m512i) _mm512_cvtne2ps_pbh(high, low));
+		}
+	}
+}
+
+static void
+pack_bf16_nibbles(void *packed, const float *x, int64_t n)
+{
+	const __m512i every_8th = _mm512_setr_epi32(0, 8, 16, 24, 32, 40, 48, 56, 64, 72, 80, 88, 96, 104, 112, 120);
+	uint16_t   *y = packed;
+
+	for (int64_t i = 0; i < n; i += 128, y += 128)
+	{
+		__mmask16	mask = n - i >= 128 ? 0xFFFF : 0x00FF;
+
+		for (int k = 0; k < 4; k++)
+		{
+			__m512		low = _mm512_mask_i32gather_ps(_mm512_setzero_ps(), mask, every_8th, x + i + 2 * k + 1, 4);
+			__m512		high = _mm512_mask_i32gather_ps(_mm512_setzero_ps(), mask, every_8th, x + i + 2 * k, 4);
+
+			_mm512_storeu_si512(y + 32 * k, (__m512i) _mm512_cvtne2ps_pbh(high, low));
+		}
+	}
+}
+
+static void
+matmul_bf16_nibbles(const MillmMatmul *m, int64_t begin, int64_t end)
+{
+	const int64_t n = (m->w->n_in + 127) / 128 * 128;
+	int64_t		n_rows = panel_rows(n * 2, 4);
+	_Alignas(64) uint16_t panel[PANEL_BYTES / 2];
+	MapPlanes	planes;
+
+	if (m->w->nested_block_size > 0)
+		split_map(&planes, m->w->nested_map);
+	for (int64_t o = begin; o < end; o += n_rows)
+	{
+		n_rows = end - o < n_rows ? end - o : n_rows;
+		for (int64_t r = 0; r < n_rows; r++)
+			row_to_bf16_nibbles(panel + r * n, m->w, &planes, o + r);
+		run_panel(m, millm_avx512_bf16_form, MILLM_BF16, MILLM_FORM_BF16, panel, n, o, n_rows, NULL);
+	}
+}
+
+/* int8 are exact in bfloat16: the panel has them without their scale. */
+static void
+matmul_int8_bf16_form(const MillmMatmul *m, int64_t begin, int64_t end)
+{
+	const int64_t n = m->w->n_in;
+	int64_t		n_rows = panel_rows(n * 2, 4);
+	_Alignas(64) uint16_t panel[PANEL_BYTES / 2];
+	float		scale[PANEL_BYTES / 2];
+
+	for (int64_t o = begin; o < end; o += n_rows)
+	{
+		n_rows = end - o < n_rows ? end - o : n_rows;
+		for (int64_t r = 0; r < n_rows; r++)
+		{
+			const char *row = millm_weight_row(m->w, o + r);
+
+			scale[r] = int8_scale(m->w, o + r);
+			for (int64_t i = 0; i < n; i += 16)
+			{
+				__mmask16	mask = first_lanes(n - i);
+
+				if (i % 64 == 0)
+					prefetch_ahead(row + i);
+				_mm256_mask_storeu_epi16(panel + r * n + i, mask, _mm512_cvtepi32_epi16(_mm512_srli_epi32(_mm512_castps_si512(load_int8(row + i, mask)), 16)));
+			}
+		}
+		run_panel(m, millm_avx512_bf16_form, MILLM_BF16, MILLM_FORM_BF16, panel, n, o, n_rows, scale);
+	}
+}
+
+/* Whatever the fast paths do not know: float32 panels, decoded by the reference. */
+static void
+matmul_f32_panel(const MillmMatmul *m, int64_t begin, int64_t end)
+{
+	const int64_t n = m->w->n_in;
+	int64_t		n_rows = panel_rows(n * 4, 1);
+	_Alignas(64) float panel[PANEL_BYTES / 4];
+
+	if (n_rows == 0)
+	{
+		millm_matmul_decoded(m, begin, end);
+		return;
+	}
+	for (int64_t o = begin; o < end; o += n_rows)
+	{
+		n_rows = end - o < n_rows ? end - o : n_rows;
+		for (int64_t r = 0; r < n_rows; r++)
+			millm_weight_decode(panel + r * n, m->w, o + r, 0, n);
+		run_panel(m, millm_avx512_f32_rows, MILLM_F32, MILLM_FORM_F32, panel, n, o, n_rows, NULL);
+	}
+}
+
+/* ---- the choice ---- */
+
+static MillmForm
+best_form(const MillmWeight *w, int n_tokens)
+{
+	const bool	many = n_tokens >= MIN_PANEL_TOKENS;
+
+	if (w->in_out)
+		return MILLM_FORM_F32;
+	if (w->dtype == MILLM_BF16)
+		return many ? MILLM_FORM_BF16 : MILLM_FORM_F32;
+	if (w->dtype == MILLM_INT8)
+		return many && w->n_in * 2 * 4 <= PANEL_BYTES ? MILLM_FORM_BF16 : MILLM_FORM_F32;
+	if (w->dtype == MILLM_4BIT && millm_is_blocky(w) && w->n_in / 64 <= MAX_BLOCKS)
+		return many && (w->n_in + 64) * 2 * 4 <= PANEL_BYTES ? MILLM_FORM_BF16_NIBBLES : MILLM_FORM_I16_NIBBLES;
+	return MILLM_FORM_F32;
+}
+
+static MillmForm
+best_form_without_bf16(const MillmWeight *w, int n_tokens)
+{
+	return w->dtype == MILLM_4BIT && millm_is_blocky(w) && w->n_in / 64 <= MAX_BLOCKS && n_tokens < MIN_PANEL_TOKENS ? MILLM_FORM_I16_NIBBLES : MILLM_FORM_F32;
+}
+
+void
+millm_kernels_avx512_quant(MillmKernels *k, unsigned cpu)
+{
+	k->matmul[MILLM_FORM_F32][MILLM_4BIT][0] = matmul_f32_panel;
+	k->matmul[MILLM_FORM_F32][MILLM_INT8][0] = matmul_int8;
+	if (!(cpu & MILLM_CPU_AVX512_VNNI))
+		return;
+	k->matmul[MILLM_FORM_I16_NIBBLES][MILLM_4BIT][0] = matmul_i16_nibbles;
+	k->pack[MILLM_FORM_I16_NIBBLES] = pack_i16_nibbles;
+	k->best_form = best_form_without_bf16;
+	if (cpu & MILLM_CPU_AVX512_BF16)
+	{
+		k->matmul[MILLM_FORM_BF16_NIBBLES][MILLM_4BIT][0] = matmul_bf16_nibbles;
+		k->pack[MILLM_FORM_BF16_NIBBLES] = pack_bf16_nibbles;
+		k->matmul[MILLM_FORM_BF16][MILLM_INT8][0] = matmul_int8_bf16_form;
+		k->best_form = best_form;
+	}
+}
+#endif
