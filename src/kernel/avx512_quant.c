@@ -24,7 +24,7 @@
 #define MIN_PANEL_TOKENS	8
 #define PANEL_BYTES			(128 * 1024)
 #define TOKENS				4		/* that share one unpacking of the weights */
-#define MAX_BLOCKS			1024	/* of 64, in a row of the fast path */
+#define MAX_GROUPS			1024	/* of 64 weights, in a row of the fast path */
 #define I16_MAX				32767.0f
 #define CODEBOOK_MAX		8191.0f	/* 8 * 8191 * 32767 < 2^31 */
 
@@ -77,13 +77,12 @@ look_up_64(float *s, const MapPlanes *p, __m512i codes)
 }
 
 /*
- * s[n] = the scales of the n groups of 64 of row o, and a zero or two after them; s has room for a multiple of 64.  Each product and sum
- * is rounded by itself, as in the definition (tensor.h).
+ * s[n] = the scales of n groups of 64 from group first of the tensor on; s has room for 64 more.  Each product and sum is rounded by
+ * itself, as in the definition (tensor.h).
  */
 static void
-row_scales(float *s, const MillmWeight *w, const MapPlanes *planes, int64_t o, int64_t n)
+group_scales(float *s, const MillmWeight *w, const MapPlanes *planes, int64_t first, int64_t n)
 {
-	const int64_t first = (w->first + o * w->n_in) / 64;	/* group of 64, counted from the tensor's begin */
 	const int	per_block = w->block_size / 64;
 
 	if (per_block != 1)
@@ -108,7 +107,7 @@ row_scales(float *s, const MillmWeight *w, const MapPlanes *planes, int64_t o, i
 	{
 		const uint8_t *codes = (const uint8_t *) w->absmax + first;
 
-		_mm_prefetch((const char *) codes + 512, _MM_HINT_T1);
+		prefetch_ahead(codes - PREFETCH_BYTES + 2048);
 		for (int64_t i = 0; i < n; i += 64)
 			look_up_64(s + i, planes, n - i >= 64 ? _mm512_loadu_si512(codes + i)
 					   : _mm512_maskz_loadu_epi8((UINT64_C(1) << (n - i)) - 1, codes + i));
@@ -130,7 +129,13 @@ row_scales(float *s, const MillmWeight *w, const MapPlanes *planes, int64_t o, i
 			i = end;
 		}
 	}
-	s[n] = 0;
+}
+
+/* The first group of 64 of row o. */
+INLINE int64_t
+first_group(const MillmWeight *w, int64_t o)
+{
+	return (w->first + o * w->n_in) / 64;
 }
 
 /* Two floats, each for eight lanes. */
@@ -198,16 +203,62 @@ pack_i16_nibbles(void *packed, const float *x, int64_t n)
 	}
 }
 
+/* n_rows (1 or 2) rows times n_tokens; scaled[j][r] are the scales of token j's activations times those of row r. */
+INLINE void
+i16_tile(const MillmMatmul *m, int64_t t, int n_tokens, int64_t o, int n_rows, __m512i codebook, const float *const (*scaled)[2])
+{
+	const int64_t n = m->w->n_in;
+	const char *x = (const char *) m->x + t * m->x_stride;
+	const uint8_t *row = nibble_row(m->w, o);
+	__m512		acc[TOKENS][2];
+
+	for (int j = 0; j < n_tokens; j++)
+		for (int r = 0; r < n_rows; r++)
+			acc[j][r] = _mm512_setzero_ps();
+	for (int64_t i = 0; i < n; i += 128)
+	{
+		__m512i		q[2][4];
+
+		for (int r = 0; r < n_rows; r++)
+		{
+			__m512i		v = load_nibbles(row + r * n / 2, i, n);
+
+			prefetch_ahead(row + (i + r * n) / 2);
+			q[r][0] = _mm512_permutexvar_epi16(v, codebook);
+			q[r][1] = _mm512_permutexvar_epi16(_mm512_srli_epi16(v, 4), codebook);
+			q[r][2] = _mm512_permutexvar_epi16(_mm512_srli_epi16(v, 8), codebook);
+			q[r][3] = _mm512_permutexvar_epi16(_mm512_srli_epi16(v, 12), codebook);
+		}
+		for (int j = 0; j < n_tokens; j++)
+		{
+			const __m512i *xj = (const __m512i *) (x + j * m->x_stride + i * 2);
+
+			for (int r = 0; r < n_rows; r++)
+			{
+				__m512i		a = _mm512_dpwssd_epi32(_mm512_setzero_si512(), q[r][0], xj[0]);
+				__m512i		b = _mm512_dpwssd_epi32(_mm512_setzero_si512(), q[r][1], xj[1]);
+
+				a = _mm512_add_epi32(_mm512_dpwssd_epi32(a, q[r][2], xj[2]), _mm512_dpwssd_epi32(b, q[r][3], xj[3]));
+				acc[j][r] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(a), pair(scaled[j][r] + i / 64), acc[j][r]);
+			}
+		}
+	}
+	for (int j = 0; j < n_tokens; j++)
+		for (int r = 0; r < n_rows; r++)
+			finish(m, t + j, o + r, _mm512_reduce_add_ps(acc[j][r]));
+}
+
 INLINE void
 i16_rows(const MillmMatmul *m, int64_t t, int n_tokens, int64_t begin, int64_t end)
 {
 	const MillmWeight *w = m->w;
-	const int64_t n = w->n_in;
-	const int64_t n_blocks = n / 64;
-	const int64_t padded = (n + 127) / 128 * 128;
-	const char *x[TOKENS];
-	float		scales[MAX_BLOCKS + 64];
-	float		scaled[TOKENS][MAX_BLOCKS + 64];
+	const int64_t n_groups = w->n_in / 64;
+	const int64_t padded = (n_groups + 1) / 2 * 2;
+	const int64_t n_rows = MAX_GROUPS / n_groups;	/* whose scales are decoded together */
+	float		scales[MAX_GROUPS + 64];
+	float		products[TOKENS][2][MAX_GROUPS + 16];
+	const float *scaled[TOKENS][2];
+	const float *sx[TOKENS];
 	int16_t		codes[32];
 	MapPlanes	planes;
 	__m512i		codebook;
@@ -218,45 +269,33 @@ i16_rows(const MillmMatmul *m, int64_t t, int n_tokens, int64_t begin, int64_t e
 	if (w->nested_block_size > 0)
 		split_map(&planes, w->nested_map);
 	for (int j = 0; j < n_tokens; j++)
-		x[j] = (const char *) m->x + (t + j) * m->x_stride;
-
-	for (int64_t o = begin; o < end; o++)
 	{
-		const uint8_t *row = nibble_row(w, o);
-		__m512		acc[TOKENS][2];
+		sx[j] = (const float *) ((const char *) m->x + (t + j) * m->x_stride + padded * 128);
+		scaled[j][0] = products[j][0];
+		scaled[j][1] = products[j][1];
+	}
+	for (int64_t o = begin; o < end; o += 2)
+	{
+		int			n_tile = end - o >= 2 && n_rows >= 2 ? 2 : 1;
+		int64_t		in_run = (o - begin) % (n_rows >= 2 ? n_rows & ~INT64_C(1) : 1);
 
-		row_scales(scales, w, &planes, o, n_blocks);
+		if (in_run == 0)
+			group_scales(scales, w, &planes, first_group(w, o), (end - o < n_rows ? end - o : n_rows) * n_groups);
 		for (int j = 0; j < n_tokens; j++)
+			for (int r = 0; r < n_tile; r++)
+				for (int64_t i = 0; i < padded; i += 16)
+				{
+					__m512		s = _mm512_maskz_loadu_ps(first_lanes(n_groups - i), scales + (in_run + r) * n_groups + i);
+
+					_mm512_storeu_ps(products[j][r] + i, _mm512_mul_ps(s, _mm512_maskz_loadu_ps(first_lanes(padded - i), sx[j] + i)));
+				}
+		if (n_tile == 2)
+			i16_tile(m, t, n_tokens, o, 2, codebook, (const float *const (*)[2]) scaled);
+		else
 		{
-			const float *sx = (const float *) (x[j] + padded * 2);
-
-			for (int64_t i = 0; i < padded / 64; i += 16)
-				_mm512_storeu_ps(scaled[j] + i, _mm512_mul_ps(_mm512_loadu_ps(scales + i), _mm512_maskz_loadu_ps(first_lanes(padded / 64 - i), sx + i)));
-			acc[j][0] = acc[j][1] = _mm512_setzero_ps();
+			i16_tile(m, t, n_tokens, o, 1, codebook, (const float *const (*)[2]) scaled);
+			o--;				/* one row at a time */
 		}
-		for (int64_t i = 0; i < n; i += 128)
-		{
-			__m512i		v = load_nibbles(row, i, n);
-			__m512i		q[4];
-
-			prefetch_ahead(row + i / 2);
-			q[0] = _mm512_permutexvar_epi16(v, codebook);
-			q[1] = _mm512_permutexvar_epi16(_mm512_srli_epi16(v, 4), codebook);
-			q[2] = _mm512_permutexvar_epi16(_mm512_srli_epi16(v, 8), codebook);
-			q[3] = _mm512_permutexvar_epi16(_mm512_srli_epi16(v, 12), codebook);
-			for (int j = 0; j < n_tokens; j++)
-			{
-				const __m512i *xj = (const __m512i *) (x[j] + i * 2);
-				__m512i		a = _mm512_dpwssd_epi32(_mm512_setzero_si512(), q[0], xj[0]);
-				__m512i		b = _mm512_dpwssd_epi32(_mm512_setzero_si512(), q[1], xj[1]);
-				int			k = i / 128 % 2;
-
-				a = _mm512_add_epi32(_mm512_dpwssd_epi32(a, q[2], xj[2]), _mm512_dpwssd_epi32(b, q[3], xj[3]));
-				acc[j][k] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(a), pair(scaled[j] + i / 64), acc[j][k]);
-			}
-		}
-		for (int j = 0; j < n_tokens; j++)
-			finish(m, t + j, o, _mm512_reduce_add_ps(_mm512_add_ps(acc[j][0], acc[j][1])));
 	}
 }
 
@@ -298,46 +337,71 @@ load_int8(const char *p, __mmask16 mask)
 	return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(mask == 0xFFFF ? _mm_loadu_si128((const __m128i *) p) : _mm_maskz_loadu_epi8(mask, p)));
 }
 
+/* n_rows (1 or 2) rows times n_tokens. */
+INLINE void
+int8_tile(const MillmMatmul *m, int64_t t, int n_tokens, int64_t o, int n_rows)
+{
+	const int64_t n = m->w->n_in;
+	const char *row = millm_weight_row(m->w, o);
+	const float *x[TOKENS];
+	__m512		acc[TOKENS][2][2];
+	int64_t		i = 0;
+
+	for (int j = 0; j < n_tokens; j++)
+	{
+		x[j] = (const float *) ((const char *) m->x + (t + j) * m->x_stride);
+		for (int r = 0; r < n_rows; r++)
+			acc[j][r][0] = acc[j][r][1] = _mm512_setzero_ps();
+	}
+	for (; i + 64 <= n; i += 64)
+	{
+		for (int r = 0; r < n_rows; r++)
+			prefetch_ahead(row + r * n + i);
+		for (int u = 0; u < 4; u++)
+		{
+			__m512		v[2];
+
+			for (int r = 0; r < n_rows; r++)
+				v[r] = load_int8(row + r * n + i + 16 * u, 0xFFFF);
+			for (int j = 0; j < n_tokens; j++)
+			{
+				__m512		xj = _mm512_loadu_ps(x[j] + i + 16 * u);
+
+				for (int r = 0; r < n_rows; r++)
+					acc[j][r][u % 2] = _mm512_fmadd_ps(v[r], xj, acc[j][r][u % 2]);
+			}
+		}
+	}
+	for (; i < n; i += 16)
+	{
+		__mmask16	mask = first_lanes(n - i);
+
+		for (int r = 0; r < n_rows; r++)
+		{
+			__m512		v = load_int8(row + r * n + i, mask);
+
+			for (int j = 0; j < n_tokens; j++)
+				acc[j][r][0] = _mm512_fmadd_ps(v, _mm512_maskz_loadu_ps(mask, x[j] + i), acc[j][r][0]);
+		}
+	}
+	for (int r = 0; r < n_rows; r++)
+	{
+		float		scale = int8_scale(m->w, o + r);
+
+		for (int j = 0; j < n_tokens; j++)
+			finish(m, t + j, o + r, scale * _mm512_reduce_add_ps(_mm512_add_ps(acc[j][r][0], acc[j][r][1])));
+	}
+}
+
 INLINE void
 int8_rows(const MillmMatmul *m, int64_t t, int n_tokens, int64_t begin, int64_t end)
 {
-	const int64_t n = m->w->n_in;
-	const float *x[TOKENS];
+	int64_t		o = begin;
 
-	for (int j = 0; j < n_tokens; j++)
-		x[j] = (const float *) ((const char *) m->x + (t + j) * m->x_stride);
-	for (int64_t o = begin; o < end; o++)
-	{
-		const char *row = millm_weight_row(m->w, o);
-		float		scale = int8_scale(m->w, o);
-		__m512		acc[TOKENS][4];
-		int64_t		i = 0;
-
-		for (int j = 0; j < n_tokens; j++)
-			for (int u = 0; u < 4; u++)
-				acc[j][u] = _mm512_setzero_ps();
-		for (; i + 64 <= n; i += 64)
-		{
-			prefetch_ahead(row + i);
-			for (int u = 0; u < 4; u++)
-			{
-				__m512		v = load_int8(row + i + 16 * u, 0xFFFF);
-
-				for (int j = 0; j < n_tokens; j++)
-					acc[j][u] = _mm512_fmadd_ps(v, _mm512_loadu_ps(x[j] + i + 16 * u), acc[j][u]);
-			}
-		}
-		for (; i < n; i += 16)
-		{
-			__mmask16	mask = first_lanes(n - i);
-			__m512		v = load_int8(row + i, mask);
-
-			for (int j = 0; j < n_tokens; j++)
-				acc[j][0] = _mm512_fmadd_ps(v, _mm512_maskz_loadu_ps(mask, x[j] + i), acc[j][0]);
-		}
-		for (int j = 0; j < n_tokens; j++)
-			finish(m, t + j, o, scale * _mm512_reduce_add_ps(_mm512_add_ps(_mm512_add_ps(acc[j][0], acc[j][1]), _mm512_add_ps(acc[j][2], acc[j][3]))));
-	}
+	for (; o + 2 <= end; o += 2)
+		int8_tile(m, t, n_tokens, o, 2);
+	if (o < end)
+		int8_tile(m, t, n_tokens, o, 1);
 }
 
 static void
@@ -391,9 +455,10 @@ row_to_bf16_nibbles(uint16_t *y, const MillmWeight *w, const MapPlanes *planes, 
 {
 	const __m512 codebook = _mm512_loadu_ps(w->codebook);
 	const uint8_t *row = nibble_row(w, o);
-	float		scales[MAX_BLOCKS + 64];
+	float		scales[MAX_GROUPS + 64];
 
-	row_scales(scales, w, planes, o, w->n_in / 64);
+	group_scales(scales, w, planes, first_group(w, o), w->n_in / 64);
+	scales[w->n_in / 64] = 0;
 	for (int64_t i = 0; i < w->n_in; i += 128, y += 128)
 	{
 		__m512i		v = load_nibbles(row, i, w->n_in);
@@ -514,7 +579,7 @@ best_form(const MillmWeight *w, int n_tokens)
 		return many ? MILLM_FORM_BF16 : MILLM_FORM_F32;
 	if (w->dtype == MILLM_INT8)
 		return many && w->n_in * 2 * 4 <= PANEL_BYTES ? MILLM_FORM_BF16 : MILLM_FORM_F32;
-	if (w->dtype == MILLM_4BIT && millm_is_blocky(w) && w->n_in / 64 <= MAX_BLOCKS)
+	if (w->dtype == MILLM_4BIT && millm_is_blocky(w) && w->n_in / 64 <= MAX_GROUPS)
 		return many && (w->n_in + 64) * 2 * 4 <= PANEL_BYTES ? MILLM_FORM_BF16_NIBBLES : MILLM_FORM_I16_NIBBLES;
 	return MILLM_FORM_F32;
 }
@@ -522,7 +587,7 @@ best_form(const MillmWeight *w, int n_tokens)
 static MillmForm
 best_form_without_bf16(const MillmWeight *w, int n_tokens)
 {
-	return w->dtype == MILLM_4BIT && millm_is_blocky(w) && w->n_in / 64 <= MAX_BLOCKS && n_tokens < MIN_PANEL_TOKENS ? MILLM_FORM_I16_NIBBLES : MILLM_FORM_F32;
+	return w->dtype == MILLM_4BIT && millm_is_blocky(w) && w->n_in / 64 <= MAX_GROUPS && n_tokens < MIN_PANEL_TOKENS ? MILLM_FORM_I16_NIBBLES : MILLM_FORM_F32;
 }
 
 void
