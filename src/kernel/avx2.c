@@ -8,15 +8,13 @@
 #include "kernel.h"
 
 #if defined(__x86_64__)
-#include <immintrin.h>
+#include "avx2.h"
+
 #include <math.h>
 #include <string.h>
 
 #include "half.h"
 
-#define INLINE static inline __attribute__((always_inline))
-/* How far ahead of the reading weights are asked for: measured best, see kernel_bench. */
-#define PREFETCH_BYTES 8192
 #define TOKENS 3				/* of a tile: 3 x 4 sums and a weight fit 16 registers */
 
 INLINE __m256
@@ -44,28 +42,6 @@ load_1(const char *p, int64_t i, MillmDtype dtype)
 	return dtype == MILLM_F16 ? millm_f16_to_f32(h) : millm_bf16_to_f32(h);
 }
 
-INLINE float
-sum_8(__m256 v)
-{
-	__m128		s = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
-
-	s = _mm_add_ps(s, _mm_movehl_ps(s, s));
-	s = _mm_add_ss(s, _mm_movehdup_ps(s));
-	return _mm_cvtss_f32(s);
-}
-
-INLINE void
-finish(const MillmMatmul *m, int64_t t, int64_t o, float sum)
-{
-	float	   *y = m->y + t * m->y_stride + o;
-
-	if (m->row_scale)
-		sum *= m->row_scale[o];
-	if (m->bias)
-		sum += m->bias[o];
-	*y = m->accumulate ? *y + sum : sum;
-}
-
 /* n_tokens dot products with one row of weights. */
 INLINE void
 dot_tile(const MillmMatmul *m, int64_t t, int n_tokens, int64_t o, MillmDtype dtype, bool prefetch)
@@ -87,7 +63,7 @@ dot_tile(const MillmMatmul *m, int64_t t, int n_tokens, int64_t o, MillmDtype dt
 	{
 		if (prefetch)
 			for (int line = 0; line < 32 * bytes; line += 64)
-				_mm_prefetch(w + i * bytes + line + PREFETCH_BYTES, _MM_HINT_T1);
+				prefetch_ahead(w + i * bytes + line);
 		for (int u = 0; u < 4; u++)
 		{
 			__m256		v = load_8(w, i + 8 * u, dtype);
@@ -196,6 +172,12 @@ static void columns_##name(const MillmMatmul *m, int64_t begin, int64_t end) { m
 MATMUL(f32, MILLM_F32)
 MATMUL(f16, MILLM_F16)
 MATMUL(bf16, MILLM_BF16)
+
+void
+millm_avx2_f32_rows(const MillmMatmul *m, int64_t begin, int64_t end)
+{
+	rows_f32(m, begin, end);
+}
 
 static void
 rms_norm(float *y, const float *x, const float *w, float eps, int64_t n)
@@ -396,6 +378,7 @@ millm_kernels_avx2(MillmKernels *k)
 	k->matmul[MILLM_FORM_F32][MILLM_F16][1] = columns_f16;
 	k->matmul[MILLM_FORM_F32][MILLM_BF16][0] = rows_bf16;
 	k->matmul[MILLM_FORM_F32][MILLM_BF16][1] = columns_bf16;
+	millm_kernels_avx2_quant(k);
 	k->rms_norm = rms_norm;
 	k->kv_store = kv_store;
 	k->attention = attention;

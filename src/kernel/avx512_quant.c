@@ -593,10 +593,10 @@ best_form_without_bf16(const MillmWeight *w, int n_tokens)
 void
 millm_kernels_avx512_quant(MillmKernels *k, unsigned cpu)
 {
+	if (!(cpu & MILLM_CPU_AVX512_VNNI))
+		return;					/* AVX2's 4-bit and INT8 kernels stay */
 	k->matmul[MILLM_FORM_F32][MILLM_4BIT][0] = matmul_f32_panel;
 	k->matmul[MILLM_FORM_F32][MILLM_INT8][0] = matmul_int8;
-	if (!(cpu & MILLM_CPU_AVX512_VNNI))
-		return;
 	k->matmul[MILLM_FORM_I16_NIBBLES][MILLM_4BIT][0] = matmul_i16_nibbles;
 	k->pack[MILLM_FORM_I16_NIBBLES] = pack_i16_nibbles;
 	k->best_form = best_form_without_bf16;

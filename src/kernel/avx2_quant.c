@@ -1,0 +1,414 @@
+/*
+ * avx2_quant.c -- 4-bit and INT8 weights for AVX2.
+ *
+ * As avx512_quant.c, with vectors of half the size and vpshufb for look-ups: a few tokens multiply int16 by int16 (4BIT) or float32 by
+ * float32 (INT8); for many tokens a panel of rows is dequantized to float32 and handed to the float kernels.
+ */
+#include "kernel.h"
+
+#if defined(__x86_64__)
+#include "avx2.h"
+
+#include <math.h>
+#include <string.h>
+
+#define MIN_PANEL_TOKENS	8
+#define PANEL_BYTES			(128 * 1024)
+#define TOKENS				4		/* that share one unpacking of 4-bit weights */
+#define INT8_TOKENS			3		/* with 4 sums each, as the float32 kernel has */
+#define MAX_GROUPS			1024	/* of 64 weights, in a row of the fast path */
+#define I16_MAX				32767.0f
+#define CODEBOOK_MAX		8191.0f	/* 8 * 8191 * 32767 < 2^31 */
+
+INLINE const uint8_t *
+nibble_row(const MillmWeight *w, int64_t o)
+{
+	return (const uint8_t *) w->data + (w->first + o * w->n_in) / 2;
+}
+
+/* s[n] = the scales of n groups of 64 from group first of the tensor on. */
+static void
+group_scales(float *s, const MillmWeight *w, int64_t first, int64_t n)
+{
+	const int	per_block = w->block_size / 64;
+	const uint8_t *codes = w->absmax;
+
+	for (int64_t i = 0; i < n; i++)
+	{
+		int64_t		block = (first + i) / per_block;
+
+		if (w->nested_block_size == 0)
+			memcpy(s + i, (const char *) w->absmax + block * 4, 4);
+		else
+		{
+			float		na;
+
+			memcpy(&na, (const char *) w->nested_absmax + block / w->nested_block_size * 4, 4);
+			s[i] = w->nested_map[codes[block]] * na;
+			s[i] += w->nested_offset;
+		}
+	}
+}
+
+/* The same for the usual case: nested blocks of 64, eight at a time within their nested block. */
+static void
+row_scales(float *s, const MillmWeight *w, int64_t o)
+{
+	const int64_t first = (w->first + o * w->n_in) / 64;
+	const int64_t n = w->n_in / 64;
+	const uint8_t *codes = (const uint8_t *) w->absmax + first;
+	int64_t		i = 0;
+
+	if (w->nested_block_size == 0 || w->block_size != 64)
+	{
+		group_scales(s, w, first, n);
+		return;
+	}
+	_mm_prefetch((const char *) codes + 2048, _MM_HINT_T1);
+	while (i < n)
+	{
+		int64_t		group = (first + i) / w->nested_block_size;
+		int64_t		end = (group + 1) * w->nested_block_size - first;
+		float		na;
+
+		memcpy(&na, (const char *) w->nested_absmax + group * 4, 4);
+		end = end < n ? end : n;
+		for (; i + 8 <= end; i += 8)
+		{
+			__m256		v = _mm256_i32gather_ps(w->nested_map, _mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i *) (codes + i))), 4);
+
+			_mm256_storeu_ps(s + i, _mm256_add_ps(_mm256_mul_ps(v, _mm256_set1_ps(na)), _mm256_set1_ps(w->nested_offset)));
+		}
+		if (i < end)
+			group_scales(s + i, w, first + i, end - i);
+		i = end;
+	}
+}
+
+/* ---- 4BIT, few tokens: int16 ---- */
+
+/*
+ * In 32 bytes, byte i holds elements 2 i (high nibble) and 2 i + 1.  Unpacking interleaves the bytes of each half of the register apart:
+ * first come bytes 0..7 and 16..23, then 8..15 and 24..31; of each the low nibbles, then the high ones.
+ */
+static void
+pack_i16_nibbles(void *packed, const float *x, int64_t n)
+{
+	const int64_t padded = (n + 127) / 128 * 128;
+	int16_t    *y = packed;
+	float	   *scales = (float *) (y + padded);
+
+	memset(y + n, 0, (size_t) (padded - n) * 2);
+	memset(scales + n / 64, 0, (size_t) (padded - n) / 64 * 4);
+	for (int64_t i = 0; i < n; i += 64)
+	{
+		float		max = 0;
+		float		inverse;
+
+		for (int j = 0; j < 64; j++)
+			max = fabsf(x[i + j]) > max ? fabsf(x[i + j]) : max;
+		scales[i / 64] = max / I16_MAX / CODEBOOK_MAX;
+		/* a block of zeros, or so small that its inverse is none, counts as zeros: below 1e-38 */
+		inverse = max > I16_MAX * 0x1p-126f ? I16_MAX / max : 0;
+		for (int half = 0; half < 2; half++)
+			for (int j = 0; j < 16; j++)
+			{
+				int			byte = (j < 8 ? j : j + 8) + 8 * half;
+
+				y[i + 16 * half + j] = (int16_t) lrintf(x[i + 2 * byte + 1] * inverse);
+				y[i + 32 + 16 * half + j] = (int16_t) lrintf(x[i + 2 * byte] * inverse);
+			}
+	}
+}
+
+INLINE void
+i16_rows(const MillmMatmul *m, int64_t t, int n_tokens, int64_t begin, int64_t end)
+{
+	const MillmWeight *w = m->w;
+	const int64_t n = w->n_in;
+	const int64_t padded = (n + 127) / 128 * 128;
+	const __m256i nibble = _mm256_set1_epi8(0x0F);
+	const char *x[TOKENS];
+	float		scales[MAX_GROUPS];
+	uint8_t		codes[2][16];
+	__m256i		low_bytes,
+				high_bytes;
+
+	for (int i = 0; i < 16; i++)
+	{
+		int16_t		c = (int16_t) lrintf(w->codebook[i] * CODEBOOK_MAX);
+
+		codes[0][i] = (uint8_t) c;
+		codes[1][i] = (uint8_t) ((uint16_t) c >> 8);
+	}
+	low_bytes = _mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i *) codes[0]));
+	high_bytes = _mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i *) codes[1]));
+	for (int j = 0; j < n_tokens; j++)
+		x[j] = (const char *) m->x + (t + j) * m->x_stride;
+
+	for (int64_t o = begin; o < end; o++)
+	{
+		const uint8_t *row = nibble_row(w, o);
+		__m256		acc[TOKENS];
+
+		row_scales(scales, w, o);
+		for (int j = 0; j < n_tokens; j++)
+			acc[j] = _mm256_setzero_ps();
+		for (int64_t i = 0; i < n; i += 64)
+		{
+			__m256i		v = _mm256_loadu_si256((const __m256i *) (row + i / 2));
+			__m256i		q[4];
+
+			if (i % 128 == 0)
+				prefetch_ahead(row + i / 2);
+			for (int h = 0; h < 2; h++)
+			{
+				__m256i		index = _mm256_and_si256(h == 0 ? v : _mm256_srli_epi16(v, 4), nibble);
+				__m256i		low = _mm256_shuffle_epi8(low_bytes, index);
+				__m256i		high = _mm256_shuffle_epi8(high_bytes, index);
+
+				q[2 * h] = _mm256_unpacklo_epi8(low, high);
+				q[2 * h + 1] = _mm256_unpackhi_epi8(low, high);
+			}
+			for (int j = 0; j < n_tokens; j++)
+			{
+				const __m256i *xj = (const __m256i *) (x[j] + i * 2);
+				const float *sx = (const float *) (x[j] + padded * 2);
+				__m256i		a = _mm256_add_epi32(_mm256_madd_epi16(q[0], xj[0]), _mm256_madd_epi16(q[1], xj[1]));
+				__m256i		b = _mm256_add_epi32(_mm256_madd_epi16(q[2], xj[2]), _mm256_madd_epi16(q[3], xj[3]));
+
+				acc[j] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(_mm256_add_epi32(a, b)), _mm256_set1_ps(scales[i / 64] * sx[i / 64]), acc[j]);
+			}
+		}
+		for (int j = 0; j < n_tokens; j++)
+			finish(m, t + j, o, sum_8(acc[j]));
+	}
+}
+
+static void
+matmul_i16_nibbles(const MillmMatmul *m, int64_t begin, int64_t end)
+{
+	int64_t		t = 0;
+
+	for (; t + TOKENS <= m->n_tokens; t += TOKENS)
+		i16_rows(m, t, TOKENS, begin, end);
+	switch (m->n_tokens - t)
+	{
+		case 3:
+			i16_rows(m, t, 3, begin, end);
+			break;
+		case 2:
+			i16_rows(m, t, 2, begin, end);
+			break;
+		case 1:
+			i16_rows(m, t, 1, begin, end);
+			break;
+	}
+}
+
+/* ---- INT8, few tokens: float32 ---- */
+
+INLINE float
+int8_scale(const MillmWeight *w, int64_t o)
+{
+	float		scb;
+
+	memcpy(&scb, (const char *) w->scale + o * 4, 4);
+	return scb * 0.007874015718698502f;	/* 1 / 127 */
+}
+
+INLINE __m256
+load_int8(const char *p)
+{
+	return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i *) p)));
+}
+
+/* The order of sums is that of the float32 kernel, so that panels give the same bits. */
+INLINE void
+int8_rows(const MillmMatmul *m, int64_t t, int n_tokens, int64_t begin, int64_t end)
+{
+	const int64_t n = m->w->n_in;
+	const float *x[INT8_TOKENS];
+
+	for (int j = 0; j < n_tokens; j++)
+		x[j] = (const float *) ((const char *) m->x + (t + j) * m->x_stride);
+	for (int64_t o = begin; o < end; o++)
+	{
+		const char *row = millm_weight_row(m->w, o);
+		const float scale = int8_scale(m->w, o);
+		__m256		acc[INT8_TOKENS][4];
+		int64_t		i = 0;
+
+		for (int j = 0; j < n_tokens; j++)
+			for (int u = 0; u < 4; u++)
+				acc[j][u] = _mm256_setzero_ps();
+		for (; i + 32 <= n; i += 32)
+		{
+			if (i % 64 == 0)
+				prefetch_ahead(row + i);
+			for (int u = 0; u < 4; u++)
+			{
+				__m256		v = load_int8(row + i + 8 * u);
+
+				for (int j = 0; j < n_tokens; j++)
+					acc[j][u] = _mm256_fmadd_ps(v, _mm256_loadu_ps(x[j] + i + 8 * u), acc[j][u]);
+			}
+		}
+		for (; i + 8 <= n; i += 8)
+		{
+			__m256		v = load_int8(row + i);
+
+			for (int j = 0; j < n_tokens; j++)
+				acc[j][0] = _mm256_fmadd_ps(v, _mm256_loadu_ps(x[j] + i), acc[j][0]);
+		}
+		for (int j = 0; j < n_tokens; j++)
+		{
+			float		sum = sum_8(_mm256_add_ps(_mm256_add_ps(acc[j][0], acc[j][1]), _mm256_add_ps(acc[j][2], acc[j][3])));
+
+			for (int64_t k = i; k < n; k++)
+				sum = fmaf((float) ((const int8_t *) row)[k], x[j][k], sum);
+			sum *= scale;
+			finish(m, t + j, o, sum);
+		}
+	}
+}
+
+static void
+int8_few(const MillmMatmul *m, int64_t begin, int64_t end)
+{
+	int64_t		t = 0;
+
+	for (; t + INT8_TOKENS <= m->n_tokens; t += INT8_TOKENS)
+		int8_rows(m, t, INT8_TOKENS, begin, end);
+	if (m->n_tokens - t == 2)
+		int8_rows(m, t, 2, begin, end);
+	else if (m->n_tokens - t == 1)
+		int8_rows(m, t, 1, begin, end);
+}
+
+/* ---- float32 panels ---- */
+
+/* The matmul of a panel of n_rows dequantized rows, row o of m's first; their scales apart, or NULL. */
+static void
+run_panel(const MillmMatmul *m, const float *panel, int64_t o, int64_t n_rows, const float *scale)
+{
+	MillmWeight w = {.dtype = MILLM_F32, .n_out = n_rows, .n_in = m->w->n_in, .stride = m->w->n_in, .data = panel};
+	MillmMatmul part = *m;
+
+	part.w = &w;
+	part.y = m->y + o;
+	part.bias = m->bias ? m->bias + o : NULL;
+	part.row_scale = scale;
+	millm_avx2_f32_rows(&part, 0, n_rows);
+}
+
+static void
+matmul_int8(const MillmMatmul *m, int64_t begin, int64_t end)
+{
+	const int64_t n = m->w->n_in;
+	int64_t		n_rows = PANEL_BYTES / 4 / n;
+	_Alignas(64) float panel[PANEL_BYTES / 4];
+	float		scale[PANEL_BYTES / 4];
+
+	if (m->n_tokens < MIN_PANEL_TOKENS || n_rows == 0)
+	{
+		int8_few(m, begin, end);
+		return;
+	}
+	for (int64_t o = begin; o < end; o += n_rows)
+	{
+		n_rows = end - o < n_rows ? end - o : n_rows;
+		for (int64_t r = 0; r < n_rows; r++)
+		{
+			const char *row = millm_weight_row(m->w, o + r);
+			int64_t		i = 0;
+
+			scale[r] = int8_scale(m->w, o + r);
+			for (; i + 8 <= n; i += 8)
+			{
+				if (i % 64 == 0)
+					prefetch_ahead(row + i);
+				_mm256_storeu_ps(panel + r * n + i, load_int8(row + i));
+			}
+			for (; i < n; i++)
+				panel[r * n + i] = (float) ((const int8_t *) row)[i];
+		}
+		run_panel(m, panel, o, n_rows, scale);
+	}
+}
+
+/* y[n_in] = row o, of whole blocks. */
+static void
+row_to_f32(float *y, const MillmWeight *w, int64_t o)
+{
+	const __m256 low_values = _mm256_loadu_ps(w->codebook);
+	const __m256 high_values = _mm256_loadu_ps(w->codebook + 8);
+	const __m128i nibble = _mm_set1_epi8(0x0F);
+	const uint8_t *row = nibble_row(w, o);
+	float		scales[MAX_GROUPS];
+
+	row_scales(scales, w, o);
+	for (int64_t i = 0; i < w->n_in; i += 32)
+	{
+		__m128i		v = _mm_loadu_si128((const __m128i *) (row + i / 2));
+		__m128i		even = _mm_and_si128(_mm_srli_epi16(v, 4), nibble);
+		__m128i		odd = _mm_and_si128(v, nibble);
+		__m128i		index[2] = {_mm_unpacklo_epi8(even, odd), _mm_unpackhi_epi8(even, odd)};
+		__m256		scale = _mm256_set1_ps(scales[i / 64]);
+
+		if (i % 128 == 0)
+			prefetch_ahead(row + i / 2);
+		for (int u = 0; u < 4; u++)
+		{
+			__m256i		k = _mm256_cvtepu8_epi32(u % 2 ? _mm_srli_si128(index[u / 2], 8) : index[u / 2]);
+			/* bit 3 of the code, moved to the sign, chooses the half of the codebook */
+			__m256		value = _mm256_blendv_ps(_mm256_permutevar8x32_ps(low_values, k), _mm256_permutevar8x32_ps(high_values, k),
+												 _mm256_castsi256_ps(_mm256_slli_epi32(k, 28)));
+
+			_mm256_storeu_ps(y + i + 8 * u, _mm256_mul_ps(value, scale));
+		}
+	}
+}
+
+/* Rows that are not whole blocks are decoded by the reference: correct, and slow for a single token. */
+static void
+matmul_4bit(const MillmMatmul *m, int64_t begin, int64_t end)
+{
+	const int64_t n = m->w->n_in;
+	const bool	is_fast = millm_is_blocky(m->w) && n / 64 <= MAX_GROUPS;
+	int64_t		n_rows = PANEL_BYTES / 4 / n;
+	_Alignas(64) float panel[PANEL_BYTES / 4];
+
+	if (n_rows == 0)
+	{
+		millm_matmul_decoded(m, begin, end);
+		return;
+	}
+	for (int64_t o = begin; o < end; o += n_rows)
+	{
+		n_rows = end - o < n_rows ? end - o : n_rows;
+		for (int64_t r = 0; r < n_rows; r++)
+			if (is_fast)
+				row_to_f32(panel + r * n, m->w, o + r);
+			else
+				millm_weight_decode(panel + r * n, m->w, o + r, 0, n);
+		run_panel(m, panel, o, n_rows, NULL);
+	}
+}
+
+static MillmForm
+best_form(const MillmWeight *w, int n_tokens)
+{
+	return w->dtype == MILLM_4BIT && millm_is_blocky(w) && w->n_in / 64 <= MAX_GROUPS && n_tokens < MIN_PANEL_TOKENS ? MILLM_FORM_I16_NIBBLES : MILLM_FORM_F32;
+}
+
+void
+millm_kernels_avx2_quant(MillmKernels *k)
+{
+	k->matmul[MILLM_FORM_F32][MILLM_4BIT][0] = matmul_4bit;
+	k->matmul[MILLM_FORM_F32][MILLM_INT8][0] = matmul_int8;
+	k->matmul[MILLM_FORM_I16_NIBBLES][MILLM_4BIT][0] = matmul_i16_nibbles;
+	k->pack[MILLM_FORM_I16_NIBBLES] = pack_i16_nibbles;
+	k->best_form = best_form;
+}
+#endif
