@@ -37,16 +37,18 @@ CREATE TABLE millm.registry (
 	updated_at timestamptz NOT NULL DEFAULT pg_catalog.clock_timestamp(),
 	CONSTRAINT registry_name_not_a_number CHECK (name !~ '^[0-9]*$'),
 	CONSTRAINT registry_source CHECK (source IN ('huggingface', 'local')),
+	CONSTRAINT registry_quantization CHECK (quantization IN ('FP16', 'Q4', 'Q8')),
 	CONSTRAINT registry_status CHECK (status IN ('pending', 'ready', 'error')),
 	CONSTRAINT registry_error CHECK ((status = 'error') = (error_code IS NOT NULL)),
 	CONSTRAINT registry_place CHECK (CASE source WHEN 'huggingface' THEN repo_id IS NOT NULL AND revision IS NOT NULL AND directory IS NOT NULL
-		ELSE local_path IS NOT NULL AND status <> 'pending' END)
+		ELSE local_path IS NOT NULL AND (directory IS NOT NULL OR status = 'ready') END)
 );
 CREATE UNIQUE INDEX registry_directory_key ON millm.registry (directory);
 CREATE INDEX registry_pending_idx ON millm.registry (id) WHERE status = 'pending';
 COMMENT ON TABLE millm.registry IS 'Models: the durable half of the view millm.models';
 COMMENT ON COLUMN millm.registry.uuid IS 'Names the model in shared memory and in its directory; never used twice';
-COMMENT ON COLUMN millm.registry.directory IS 'Of a downloaded model, relative to the cache directory';
+COMMENT ON COLUMN millm.registry.directory IS 'Of a model that millm has downloaded or quantized, relative to the cache directory';
+COMMENT ON COLUMN millm.registry.local_path IS 'Of a local model, what was registered; of a downloaded one, where it was put';
 COMMENT ON COLUMN millm.registry.attempt IS 'Which download of this model: retry() begins the next one';
 
 -- Directories whose row was deleted and whose files the clerk has still to remove.  Not dumped: a copy owns no files.
@@ -88,15 +90,16 @@ SELECT r.id, r.name, r.source, r.repo_id, r.revision, r.local_path,
 		ELSE r.params::text END AS params,
 	r.architecture, r.quantization,
 	(r.disk_bytes + 1048575) / 1048576 AS disk_size_mb,
-	(l.memory_bytes + 1048575) / 1048576 AS estimated_memory_mb,
+	(coalesce(l.memory_bytes, r.disk_bytes) + 1048575) / 1048576 AS estimated_memory_mb,
 	CASE WHEN l.status = 'downloading' AND r.status = 'pending' OR l.status IN ('loading', 'loaded') AND r.status = 'ready'
 		THEN l.status ELSE r.status END AS status,
-	CASE WHEN r.status = 'ready' AND r.source = 'huggingface' THEN 100
+	CASE WHEN r.status = 'ready' AND r.directory IS NOT NULL THEN 100
 		WHEN r.status = 'pending' THEN CASE WHEN l.status = 'downloading' THEN l.progress ELSE 0 END END AS download_progress,
 	r.error_code, r.error_message, r.trust_remote_code, r.license, r.config, r.created_at, r.updated_at, l.loaded_at
 FROM millm.registry r LEFT JOIN millm.live() l ON l.uuid = r.uuid;
 COMMENT ON VIEW millm.models IS 'Every model with its state: pending, downloading, ready, loading, loaded or error';
-COMMENT ON COLUMN millm.models.estimated_memory_mb IS 'What the engine holds for it; null unless it is loaded';
+COMMENT ON COLUMN millm.models.disk_size_mb IS 'What it takes on disk; an estimate until it is ready, null where there is none';
+COMMENT ON COLUMN millm.models.estimated_memory_mb IS 'What its weights need; once it is loaded, what the engine holds for it, the KV cache too';
 
 CREATE VIEW millm.progress AS
 SELECT r.id, r.name, l.status, l.stage, l.progress, l.bytes, l.total_bytes, l.bytes_per_second, l.file
@@ -140,7 +143,7 @@ RETURNS bigint
 AS 'MODULE_PATHNAME', 'millm_register_local'
 LANGUAGE C VOLATILE PARALLEL UNSAFE COST 100000;
 COMMENT ON FUNCTION millm.register_local(text, text, text) IS
-	'Register a model that lies in a directory of the server and stays there; return its id';
+	'Register a model that lies in a directory of the server, as it is or quantized into the cache; return its id';
 
 CREATE FUNCTION millm.wait(model text, timeout interval DEFAULT '1 day') RETURNS text
 AS 'MODULE_PATHNAME', 'millm_wait_name' LANGUAGE C VOLATILE STRICT PARALLEL UNSAFE COST 100000;
@@ -160,8 +163,8 @@ CREATE FUNCTION millm.retry(model text, hf_token text DEFAULT NULL) RETURNS void
 AS 'MODULE_PATHNAME', 'millm_retry_name' LANGUAGE C VOLATILE PARALLEL UNSAFE COST 10000;
 CREATE FUNCTION millm.retry(model bigint, hf_token text DEFAULT NULL) RETURNS void
 AS 'MODULE_PATHNAME', 'millm_retry_id' LANGUAGE C VOLATILE PARALLEL UNSAFE COST 10000;
-COMMENT ON FUNCTION millm.retry(text, text) IS 'Download a model again whose download failed or was canceled; it starts at COMMIT';
-COMMENT ON FUNCTION millm.retry(bigint, text) IS 'Download a model again whose download failed or was canceled; it starts at COMMIT';
+COMMENT ON FUNCTION millm.retry(text, text) IS 'Download, or quantize, a model again for which that failed or was canceled; it starts at COMMIT';
+COMMENT ON FUNCTION millm.retry(bigint, text) IS 'Download, or quantize, a model again for which that failed or was canceled; it starts at COMMIT';
 
 CREATE FUNCTION millm.delete(model text) RETURNS void
 AS 'MODULE_PATHNAME', 'millm_delete_name' LANGUAGE C VOLATILE STRICT PARALLEL UNSAFE COST 10000;

@@ -11,11 +11,11 @@ SELECT millm.download('https://huggingface.co/owner/name', 'FP16');
 SELECT millm.download(repeat('x', 97) || '/y', 'FP16');
 
 -- Quantizations
-SELECT millm.download('owner/name');
-SELECT millm.download('owner/name', 'Q8');
-SELECT millm.download('owner/name', 'fp16');
+SELECT millm.download('owner/name', 'Q5');
+SELECT millm.download('owner/name', '');
+SELECT millm.download('owner/name', ' Q4');
 SELECT millm.download('owner/name', NULL);
-
+SELECT millm.register_local('/etc', 'gptq');
 -- Names, revisions, tokens
 SELECT millm.download('owner/name', 'FP16', name => '');
 SELECT millm.download('owner/name', 'FP16', name => '42');
@@ -60,6 +60,7 @@ SELECT millm.register_local('relative/path');
 SELECT millm.register_local('/nowhere/at/all');
 SELECT millm.register_local('/etc/passwd');
 SELECT millm.register_local('/etc', 'Q4');
+SELECT millm.register_local('/' || repeat('x', 1024));
 \set VERBOSITY sqlstate
 SELECT millm.register_local('/etc');
 \set VERBOSITY default

@@ -113,6 +113,15 @@ result(uint64 i, int column)
 	return value ? MemoryContextStrdup(step_context, value) : NULL;
 }
 
+/* The same into dst[size]; "" for null. */
+static void
+copy_result(char *dst, uint64 i, int column, size_t size)
+{
+	char	   *value = result(i, column);
+
+	strlcpy(dst, value ? value : "", size);
+}
+
 static Datum
 uuid_datum(const char *uuid)
 {
@@ -175,7 +184,8 @@ read_pending(void *arg)
 {
 	Pending    *pending = arg;
 
-	pending->n = execute("SELECT id, uuid::text, attempt, repo_id, revision, quantization, directory, trust_remote_code FROM millm.registry r "
+	pending->n = execute("SELECT id, uuid::text, attempt, repo_id, revision, quantization, directory, trust_remote_code, "
+						 "CASE source WHEN 'local' THEN local_path END FROM millm.registry r "
 						 "WHERE status = 'pending' AND NOT EXISTS (SELECT FROM millm.trash t WHERE t.directory = r.directory) ORDER BY id",
 						 0, NULL, NULL, NULL);
 	pending->jobs = MemoryContextAllocExtended(step_context, (pending->n + 1) * sizeof(MillmJob), MCXT_ALLOC_HUGE | MCXT_ALLOC_ZERO);
@@ -186,13 +196,14 @@ read_pending(void *arg)
 		bool		isnull;
 
 		job->model_id = DatumGetInt64(SPI_getbinval(row, SPI_tuptable->tupdesc, 1, &isnull));
-		strlcpy(job->uuid, result(i, 2), sizeof(job->uuid));
+		copy_result(job->uuid, i, 2, sizeof(job->uuid));
 		job->attempt = DatumGetInt32(SPI_getbinval(row, SPI_tuptable->tupdesc, 3, &isnull));
-		strlcpy(job->repo_id, result(i, 4), sizeof(job->repo_id));
-		strlcpy(job->revision, result(i, 5), sizeof(job->revision));
-		strlcpy(job->quantization, result(i, 6), sizeof(job->quantization));
-		strlcpy(job->directory, result(i, 7), sizeof(job->directory));
+		copy_result(job->repo_id, i, 4, sizeof(job->repo_id));
+		copy_result(job->revision, i, 5, sizeof(job->revision));
+		copy_result(job->quantization, i, 6, sizeof(job->quantization));
+		copy_result(job->directory, i, 7, sizeof(job->directory));
 		job->trust_remote_code = DatumGetBool(SPI_getbinval(row, SPI_tuptable->tupdesc, 8, &isnull));
+		copy_result(job->source_path, i, 9, sizeof(job->source_path));
 	}
 }
 
@@ -223,6 +234,7 @@ hand_over(const Pending *pending, const char *owner, const bool *was_committed, 
 		job->model_id = wanted->model_id;
 		job->attempt = wanted->attempt;
 		strlcpy(job->owner, owner, sizeof(job->owner));
+		strlcpy(job->source_path, wanted->source_path, sizeof(job->source_path));
 		strlcpy(job->repo_id, wanted->repo_id, sizeof(job->repo_id));
 		strlcpy(job->revision, wanted->revision, sizeof(job->revision));
 		strlcpy(job->quantization, wanted->quantization, sizeof(job->quantization));
@@ -305,11 +317,12 @@ write_ready(void *arg)
 {
 	const Outcome *outcome = arg;
 	const MillmJob *job = &outcome->job;
-	Oid			types[] = {UUIDOID, INT4OID, TEXTOID, TEXTOID, TEXTOID, TEXTOID, TEXTOID, INT8OID, INT8OID, TEXTOID};
+	Oid			types[] = {UUIDOID, INT4OID, TEXTOID, TEXTOID, TEXTOID, TEXTOID, TEXTOID, INT8OID, INT8OID, TEXTOID, TEXTOID};
 	Datum		values[] = {
 		uuid_datum(job->uuid), Int32GetDatum(job->attempt), CStringGetTextDatum(job->commit), CStringGetTextDatum(job->path),
 		CStringGetTextDatum(job->model_type), CStringGetTextDatum(job->architecture), CStringGetTextDatum(job->license),
 		Int64GetDatum(job->params), Int64GetDatum(job->disk_bytes), outcome->config ? CStringGetTextDatum(outcome->config) : (Datum) 0,
+		CStringGetTextDatum(job->quantization),
 	};
 	char		nulls[lengthof(types)];
 
@@ -322,8 +335,9 @@ write_ready(void *arg)
 	nulls[7] = job->params >= 0 ? ' ' : 'n';
 	nulls[8] = job->disk_bytes >= 0 ? ' ' : 'n';
 	nulls[9] = outcome->config ? ' ' : 'n';
-	(void) execute("UPDATE millm.registry SET status = 'ready', commit = $3, local_path = $4, model_type = $5, architecture = $6, "
-				   "license = coalesce($7, license), params = coalesce($8, params), disk_bytes = $9, config = $10::jsonb, "
+	(void) execute("UPDATE millm.registry SET status = 'ready', commit = $3, local_path = CASE source WHEN 'local' THEN local_path ELSE $4 END, "
+				   "model_type = $5, architecture = $6, license = coalesce($7, license), params = coalesce($8, params), disk_bytes = $9, "
+				   "config = $10::jsonb, quantization = $11, "
 				   "updated_at = pg_catalog.clock_timestamp() WHERE uuid = $1 AND attempt = $2 AND status = 'pending'",
 				   lengthof(types), types, values, nulls);
 }

@@ -60,12 +60,12 @@ check_loadable(const MillmModel *m)
 	}
 	else if (strcmp(m->status, "pending") == 0)
 	{
-		millm_fail(&err, MILLM_E_MODEL_NOT_READY, "model \"%s\" is not downloaded yet", m->name);
+		millm_fail(&err, MILLM_E_MODEL_NOT_READY, "%s of model \"%s\" has not ended yet", millm_model_work(m), m->name);
 		millm_hint(&err, "Wait for it with millm.wait().");
 	}
 	else if (strcmp(m->status, "error") == 0)
 	{
-		millm_fail(&err, MILLM_E_MODEL_NOT_READY, "model \"%s\" could not be downloaded", m->name);
+		millm_fail(&err, MILLM_E_MODEL_NOT_READY, "%s of model \"%s\" has failed", millm_model_work(m), m->name);
 		millm_detail(&err, "%s: %s", m->error_code, m->error_message);
 		millm_hint(&err, "Try again with millm.retry().");
 	}

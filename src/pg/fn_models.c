@@ -10,6 +10,7 @@
 
 #include "catalog/pg_authid.h"
 #include "catalog/pg_type.h"
+#include "common/hashfn.h"
 #include "executor/spi.h"
 #include "fmgr.h"
 #include "miscadmin.h"
@@ -66,6 +67,13 @@ required_text(FunctionCallInfo fcinfo, int arg, const char *name)
 
 /* --- What people write ------------------------------------------------------------------------------ */
 
+/* In a repository's name and in a directory's, whatever the locale. */
+static bool
+is_name_char(char c)
+{
+	return (c >= 'a' && c <= 'z') || (c >= 'A' && c <= 'Z') || (c >= '0' && c <= '9') || c == '.' || c == '_' || c == '-';
+}
+
 /* One side of the slash: letters, digits, '.', '_', '-'; not at its ends, and not twice, '.' or '-'. */
 static bool
 valid_part(const char *s, size_t len)
@@ -74,7 +82,7 @@ valid_part(const char *s, size_t len)
 		return false;
 	for (size_t i = 0; i < len; i++)
 	{
-		if (!((s[i] >= 'a' && s[i] <= 'z') || (s[i] >= 'A' && s[i] <= 'Z') || (s[i] >= '0' && s[i] <= '9') || strchr("._-", s[i])))
+		if (!is_name_char(s[i]))
 			return false;
 		if (i > 0 && s[i] == s[i - 1] && strchr(".-", s[i]))
 			return false;
@@ -95,14 +103,26 @@ check_repo_id(const char *repo_id)
 	return name;
 }
 
-static void
-check_quantization(const char *quantization)
+/* "FP16", "Q4" or "Q8": the registry's and the hub's only names. */
+static const char *
+canonical_quantization(const char *quantization)
 {
-	if (strcmp(quantization, "FP16") == 0)
-		return;
-	if (strcmp(quantization, "Q4") == 0 || strcmp(quantization, "Q8") == 0)
-		refuse(MILLM_E_UNSUPPORTED, psprintf("quantization %s is not supported yet", quantization), NULL, "Use quantization => 'FP16'.");
-	refuse(MILLM_E_INVALID_ARGUMENT, psprintf("invalid quantization \"%s\"", quantization), NULL, "Use quantization => 'FP16'.");
+	static const struct
+	{
+		const char *alias;
+		const char *name;
+	}			names[] = {
+		{"FP16", "FP16"}, {"none", "FP16"},
+		{"Q4", "Q4"}, {"nf4", "Q4"}, {"bnb-4bit", "Q4"},
+		{"Q8", "Q8"}, {"int8", "Q8"}, {"bnb-8bit", "Q8"},
+	};
+
+	for (int i = 0; i < (int) lengthof(names); i++)
+		if (pg_strcasecmp(quantization, names[i].alias) == 0)
+			return names[i].name;
+	refuse(MILLM_E_INVALID_ARGUMENT, psprintf("invalid quantization \"%s\"", quantization), NULL,
+		   "There are FP16 (also called none), Q4 (nf4, bnb-4bit) and Q8 (int8, bnb-8bit).");
+	return NULL;
 }
 
 static void
@@ -195,8 +215,11 @@ typedef struct Facts
 	char	   *architecture;
 	char	   *license;
 	char	   *config;			/* JSON */
+	char	   *prequantized;	/* "nf4", "fp4" or "int8": how it is published; NULL: it is not quantized */
+	char	   *converted_from;	/* "F32", which becomes converted_to; NULL: it is 16-bit */
+	char	   *converted_to;
 	int64		params;			/* < 0: unknown, as below */
-	int64		disk_bytes;
+	int64		disk_bytes;		/* as it will lie here */
 } Facts;
 
 static void
@@ -209,11 +232,47 @@ read_facts(StringInfo reply, Facts *facts)
 	facts->model_type = millm_json_get_string(object, "model_type");
 	facts->architecture = millm_json_get_string(object, "architecture");
 	facts->license = millm_json_get_string(object, "license");
+	facts->prequantized = millm_json_get_string(object, "prequantized");
+	facts->converted_from = millm_json_get_string(object, "converted_from");
+	facts->converted_to = millm_json_get_string(object, "converted_to");
 	facts->config = millm_json_get(object, "config", &config) ? pnstrdup(config.at, config.end - config.at) : NULL;
 	if (!millm_json_get_int(object, "params", &facts->params))
 		facts->params = -1;
 	if (!millm_json_get_int(object, "disk_bytes", &facts->disk_bytes))
 		facts->disk_bytes = -1;
+}
+
+/*
+ * What the weights will be when quantization was asked for.  Weights that are published quantized stay as they are, which FP16 means too;
+ * from one quantization to the other there is no way.
+ */
+static const char *
+effective_quantization(const char *source, const char *quantization, const Facts *facts)
+{
+	const char *published;
+
+	if (!facts->prequantized)
+		return quantization;
+	published = strcmp(facts->prequantized, "int8") == 0 ? "Q8" : "Q4";
+	if (strcmp(quantization, "FP16") != 0 && strcmp(quantization, published) != 0)
+		refuse(MILLM_E_UNSUPPORTED, psprintf("\"%s\" cannot become %s", source, quantization),
+			   psprintf("Its weights are quantized already (%s, which is %s).", facts->prequantized, published),
+			   psprintf("Use quantization => '%s' to take them as they are, or quantize the 16-bit original.", published));
+	return published;
+}
+
+/* What becomes of the weights that was not asked for. */
+static void
+tell_changes(const char *source, const char *quantization, const Facts *facts)
+{
+	if (facts->prequantized)
+		ereport(NOTICE, (errmsg("\"%s\" is quantized already (%s); it stays as it is: %s", source, facts->prequantized, quantization)));
+	else if (facts->converted_from && facts->converted_to && strcmp(quantization, "FP16") == 0)
+		ereport(NOTICE,
+				(errmsg("\"%s\" is stored as %s; it becomes %s, half the size", source, facts->converted_from, facts->converted_to)));
+	else if (facts->converted_from && facts->converted_to)
+		ereport(NOTICE,
+				(errmsg("\"%s\" is stored as %s; it becomes %s, then %s", source, facts->converted_from, facts->converted_to, quantization)));
 }
 
 /* --- Inserting -------------------------------------------------------------------------------------- */
@@ -232,9 +291,16 @@ int_or_null(int64 value, char *null)
 	return Int64GetDatum(value);
 }
 
-/* Somebody has that name, or that repository and quantization. */
+/* Two rows' texts, NULL for null. */
+static bool
+same(const char *a, const char *b)
+{
+	return a && b && strcmp(a, b) == 0;
+}
+
+/* Somebody has that name, or that source and quantization. */
 static void
-raise_exists(const char *name, const char *directory)
+raise_exists(const char *name, const char *repo_id, const char *quantization, const char *directory, const char *local_path)
 {
 	MillmModel *m = millm_model_find((MillmModelKey) {.name = pstrdup(name)});
 	MillmError	err;
@@ -242,8 +308,16 @@ raise_exists(const char *name, const char *directory)
 	if (m)
 	{
 		millm_fail(&err, MILLM_E_MODEL_ALREADY_EXISTS, "model \"%s\" already exists", name);
-		millm_detail(&err, "Its id is " INT64_FORMAT ".", m->id);
-		millm_hint(&err, "Choose another name with name => '...', or delete that model first.");
+		if ((same(m->repo_id, repo_id) || same(m->local_path, local_path)) && strcmp(m->quantization, quantization) != 0)
+		{
+			millm_detail(&err, "Its id is " INT64_FORMAT "; it is the same model as %s.", m->id, m->quantization);
+			millm_hint(&err, "To have both, give this one another name, as in name => '%s-%s'.", name, quantization);
+		}
+		else
+		{
+			millm_detail(&err, "Its id is " INT64_FORMAT ".", m->id);
+			millm_hint(&err, "Choose another name with name => '...', or delete that model first.");
+		}
 	}
 	else
 	{
@@ -260,7 +334,7 @@ raise_exists(const char *name, const char *directory)
 			id = DatumGetInt64(SPI_getbinval(SPI_tuptable->vals[0], SPI_tuptable->tupdesc, 1, &isnull));
 		}
 		millm_registry_end(&r);
-		millm_fail(&err, MILLM_E_MODEL_ALREADY_EXISTS, "this repository is already registered with this quantization");
+		millm_fail(&err, MILLM_E_MODEL_ALREADY_EXISTS, "\"%s\" is already registered as %s", repo_id ? repo_id : local_path, quantization);
 		if (id)
 			millm_detail(&err, "It is the model with id " INT64_FORMAT ".", id);
 		millm_hint(&err, "Use that model, or delete it first.");
@@ -268,7 +342,11 @@ raise_exists(const char *name, const char *directory)
 	millm_ereport(ERROR, &err);
 }
 
-/* Insert a row; returns its id and, in *uuid, its uuid.  MODEL_ALREADY_EXISTS. */
+/*
+ * Insert a row; returns its id and, in *uuid, its uuid.  MODEL_ALREADY_EXISTS.
+ *
+ * With a directory its files are still to be made there, from facts->repo_id or from local_path.  Without one it lies at local_path.
+ */
 static int64
 insert_model(const char *name, const char *source, const char *revision, const char *quantization, const char *directory,
 			 const char *local_path, bool trust_remote_code, const Facts *facts, char **uuid)
@@ -277,7 +355,7 @@ insert_model(const char *name, const char *source, const char *revision, const c
 	INT8OID, TEXTOID};
 	char		nulls[lengthof(types)];
 	Datum		values[] = {
-		text_or_null(name, &nulls[0]), text_or_null(source, &nulls[1]), text_or_null(directory ? facts->repo_id : NULL, &nulls[2]),
+		text_or_null(name, &nulls[0]), text_or_null(source, &nulls[1]), text_or_null(facts->repo_id, &nulls[2]),
 		text_or_null(revision, &nulls[3]), text_or_null(quantization, &nulls[4]), text_or_null(directory, &nulls[5]),
 		text_or_null(local_path, &nulls[6]), text_or_null(directory ? "pending" : "ready", &nulls[7]), BoolGetDatum(trust_remote_code),
 		int_or_null(facts->params, &nulls[9]), text_or_null(facts->model_type, &nulls[10]), text_or_null(facts->architecture, &nulls[11]),
@@ -302,7 +380,7 @@ insert_model(const char *name, const char *source, const char *revision, const c
 	}
 	millm_registry_end(&r);
 	if (id == 0)
-		raise_exists(name, directory ? directory : "");
+		raise_exists(name, facts->repo_id, quantization, directory ? directory : "", local_path);
 	return id;
 }
 
@@ -327,14 +405,30 @@ check_cache(void)
 	millm_ereport(ERROR, &err);
 }
 
-/* "owner--name--FP16" below huggingface/. */
+/* "huggingface/owner--name--FP16" */
 static char *
-directory_of(const char *repo_id, const char *quantization)
+repo_directory(const char *repo_id, const char *quantization)
 {
 	const char *slash = strchr(repo_id, '/');
 
 	return slash ? psprintf("huggingface/%.*s--%s--%s", (int) (slash - repo_id), repo_id, slash + 1, quantization)
 		: psprintf("huggingface/%s--%s", repo_id, quantization);
+}
+
+/* "local/name--HASH--Q4": for people the name, for uniqueness the whole path's hash. */
+static char *
+local_directory(const char *path, const char *quantization)
+{
+	const char *last = last_dir_separator(path) + 1;
+	uint64		hash = DatumGetUInt64(hash_any_extended((const unsigned char *) path, strlen(path), 0));
+	StringInfoData buf;
+
+	initStringInfo(&buf);
+	appendStringInfoString(&buf, "local/");
+	for (int i = 0; last[i] && i < MAX_PART_BYTES; i++)
+		appendStringInfoChar(&buf, is_name_char(last[i]) && (i > 0 || last[i] != '.') ? last[i] : '_');
+	appendStringInfo(&buf, "--%016llx--%s", (unsigned long long) hash, quantization);
+	return buf.data;
 }
 
 /*
@@ -347,7 +441,7 @@ Datum
 millm_download(PG_FUNCTION_ARGS)
 {
 	char	   *repo_id = required_text(fcinfo, 0, "repo_id");
-	char	   *quantization = required_text(fcinfo, 1, "quantization");
+	const char *quantization = required_text(fcinfo, 1, "quantization");
 	char	   *token = optional_token(fcinfo, 2);
 	bool		trust = !PG_ARGISNULL(3) && PG_GETARG_BOOL(3);
 	char	   *name = PG_ARGISNULL(4) ? NULL : text_to_cstring(PG_GETARG_TEXT_PP(4));
@@ -360,7 +454,7 @@ millm_download(PG_FUNCTION_ARGS)
 
 	millm_check_ready();
 	check_repo_id(repo_id);
-	check_quantization(quantization);
+	quantization = canonical_quantization(quantization);
 	check_revision(revision);
 	if (name)
 		check_name(name);
@@ -391,32 +485,56 @@ millm_download(PG_FUNCTION_ARGS)
 		name = pstrdup(check_repo_id(facts.repo_id));
 		check_name(name);
 	}
-	id = insert_model(name, "huggingface", revision, quantization, directory_of(facts.repo_id, quantization), NULL, trust, &facts, &uuid);
+	quantization = effective_quantization(facts.repo_id, quantization, &facts);
+	id = insert_model(name, "huggingface", revision, quantization, repo_directory(facts.repo_id, quantization), NULL, trust, &facts, &uuid);
 	if (token)
 		millm_transaction_token(uuid, token);
+	tell_changes(facts.repo_id, quantization, &facts);
 	PG_RETURN_INT64(id);
 }
 
-/* millm.register_local(path, quantization, name) RETURNS bigint */
+/* One question to millm-hub about a directory of this machine. */
+static void
+ask_about_directory(const char *op, const char *path_field, const char *path, const char *quantization, StringInfo reply)
+{
+	initStringInfo(reply);
+	appendStringInfo(reply, "{\"op\":\"%s\"", op);
+	append_field(reply, path_field, path);
+	if (quantization)
+		append_field(reply, "quantization", quantization);
+	appendStringInfoChar(reply, '}');
+	millm_client_call(MILLM_HUB, reply->data, reply, INSPECT_MS);
+}
+
+/*
+ * millm.register_local(path, quantization, name) RETURNS bigint
+ *
+ * FP16, and what is quantized already, is used where it lies.  For Q4 and Q8 the cache gets a copy, made as a download is: a pending row,
+ * the queue, and the work after COMMIT.
+ */
 Datum
 millm_register_local(PG_FUNCTION_ARGS)
 {
 	char	   *path = required_text(fcinfo, 0, "path");
-	char	   *quantization = required_text(fcinfo, 1, "quantization");
+	const char *quantization = required_text(fcinfo, 1, "quantization");
 	char	   *name = PG_ARGISNULL(2) ? NULL : text_to_cstring(PG_GETARG_TEXT_PP(2));
 	struct stat sb;
 	Facts		facts;
 	StringInfoData buf;
+	char	   *directory = NULL;
 	char	   *uuid;
+	int64		id;
 
 	millm_check_ready();
 	if (!has_privs_of_role(GetUserId(), ROLE_PG_READ_SERVER_FILES))
 		ereport(ERROR,
 				(errcode(ERRCODE_INSUFFICIENT_PRIVILEGE), errmsg("permission denied to register a model of the server's file system"),
 				 errdetail("Only roles with privileges of the role \"pg_read_server_files\" may do that.")));
-	check_quantization(quantization);
+	quantization = canonical_quantization(quantization);
 	if (path[0] != '/')
 		refuse(MILLM_E_INVALID_LOCAL_PATH, psprintf("path \"%s\" is not absolute", path), NULL, NULL);
+	if (strlen(path) >= MILLM_PATH_BYTES)
+		refuse(MILLM_E_INVALID_LOCAL_PATH, "path is too long", psprintf("At most %d bytes are accepted.", MILLM_PATH_BYTES - 1), NULL);
 	canonicalize_path(path);
 	if (stat(path, &sb) != 0)
 		refuse(MILLM_E_INVALID_LOCAL_PATH, psprintf("could not access \"%s\": %m", path), NULL, NULL);
@@ -427,13 +545,20 @@ millm_register_local(PG_FUNCTION_ARGS)
 	check_name(name);
 	PreventCommandIfReadOnly("millm.register_local()");
 
-	initStringInfo(&buf);
-	appendStringInfoString(&buf, "{\"op\":\"inspect\"");
-	append_field(&buf, "path", path);
-	appendStringInfoChar(&buf, '}');
-	millm_client_call(MILLM_HUB, buf.data, &buf, INSPECT_MS);
+	ask_about_directory("inspect", "path", path, NULL, &buf);
 	read_facts(&buf, &facts);
-	PG_RETURN_INT64(insert_model(name, "local", NULL, quantization, NULL, path, false, &facts, &uuid));
+	facts.prequantized = millm_json_get_string(millm_json(buf.data, buf.len), "quantization");
+	quantization = effective_quantization(path, quantization, &facts);
+	if (!facts.prequantized && strcmp(quantization, "FP16") != 0)
+	{
+		check_cache();
+		directory = local_directory(path, quantization);
+		ask_about_directory("validate", "source_path", path, quantization, &buf);
+		read_facts(&buf, &facts);
+	}
+	id = insert_model(name, "local", NULL, quantization, directory, path, false, &facts, &uuid);
+	tell_changes(path, quantization, &facts);
+	PG_RETURN_INT64(id);
 }
 
 /* --- wait ------------------------------------------------------------------------------------------------ */
@@ -443,7 +568,7 @@ refuse_uncommitted(const MillmModel *m, const char *verb)
 {
 	if (m->uncommitted)
 		refuse(MILLM_E_MODEL_NOT_READY, psprintf("cannot %s model \"%s\" in the transaction that has changed it", verb, m->name),
-			  "Its download starts when this transaction commits.",
+			  "The work on it starts when this transaction commits.",
 			  "COMMIT first. psql -c runs all of its statements in one transaction; use one -c for each.");
 }
 
@@ -469,7 +594,7 @@ ended(const MillmModel *m, bool ready, const char *code, const char *message)
 	if (ready)
 		return CStringGetTextDatum("ready");
 	ereport(WARNING,
-			(errmsg("download of model \"%s\" has failed: %s", m->name, message), errdetail("Error %s.", code),
+			(errmsg("%s of model \"%s\" has failed: %s", millm_model_work(m), m->name, message), errdetail("Error %s.", code),
 			 errhint("Try again with millm.retry().")));
 	return CStringGetTextDatum("error");
 }
@@ -519,7 +644,7 @@ wait_for(MillmModelKey key, const Interval *timeout)
 		{
 			ConditionVariableCancelSleep();
 			refuse(MILLM_E_MODEL_NOT_READY, psprintf("model \"%s\" is not ready yet", m->name),
-				  found ? psprintf("%d %% is downloaded.", job.percent) : NULL, "The download goes on; wait again.");
+				  found ? psprintf("%d %% is done.", job.percent) : NULL, "The work goes on; wait again.");
 		}
 		timed_out = ConditionVariableTimedSleep(&millm_shared->changed, Min(left_ms, LOOK_MS), PG_WAIT_EXTENSION);
 		if (!found && timed_out)
@@ -558,7 +683,8 @@ cancel(MillmModelKey key)
 	m = millm_model_require(key);
 	refuse_uncommitted(m, "cancel");
 	if (strcmp(m->status, "pending") != 0)
-		refuse(MILLM_E_INVALID_ARGUMENT, psprintf("model \"%s\" is not being downloaded", m->name), psprintf("Its status is %s.", m->status), NULL);
+		refuse(MILLM_E_INVALID_ARGUMENT, psprintf("there is no %s of model \"%s\" to cancel", millm_model_work(m), m->name),
+			   psprintf("Its status is %s.", m->status), NULL);
 	LWLockAcquire(millm_shared->lock, LW_EXCLUSIVE);
 	job = millm_find_job(m->uuid);
 	if (!job || job->attempt < m->attempt)
@@ -571,6 +697,8 @@ cancel(MillmModelKey key)
 			job->model_id = m->id;
 			job->attempt = m->attempt;
 			strlcpy(job->directory, m->directory, sizeof(job->directory));
+			if (!m->repo_id)
+				strlcpy(job->source_path, m->local_path, sizeof(job->source_path));
 			job->state = MILLM_JOB_QUEUED;
 		}
 	}
@@ -609,6 +737,8 @@ retry(MillmModelKey key, const char *token)
 	millm_check_ready();
 	check_cache();
 	m = millm_model_require(key);
+	if (token && !m->repo_id)
+		refuse(MILLM_E_INVALID_ARGUMENT, psprintf("model \"%s\" needs no hf_token", m->name), "It is made from a directory of this server.", NULL);
 	PreventCommandIfReadOnly("millm.retry()");
 	millm_transaction_touch();
 	uuid = DirectFunctionCall1(uuid_in, CStringGetDatum(m->uuid));

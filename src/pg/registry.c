@@ -164,3 +164,9 @@ millm_model_require(MillmModelKey key)
 	millm_ereport(ERROR, &err);
 	return NULL;
 }
+
+const char *
+millm_model_work(const MillmModel *m)
+{
+	return strcmp(m->source, "local") == 0 ? "quantization" : "download";
+}

@@ -18,9 +18,9 @@ typedef struct MillmModel
 	char	   *source;			/* "huggingface" or "local" */
 	char	   *repo_id;
 	char	   *revision;
-	char	   *quantization;
-	char	   *directory;		/* relative to the cache; NULL for a local model */
-	char	   *local_path;
+	char	   *quantization;	/* "FP16", "Q4" or "Q8" */
+	char	   *directory;		/* relative to the cache; NULL for a local model that is used where it lies */
+	char	   *local_path;		/* of a local model, what was registered; of a downloaded one, where it is when it is ready */
 	char	   *status;			/* "pending", "ready" or "error" */
 	char	   *error_code;
 	char	   *error_message;
@@ -54,6 +54,9 @@ extern MillmModelKey millm_key_from_name(const text *name);
 /* The row as of now, whatever the transaction's snapshot; NULL when there is none.  millm_model_require(): MODEL_NOT_FOUND. */
 extern MillmModel *millm_model_find(MillmModelKey key);
 extern MillmModel *millm_model_require(MillmModelKey key);
+
+/* What makes it ready, for messages: "download", or "quantization" of a local directory. */
+extern const char *millm_model_work(const MillmModel *m);
 
 /* Run one statement within begin/end; returns the number of rows, SPI_tuptable holds them. */
 extern uint64 millm_registry_execute(const char *sql, int nargs, Oid *types, Datum *values, const char *nulls);

@@ -27,6 +27,7 @@
 #define MILLM_EVENT_BYTES	1024
 #define MILLM_TOKEN_BYTES	512
 #define MILLM_NAME_BYTES	256
+#define MILLM_PATH_BYTES	1024
 
 typedef enum MillmJobState
 {
@@ -44,9 +45,10 @@ typedef struct MillmJob
 	char		uuid[37];
 	int			attempt;		/* the registry's: retry() begins a new one */
 	char		owner[37];		/* the registry's owner id */
+	char		source_path[MILLM_PATH_BYTES];	/* the local directory that is quantized; "": a repository is downloaded */
 	char		repo_id[MILLM_NAME_BYTES];
 	char		revision[MILLM_NAME_BYTES];
-	char		quantization[8];
+	char		quantization[8];	/* in the end, what the weights are */
 	char		directory[2 * MILLM_NAME_BYTES];	/* relative to the cache */
 	bool		trust_remote_code;
 	bool		canceled;
@@ -62,7 +64,7 @@ typedef struct MillmJob
 	/* outcome */
 	MillmError	error;			/* code MILLM_OK: success */
 	char		commit[48];
-	char		path[1024];
+	char		path[MILLM_PATH_BYTES];
 	char		model_type[64];
 	char		architecture[128];
 	char		license[64];
@@ -81,7 +83,7 @@ typedef struct MillmCommand
 	MillmCommandState state;
 	int			timeout_ms;		/* of an unload; < 0: millm.unload_timeout */
 	MillmLoadedModel model;		/* to be loaded */
-	char		path[1024];
+	char		path[MILLM_PATH_BYTES];
 	char		stage[24];
 	int			percent;
 	int64		pending;		/* requests that an unload waits for */
@@ -114,7 +116,7 @@ typedef struct MillmShared
 	bool		no_database;	/* a clerk that connected to millm.database has failed: look before the next one tries */
 	MillmHelperStatus helpers[2];
 	bool		cache_owned;	/* the supervisor holds the cache's lock */
-	char		cache_dir[1024];
+	char		cache_dir[MILLM_PATH_BYTES];
 	char		cache_problem[256];
 	bool		is_loaded;
 	MillmLoadedModel loaded;

@@ -456,7 +456,7 @@ job_canceled(void)
 {
 	MillmError	err;
 
-	millm_fail(&err, MILLM_E_CANCELED, "the download was canceled");
+	millm_fail(&err, MILLM_E_CANCELED, "the %s was canceled", job->source_path[0] ? "quantization" : "download");
 	millm_hint(&err, "Start it again with millm.retry().");
 	job_done(&err);
 }
@@ -478,7 +478,7 @@ job_failed(const MillmError *error)
 		job->tries++;
 		job->state = MILLM_JOB_QUEUED;
 		LWLockRelease(millm_shared->lock);
-		ereport(LOG, (errmsg("download of \"%s\" is tried again: %s", job->repo_id, error->message)));
+		ereport(LOG, (errmsg("\"%s\" is tried again: %s", job->directory, error->message)));
 		leave_job();
 	}
 }
@@ -502,7 +502,7 @@ begin_job(void)
 {
 	StringInfoData request;
 	MillmError	err;
-	char	   *token,
+	char	   *token = NULL,
 			   *endpoint = millm_effective_endpoint();
 
 	LWLockAcquire(millm_shared->lock, LW_EXCLUSIVE);
@@ -519,16 +519,22 @@ begin_job(void)
 	initStringInfo(&request);
 	appendStringInfoChar(&request, '{');
 	append_field(&request, "op", "download");
-	append_field(&request, "endpoint", endpoint);
-	append_field(&request, "repo_id", job->repo_id);
-	append_field(&request, "revision", job->revision);
+	if (job->source_path[0])
+		append_field(&request, "source_path", job->source_path);
+	else
+	{
+		append_field(&request, "endpoint", endpoint);
+		append_field(&request, "repo_id", job->repo_id);
+		append_field(&request, "revision", job->revision);
+		appendStringInfo(&request, ",\"trust_remote_code\":%s", job->trust_remote_code ? "true" : "false");
+		token = job_token(job->uuid);
+	}
 	append_field(&request, "quantization", job->quantization);
 	append_field(&request, "cache_dir", millm_shared->cache_dir);
 	append_field(&request, "directory", job->directory);
 	append_field(&request, "model_uuid", job->uuid);
 	append_field(&request, "owner_id", job->owner);
-	appendStringInfo(&request, ",\"model_id\":" INT64_FORMAT ",\"trust_remote_code\":%s", job->model_id, job->trust_remote_code ? "true" : "false");
-	token = job_token(job->uuid);
+	appendStringInfo(&request, ",\"model_id\":" INT64_FORMAT, job->model_id);
 	if (token)
 		append_field(&request, "token", token);
 	appendStringInfoChar(&request, '}');
@@ -617,7 +623,7 @@ begin_cancel(void)
 	cancel_client = try_open(job_context, MILLM_HUB, psprintf("{\"op\":\"cancel\",\"model_uuid\":\"%s\"}", job->uuid), &err);
 	if (cancel_client)
 		return;
-	ereport(LOG, (errmsg("could not cancel the download of \"%s\": %s", job->repo_id, err.message)));
+	ereport(LOG, (errmsg("could not cancel the work on \"%s\": %s", job->directory, err.message)));
 	job_canceled();
 }
 
@@ -645,6 +651,7 @@ poll_job(void)
 	while (job_client && (kind = millm_client_poll(job_client, &payload, &err)) != 0)
 	{
 		MillmJson	object = millm_json(payload.data, payload.len);
+		MillmJson	quantization;
 		int64		n;
 
 		if (kind == WIRE_PROGRESS)
@@ -657,6 +664,8 @@ poll_job(void)
 			copy_field(object, "model_type", job->model_type, sizeof(job->model_type));
 			copy_field(object, "architecture", job->architecture, sizeof(job->architecture));
 			copy_field(object, "license", job->license, sizeof(job->license));
+			if (millm_json_get(object, "quantization", &quantization))
+				copy_field(object, "quantization", job->quantization, sizeof(job->quantization));
 			job->params = millm_json_get_int(object, "params", &n) ? n : -1;
 			job->disk_bytes = millm_json_get_int(object, "disk_bytes", &n) ? n : -1;
 			job->percent = 100;
