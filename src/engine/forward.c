@@ -24,6 +24,8 @@
 
 #define DEFAULT_BATCH_TOKENS	256
 #define MAX_BATCH_TOKENS		65536
+/* Steps that read the full head after one that the screening copy could not decide: who chooses among many goes on so. */
+#define UNSCREENED_STEPS		15
 
 struct MillmForward
 {
@@ -32,6 +34,7 @@ struct MillmForward
 	MillmKvPool pool;
 	int			max_batch_tokens;
 	bool		is_screened;	/* the head has a copy that may be used */
+	int			n_unscreened;	/* steps for which it is not asked */
 	MillmHeadUse head_use;
 	MillmBuffer *x;				/* [n, hidden]: the residual */
 	MillmBuffer *h;				/* [n, hidden]: normed */
@@ -328,8 +331,11 @@ run_head(MillmForward *fw, int n, MillmError *err)
 
 	for (int i = 0; i < n; i++)
 		screens &= fw->tops[i].k > 0;
-	if (screens)
-		n_read = be->screened_matmul(be, fw->logits, &model->head, &model->screen, fw->h, fw->tops, n);
+	if (screens && fw->n_unscreened > 0)
+		fw->n_unscreened--;
+	else if (screens &&
+			 (n_read = be->screened_matmul(be, fw->logits, &model->head, &model->screen, fw->h, fw->tops, n)) < 0)
+		fw->n_unscreened = UNSCREENED_STEPS;
 	fw->head_use.n_rows += n;
 	if (n_read >= 0)
 	{

@@ -488,6 +488,8 @@ command_bench(int argc, char **argv)
 	rc = millm_model_open(args[0], &model, &err);
 	if (rc == MILLM_OK)
 	{
+		if (model->screen_refused[0])
+			fprintf(stderr, "millm-engine: warning: %s\n", model->screen_refused);
 		millm_model_populate(model, NULL, NULL);
 		rc = millm_bench_run(model, &bench, &r, &err);
 	}
@@ -660,6 +662,10 @@ command_inspect(int argc, char **argv)
 	printf("model type       %s (%s)\n", c->model_type, c->architecture[0] ? c->architecture : "no architecture named");
 	printf("parameters       %" PRId64 "\n", model->n_params);
 	printf("weights          %.1f MB, %s\n", (double) model->weights_bytes / 1e6, model->dtype);
+	if (model->screen.codes.data)
+		printf("LM head          with an INT8 screening copy\n");
+	else if (model->screen_refused[0])
+		printf("LM head          %s\n", model->screen_refused);
 	printf("layers           %d\n", c->n_layers);
 	printf("hidden size      %d\n", c->hidden_size);
 	printf("FFN size         %d%s\n", c->intermediate_size, c->mlp_gated ? ", gated" : "");

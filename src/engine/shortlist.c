@@ -16,6 +16,8 @@
 
 #include "screen.h"
 
+#define LANES 16
+
 float
 millm_kth_largest(const float *scores, int n, int k, float *heap)
 {
@@ -55,30 +57,52 @@ millm_kth_largest(const float *scores, int n, int k, float *heap)
 	return heap[0];
 }
 
-/* y becomes the upper ends, +infinity where nothing is known; lower the lower ones, -infinity there; returns the largest of these. */
-static float
-bound(float *restrict y, float *restrict lower, const float *restrict error, int n, float norm)
+/*
+ * LANES rows, n of them there: y becomes the upper ends, +infinity where nothing is known; lower the lower ones, -infinity
+ * there; largest the largest of these, lane by lane, as vectors go.
+ */
+static inline void
+bound(float *restrict y, float *restrict lower, float *restrict largest, const float *restrict error, int n, float norm)
 {
-	enum {LANES = 16};
+	for (int l = 0; l < n; l++)
+	{
+		float		middle = fabsf(y[l]) < INFINITY ? y[l] : 0;
+		float		e = error[l] * norm + (MILLM_SCREEN_TINY + 0 * y[l]);	/* NaN, unless y is finite */
+		float		low;
+
+		e = e <= MILLM_SCREEN_HUGE ? e : INFINITY;
+		low = middle - e;
+		lower[l] = low;
+		y[l] = middle + e;
+		largest[l] = low > largest[l] ? low : largest[l];
+	}
+}
+
+/* bound() of all rows; returns the largest lower end. */
+static float
+bound_all(float *y, float *lower, const float *error, int n, float norm)
+{
 	float		largest[LANES];
+	int			v = 0;
 
 	for (int l = 0; l < LANES; l++)
 		largest[l] = -INFINITY;
-	for (int v = 0; v < n; v += LANES)
-		for (int l = 0; l < LANES && v + l < n; l++)
-		{
-			float		middle = y[v + l];
-			float		e = error[v + l] * norm + MILLM_SCREEN_TINY;
-			bool		is_known = e <= MILLM_SCREEN_HUGE && fabsf(middle) < INFINITY;
-			float		low = is_known ? middle - e : -INFINITY;
-
-			lower[v + l] = low;
-			y[v + l] = is_known ? middle + e : INFINITY;
-			largest[l] = low > largest[l] ? low : largest[l];
-		}
+	for (; v + LANES <= n; v += LANES)
+		bound(y + v, lower + v, largest, error + v, LANES, norm);
+	bound(y + v, lower + v, largest, error + v, n - v, norm);
 	for (int l = 1; l < LANES; l++)
 		largest[0] = largest[l] > largest[0] ? largest[l] : largest[0];
 	return largest[0];
+}
+
+static bool
+any_reaches(const float *y, float threshold)
+{
+	int			any = 0;
+
+	for (int l = 0; l < LANES; l++)
+		any |= y[l] >= threshold;
+	return any;
 }
 
 int
@@ -93,7 +117,7 @@ millm_shortlist(int32_t *ids, int max, float *y, const float *error, int n, floa
 		return -1;
 	for (int i = 0; i < top->n_always; i++)
 		y[top->always[i]] = NAN;
-	largest = bound(y, lower, error, n, norm);
+	largest = bound_all(y, lower, error, n, norm);
 	threshold = largest - top->margin;
 	if (top->k == 1)
 		threshold = largest;
@@ -104,11 +128,15 @@ millm_shortlist(int32_t *ids, int max, float *y, const float *error, int n, floa
 		threshold = kth > threshold ? kth : threshold;
 	}
 	for (int v = 0; v < n; v++)
-		if (y[v] >= threshold)
+	{
+		while (v + LANES <= n && !any_reaches(y + v, threshold))
+			v += LANES;
+		if (v < n && y[v] >= threshold)
 		{
 			if (n_ids == max)
 				return -1;
 			ids[n_ids++] = v;
 		}
+	}
 	return n_ids;
 }

@@ -523,6 +523,7 @@ screened_rows(const Tiny *unscreened, const char *variant)
 	const float *logits;
 	uint16_t   *head;
 	uint16_t	saved;
+	float		error;
 	int			at = 0;
 
 	add_screen(t);
@@ -545,35 +546,43 @@ screened_rows(const Tiny *unscreened, const char *variant)
 	assert_int_equal(use.n_screened, 20);
 	assert_true(use.n_read >= 210 && use.n_read < 20 * VOCAB / 16);
 
-	/* one wants all, too many are wanted, too many tokens */
-	append(batch, 0, seq, 1, at, 2);
-	batch[0].top = (MillmTop) {.k = 1, .margin = INFINITY};
-	step(fw, batch, 2, rows_c);
-	assert_same_bits("one wants all", rows_c, rows_a + (size_t) at * VOCAB, 2);
-	at += 2;
-	append(batch, 0, seq, 1, at, 1);
-	batch[0].top = (MillmTop) {.k = VOCAB / 2, .margin = INFINITY};
-	step(fw, batch, 1, rows_c);
-	assert_same_bits("half of all", rows_c, rows_a + (size_t) at * VOCAB, 1);
-	at++;
-	append(batch, 0, seq, 1, at, 9);
-	for (int i = 0; i < 9; i++)
-		batch[i].top = (MillmTop) {.k = 1, .margin = INFINITY};
-	step(fw, batch, 9, rows_c);
-	assert_same_bits("many tokens", rows_c, rows_a + (size_t) at * VOCAB, 9);
-	at += 9;
-	assert_int_equal(millm_forward_head_use(fw).n_screened, 20);
-
-	/* a head that is damaged where its copy knows it */
+	/* a head that is damaged where its copy knows it: the full head is asked, and says so */
 	head = (uint16_t *) (uintptr_t) t->model.head.data + 5 * HIDDEN * (t->model.head.dtype == MILLM_F32 ? 2 : 1) + 1;
 	saved = *head;
 	*head = 0x7FC0;				/* NaN in both dtypes */
+	error = t->model.screen.error.data[5];
 	t->model.screen.error.data[5] = INFINITY;
 	append(batch, 0, seq, 1, at, 1);
 	batch[0].top = (MillmTop) {.k = 1, .margin = INFINITY};
 	assert_int_equal(millm_forward_step(fw, batch, 1, NULL, NULL, &logits, &err), MILLM_E_INTERNAL);
 	assert_non_null(strstr(err.message, "the logits"));
 	*head = saved;
+	t->model.screen.error.data[5] = error;
+
+	/* and it is asked for some steps more */
+	for (int i = 0; i < 16; i++, at++)
+	{
+		append(batch, 0, seq, 1, at, 1);
+		batch[0].top = (MillmTop) {.k = 1, .margin = INFINITY};
+		step(fw, batch, 1, rows_c);
+		if (i < 15)
+			assert_same_bits("after what could not be decided", rows_c, rows_a + (size_t) at * VOCAB, 1);
+		assert_int_equal(millm_forward_head_use(fw).n_screened, i < 15 ? 20 : 21);
+	}
+
+	/* one wants all, too many tokens */
+	append(batch, 0, seq, 1, at, 2);
+	batch[0].top = (MillmTop) {.k = 1, .margin = INFINITY};
+	step(fw, batch, 2, rows_c);
+	assert_same_bits("one wants all", rows_c, rows_a + (size_t) at * VOCAB, 2);
+	at += 2;
+	append(batch, 0, seq, 1, at, 9);
+	for (int i = 0; i < 9; i++)
+		batch[i].top = (MillmTop) {.k = 1, .margin = INFINITY};
+	step(fw, batch, 9, rows_c);
+	assert_same_bits("many tokens", rows_c, rows_a + (size_t) at * VOCAB, 9);
+	at += 9;
+	assert_int_equal(millm_forward_head_use(fw).n_screened, 21);
 	millm_sequence_free(seq);
 	millm_forward_free(fw);
 	millm_forward_free(full);

@@ -381,6 +381,9 @@ shortlist_rules(void **state)
 	assert_int_equal(LIST(7, 1), 5);
 	top.k = 8;
 	assert_int_equal(LIST(7, 1), 5);
+	top.margin = INFINITY;
+	assert_int_equal(LIST(7, 1), -1);
+	top.margin = 1;
 	top.always = always;
 	top.n_always = 1;
 	assert_int_equal(LIST(7, 1), 6);
