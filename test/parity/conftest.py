@@ -54,6 +54,12 @@ def reference_logits(model, ids):
     return model(torch.tensor([ids])).logits[0].numpy()
 
 
+def smollm2_ids(text):
+    from tokenizers import Tokenizer
+
+    return Tokenizer.from_file(str(SMOLLM2 / "tokenizer.json")).encode(text).ids
+
+
 def error(ours, theirs):
     """The measure of issue A: max |a-b| / max(1, max|b|)."""
     return float(np.abs(ours - theirs).max() / max(1.0, np.abs(theirs).max()))

@@ -4,7 +4,7 @@ import random
 import numpy as np
 import pytest
 
-from conftest import SMOLLM2, TINY, engine_logits, error, reference, reference_logits, run_engine
+from conftest import SMOLLM2, TINY, engine_logits, error, reference, reference_logits, run_engine, smollm2_ids
 
 # float32 noise of two summation orders on these sizes is below 5e-6 (architectures.md 9); every wrong flag measured >= 3e-4
 TINY_TOLERANCE = 2e-5
@@ -86,12 +86,6 @@ PROMPTS = [
     "The first president of the United States was", "import numpy as np\n", "A haiku about autumn:\n", "Photosynthesis is the process",
     "1, 2, 3, 4, 5,", "Dear Sir or Madam,", "The speed of light is", "Roses are red,", "Machine learning is",
 ]
-
-
-def smollm2_ids(text):
-    from tokenizers import Tokenizer
-
-    return Tokenizer.from_file(str(SMOLLM2 / "tokenizer.json")).encode(text).ids
 
 
 def test_smollm2_ref(smollm2, tmp_path):

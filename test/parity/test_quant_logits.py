@@ -2,7 +2,9 @@
 
 That transformers' own loader sees the same weights in these directories is tested in load_with_transformers5.py.
 """
+import functools
 import json
+import pydoc_data.topics
 import random
 
 import numpy as np
@@ -10,7 +12,7 @@ import pytest
 import torch
 from bitsandbytes.backends.default.ops import _dequantize_4bit_compute
 from bitsandbytes.functional import QuantState, dequantize_4bit, dequantize_blockwise
-from conftest import FIXTURES, SMOLLM2, engine_logits, error, reference_logits, run_engine
+from conftest import FIXTURES, SMOLLM2, engine_logits, error, reference_logits, run_engine, smollm2_ids
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
@@ -127,3 +129,66 @@ def test_each_field_matters(field, tmp_path):
             changed.append(model)
             break
     assert changed, f"no tiny model notices {field}"
+
+
+# --- real weights ------------------------------------------------------------------------------
+
+MIN_TOP1_AGREEMENT = 0.99
+MAX_MEAN_KL = 1e-3
+PERPLEXITY_TOLERANCE = 0.02
+
+
+def real(kind):
+    return SMOLLM2.with_name(f"{SMOLLM2.name}-{kind}")
+
+
+@functools.cache
+def text_ids():
+    """2,000 tokens of prose, in four pieces."""
+    ids = smollm2_ids("\n".join(pydoc_data.topics.topics[k] for k in sorted(pydoc_data.topics.topics)[:12]))[:2000]
+    return [ids[at:at + 500] for at in range(0, 2000, 500)]
+
+
+@pytest.fixture(scope="module", params=["nf4", "int8"])
+def real_judged(request):
+    """A kind of quantization, and the judge's logits of each piece of the text."""
+    model = judge(real(request.param))
+    return request.param, [reference_logits(model, ids) for ids in text_ids()]
+
+
+def log_softmax(logits):
+    logits = logits.astype(np.float64)
+    return logits - np.logaddexp.reduce(logits, axis=1, keepdims=True)
+
+
+@pytest.mark.parametrize("kernels", fast_kernels())
+def test_smollm2(real_judged, kernels, tmp_path):
+    """Teacher-forced: what the fast kernels decide."""
+    kind, theirs = real_judged
+    agree, kl = [], []
+    for ids, logits in zip(text_ids(), theirs):
+        lp, lq = log_softmax(logits), log_softmax(engine_logits(real(kind), ids, tmp_path, kernels=kernels))
+        agree += list(lp.argmax(1) == lq.argmax(1))
+        kl += list((np.exp(lp) * (lp - lq)).sum(1))
+    print(f"{kind} {kernels}: top-1 agreement {np.mean(agree):.4f}, mean KL {np.mean(kl):.2e} over {len(kl)} positions")
+    assert len(kl) == 2000
+    assert np.mean(agree) >= MIN_TOP1_AGREEMENT
+    assert np.mean(kl) < MAX_MEAN_KL
+
+
+def perplexity(rows):
+    """Of the text, where rows(i, ids) are the logits of piece i."""
+    loss = [-log_softmax(rows(i, ids))[np.arange(len(ids) - 1), ids[1:]] for i, ids in enumerate(text_ids())]
+    return float(np.exp(np.mean(np.concatenate(loss))))
+
+
+def test_smollm2_perplexity(real_judged, tmp_path):
+    """Beside bitsandbytes' own forward, which rounds scales and activations to bfloat16, or activations to 8 bits."""
+    kind, theirs = real_judged
+    model = AutoModelForCausalLM.from_pretrained(real(kind), device_map={"": "cpu"})
+    bnb = perplexity(lambda i, ids: model(torch.tensor([ids])).logits[0].float().numpy())
+    judged = perplexity(lambda i, ids: theirs[i])
+    ours = perplexity(lambda i, ids: engine_logits(real(kind), ids, tmp_path, kernels=None))
+    print(f"{kind}: perplexity {ours:.4f}, judge {judged:.4f}, bitsandbytes {bnb:.4f}")
+    assert abs(ours / judged - 1) <= PERPLEXITY_TOLERANCE / 10
+    assert abs(ours / bnb - 1) <= PERPLEXITY_TOLERANCE
