@@ -112,9 +112,12 @@ put_element(unsigned char *to, const TestTensor *t, float value)
 	}
 }
 
-/* Write dir/name with these tensors one after the other; pad spaces end the header, so that the data can lie odd. */
+/*
+ * Write dir/name with these tensors one after the other; pad spaces end the header, so that the data can lie odd.
+ * Elements of tensor i are contents[i], all of them, instead where there is such a thing; without it, dtypes but floats are zeros.
+ */
 static inline void
-write_st(const char *dir, const char *name, const TestTensor *tensors, size_t n, int pad)
+write_st_of(const char *dir, const char *name, const TestTensor *tensors, const void *const *contents, size_t n, int pad)
 {
 	size_t		at = 0, size = 0, cap = 256 + n * 256 + (size_t) pad, len;
 	char	   *header = malloc(cap);
@@ -147,11 +150,20 @@ write_st(const char *dir, const char *name, const TestTensor *tensors, size_t n,
 		for (int d = 0; d < 4 && tensors[i].dims[d]; d++)
 			count *= (size_t) tensors[i].dims[d];
 		for (size_t k = 0; k < count; k++, data += tensors[i].element_bytes)
-			put_element(data, &tensors[i], tensors[i].start + (float) k);
+			if (contents && contents[i])
+				memcpy(data, (const char *) contents[i] + k * (size_t) tensors[i].element_bytes, (size_t) tensors[i].element_bytes);
+			else
+				put_element(data, &tensors[i], tensors[i].start + (float) k);
 	}
 	write_file(dir, name, bytes, len);
 	free(bytes);
 	free(header);
+}
+
+static inline void
+write_st(const char *dir, const char *name, const TestTensor *tensors, size_t n, int pad)
+{
+	write_st_of(dir, name, tensors, NULL, n, pad);
 }
 
 /* The failure is this one: its code, and a text that its message or detail holds. */

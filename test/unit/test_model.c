@@ -9,6 +9,7 @@
 
 #include "checkpoint.h"
 #include "model.h"
+#include "quant.h"
 #include "utf8.h"
 
 /* H 8, 2 heads of 4, 1 KV head, I 6, 2 layers, V 11 */
@@ -654,6 +655,206 @@ long_path(void **state)
 	assert_failure(millm_model_open(path, &m, &err), &err, MILLM_E_INVALID_ARGUMENT, "longer than 4095 bytes");
 }
 
+/* --- quantized --------------------------------------------------------------------------------- */
+
+/* What lies beside a weight of n_out x n_in codes in blocks of 32, nested or not; returns how many tensors. */
+#define MAX_PARTS 6
+typedef struct Parts
+{
+	TestTensor	tensors[MAX_PARTS];
+	const void *contents[MAX_PARTS];
+	size_t		n;
+	char		names[MAX_PARTS][120];
+	char		state[MILLM_QUANT_STATE_MAX];
+	float		map[256];
+} Parts;
+
+static TestTensor *
+add_part(Parts *p, const char *module, const char *suffix, const char *dtype, int element_bytes, int64_t d0, int64_t d1, const void *content)
+{
+	snprintf(p->names[p->n], sizeof(p->names[0]), "%s%s", module, suffix);
+	p->tensors[p->n] = (TestTensor) {p->names[p->n], dtype, element_bytes, {d0, d1}, 1};
+	p->contents[p->n] = content;
+	return &p->tensors[p->n++];
+}
+
+static void
+four_bit(Parts *p, const char *module, MillmQuantFormat format, int64_t n_out, int64_t n_in, bool nested)
+{
+	int64_t		n_blocks = (n_out * n_in + 31) / 32;
+	MillmQuantState state = {format, MILLM_F16, n_out, n_in, 32, nested, 64, 0.5f};
+
+	p->n = 0;
+	add_part(p, module, ".weight", "U8", 1, (n_out * n_in + 1) / 2, 1, NULL);
+	add_part(p, module, ".weight.absmax", nested ? "U8" : "F32", nested ? 1 : 4, n_blocks, 0, NULL);
+	add_part(p, module, ".weight.quant_map", "F32", 4, 16, 0, format == MILLM_QUANT_NF4 ? millm_nf4_codebook : millm_fp4_codebook);
+	if (nested)
+	{
+		millm_dynamic_map(p->map);
+		add_part(p, module, ".weight.nested_absmax", "F32", 4, (n_blocks + 63) / 64, 0, NULL);
+		add_part(p, module, ".weight.nested_quant_map", "F32", 4, 256, 0, p->map);
+	}
+	add_part(p, module, format == MILLM_QUANT_NF4 ? ".weight.quant_state.bitsandbytes__nf4" : ".weight.quant_state.bitsandbytes__fp4", "U8", 1,
+			 (int64_t) millm_quant_state_write(&state, p->state, sizeof(p->state)), 0, p->state);
+}
+
+static void
+int8(Parts *p, const char *module, int64_t n_out, int64_t n_in)
+{
+	p->n = 0;
+	add_part(p, module, ".weight", "I8", 1, n_out, n_in, NULL);
+	add_part(p, module, ".SCB", "F32", 4, n_out, 0, NULL)->start = 5;
+	add_part(p, module, ".weight_format", "U8", 1, 1, 0, NULL);
+}
+
+/* The tensors of base, those of the parts instead of the weights with their names. */
+static void
+write_with(const TestTensor *base, size_t n_base, const Parts *parts, size_t n_parts, int pad)
+{
+	TestTensor	tensors[64];
+	const void *contents[64] = {NULL};
+	size_t		n = 0;
+
+	for (size_t i = 0; i < n_base; i++)
+	{
+		bool		replaced = false;
+
+		for (size_t k = 0; k < n_parts; k++)
+			replaced |= strcmp(base[i].name, parts[k].names[0]) == 0;
+		if (!replaced)
+			tensors[n++] = base[i];
+	}
+	for (size_t k = 0; k < n_parts; k++)
+		for (size_t i = 0; i < parts[k].n; i++)
+		{
+			assert_true(n < 64);
+			contents[n] = parts[k].contents[i];
+			tensors[n++] = parts[k].tensors[i];
+		}
+	write_st_of(dir, "model.safetensors", tensors, contents, n, pad);
+}
+
+static void
+binds_quantized(void **state)
+{
+	Parts		parts[4];
+	MillmModel *m;
+	const MillmLayer *l;
+
+	(void) state;
+	four_bit(&parts[0], "model.layers.1.self_attn.q_proj", MILLM_QUANT_NF4, 8, 8, true);
+	four_bit(&parts[1], "model.layers.1.mlp.up_proj", MILLM_QUANT_FP4, 6, 8, false);
+	four_bit(&parts[2], "lm_head", MILLM_QUANT_NF4, 11, 8, true);
+	int8(&parts[3], "model.layers.1.self_attn.v_proj", 4, 8);
+	for (int pad = 0; pad < 4; pad++)
+	{
+		write_llama(", \"tie_word_embeddings\": true");
+		write_with(llama, N_LLAMA, parts, 4, pad);
+		m = must_open();
+		l = &m->layers[1];
+		assert_true(l->q.dtype == MILLM_4BIT && !l->q.in_out && l->q.n_out == 8 && l->q.n_in == 8 && l->q.stride == 8 && l->q.first == 0);
+		assert_true(l->q.block_size == 32 && l->q.nested_block_size == 64 && l->q.nested_offset == 0.5f && l->q.rounded == MILLM_F16);
+		assert_true(l->q.codebook == millm_nf4_codebook && at(l->q.nested_absmax, 0) == 1 && l->q.nested_map[255] == 1.0f);
+		assert_true((uintptr_t) l->q.nested_map % 64 == 0 && l->q.nested_map == m->head.nested_map);
+		assert_true(l->up.dtype == MILLM_4BIT && l->up.codebook == millm_fp4_codebook && l->up.nested_block_size == 0 && at(l->up.absmax, 1) == 2);
+		assert_true(l->v.dtype == MILLM_INT8 && l->v.stride == 8 && at(l->v.scale, 3) == 8);
+		assert_true(l->k.dtype == MILLM_F32 && at(l->k.data, 0) == 22);
+		assert_true(m->head.dtype == MILLM_4BIT && m->head.n_out == 11 && !m->config.tied);
+		assert_non_null(m->quantization);
+		/* scales are no parameters */
+		assert_int_equal(m->n_params, 2 * 88 + 8 + 2 * LAYER_PARAMS);
+		millm_model_close(m);
+	}
+}
+
+/* bitsandbytes has turned c_attn: q, k and v are rows of it. */
+static void
+binds_quantized_gpt2(void **state)
+{
+	Parts		parts[2];
+	MillmModel *m;
+	const MillmLayer *l;
+
+	(void) state;
+	four_bit(&parts[0], "transformer.h.0.attn.c_attn", MILLM_QUANT_NF4, 12, 4, true);
+	int8(&parts[1], "transformer.h.0.mlp.c_fc", 3, 4);
+	write_text(dir, "config.json", GPT2_CONFIG);
+	write_with(gpt2, N_GPT2, parts, 2, 1);
+	m = must_open();
+	l = &m->layers[0];
+	assert_true(l->q.dtype == MILLM_4BIT && !l->q.in_out && l->q.n_out == 4 && l->q.n_in == 4 && l->q.first == 0);
+	assert_true(l->k.first == 16 && l->v.first == 32 && l->v.n_out == 4 && l->v.data == l->q.data && l->v.absmax == l->q.absmax);
+	assert_true(l->up.dtype == MILLM_INT8 && !l->up.in_out && l->up.n_out == 3 && l->up.n_in == 4);
+	assert_true(l->down.in_out && l->o.in_out);
+	millm_model_close(m);
+
+	int8(&parts[0], "transformer.h.0.attn.c_attn", 12, 4);
+	write_with(gpt2, N_GPT2, parts, 1, 1);
+	m = must_open();
+	l = &m->layers[0];
+	assert_true((const char *) l->k.data - (const char *) l->q.data == 16 && (const char *) l->v.data - (const char *) l->q.data == 32);
+	assert_true(at(l->q.scale, 0) == 5 && at(l->k.scale, 0) == 9 && at(l->v.scale, 3) == 16);
+	millm_model_close(m);
+}
+
+/* Take away each part, make it longer, of another dtype or shape: an error that names the module, and nothing leaks. */
+static void
+each_part(void **state)
+{
+	static const char module[] = "model.layers.1.self_attn.q_proj";
+	Parts		p;
+
+	(void) state;
+	write_llama("");
+	for (int kind = 0; kind < 3; kind++)
+		for (size_t i = 0; i < MAX_PARTS; i++)
+			for (int damage = 0; damage < 4; damage++)
+			{
+				TestTensor *t = &p.tensors[i];
+
+				if (kind == 2)
+					int8(&p, module, 8, 8);
+				else
+					four_bit(&p, module, MILLM_QUANT_NF4, 8, 8, kind == 0);
+				if (i >= p.n)
+					continue;
+				if (damage == 0)
+				{
+					memmove(t, t + 1, (p.n - i - 1) * sizeof(*t));
+					memmove(&p.contents[i], &p.contents[i + 1], (p.n - i - 1) * sizeof(p.contents[0]));
+					p.n--;
+				}
+				else
+					p.contents[i] = NULL;
+				if (damage == 1)
+					t->dims[0]++;
+				else if (damage == 2)
+					t->dtype = t->element_bytes == 1 ? "BOOL" : "I32";
+				else if (damage == 3)
+					t->dims[t->dims[1] ? 2 : 1] = 2;
+				write_with(llama, N_LLAMA, &p, 1, 0);
+				if (kind == 2 && i == 2 && damage == 0)
+					millm_model_close(must_open());	/* weight_format may be absent */
+				else
+					must_fail(MILLM_E_INVALID_MODEL_FILE, module);
+			}
+}
+
+static void
+quantized_embedding(void **state)
+{
+	Parts		p;
+
+	(void) state;
+	write_llama("");
+	four_bit(&p, "model.embed_tokens", MILLM_QUANT_NF4, 11, 8, false);
+	write_with(llama, N_LLAMA, &p, 1, 0);
+	must_fail(MILLM_E_UNSUPPORTED, "the embedding \"model.embed_tokens.weight\" is quantized");
+	int8(&p, "model.embed_tokens", 11, 8);
+	write_with(llama, N_LLAMA, &p, 1, 0);
+	must_fail(MILLM_E_UNSUPPORTED, "the embedding \"model.embed_tokens.weight\" is quantized");
+}
+
 /* --- mutations -------------------------------------------------------------------------------- */
 
 static void
@@ -692,7 +893,8 @@ main(void)
 	const struct CMUnitTest tests[] = {
 		TEST(binds_llama), TEST(binds_gpt2), TEST(no_prefix), TEST(tied), TEST(mixed_dtypes), TEST(biases), TEST(ignored_buffers),
 		TEST(generation_config), TEST(inspect), TEST(shards), TEST(bad_index), TEST(too_many_shards), TEST(missing_files), TEST(config_too_large),
-		TEST(each_tensor), TEST(extra_tensors), TEST(config_and_files), TEST(long_path), TEST(mutations),
+		TEST(each_tensor), TEST(extra_tensors), TEST(config_and_files), TEST(long_path),
+		TEST(binds_quantized), TEST(binds_quantized_gpt2), TEST(each_part), TEST(quantized_embedding), TEST(mutations),
 	};
 
 	return cmocka_run_group_tests(tests, NULL, NULL);
