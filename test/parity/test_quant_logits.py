@@ -157,8 +157,13 @@ def log_softmax(logits):
     return logits - np.logaddexp.reduce(logits, axis=1, keepdims=True)
 
 
-def perplexity(lp, ids):
-    return float(np.exp(-lp[np.arange(len(ids) - 1), ids[1:]].mean()))
+def losses(lp, ids):
+    return -lp[np.arange(len(ids) - 1), ids[1:]]
+
+
+def perplexity(pieces):
+    """Of the text, from the losses of its pieces."""
+    return float(np.exp(np.concatenate(pieces).mean()))
 
 
 @functools.cache
@@ -170,14 +175,14 @@ def judged(kind):
 
 @functools.cache
 def measured(kind, kernels):
-    """Of each position: does the best token agree, the KL divergence; and the perplexity of each piece."""
+    """Of each position: does the best token agree, the KL divergence; and the losses of each piece."""
     agree, kl, pieces = [], [], []
     with tempfile.TemporaryDirectory() as tmp:
         for ids, theirs in zip(text_ids(), judged(kind)):
             lp, lq = log_softmax(theirs), log_softmax(engine_logits(real(kind), ids, Path(tmp), kernels=kernels))
             agree += list(lp.argmax(1) == lq.argmax(1))
             kl += list((np.exp(lp) * (lp - lq)).sum(1))
-            pieces.append(perplexity(lq, ids))
+            pieces.append(losses(lq, ids))
     return agree, kl, pieces
 
 
@@ -194,11 +199,11 @@ def test_smollm2(kind, kernels):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_smollm2_perplexity(kind):
-    """The first piece beside bitsandbytes' own forward, which rounds scales and activations to bfloat16, or activations to 8 bits."""
-    ids = text_ids()[0]
+    """Beside bitsandbytes' own forward, which rounds scales and activations to bfloat16, or activations to 8 bits."""
     model = AutoModelForCausalLM.from_pretrained(real(kind), device_map={"": "cpu"})
-    bnb = perplexity(log_softmax(model(torch.tensor([ids])).logits[0].float().numpy()), ids)
-    ours, judges = measured(kind, fast_kernels()[-1])[2][0], perplexity(log_softmax(judged(kind)[0]), ids)
+    bnb = perplexity([losses(log_softmax(model(torch.tensor([ids])).logits[0].float().numpy()), ids) for ids in text_ids()])
+    judges = perplexity([losses(log_softmax(theirs), ids) for ids, theirs in zip(text_ids(), judged(kind))])
+    ours = perplexity(measured(kind, fast_kernels()[-1])[2])
     print(f"{kind}: perplexity {ours:.4f}, judge {judges:.4f}, bitsandbytes {bnb:.4f}")
     assert abs(ours / judges - 1) <= PERPLEXITY_TOLERANCE / 10
     assert abs(ours / bnb - 1) <= PERPLEXITY_TOLERANCE
