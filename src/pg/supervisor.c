@@ -59,10 +59,14 @@ static TimestampTz command_begin_by;	/* until then a command waits for an engine
 /* The connection of the active download. */
 static MillmClient *job_client;
 static MillmJob *job;
-static MillmClient *cancel_client;
 static MemoryContext job_context;
 static TimestampTz job_event_at;
 static TimestampTz next_job_at;	/* when a queued one may begin; 0: none waits for its time */
+
+/* The connection that makes a canceled one end: the active download, or one that waits. */
+static MillmClient *cancel_client;
+static MillmJob *canceled;
+static MemoryContext cancel_context;
 
 static void
 at_exit(int code, Datum arg)
@@ -425,52 +429,62 @@ tend_command(void)
 
 /* --- The download ----------------------------------------------------------------------------------- */
 
-/* The job is nobody's now; the next one may begin. */
+/* The job is nobody's now; if it was the active one, the next may begin. */
 static void
-leave_job(void)
+leave_job(MillmJob *j)
 {
-	millm_client_close(job_client);
-	millm_client_close(cancel_client);
-	job_client = cancel_client = NULL;
-	job = NULL;
-	MemoryContextReset(job_context);
+	if (j == canceled)
+	{
+		millm_client_close(cancel_client);
+		cancel_client = NULL;
+		canceled = NULL;
+		MemoryContextReset(cancel_context);
+	}
+	if (j == job)
+	{
+		millm_client_close(job_client);
+		job_client = NULL;
+		job = NULL;
+		MemoryContextReset(job_context);
+	}
 	millm_broadcast();
 }
 
 static void
-job_done(const MillmError *error)
+job_done(MillmJob *j, const MillmError *error)
 {
 	LWLockAcquire(millm_shared->lock, LW_EXCLUSIVE);
 	if (error)
-		job->error = *error;
+		j->error = *error;
 	else
-		job->error.code = MILLM_OK;
-	job->state = MILLM_JOB_DONE;
+		j->error.code = MILLM_OK;
+	j->state = MILLM_JOB_DONE;
 	LWLockRelease(millm_shared->lock);
-	leave_job();
+	leave_job(j);
 	millm_wake_clerk();
 }
 
 static void
-job_canceled(void)
+job_canceled(MillmJob *j)
 {
 	MillmError	err;
 
-	millm_fail(&err, MILLM_E_CANCELED, "the %s was canceled", job->source_path[0] ? "quantization" : "download");
+	millm_fail(&err, MILLM_E_CANCELED, "the %s was canceled", j->source_path[0] ? "quantization" : "download");
 	millm_hint(&err, "Start it again with millm.retry().");
-	job_done(&err);
+	job_done(j, &err);
 }
 
 /*
- * millm-hub died, or says that the Hub cannot be reached: what it has verified is kept, and a later try goes on from there.
+ * millm-hub died, or says that the Hub cannot be reached: what it has verified is kept, and a later try goes on from there, or
+ * a cancel removes it.
  */
 static void
 job_failed(const MillmError *error)
 {
-	if (job->canceled)
-		job_canceled();
-	else if (error->code != MILLM_E_HUB_UNAVAILABLE || job->tries + 1 >= MAX_TRIES)
-		job_done(error);
+	if (error->code != MILLM_E_HUB_UNAVAILABLE && job->canceled)
+		job_canceled(job);
+	else if (error->code != MILLM_E_HUB_UNAVAILABLE || (job->tries + 1 >= MAX_TRIES && !job->canceled))
+		job_done(job, error);
 	else
 	{
 		LWLockAcquire(millm_shared->lock, LW_EXCLUSIVE);
@@ -479,7 +493,7 @@ job_failed(const MillmError *error)
 		job->state = MILLM_JOB_QUEUED;
 		LWLockRelease(millm_shared->lock);
 		ereport(LOG, (errmsg("\"%s\" is tried again: %s", job->directory, error->message)));
-		leave_job();
+		leave_job(job);
 	}
 }
 
@@ -513,7 +527,7 @@ begin_job(void)
 		millm_fail(&err, MILLM_E_MODEL_DOWNLOAD_FAILED, "the model cache cannot be written");
 		millm_detail(&err, "%s.", millm_shared->cache_problem);
 		millm_hint(&err, "Give this server a directory of its own with millm.cache_dir.");
-		job_done(&err);
+		job_done(job, &err);
 		return;
 	}
 	initStringInfo(&request);
@@ -603,9 +617,9 @@ next_job(TimestampTz *next_at)
 	{
 		MillmJob   *j = &millm_shared->jobs[i];
 
-		if (j->state != MILLM_JOB_QUEUED)
+		if (j->state != MILLM_JOB_QUEUED || j->canceled)
 			continue;
-		if (j->not_before > now && !j->canceled)
+		if (j->not_before > now)
 			*next_at = *next_at ? Min(*next_at, j->not_before) : j->not_before;
 		else if (!next || j->model_id < next->model_id)
 			next = j;
@@ -614,17 +628,54 @@ next_job(TimestampTz *next_at)
 	return next;
 }
 
-/* A second conversation, whose answer comes when the bytes have stopped and the files are gone. */
+/* The active job, or one that waits, if it is to end. */
+static MillmJob *
+next_canceled(void)
+{
+	MillmJob   *next = NULL;
+
+	LWLockAcquire(millm_shared->lock, LW_SHARED);
+	for (int i = 0; i < MILLM_MAX_JOBS && !next; i++)
+	{
+		MillmJob   *j = &millm_shared->jobs[i];
+
+		if (j->canceled && (j->state == MILLM_JOB_QUEUED || (j == job && job_client)))
+			next = j;
+	}
+	LWLockRelease(millm_shared->lock);
+	return next;
+}
+
+/*
+ * A second conversation, whose answer comes when the bytes have stopped and the files are gone: those too that an earlier attempt of
+ * a waiting job has left.
+ */
 static void
 begin_cancel(void)
 {
+	StringInfoData request;
 	MillmError	err;
 
-	cancel_client = try_open(job_context, MILLM_HUB, psprintf("{\"op\":\"cancel\",\"model_uuid\":\"%s\"}", job->uuid), &err);
+	initStringInfo(&request);
+	appendStringInfoChar(&request, '{');
+	append_field(&request, "op", canceled == job ? "cancel" : "remove");
+	append_field(&request, "model_uuid", canceled->uuid);
+	if (canceled != job)
+	{
+		append_field(&request, "cache_dir", millm_shared->cache_dir);
+		append_field(&request, "directory", canceled->directory);
+	}
+	appendStringInfoChar(&request, '}');
+	if (canceled != job && !millm_shared->cache_owned)
+	{
+		job_canceled(canceled);	/* what lies there is somebody else's */
+		return;
+	}
+	cancel_client = try_open(cancel_context, MILLM_HUB, request.data, &err);
 	if (cancel_client)
 		return;
-	ereport(LOG, (errmsg("could not cancel the work on \"%s\": %s", job->directory, err.message)));
-	job_canceled();
+	ereport(LOG, (errmsg("could not cancel the work on \"%s\": %s", canceled->directory, err.message)));
+	job_canceled(canceled);
 }
 
 static void
@@ -637,7 +688,7 @@ poll_cancel(void)
 	initStringInfo(&payload);
 	kind = millm_client_poll(cancel_client, &payload, &err);
 	if (kind == WIRE_RESULT || kind == WIRE_ERROR)
-		job_canceled();
+		job_canceled(canceled);
 }
 
 static void
@@ -670,7 +721,7 @@ poll_job(void)
 			job->disk_bytes = millm_json_get_int(object, "disk_bytes", &n) ? n : -1;
 			job->percent = 100;
 			LWLockRelease(millm_shared->lock);
-			job_done(NULL);
+			job_done(job, NULL);
 		}
 		else if (kind == WIRE_ERROR)
 			job_failed(&err);
@@ -680,16 +731,12 @@ poll_job(void)
 static void
 tend_job(void)
 {
-	if (!job && children[MILLM_HUB].ready && (millm_shared->cache_owned || millm_shared->cache_problem[0]))
-	{
-		job = next_job(&next_job_at);
-		if (job && job->canceled)
-			begin_cancel();
-		else if (job)
-			begin_job();
-	}
-	if (job_client && job->canceled && !cancel_client)
+	bool		hub_ready = children[MILLM_HUB].ready && (millm_shared->cache_owned || millm_shared->cache_problem[0]);
+
+	if (!canceled && hub_ready && (canceled = next_canceled()) != NULL)
 		begin_cancel();
+	if (!job && hub_ready && (job = next_job(&next_job_at)) != NULL)
+		begin_job();
 	if (job_client)
 		poll_job();
 	if (cancel_client)
@@ -756,6 +803,7 @@ millm_supervisor_main(Datum arg)
 	CurrentResourceOwner = ResourceOwnerCreate(NULL, "millm supervisor");
 	command_context = AllocSetContextCreate(TopMemoryContext, "millm command", ALLOCSET_SMALL_SIZES);
 	job_context = AllocSetContextCreate(TopMemoryContext, "millm download", ALLOCSET_SMALL_SIZES);
+	cancel_context = AllocSetContextCreate(TopMemoryContext, "millm cancel", ALLOCSET_SMALL_SIZES);
 	if (!make_directory(MILLM_RUN_DIR))
 		ereport(FATAL, (errcode_for_file_access(), errmsg("could not create directory \"%s\": %m", MILLM_RUN_DIR)));
 	millm_child_init(&children[0], MILLM_ENGINE);
@@ -791,7 +839,7 @@ millm_supervisor_main(Datum arg)
 			reloaded = true;
 		}
 		/* a download stays where it has begun */
-		if (reloaded && !job)
+		if (reloaded && !job && !canceled)
 		{
 			reloaded = false;
 			recheck_cache();

@@ -122,6 +122,7 @@ $locker->query(q(BEGIN; SELECT * FROM millm.registry WHERE name = 'tiny-gpt2' FO
 is(row('tiny-long'), 'pending|', 'the second waits');
 sql(q(SELECT millm.cancel('tiny-long')));
 is(sql(q(SELECT millm.wait('tiny-long'))), 'error', 'and can be canceled while it waits');
+is(row('tiny-gpt2'), 'downloading|', 'before the first has ended');
 $hub->faults;
 is(sql(q(SELECT status FROM millm.status(), LATERAL (SELECT engine_state AS status) s)), 'ready', 'the engine goes on');
 sql(q(SELECT millm.retry('tiny-long')));
