@@ -55,4 +55,11 @@ millm_put_le32(void *p, uint32_t v)
 	b[3] = (unsigned char) (v >> 24);
 }
 
+static inline void
+millm_put_le64(void *p, uint64_t v)
+{
+	millm_put_le32(p, (uint32_t) v);
+	millm_put_le32((unsigned char *) p + 4, (uint32_t) (v >> 32));
+}
+
 #endif

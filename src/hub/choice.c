@@ -97,8 +97,16 @@ millm_choose_shards(const MillmRepo *repo, const char *text, size_t len, MillmCh
 	return rc;
 }
 
+bool
+millm_is_weights(const MillmHubFile *file)
+{
+	size_t		n = strlen(file->path), k = strlen(".safetensors");
+
+	return n > k && strcmp(file->path + n - k, ".safetensors") == 0;
+}
+
 MillmCode
-millm_choose_files(MillmHttp *http, const MillmRepo *repo, MillmPatience patience, MillmChoice *c, MillmError *err)
+millm_choose_files(const MillmRepo *repo, MillmReadSmall read, void *arg, MillmChoice *c, MillmError *err)
 {
 	const MillmHubFile *whole = millm_repo_find(repo, WEIGHTS), *index = millm_repo_find(repo, INDEX);
 	char	   *text;
@@ -119,7 +127,7 @@ millm_choose_files(MillmHttp *http, const MillmRepo *repo, MillmPatience patienc
 		return rc;
 	if (whole)
 		return choose(c, whole, err);
-	if ((rc = choose(c, index, err)) != MILLM_OK || (rc = millm_repo_read(http, repo, INDEX, MAX_INDEX_BYTES, patience, &text, &len, err)) != MILLM_OK)
+	if ((rc = choose(c, index, err)) != MILLM_OK || (rc = read(arg, INDEX, MAX_INDEX_BYTES, &text, &len, err)) != MILLM_OK)
 		return rc;
 	rc = millm_choose_shards(repo, text, len, c, err);
 	free(text);

@@ -14,12 +14,17 @@ typedef struct MillmChoice
 	int64_t		total_bytes;
 } MillmChoice;
 
+/* Reads a small file of a repository whole, at most max bytes; malloc'ed and NUL-terminated. */
+typedef MillmCode (*MillmReadSmall) (void *arg, const char *path, size_t max, char **out, size_t *len, MillmError *err);
+
 /*
- * Choose; asks the hub for the index of a sharded model.  *out, zeroed by the caller, is to be freed whatever is returned.
+ * Choose; reads the index of a sharded model.  *out, zeroed by the caller, is to be freed whatever is returned.
  *
  * UNSUPPORTED (no tokenizer.json), MODEL_DOWNLOAD_FAILED (no safetensors; an index that names a file that is not there).
  */
-extern MillmCode millm_choose_files(MillmHttp *http, const MillmRepo *repo, MillmPatience patience, MillmChoice *out, MillmError *err);
+extern MillmCode millm_choose_files(const MillmRepo *repo, MillmReadSmall read, void *arg, MillmChoice *out, MillmError *err);
+/* Is it one of the weights? */
+extern bool millm_is_weights(const MillmHubFile *file);
 extern void millm_choice_free(MillmChoice *choice);
 
 /* The parts of it that ask nobody: everything but the weights, and the shards that the text of an index names. */

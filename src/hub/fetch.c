@@ -15,7 +15,7 @@
 
 #define MAX_ATTEMPTS	3		/* without progress */
 #define PROGRESS_BYTES	(64 << 10)	/* fewer are no progress, or a byte at a time could go on for ever */
-#define CHECKPOINT_BYTES ((int64_t) 256 << 20)
+#define CHECKPOINT_BYTES ((int64_t) 64 << 20)
 #define MAX_WAIT_S		60
 #define HEAD_TIMEOUT_MS	15000
 
@@ -96,15 +96,23 @@ take(void *arg, const char *data, size_t len, const MillmReply *reply)
 		millm_detail(f->err, "It has %lld bytes.", (long long) f->file->size);
 		return false;
 	}
-	if ((f->failed = f->sink->write(f->sink->arg, data, len, f->err)) != MILLM_OK)
-		return false;
-	millm_hash_update(&f->hash, data, len);
-	f->have += (int64_t) len;
-	f->advance(f->arg, (int64_t) len, true);
-	if (f->have - f->checkpoint >= CHECKPOINT_BYTES)
+	while (len > 0 && f->failed == MILLM_OK)
 	{
-		f->checkpoint = f->have;
-		f->failed = f->sink->checkpoint(f->sink->arg, &f->hash, f->err);
+		int64_t		until = f->sink->until_checkpoint(f->sink->arg);
+		size_t		n = until < (int64_t) len ? (size_t) until : len;
+
+		if ((f->failed = f->sink->write(f->sink->arg, data, n, f->err)) != MILLM_OK)
+			return false;
+		millm_hash_update(&f->hash, data, n);
+		data += n;
+		len -= n;
+		f->have += (int64_t) n;
+		f->advance(f->arg, (int64_t) n, true);
+		if (f->have - f->checkpoint >= CHECKPOINT_BYTES && (until == INT64_MAX || n == (size_t) until))
+		{
+			f->checkpoint = f->have;
+			f->failed = f->sink->checkpoint(f->sink->arg, &f->hash, f->err);
+		}
 	}
 	return f->failed == MILLM_OK;
 }

@@ -350,6 +350,8 @@ millm_repo_read_info(MillmRepo *repo, const char *text, size_t len, MillmError *
 	read_license(repo, info);
 	v = json_object_get(json_object_get(info, "safetensors"), "total");
 	repo->params = json_is_integer(v) && json_integer_value(v) > 0 ? json_integer_value(v) : -1;
+	v = json_object_get(json_object_get(json_object_get(info, "safetensors"), "parameters"), "F32");
+	repo->f32_params = json_is_integer(v) && json_integer_value(v) > 0 ? json_integer_value(v) : 0;
 	if (json_is_true(json_object_get(info, "disabled")))
 		rc = millm_fail(err, MILLM_E_MODEL_DOWNLOAD_FAILED, "repository \"%s\" is disabled by the Hub", repo->id);
 	json_decref(info);

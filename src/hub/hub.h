@@ -37,6 +37,7 @@ typedef struct MillmRepo
 	bool		gated;
 	char		license[64];	/* "" unknown */
 	int64_t		params;			/* by the hub's own count; -1 unknown */
+	int64_t		f32_params;		/* those of them that are stored as F32 */
 	MillmHubFile *files;		/* [n_files], sorted by path */
 	size_t		n_files;
 } MillmRepo;

@@ -1,5 +1,5 @@
 /*
- * job.h -- what millm-hub does for its callers: look at a repository, download one, look at a directory.
+ * job.h -- what millm-hub does for its callers: look at a repository, download one, quantize one of this machine, look at a directory.
  *
  * Here the rooms meet: the Hub's files (hub.h), what they mean to the engine (model.h), and the cache on disk (store.h).
  */
@@ -13,11 +13,12 @@
 /* What is asked for.  Strings are the caller's, until the call returns. */
 typedef struct MillmJobSpec
 {
+	const char *source_path;	/* absolute: a directory of this machine; the next four then do not count */
 	const char *endpoint;
 	const char *repo_id;
 	const char *revision;
 	const char *token;			/* NULL: none */
-	const char *quantization;	/* "FP16" */
+	const char *quantization;	/* "FP16", "Q8" or "Q4" */
 	bool		trust_remote_code;
 	int			timeout_ms;		/* validate: of all requests together */
 	/* download only */
@@ -46,7 +47,7 @@ typedef void (*MillmReport) (void *arg, const MillmProgress *progress);
 extern MillmCode millm_job_validate(const MillmJobSpec *spec, atomic_bool *stop, json_t **out, MillmError *err);
 
 /*
- * Bring a repository to disk.  When it fails or is stopped, everything that it wrote is removed, unless *keep is true by then: then
+ * Bring a repository to the cache, its weights in the form that quantization says.  When it fails or is stopped, everything that it wrote is removed, unless *keep is true by then: then
  * whole files and partials stay for the next attempt.
  */
 extern MillmCode millm_job_download(const MillmJobSpec *spec, atomic_bool *stop, atomic_bool *keep, MillmReport report, void *arg,

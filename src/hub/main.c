@@ -4,6 +4,7 @@
  *     millm-hub serve --socket PATH          what the supervisor starts; the requests are in wire/protocol.md
  *     millm-hub validate REPO [options]      can it be downloaded and run?
  *     millm-hub download REPO --cache-dir DIR [options]
+ *     millm-hub quantize DIR --output DIR2 --quantization Q4
  *
  * Each request runs on a thread of its own, few at a time; there is one download at a time.  A request's memory belongs to its Work,
  * which its thread and its connection share.
@@ -12,6 +13,7 @@
 #include <errno.h>
 #include <fcntl.h>
 #include <getopt.h>
+#include <limits.h>
 #include <pthread.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -256,12 +258,16 @@ read_request(Work *w, json_t *request, MillmError *err)
 		return millm_fail(err, MILLM_E_INVALID_ARGUMENT, "there is no op \"%.60s\"", op ? op : "");
 	if (w->op == OP_VALIDATE || w->op == OP_DOWNLOAD)
 	{
-		need(&f, w, "endpoint", &w->spec.endpoint, true);
-		need(&f, w, "repo_id", &w->spec.repo_id, true);
-		need(&f, w, "revision", &w->spec.revision, false);
-		need(&f, w, "token", &w->spec.token, false);
+		need(&f, w, "source_path", &w->spec.source_path, false);
 		need(&f, w, "quantization", &w->spec.quantization, false);
-		millm_field_bool(&f, "trust_remote_code", &w->spec.trust_remote_code);
+		if (!w->spec.source_path)
+		{
+			need(&f, w, "endpoint", &w->spec.endpoint, true);
+			need(&f, w, "repo_id", &w->spec.repo_id, true);
+			need(&f, w, "revision", &w->spec.revision, false);
+			need(&f, w, "token", &w->spec.token, false);
+			millm_field_bool(&f, "trust_remote_code", &w->spec.trust_remote_code);
+		}
 	}
 	if (w->op == OP_VALIDATE)
 		millm_field_int(&f, "timeout_ms", 1, 600000, &n);
@@ -420,9 +426,11 @@ usage(FILE *out, int status)
 {
 	fputs("usage: millm-hub validate REPO [options]         can it be downloaded and run?\n"
 		  "       millm-hub download REPO --cache-dir DIR    download it to DIR/huggingface/\n"
+		  "       millm-hub quantize DIR --output DIR2       the model of a directory, in another form, to a new one\n"
 		  "       millm-hub serve --socket PATH              as the server's helper\n"
 		  "       millm-hub --version | help\n"
-		  "options: --endpoint URL (HF_ENDPOINT, " DEFAULT_ENDPOINT "), --revision REV (main), --token-file FILE, --trust-remote-code\n", out);
+		  "options: --endpoint URL (HF_ENDPOINT, " DEFAULT_ENDPOINT "), --revision REV (main), --token-file FILE, --trust-remote-code,\n"
+		  "         --quantization Q4|Q8|FP16 (Q4)\n", out);
 	return status;
 }
 
@@ -461,17 +469,40 @@ lock_cache(const char *cache_dir, MillmError *err)
 	return MILLM_E_MODEL_DOWNLOAD_FAILED;
 }
 
+/* A directory of this machine, to a new directory beside whatever output's parent holds. */
+static MillmCode
+quantize(MillmJobSpec *spec, const char *source, const char *output, json_t **out, MillmError *err)
+{
+	atomic_bool stop = false, keep = false;
+	char		path[PATH_MAX], parent[PATH_MAX];
+	const char *slash = strrchr(output, '/');
+	MillmCode	rc;
+
+	if (!realpath(source, path))
+		return millm_fail(err, MILLM_E_INVALID_LOCAL_PATH, "could not open \"%s\": %s", source, strerror(errno));
+	if (access(output, F_OK) == 0)
+		return millm_fail(err, MILLM_E_MODEL_ALREADY_EXISTS, "\"%s\" is there already", output);
+	snprintf(parent, sizeof(parent), "%.*s", slash ? (int) (slash - output) + (slash == output) : 1, slash ? output : ".");
+	spec->source_path = path;
+	spec->cache_dir = parent;
+	spec->directory = slash ? slash + 1 : output;
+	rc = millm_job_download(spec, &stop, &keep, report_line, NULL, out, err);
+	fputc('\n', stderr);
+	return rc;
+}
+
 int
 main(int argc, char **argv)
 {
 	static const struct option options[] = {
 		{"endpoint", required_argument, NULL, 'e'}, {"revision", required_argument, NULL, 'r'}, {"token-file", required_argument, NULL, 't'},
-		{"cache-dir", required_argument, NULL, 'c'}, {"socket", required_argument, NULL, 's'}, {"trust-remote-code", no_argument, NULL, 'x'}, {0}
+		{"cache-dir", required_argument, NULL, 'c'}, {"socket", required_argument, NULL, 's'}, {"trust-remote-code", no_argument, NULL, 'x'},
+		{"quantization", required_argument, NULL, 'q'}, {"output", required_argument, NULL, 'o'}, {0}
 	};
 	MillmService service = {.program = "millm-hub", .on_request = on_request, .on_close = on_close, .on_shutdown = on_shutdown};
-	MillmJobSpec spec = {.revision = "main", .quantization = "FP16", .owner_id = "00000000-0000-0000-0000-000000000000",
+	MillmJobSpec spec = {.revision = "main", .quantization = "Q4", .owner_id = "00000000-0000-0000-0000-000000000000",
 	.model_uuid = "00000000-0000-0000-0000-000000000000", .timeout_ms = 30000, .endpoint = getenv("HF_ENDPOINT")};
-	const char *command = argc > 1 ? argv[1] : "", *socket = NULL;
+	const char *command = argc > 1 ? argv[1] : "", *socket = NULL, *output = NULL;
 	char	   *token = NULL, directory[512];
 	atomic_bool stop = false, keep = true;
 	MillmError	err = {0};
@@ -492,6 +523,8 @@ main(int argc, char **argv)
 			case 'c': spec.cache_dir = optarg; break;
 			case 's': socket = optarg; break;
 			case 'x': spec.trust_remote_code = true; break;
+			case 'q': spec.quantization = optarg; break;
+			case 'o': output = optarg; break;
 			case 't':
 				if (!(spec.token = token = read_token(optarg)))
 				{
@@ -521,7 +554,7 @@ main(int argc, char **argv)
 		rc = millm_job_validate(&spec, &stop, &out, &err);
 	else if (strcmp(command, "download") == 0 && spec.cache_dir)
 	{
-		snprintf(directory, sizeof(directory), "huggingface/%.400s--FP16", spec.repo_id);
+		snprintf(directory, sizeof(directory), "huggingface/%.400s--%.8s", spec.repo_id, spec.quantization);
 		for (char *p = strchr(directory, '/') + 1, *slash = strchr(p, '/'); slash; slash = NULL)
 		{
 			memmove(slash + 2, slash + 1, strlen(slash + 1) + 1);
@@ -534,6 +567,8 @@ main(int argc, char **argv)
 			fputc('\n', stderr);
 		}
 	}
+	else if (strcmp(command, "quantize") == 0 && output && !spec.cache_dir)
+		rc = quantize(&spec, argv[optind], output, &out, &err);
 	else
 		return usage(stderr, 2);
 	if (rc != MILLM_OK)

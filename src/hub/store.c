@@ -30,12 +30,12 @@ struct MillmStore
 	MillmSink	sink;
 	/* the file in work */
 	const MillmHubFile *file;
-	char		partial[400];
+	char		partial[MILLM_STORE_MAX_NAME];
 	int			fd;
 };
 
-static MillmCode
-disk_error(MillmError *err, const char *doing, const char *name)
+MillmCode
+millm_store_error(MillmError *err, const char *doing, const char *name)
 {
 	int			e = errno;
 	MillmCode	code = e == ENOSPC || e == EDQUOT ? MILLM_E_INSUFFICIENT_DISK : MILLM_E_MODEL_DOWNLOAD_FAILED;
@@ -155,22 +155,28 @@ millm_store_path(const MillmStore *s)
 	return s->path;
 }
 
+int
+millm_store_dir(const MillmStore *s)
+{
+	return s->dir_fd;
+}
+
 MillmCode
 millm_store_free_bytes(const MillmStore *s, int64_t *out, MillmError *err)
 {
 	struct statvfs v;
 
 	if (fstatvfs(s->dir_fd, &v) != 0)
-		return disk_error(err, "look at", s->path);
+		return millm_store_error(err, "look at", s->path);
 	*out = (int64_t) v.f_bavail * (int64_t) v.f_frsize;
 	return MILLM_OK;
 }
 
 /* Files of ours lie in one directory: only names of the repository's root come here. */
-static void
-partial_name(const MillmHubFile *file, char buf[400])
+void
+millm_store_partial_name(const MillmHubFile *file, char buf[MILLM_STORE_MAX_NAME])
 {
-	snprintf(buf, 400, ".partial-%.16s-%s", file->hash[0] ? file->hash : "unknown", file->path);
+	snprintf(buf, MILLM_STORE_MAX_NAME, ".partial-%.16s-%s", file->hash[0] ? file->hash : "unknown", file->path);
 }
 
 static int64_t
@@ -184,10 +190,10 @@ size_of(const MillmStore *s, const char *name)
 int64_t
 millm_store_have(const MillmStore *s, const MillmHubFile *file)
 {
-	char		partial[400];
+	char		partial[MILLM_STORE_MAX_NAME];
 	int64_t		n = size_of(s, file->path);
 
-	partial_name(file, partial);
+	millm_store_partial_name(file, partial);
 	if (n != file->size)
 		n = size_of(s, partial);
 	return n < 0 ? 0 : n > file->size ? file->size : n;
@@ -237,10 +243,10 @@ open_partial(MillmStore *s, const MillmHubFile *file, int64_t *size, MillmError 
 	struct stat sb;
 
 	s->file = file;
-	partial_name(file, s->partial);
+	millm_store_partial_name(file, s->partial);
 	s->fd = openat(s->dir_fd, s->partial, O_RDWR | O_CREAT | O_NOFOLLOW | O_CLOEXEC, 0600);
 	if (s->fd < 0 || fstat(s->fd, &sb) != 0)
-		return disk_error(err, "create", file->path);
+		return millm_store_error(err, "create", file->path);
 	*size = sb.st_size;
 	return MILLM_OK;
 }
@@ -251,7 +257,7 @@ sink_discard(void *arg, MillmError *err)
 	MillmStore *s = arg;
 
 	if (ftruncate(s->fd, 0) != 0 || lseek(s->fd, 0, SEEK_SET) < 0)
-		return disk_error(err, "truncate", s->file->path);
+		return millm_store_error(err, "truncate", s->file->path);
 	return MILLM_OK;
 }
 
@@ -270,7 +276,7 @@ sink_begin(void *arg, const MillmHubFile *file, MillmHash *hash, int64_t *have, 
 	*have = hash_file(s->fd, kept, hash, stop);
 	if (atomic_load(stop))
 		return millm_fail(err, MILLM_E_CANCELED, "the download was canceled");
-	return lseek(s->fd, *have, SEEK_SET) < 0 ? disk_error(err, "read", file->path) : MILLM_OK;
+	return lseek(s->fd, *have, SEEK_SET) < 0 ? millm_store_error(err, "read", file->path) : MILLM_OK;
 }
 
 static int64_t
@@ -293,7 +299,7 @@ sink_write(void *arg, const void *data, size_t len, MillmError *err)
 		if (n < 0 && errno == EINTR)
 			continue;
 		if (n <= 0)
-			return disk_error(err, "write", s->file->path);
+			return millm_store_error(err, "write", s->file->path);
 		p += n;
 		len -= (size_t) n;
 	}
@@ -306,7 +312,7 @@ sink_checkpoint(void *arg, const MillmHash *hash, MillmError *err)
 	MillmStore *s = arg;
 
 	(void) hash;				/* the bytes are there: they can be hashed again */
-	return fdatasync(s->fd) != 0 ? disk_error(err, "sync", s->file->path) : MILLM_OK;
+	return fdatasync(s->fd) != 0 ? millm_store_error(err, "sync", s->file->path) : MILLM_OK;
 }
 
 static void
@@ -326,10 +332,10 @@ sink_finish(void *arg, MillmError *err)
 	MillmCode	rc = MILLM_OK;
 
 	if (fsync(s->fd) != 0)
-		rc = disk_error(err, "sync", s->file->path);
+		rc = millm_store_error(err, "sync", s->file->path);
 	sink_abandon(s);
 	if (rc == MILLM_OK && (renameat(s->dir_fd, s->partial, s->dir_fd, s->file->path) != 0 || fsync(s->dir_fd) != 0))
-		rc = disk_error(err, "rename", s->file->path);
+		rc = millm_store_error(err, "rename", s->file->path);
 	return rc;
 }
 
@@ -343,8 +349,8 @@ millm_store_sink(MillmStore *s)
 /* --- A directory from its first file to its meta file ----------------------------------------------------- */
 
 /* A small file of our own, atomically. */
-static MillmCode
-put(MillmStore *s, const char *name, const char *text, size_t len, MillmError *err)
+MillmCode
+millm_store_put(MillmStore *s, const char *name, const void *text, size_t len, MillmError *err)
 {
 	MillmHubFile file = {.size = (int64_t) len};
 	int64_t		have;
@@ -381,7 +387,7 @@ take_possession(MillmStore *s, const char *uuid, bool is_new, MillmError *err)
 	if (!s->is_ours)
 		return MILLM_OK;
 	snprintf(text, sizeof(text), "{\"uuid\": \"%s\"}\n", uuid);
-	return put(s, OWNER_NAME, text, strlen(text), err);
+	return millm_store_put(s, OWNER_NAME, text, strlen(text), err);
 }
 
 MillmCode
@@ -402,7 +408,7 @@ millm_store_open(const char *cache_dir, const char *directory, const char *uuid,
 	s->fd = -1;
 	before = open_below(cache_dir, directory, false);
 	s->dir_fd = before >= 0 ? before : open_below(cache_dir, directory, true);
-	rc = s->dir_fd < 0 ? disk_error(err, "open", s->path) : take_possession(s, uuid, before < 0, err);
+	rc = s->dir_fd < 0 ? millm_store_error(err, "open", s->path) : take_possession(s, uuid, before < 0, err);
 	if (rc == MILLM_OK)
 		*out = s;
 	else
@@ -413,7 +419,7 @@ millm_store_open(const char *cache_dir, const char *directory, const char *uuid,
 MillmCode
 millm_store_complete(MillmStore *s, const char *meta, size_t len, MillmError *err)
 {
-	MillmCode	rc = put(s, MILLM_META_NAME, meta, len, err);
+	MillmCode	rc = millm_store_put(s, MILLM_META_NAME, meta, len, err);
 
 	if (rc == MILLM_OK)
 	{
@@ -456,7 +462,8 @@ unlink_tree(int fd, int depth)
 void
 millm_store_remove(MillmStore *s, const MillmHubFile *const *files, size_t n)
 {
-	char		partial[400];
+	static const char *const suffixes[] = {"", ".head", ".state"};	/* of recast.c's */
+	char		partial[MILLM_STORE_MAX_NAME], name[MILLM_STORE_MAX_NAME + 8];
 	int			fd;
 
 	if (s->is_finished)
@@ -465,8 +472,12 @@ millm_store_remove(MillmStore *s, const MillmHubFile *const *files, size_t n)
 		unlink_tree(fd, 0);
 	for (size_t i = 0; i < n; i++)
 	{
-		partial_name(files[i], partial);
-		unlinkat(s->dir_fd, partial, 0);
+		millm_store_partial_name(files[i], partial);
+		for (size_t k = 0; k < sizeof(suffixes) / sizeof(suffixes[0]); k++)
+		{
+			snprintf(name, sizeof(name), "%s%s", partial, suffixes[k]);
+			unlinkat(s->dir_fd, name, 0);
+		}
 		unlinkat(s->dir_fd, files[i]->path, 0);
 	}
 	(void) rmdir(s->path);		/* stays when somebody put something else there */
@@ -494,7 +505,7 @@ remove_tree(int fd, const char *name, MillmError *err)
 
 	if (dir >= 0)
 		unlink_tree(dir, 0);
-	return unlinkat(fd, name, AT_REMOVEDIR) != 0 && errno != ENOENT ? disk_error(err, "remove", name) : MILLM_OK;
+	return unlinkat(fd, name, AT_REMOVEDIR) != 0 && errno != ENOENT ? millm_store_error(err, "remove", name) : MILLM_OK;
 }
 
 /* The two directories are open. */
@@ -519,7 +530,7 @@ move_to_trash(int parent_fd, const char *name, int trash_fd, const char *uuid, b
 	if (!is_it)
 		return MILLM_OK;
 	if (renameat(parent_fd, name, trash_fd, uuid) != 0 || fsync(parent_fd) != 0 || fsync(trash_fd) != 0)
-		return disk_error(err, "remove", name);
+		return millm_store_error(err, "remove", name);
 	*removed = true;
 	return remove_tree(trash_fd, uuid, err);
 }
@@ -539,9 +550,9 @@ millm_store_trash(const char *cache_dir, const char *directory, const char *uuid
 		return millm_fail(err, MILLM_E_INVALID_ARGUMENT, "the directory's name is too long");
 	snprintf(parent, sizeof(parent), "%.*s", slash ? (int) (slash - directory) : 0, directory);
 	if ((parent_fd = open_below(cache_dir, parent, false)) < 0)
-		return errno == ENOENT ? MILLM_OK : disk_error(err, "open", parent);
+		return errno == ENOENT ? MILLM_OK : millm_store_error(err, "open", parent);
 	trash_fd = open_below(cache_dir, TRASH_NAME, true);
-	rc = trash_fd < 0 ? disk_error(err, "open", TRASH_NAME) : move_to_trash(parent_fd, name, trash_fd, uuid, removed, err);
+	rc = trash_fd < 0 ? millm_store_error(err, "open", TRASH_NAME) : move_to_trash(parent_fd, name, trash_fd, uuid, removed, err);
 	close(parent_fd);
 	if (trash_fd >= 0)
 		close(trash_fd);

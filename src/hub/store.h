@@ -10,6 +10,7 @@
 #include "hub.h"
 
 #define MILLM_META_NAME ".millm_meta.json"
+#define MILLM_STORE_MAX_NAME 400
 
 typedef struct MillmStore MillmStore;
 
@@ -28,6 +29,15 @@ extern MillmCode millm_store_free_bytes(const MillmStore *store, int64_t *out, M
 extern int64_t millm_store_have(const MillmStore *store, const MillmHubFile *file);
 /* Is the whole file there, with that hash? */
 extern bool millm_store_is_proved(const MillmStore *store, const MillmHubFile *file, atomic_bool *stop);
+
+/*
+ * For sinks of another form (recast.h): the directory's descriptor, the store's; an error of a system call; the name of a file until it is
+ * proved; a small file of our own, written at once and synced.
+ */
+extern int	millm_store_dir(const MillmStore *store);
+extern MillmCode millm_store_error(MillmError *err, const char *doing, const char *name);
+extern void millm_store_partial_name(const MillmHubFile *file, char buf[MILLM_STORE_MAX_NAME]);
+extern MillmCode millm_store_put(MillmStore *store, const char *name, const void *data, size_t len, MillmError *err);
 
 /* The plain sink of one file after the other. */
 extern MillmSink *millm_store_sink(MillmStore *store);

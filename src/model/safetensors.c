@@ -21,7 +21,8 @@ struct MillmSafetensors
 {
 	char	   *path;
 	const unsigned char *bytes;
-	size_t		len;
+	size_t		len;			/* of the file */
+	size_t		present;		/* of its bytes, at bytes: all, or those up to the end of the header */
 	bool		mapped;
 	json_t	   *header;			/* owns the names */
 	MillmStTensor *tensors;		/* in order of their data */
@@ -123,7 +124,7 @@ read_tensor(MillmSafetensors *st, const char *name, json_t *entry, uint64_t data
 		return MILLM_E_INVALID_MODEL_FILE;
 	}
 	t->bytes = n;
-	t->data = st->bytes + (st->len - data_bytes) + t->begin;
+	t->data = st->present == st->len ? st->bytes + (st->len - data_bytes) + t->begin : NULL;
 	return MILLM_OK;
 }
 
@@ -175,7 +176,7 @@ read_index(MillmSafetensors *st, MillmError *err)
 	json_t	   *entry;
 	MillmCode	rc;
 
-	if (st->len < 8)
+	if (st->len < 8 || st->present < 8)
 	{
 		damaged(st, err);
 		millm_detail(err, "It has %zu bytes, fewer than the length of a header takes.", st->len);
@@ -189,6 +190,8 @@ read_index(MillmSafetensors *st, MillmError *err)
 					 st->len - 8, (unsigned long long) MILLM_ST_HEADER_MAX);
 		return MILLM_E_INVALID_MODEL_FILE;
 	}
+	if (st->present < st->len && st->present != 8 + header_len)
+		return millm_fail(err, MILLM_E_INTERNAL, "the head of \"%s\" is not its header", st->path);
 	data_bytes = st->len - 8 - header_len;
 	st->header = json_loadb((const char *) st->bytes + 8, (size_t) header_len, JSON_REJECT_DUPLICATES, &jerr);
 	if (!json_is_object(st->header))
@@ -211,8 +214,8 @@ read_index(MillmSafetensors *st, MillmError *err)
 	return check_coverage(st, data_bytes, err);
 }
 
-MillmCode
-millm_st_parse(const void *bytes, size_t len, const char *name, MillmSafetensors **out, MillmError *err)
+static MillmCode
+parse(const void *bytes, size_t present, size_t len, const char *name, MillmSafetensors **out, MillmError *err)
 {
 	MillmSafetensors *st = calloc(1, sizeof(*st));
 	MillmCode	rc;
@@ -224,11 +227,24 @@ millm_st_parse(const void *bytes, size_t len, const char *name, MillmSafetensors
 	}
 	st->bytes = bytes;
 	st->len = len;
+	st->present = present;
 	if ((rc = read_index(st, err)) == MILLM_OK)
 		*out = st;
 	else
 		millm_st_close(st);
 	return rc;
+}
+
+MillmCode
+millm_st_parse(const void *bytes, size_t len, const char *name, MillmSafetensors **out, MillmError *err)
+{
+	return parse(bytes, len, len, name, out, err);
+}
+
+MillmCode
+millm_st_parse_head(const void *head, size_t head_len, uint64_t file_len, const char *name, MillmSafetensors **out, MillmError *err)
+{
+	return parse(head, head_len, (size_t) file_len, name, out, err);
 }
 
 MillmCode
@@ -286,6 +302,12 @@ const MillmStTensor *
 millm_st_tensor(const MillmSafetensors *st, size_t i)
 {
 	return &st->tensors[i];
+}
+
+const char *
+millm_st_metadata(const MillmSafetensors *st, const char *key)
+{
+	return json_string_value(json_object_get(json_object_get(st->header, "__metadata__"), key));
 }
 
 const char *

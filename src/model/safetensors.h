@@ -51,8 +51,16 @@ extern void millm_st_close(MillmSafetensors *st);	/* NULL is fine */
  */
 extern MillmCode millm_st_parse(const void *bytes, size_t len, const char *name, MillmSafetensors **out, MillmError *err);
 
+/*
+ * The same checks on the first bytes of a file of file_len bytes whose header is complete in them: head_len is 8 + the header's length.  The
+ * tensors' data are NULL.
+ */
+extern MillmCode millm_st_parse_head(const void *head, size_t head_len, uint64_t file_len, const char *name, MillmSafetensors **out,
+									 MillmError *err);
+
 extern size_t millm_st_n_tensors(const MillmSafetensors *st);
 extern const MillmStTensor *millm_st_tensor(const MillmSafetensors *st, size_t i);	/* in order of their data */
+extern const char *millm_st_metadata(const MillmSafetensors *st, const char *key);	/* of "__metadata__"; NULL: none, or no text */
 extern const char *millm_st_path(const MillmSafetensors *st);
 /* The mapping, for madvise(). */
 extern const void *millm_st_map(const MillmSafetensors *st, size_t *len);
