@@ -75,7 +75,7 @@ $(BUILD)/src/kernel/avx2.o $(BUILD)/src/kernel/avx2_quant.o: ISA = -mavx2 -mfma 
 $(BUILD)/src/kernel/avx512.o $(BUILD)/src/kernel/avx512_quant.o: ISA = -mavx512f -mavx512bw -mavx512vl -mavx512dq -mavx512bf16 -mavx512vnni -mavx512vbmi -mfma -mf16c
 $(BUILD)/src/kernel/%.o:      OPT = -O3
 $(BUILD)/src/quant/%.o:       OPT = -O3
-$(BUILD)/src/engine/shortlist.o: OPT = -O3
+$(BUILD)/src/engine/shortlist.o $(BUILD)/src/engine/sampler.o: OPT = -O3
 
 all: $(PROGRAMS)
 programs: $(PROGRAMS)

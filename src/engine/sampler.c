@@ -182,30 +182,43 @@ pop(Candidate *heap, int n)
 	sift_down(heap, n - 1, 0);
 }
 
-/* The index of the largest of scores[0..n), the first of equal ones. */
+/* The index of the largest of scores[0..n), n > 0, none NaN: the first of equal ones.  First the value, in vectors. */
 static int32_t
 argmax(const float *scores, int n)
 {
-	int32_t		best = 0;
+	enum {LANES = 16};
+	float		largest[LANES];
+	int			i = 0;
 
-	for (int32_t i = 1; i < n; i++)
-		if (scores[i] > scores[best])
-			best = i;
-	return best;
+	for (int l = 0; l < LANES; l++)
+		largest[l] = scores[0];
+	for (; i + LANES <= n; i += LANES)
+		for (int l = 0; l < LANES; l++)
+			largest[l] = scores[i + l] > largest[l] ? scores[i + l] : largest[l];
+	for (; i < n; i++)
+		largest[0] = scores[i] > largest[0] ? scores[i] : largest[0];
+	for (int l = 1; l < LANES; l++)
+		largest[0] = largest[l] > largest[0] ? largest[l] : largest[0];
+	for (i = 0; scores[i] != largest[0];)
+		i++;
+	return i;
 }
 
 /* NaN and +infinity are damage; -infinity everywhere leaves no choice. */
 static MillmCode
 check_logits(const float *logits, int n, MillmError *err)
 {
-	bool		any = false;
+	int			damaged = 0;
+	int			any = 0;
 
 	for (int i = 0; i < n; i++)
 	{
-		if (isnan(logits[i]) || logits[i] == INFINITY)
-			return millm_fail(err, MILLM_E_INTERNAL, "the logit of token %d is %s", i, isnan(logits[i]) ? "NaN" : "infinite");
-		any |= logits[i] != -INFINITY;
+		damaged |= !(logits[i] < INFINITY);
+		any |= logits[i] > -INFINITY;
 	}
+	for (int i = 0; i < n && damaged; i++)
+		if (!(logits[i] < INFINITY))
+			return millm_fail(err, MILLM_E_INTERNAL, "the logit of token %d is %s", i, isnan(logits[i]) ? "NaN" : "infinite");
 	if (!any)
 		return millm_fail(err, MILLM_E_INTERNAL, "all logits are -infinity");
 	return MILLM_OK;
