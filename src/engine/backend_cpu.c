@@ -45,8 +45,8 @@ _Static_assert(MILLM_KV_PAGE_TOKENS == MILLM_KERNEL_PAGE, "a KV page is as wide 
 
 /* A shortlist of more than this part of the head's rows is not worth reading it piecemeal. */
 #define SHORTLIST_SHARE		16
-/* From here on a step's logits are bound by arithmetic, of which the copy saves none. */
-#define MAX_SCREENED_ROWS	4
+/* A step of more rows is bound by arithmetic, of which the copy saves none. */
+#define MAX_SCREENED_ROWS	7
 
 struct MillmBuffer
 {
@@ -465,7 +465,10 @@ screened_matmul(MillmBackend *be, MillmBuffer *y, const MillmWeight *head, const
 	if (n > MAX_SCREENED_ROWS || (!c->deterministic && c->k.best_form(head, n) != MILLM_FORM_F32))
 		return -1;
 	y->n_packed = 0;
-	l.outputs = vocab / (c->base.n_threads * PIECES_PER_THREAD) / OUTPUT_GRANULE * OUTPUT_GRANULE + OUTPUT_GRANULE;
+	l.outputs = vocab / (c->base.n_threads * PIECES_PER_THREAD);
+	if (n > 1 && l.outputs > MAX_PANEL_BYTES / head->n_in)
+		l.outputs = MAX_PANEL_BYTES / head->n_in;
+	l.outputs = l.outputs / OUTPUT_GRANULE * OUTPUT_GRANULE + OUTPUT_GRANULE;
 	n_pieces = (vocab + l.outputs - 1) / l.outputs;
 	millm_team_run(c->team, screen_pieces, &l, n_pieces, vocab * head->n_in * n < MIN_PARALLEL_WORK ? n_pieces : 1);
 	for (int t = 0; t < n; t++)
