@@ -10,6 +10,8 @@ import urllib.request
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "test/hub"))
@@ -38,7 +40,7 @@ def faults(hub, *fs):
 
 
 def command(hub, what, repo, cache=None, token=None, *more):
-    args = [MILLM_HUB, what, repo, "--endpoint", hub.endpoint, *more]
+    args = [MILLM_HUB, what, repo, "--endpoint", hub.endpoint, "--quantization", "FP16", *more]
     if cache:
         args += ["--cache-dir", cache]
     if token:
@@ -63,10 +65,22 @@ def leftovers(cache, repo):
 
 
 def same_files(cache, repo, source=None):
-    d = model_dir(cache, repo)
+    """What lies in the cache is what was published; F32 has become BF16, each matrix rounded to nearest, and config.json says so."""
+    d, source = model_dir(cache, repo), HUB_ROOT / (source or repo)
     names = [n for n in leftovers(cache, repo) if n != ".millm_meta.json"]
+    is_f32 = json.loads((source / "config.json").read_text()).get("dtype") == "float32"
     for n in names:
-        assert (d / n).read_bytes() == (HUB_ROOT / (source or repo) / n).read_bytes(), n
+        if is_f32 and n.endswith(".safetensors"):
+            ours, theirs = load_file(d / n), load_file(source / n)
+            assert ours.keys() == theirs.keys()
+            for name, t in theirs.items():
+                assert torch.equal(ours[name], t.bfloat16() if t.dim() > 1 else t), name
+        elif is_f32 and n == "config.json":
+            assert json.loads((d / n).read_text()) == json.loads((source / n).read_text()) | {"dtype": "bfloat16"}
+        elif is_f32 and n == "model.safetensors.index.json":
+            assert json.loads((d / n).read_text())["weight_map"] == json.loads((source / n).read_text())["weight_map"]
+        else:
+            assert (d / n).read_bytes() == (source / n).read_bytes(), n
     return names
 
 
@@ -77,7 +91,8 @@ def test_download(hub, tmp_path):
     meta = json.loads((model_dir(tmp_path, TINY) / ".millm_meta.json").read_text())
     assert meta["repo_id"] == TINY and meta["quantization"] == "FP16" and len(meta["commit"]) == 40
     weights = (HUB_ROOT / TINY / "model.safetensors").read_bytes()
-    assert meta["files"]["model.safetensors"] == {"size": len(weights), "hash": hashlib.sha256(weights).hexdigest()}
+    assert meta["files"]["model.safetensors"] == {"size": len(weights), "hash": hashlib.sha256(weights).hexdigest(), "bytes": len(weights)}
+    assert meta["original_bytes"] == meta["quantized_bytes"] == len(weights)
     # the second time every file is proved from disk; nothing but small requests
     hub.log.clear()
     assert run(hub, "download", TINY, tmp_path).returncode == 0
@@ -266,8 +281,10 @@ def test_serve(hub, tmp_path, serve):
     from engine_client import PROGRESS, HelperError
 
     assert serve("validate", endpoint=hub.endpoint, repo_id=TINY).result()["params"] > 100_000
-    with pytest.raises(HelperError, match="UNSUPPORTED.*Q4"):
-        serve("validate", endpoint=hub.endpoint, repo_id=TINY, quantization="Q4").result()
+    q4 = serve("validate", endpoint=hub.endpoint, repo_id=TINY, quantization="Q4").result()
+    assert q4["quantization"] == "Q4" and 0 < q4["disk_bytes"] < q4["total_bytes"] + 100_000 and q4["prequantized"] is None
+    with pytest.raises(HelperError, match="INVALID_ARGUMENT.*nf5"):
+        serve("validate", endpoint=hub.endpoint, repo_id=TINY, quantization="nf5").result()
     with pytest.raises(HelperError, match="nonsense"):
         serve("validate", endpoint=hub.endpoint, repo_id=TINY, nonsense=1).result()
     with pytest.raises(HelperError, match="repo_id"):
