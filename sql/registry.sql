@@ -16,6 +16,43 @@ SELECT millm.download('owner/name', '');
 SELECT millm.download('owner/name', ' Q4');
 SELECT millm.download('owner/name', NULL);
 SELECT millm.register_local('/etc', 'gptq');
+-- Each has several names, in any case; the registry has one
+SET client_min_messages = warning;
+BEGIN;
+SELECT count(millm.download('owner/repo' || n, q, name => q)) AS queued
+FROM unnest('{FP16,fp16,none,Q4,q4,nf4,BNB-4bit,Q8,Int8,bnb-8bit}'::text[]) WITH ORDINALITY AS a(q, n);
+SELECT millm.download('owner/name') > 0 AS queued;
+SELECT name, quantization, disk_size_mb, estimated_memory_mb FROM millm.models ORDER BY id;
+ROLLBACK;
+RESET client_min_messages;
+
+-- One repository with two quantizations: the second model needs a name of its own
+BEGIN;
+DO $$
+DECLARE
+	detail text;
+	hint text;
+BEGIN
+	PERFORM millm.download('owner/name', 'Q4');
+	BEGIN
+		PERFORM millm.download('owner/name', 'Q8');
+	EXCEPTION WHEN SQLSTATE 'ML002' THEN
+		GET STACKED DIAGNOSTICS detail = PG_EXCEPTION_DETAIL, hint = PG_EXCEPTION_HINT;
+		RAISE NOTICE '%', SQLERRM;
+		RAISE NOTICE '%', regexp_replace(detail, '\d+', 'N');
+		RAISE NOTICE '%', hint;
+	END;
+	BEGIN
+		PERFORM millm.download('owner/name', 'nf4', name => 'again');
+	EXCEPTION WHEN SQLSTATE 'ML002' THEN
+		RAISE NOTICE '%', SQLERRM;
+	END;
+	PERFORM millm.download('owner/name', 'Q8', name => 'name-Q8');
+END
+$$;
+SELECT name, repo_id, quantization FROM millm.models ORDER BY id;
+ROLLBACK;
+
 -- Names, revisions, tokens
 SELECT millm.download('owner/name', 'FP16', name => '');
 SELECT millm.download('owner/name', 'FP16', name => '42');

