@@ -101,6 +101,19 @@ for my $kind (sort keys %published)
 	fails("SELECT millm.download('millm-test/tiny-$kind', '$published{$kind}', name => 'again')", 'ML002', "and that is what $published{$kind} means");
 }
 
+# The Hub does not say so in time, but the files do
+sub deaf { $hub->faults({ where => 'info', delay => 2, times => 1 }); }
+deaf();
+like(notices(q(SELECT millm.download('millm-test/tiny-nf4', 'FP16', name => 'blind'))), qr/did not answer in time/, 'nobody knows yet');
+is(row('blind', 'quantization, disk_size_mb IS NULL'), 'FP16|t', 'it is what was asked for, of unknown size');
+is(sql(q(SELECT millm.wait('blind'))), 'ready', 'ready');
+is(row('blind', 'quantization'), 'Q4', 'it is what it is');
+deaf();
+notices(q(SELECT millm.download('millm-test/tiny-nf4', 'Q8', name => 'never')));
+is(sql(q(SELECT millm.wait('never'))), 'error', 'what cannot be');
+is(row('never', 'error_code'), 'UNSUPPORTED', 'is an error with a name');
+$hub->faults;
+
 # --- Local directories ------------------------------------------------------------------------------------------------
 my $local = "$base/my model";
 mkdir $local;
