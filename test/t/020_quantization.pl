@@ -77,11 +77,11 @@ like(fails(q(SELECT millm.download('millm-test/tiny-f16', 'Q4')), 'ML002', 'the 
 like(fails(q(SELECT millm.download('millm-test/tiny-f16', 'q4', name => 'again')), 'ML002', 'the same again'), qr/"millm-test\/tiny-f16" is already registered as Q4/, 'is refused');
 
 # --- F32 becomes 16-bit ----------------------------------------------------------------------------------------
-like(notices(q(SELECT millm.download('millm-test/tiny-llama', 'FP16'))), qr/NOTICE:  "millm-test\/tiny-llama" is stored as F32; it becomes BF16, half the size/, 'which a notice says');
-is(sql(q(SELECT millm.wait('tiny-llama'))), 'ready', 'is converted');
-cmp_ok(disk_bytes('tiny-llama'), '<', 600000, 'to half of its 992 kB');
-is(decode_json(slurp_file(directory('tiny-llama') . '/config.json'))->{dtype}, 'bfloat16', 'config.json says so');
-works('tiny-llama');
+like(notices(q(SELECT millm.download('millm-test/tiny-f32', 'FP16'))), qr/NOTICE:  "millm-test\/tiny-f32" is stored as F32; it becomes BF16, half the size/, 'which a notice says');
+is(sql(q(SELECT millm.wait('tiny-f32'))), 'ready', 'is converted');
+cmp_ok(disk_bytes('tiny-f32'), '<', 600000, 'to half of its 992 kB');
+is(decode_json(slurp_file(directory('tiny-f32') . '/config.json'))->{dtype}, 'bfloat16', 'config.json says so');
+works('tiny-f32');
 like(notices(q(SELECT millm.download('millm-test/tiny-gpt2'))), qr/is stored as F32; it becomes BF16, then Q4/, 'and before it is quantized');
 is(sql(q(SELECT millm.wait('tiny-gpt2'))), 'ready', 'GPT-2, whose weights lie the other way round');
 works('tiny-gpt2');
