@@ -96,20 +96,15 @@ pack_i16_nibbles(void *packed, const float *x, int64_t n)
 {
 	const int64_t padded = (n + 127) / 128 * 128;
 	int16_t    *y = packed;
-	float	   *scales = (float *) (y + padded);
+	float		max = 0;
+	float		inverse;
 
-	memset(y + n, 0, (size_t) (padded - n) * 2);
-	memset(scales + n / 64, 0, (size_t) (padded - n) / 64 * 4);
+	for (int64_t i = 0; i < n; i++)
+		max = fabsf(x[i]) > max ? fabsf(x[i]) : max;
+	*(float *) (y + padded) = max / I16_MAX / CODEBOOK_MAX;
+	/* a row of zeros, or so small that its inverse is none, counts as zeros: below 1e-33 */
+	inverse = max > I16_MAX * 0x1p-126f ? I16_MAX / max : 0;
 	for (int64_t i = 0; i < n; i += 64)
-	{
-		float		max = 0;
-		float		inverse;
-
-		for (int j = 0; j < 64; j++)
-			max = fabsf(x[i + j]) > max ? fabsf(x[i + j]) : max;
-		scales[i / 64] = max / I16_MAX / CODEBOOK_MAX;
-		/* a block of zeros, or so small that its inverse is none, counts as zeros: below 1e-38 */
-		inverse = max > I16_MAX * 0x1p-126f ? I16_MAX / max : 0;
 		for (int half = 0; half < 2; half++)
 			for (int j = 0; j < 16; j++)
 			{
@@ -118,7 +113,6 @@ pack_i16_nibbles(void *packed, const float *x, int64_t n)
 				y[i + 16 * half + j] = (int16_t) lrintf(x[i + 2 * byte + 1] * inverse);
 				y[i + 32 + 16 * half + j] = (int16_t) lrintf(x[i + 2 * byte] * inverse);
 			}
-	}
 }
 
 INLINE void
@@ -157,6 +151,7 @@ i16_rows(const MillmMatmul *m, int64_t t, int n_tokens, int64_t begin, int64_t e
 		for (int64_t i = 0; i < n; i += 64)
 		{
 			__m256i		v = _mm256_loadu_si256((const __m256i *) (row + i / 2));
+			__m256		scale = _mm256_set1_ps(scales[i / 64]);
 			__m256i		q[4];
 
 			if (i % 128 == 0)
@@ -173,15 +168,14 @@ i16_rows(const MillmMatmul *m, int64_t t, int n_tokens, int64_t begin, int64_t e
 			for (int j = 0; j < n_tokens; j++)
 			{
 				const __m256i *xj = (const __m256i *) (x[j] + i * 2);
-				const float *sx = (const float *) (x[j] + padded * 2);
 				__m256i		a = _mm256_add_epi32(_mm256_madd_epi16(q[0], xj[0]), _mm256_madd_epi16(q[1], xj[1]));
 				__m256i		b = _mm256_add_epi32(_mm256_madd_epi16(q[2], xj[2]), _mm256_madd_epi16(q[3], xj[3]));
 
-				acc[j] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(_mm256_add_epi32(a, b)), _mm256_set1_ps(scales[i / 64] * sx[i / 64]), acc[j]);
+				acc[j] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(_mm256_add_epi32(a, b)), scale, acc[j]);
 			}
 		}
 		for (int j = 0; j < n_tokens; j++)
-			finish(m, t + j, o, sum_8(acc[j]));
+			finish(m, t + j, o, sum_8(acc[j]) * *(const float *) (x[j] + padded * 2));
 	}
 }
 

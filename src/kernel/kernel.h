@@ -44,7 +44,7 @@ typedef enum MillmForm
 	MILLM_FORM_BF16,			/* rounded to nearest even, zeros up to a multiple of 32 */
 	/*
 	 * For MILLM_4BIT rows of whole blocks (millm_is_blocky()), in the order in which a variant unpacks nibbles, zeros up to a
-	 * multiple of 128: bfloat16; or int16 with a float32 scale for each 64 values after all of them.
+	 * multiple of 128: bfloat16; or int16 with their one float32 scale after them.
 	 */
 	MILLM_FORM_BF16_NIBBLES,
 	MILLM_FORM_I16_NIBBLES,
@@ -131,7 +131,7 @@ millm_form_row_bytes(MillmForm form, int64_t n_in)
 {
 	int64_t		padded = (n_in + 127) / 128 * 128;
 	int64_t		bytes = form == MILLM_FORM_F32 ? n_in * 4 : form == MILLM_FORM_BF16 ? n_in * 2 :
-		form == MILLM_FORM_BF16_NIBBLES ? padded * 2 : padded * 2 + padded / 64 * 4;
+		form == MILLM_FORM_BF16_NIBBLES ? padded * 2 : padded * 2 + 4;
 
 	return (bytes + 63) / 64 * 64;
 }

@@ -37,7 +37,7 @@ static MillmDtype
 dtype_of(const char *name)
 {
 	for (int i = 0; i < MILLM_N_DTYPES; i++)
-		if (strcmp(dtype_names[i], name) == 0)
+		if (dtype_names[i] != NULL && strcmp(dtype_names[i], name) == 0)
 			return (MillmDtype) i;
 	fprintf(stderr, "no dtype \"%s\"\n", name);
 	exit(2);

@@ -1,6 +1,6 @@
 """Numbers of quantized checkpoints: float32 transformers whose every quantized Linear holds what bitsandbytes dequantizes is the judge.
 
-That transformers' own loader sees the same weights in these directories is tested in load_with_transformers5.py.
+That transformers' own loader sees the same weights in these directories is tested in test_load_quantized.py.
 """
 import functools
 import json
@@ -28,7 +28,7 @@ STATE = ".weight.quant_state.bitsandbytes__"
 
 
 def tensors(directory):
-    return {k: t for path in sorted(directory.glob("*.safetensors")) for k, t in load_file(path).items()}
+    return {k: t for path in sorted(directory.glob("model*.safetensors")) for k, t in load_file(path).items()}
 
 
 def dequantized_4bit(beside, weight):

@@ -316,10 +316,10 @@ one_quantized(const MillmKernels *k, MillmForm form, const QuantCase *c, int n_t
 				sum += p;
 				absolute += fabs(p);
 			}
-			/* half a unit of the int16 activation and of the int16 codebook, in each block */
+			/* half a unit of the int16 activation and of the int16 codebook */
 			for (int64_t i = 0; i < n && is_i16; i += 64)
 				for (int64_t j = i; j < i + 64; j++)
-					tolerance += 0.5 / 32767 * largest_of(xt + i, 64) * fabsf(row[j]) + 0.6 / 8191 * largest_of(row + i, 64) * fabsf(xt[j]);
+					tolerance += 0.5 / 32767 * largest_of(xt, n) * fabsf(row[j]) + 0.6 / 8191 * largest_of(row + i, 64) * fabsf(xt[j]);
 			/* what the judge itself rounds to, and the fast paths need not */
 			tolerance += (form == MILLM_FORM_BF16 || form == MILLM_FORM_BF16_NIBBLES ? 2 * EPSILON_BF16 : 0) * absolute;
 			tolerance += (c->dtype == MILLM_INT8 ? 0 : c->rounded == MILLM_BF16 ? EPSILON_BF16 : c->rounded == MILLM_F16 ? EPSILON_F16 : 0) * absolute;
