@@ -4,7 +4,9 @@
 #include "hash.h"
 
 #include <inttypes.h>
+#include <pthread.h>
 #include <stdio.h>
+#include <stdlib.h>
 #include <string.h>
 
 void
@@ -116,4 +118,91 @@ millm_hash_restore(MillmHash *h, const char *state)
 	}
 	*h = r;
 	return true;
+}
+
+/* --- Beside its owner -------------------------------------------------------------------------------- */
+
+struct MillmHasher
+{
+	pthread_t	thread;
+	pthread_mutex_t lock;
+	pthread_cond_t changed;
+	MillmHash  *hash;			/* NULL: idle */
+	const void *data;
+	size_t		len;
+	bool		quit;
+};
+
+static void *
+hash_beside(void *arg)
+{
+	MillmHasher *s = arg;
+
+	pthread_mutex_lock(&s->lock);
+	for (;;)
+	{
+		while (!s->hash && !s->quit)
+			pthread_cond_wait(&s->changed, &s->lock);
+		if (s->quit)
+			break;
+		pthread_mutex_unlock(&s->lock);
+		millm_hash_update(s->hash, s->data, s->len);
+		pthread_mutex_lock(&s->lock);
+		s->hash = NULL;
+		pthread_cond_signal(&s->changed);
+	}
+	pthread_mutex_unlock(&s->lock);
+	return NULL;
+}
+
+MillmHasher *
+millm_hasher_create(void)
+{
+	MillmHasher *s = calloc(1, sizeof(*s));
+
+	if (!s)
+		return NULL;
+	pthread_mutex_init(&s->lock, NULL);
+	pthread_cond_init(&s->changed, NULL);
+	if (pthread_create(&s->thread, NULL, hash_beside, s) == 0)
+		return s;
+	pthread_cond_destroy(&s->changed);
+	pthread_mutex_destroy(&s->lock);
+	free(s);
+	return NULL;
+}
+
+void
+millm_hasher_free(MillmHasher *s)
+{
+	if (!s)
+		return;
+	pthread_mutex_lock(&s->lock);
+	s->quit = true;
+	pthread_cond_signal(&s->changed);
+	pthread_mutex_unlock(&s->lock);
+	pthread_join(s->thread, NULL);
+	pthread_cond_destroy(&s->changed);
+	pthread_mutex_destroy(&s->lock);
+	free(s);
+}
+
+void
+millm_hasher_start(MillmHasher *s, MillmHash *h, const void *data, size_t len)
+{
+	pthread_mutex_lock(&s->lock);
+	s->hash = h;
+	s->data = data;
+	s->len = len;
+	pthread_cond_signal(&s->changed);
+	pthread_mutex_unlock(&s->lock);
+}
+
+void
+millm_hasher_wait(MillmHasher *s)
+{
+	pthread_mutex_lock(&s->lock);
+	while (s->hash)
+		pthread_cond_wait(&s->changed, &s->lock);
+	pthread_mutex_unlock(&s->lock);
 }

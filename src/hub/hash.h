@@ -34,4 +34,13 @@ extern void millm_hash_save(const MillmHash *h, char state[MILLM_HASH_STATE]);
 /* False, h untouched, when the text is no saved state of the same kind of hash. */
 extern bool millm_hash_restore(MillmHash *h, const char *state);
 
+/* A thread that hashes while its owner does something else with the same bytes. */
+typedef struct MillmHasher MillmHasher;
+
+extern MillmHasher *millm_hasher_create(void);	/* NULL: no memory, or no thread */
+extern void millm_hasher_free(MillmHasher *hasher);	/* nothing is under way; NULL is fine */
+/* Update h with these bytes.  Both are the hasher's until millm_hasher_wait returns, which must come before anything else of it. */
+extern void millm_hasher_start(MillmHasher *hasher, MillmHash *h, const void *data, size_t len);
+extern void millm_hasher_wait(MillmHasher *hasher);
+
 #endif

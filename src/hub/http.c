@@ -1,5 +1,5 @@
 /*
- * http.c -- requests by libcurl's easy interface, with our own redirects and headers read by name.
+ * http.c -- one request of libcurl's at a time, with our own redirects and headers read by name.
  */
 #include "http.h"
 
@@ -17,12 +17,16 @@
 #define CONNECT_TIMEOUT_S	10
 #define STALL_SECONDS		20
 #define MAX_URL				8192
+#define TICK_MS				200		/* so often a request looks at *stop */
+#define BEARER				"Authorization: Bearer "
 
 struct MillmHttp
 {
 	char	   *endpoint;
-	char	   *authorization;	/* "Authorization: Bearer ...", or NULL */
+	char	   *authorization;	/* BEARER and the token, or NULL */
 	CURL	   *curl;
+	CURLM	   *multi;			/* it alone is in there */
+	char		last_url[MAX_URL];
 	atomic_bool *stop;
 	int64_t		deadline_ms;	/* of now_ms(); 0: none */
 };
@@ -64,8 +68,8 @@ millm_http_open(const char *endpoint, const char *token, atomic_bool *stop, Mill
 			return MILLM_E_INVALID_HF_TOKEN;
 		}
 	h = calloc(1, sizeof(*h));
-	if (!h || !(h->endpoint = strdup(endpoint)) || !(h->curl = curl_easy_init()) ||
-		(token && token[0] && asprintf(&h->authorization, "Authorization: Bearer %s", token) < 0))
+	if (!h || !(h->endpoint = strdup(endpoint)) || !(h->curl = curl_easy_init()) || !(h->multi = curl_multi_init()) ||
+		(token && token[0] && asprintf(&h->authorization, BEARER "%s", token) < 0))
 	{
 		millm_http_close(h);
 		return millm_fail(err, MILLM_E_INSUFFICIENT_MEMORY, "out of memory");
@@ -75,6 +79,16 @@ millm_http_open(const char *endpoint, const char *token, atomic_bool *stop, Mill
 	h->stop = stop;
 	*out = h;
 	return MILLM_OK;
+}
+
+MillmCode
+millm_http_twin(const MillmHttp *h, atomic_bool *stop, MillmHttp **out, MillmError *err)
+{
+	MillmCode	rc = millm_http_open(h->endpoint, h->authorization ? h->authorization + strlen(BEARER) : NULL, stop, out, err);
+
+	if (rc == MILLM_OK)
+		(*out)->deadline_ms = h->deadline_ms;
+	return rc;
 }
 
 void
@@ -87,6 +101,7 @@ millm_http_close(MillmHttp *h)
 	free(h->authorization);
 	free(h->endpoint);
 	curl_easy_cleanup(h->curl);
+	curl_multi_cleanup(h->multi);
 	free(h);
 }
 
@@ -112,6 +127,18 @@ atomic_bool *
 millm_http_stop(const MillmHttp *h)
 {
 	return h->stop;
+}
+
+void
+millm_http_set_stop(MillmHttp *h, atomic_bool *stop)
+{
+	h->stop = stop;
+}
+
+const char *
+millm_http_last_url(const MillmHttp *h)
+{
+	return h->last_url;
 }
 
 bool
@@ -331,13 +358,26 @@ on_body(char *data, size_t one, size_t len, void *arg)
 	return len;
 }
 
-static int
-on_tick(void *arg, curl_off_t a, curl_off_t b, curl_off_t c, curl_off_t d)
+/* As curl_easy_perform, which looks up but once a second. */
+static CURLcode
+perform(MillmHttp *h)
 {
-	MillmHttp  *h = arg;
+	CURLcode	code = CURLE_OUT_OF_MEMORY;
+	CURLMcode	bad;
+	int			running = 1, left;
 
-	(void) a, (void) b, (void) c, (void) d;
-	return atomic_load(h->stop);
+	if (curl_multi_add_handle(h->multi, h->curl) != CURLM_OK)
+		return code;
+	while ((bad = curl_multi_perform(h->multi, &running)) == CURLM_OK && running && !atomic_load(h->stop) &&
+		   (bad = curl_multi_poll(h->multi, NULL, 0, TICK_MS, NULL)) == CURLM_OK)
+		;
+	if (bad == CURLM_OK && running)
+		code = CURLE_ABORTED_BY_CALLBACK;
+	for (CURLMsg *m; (m = curl_multi_info_read(h->multi, &left));)
+		if (m->msg == CURLMSG_DONE)
+			code = m->data.result;
+	curl_multi_remove_handle(h->multi, h->curl);
+	return code;
 }
 
 /* Scheme, host and port of a URL, compared with the endpoint's. */
@@ -385,7 +425,7 @@ hop_failed(const Hop *hop, CURLcode code, const char *text, MillmError *err)
 		return millm_fail(err, MILLM_E_CANCELED, "the download was canceled");
 	millm_fail(err, MILLM_E_HUB_UNAVAILABLE, "the request to the hub failed");
 	/* the URL's query may be a signature: only the path is shown */
-	millm_detail(err, "%s, for %s.", text[0] ? text : curl_easy_strerror(code), hop->request->url[0] == '/' ? hop->request->url : "a page of a list");
+	millm_detail(err, "%s, for %s.", text[0] ? text : curl_easy_strerror(code), hop->request->url[0] == '/' ? hop->request->url : "a URL that the hub gave");
 	millm_hint(err, "Check the network and millm.hf_endpoint; retry later.");
 	return MILLM_E_HUB_UNAVAILABLE;
 }
@@ -439,21 +479,19 @@ do_hop(Hop *hop, const char *url, int timeout_ms, MillmError *err)
 	curl_easy_setopt(c, CURLOPT_HEADERDATA, hop);
 	curl_easy_setopt(c, CURLOPT_WRITEFUNCTION, on_body);
 	curl_easy_setopt(c, CURLOPT_WRITEDATA, hop);
-	curl_easy_setopt(c, CURLOPT_NOPROGRESS, 0L);
-	curl_easy_setopt(c, CURLOPT_XFERINFOFUNCTION, on_tick);
-	curl_easy_setopt(c, CURLOPT_XFERINFODATA, h);
 	if (strcmp(hop->request->method, "HEAD") == 0)
 		curl_easy_setopt(c, CURLOPT_NOBODY, 1L);
-	if (hop->request->range_start > 0)
-	{
+	if (hop->request->range_end > 0)
+		snprintf(range, sizeof(range), "%lld-%lld", (long long) hop->request->range_start, (long long) hop->request->range_end - 1);
+	else
 		snprintf(range, sizeof(range), "%lld-", (long long) hop->request->range_start);
+	if (hop->request->range_start >= 0)
 		curl_easy_setopt(c, CURLOPT_RANGE, range);
-	}
 	if (h->authorization && is_own(h, url))
 		headers = curl_slist_append(headers, h->authorization);
 	curl_easy_setopt(c, CURLOPT_HTTPHEADER, headers);
 
-	code = curl_easy_perform(c);
+	code = perform(h);
 	if (headers)
 		explicit_bzero(headers->data, strlen(headers->data));
 	curl_slist_free_all(headers);
@@ -490,6 +528,7 @@ millm_http_do(MillmHttp *h, const MillmRequest *request, MillmReply *reply, Mill
 		memset(reply, 0, sizeof(*reply));
 		reply->linked_size = reply->length = reply->range_start = reply->range_total = reply->retry_after = -1;
 		reply->foreign = !is_own(h, url);
+		memcpy(h->last_url, url, sizeof(url));
 		hop.location[0] = '\0';
 		hop.etag_is_linked = hop.is_overlong = false;
 		hop.limit_left = hop.limit_reset_s = -1;

@@ -25,9 +25,13 @@ extern void millm_http_close(MillmHttp *http);	/* NULL is fine; the token's memo
 extern const char *millm_http_endpoint(const MillmHttp *http);
 extern bool millm_http_has_token(const MillmHttp *http);
 extern bool millm_http_is_stopped(const MillmHttp *http);
-extern atomic_bool *millm_http_stop(const MillmHttp *http);	/* what it was created with */
+extern atomic_bool *millm_http_stop(const MillmHttp *http);
+extern void millm_http_set_stop(MillmHttp *http, atomic_bool *stop);	/* from the next request on */
 /* From now on all requests together have so long; what is not done by then fails as a timeout does. */
 extern void millm_http_set_deadline(MillmHttp *http, int ms);
+
+/* Another one for a thread of its own: same endpoint, token and deadline, its own connection. */
+extern MillmCode millm_http_twin(const MillmHttp *http, atomic_bool *stop, MillmHttp **out, MillmError *err);
 
 /* What an answer said.  Strings are "" and numbers -1 where it said nothing.  Texts are printable ASCII. */
 typedef struct MillmReply
@@ -61,6 +65,7 @@ typedef struct MillmRequest
 	const char *method;			/* "GET" or "HEAD" */
 	const char *url;			/* absolute, or a path at the endpoint */
 	int64_t		range_start;	/* -1: the whole */
+	int64_t		range_end;		/* behind the last byte; 0: to the end */
 	MillmFollow follow;
 	int			timeout_ms;		/* of everything; 0: only stalls end it */
 	MillmTake	take;			/* NULL: the body is dropped */
@@ -73,6 +78,8 @@ typedef struct MillmRequest
  * attempt makes sense), MODEL_DOWNLOAD_FAILED for redirects that lead nowhere.
  */
 extern MillmCode millm_http_do(MillmHttp *http, const MillmRequest *request, MillmReply *reply, MillmError *err);
+/* Where the last request's redirects led to.  May be signed: never show it.  Valid until the next one. */
+extern const char *millm_http_last_url(const MillmHttp *http);
 
 /* Sleep for ms unless *stop becomes true: then CANCELED. */
 extern MillmCode millm_http_pause(MillmHttp *http, int ms, MillmError *err);
