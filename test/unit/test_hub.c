@@ -1,5 +1,6 @@
-/* test_hub.c -- what the Hub client believes of a stranger's texts: ids, revisions, info, lists of files, indexes; and the store's manners. */
+/* test_hub.c -- what the Hub client believes of a stranger's texts: ids, revisions, info, lists of files, indexes; the store's manners; the window. */
 #include <fcntl.h>
+#include <pthread.h>
 #include <setjmp.h>
 #include <stdarg.h>
 #include <stddef.h>
@@ -14,6 +15,7 @@
 #include "choice.h"
 #include "hub.h"
 #include "store.h"
+#include "window.h"
 
 #define SHA1	"0123456789abcdef0123456789abcdef01234567"
 #define SHA256	"0123456789abcdef0123456789abcdef0123456789abcdef0123456789abcdef"
@@ -366,6 +368,137 @@ hash_state(void **state)
 		}
 }
 
+/* What was hashed beside is what was hashed. */
+static void
+hash_beside(void **state)
+{
+	static unsigned char bytes[70000];
+	MillmHasher *hasher = millm_hasher_create();
+	char		a[MILLM_HASH_HEX], b[MILLM_HASH_HEX];
+	MillmHash	h, beside;
+
+	(void) state;
+	assert_non_null(hasher);
+	for (size_t i = 0; i < sizeof(bytes); i++)
+		bytes[i] = (unsigned char) (i * 7 >> 3);
+	millm_hash_begin(&h, SHA256, sizeof(bytes));
+	beside = h;
+	for (size_t at = 0; at < sizeof(bytes); at += 700)
+	{
+		millm_hasher_start(hasher, &beside, bytes + at, 700);
+		millm_hash_update(&h, bytes + at, 700);
+		millm_hasher_wait(hasher);
+	}
+	millm_hash_hex(&h, a);
+	millm_hash_hex(&beside, b);
+	assert_string_equal(a, b);
+	millm_hasher_free(hasher);
+	millm_hasher_free(NULL);
+}
+
+/* --- The window ------------------------------------------------------------------------------------------ */
+
+static unsigned char
+byte_at(int64_t position)
+{
+	return (unsigned char) (position * 131 >> 4 ^ position);
+}
+
+/* A connection: claims pieces and fills them with what belongs there, in portions of every size. */
+static void *
+fill(void *arg)
+{
+	MillmWindow *w = arg;
+	MillmPiece	piece;
+	unsigned	n = 0;
+
+	while (millm_window_claim(w, &piece))
+		while (piece.at < piece.to)
+		{
+			unsigned char data[97];
+			size_t		len = n++ % sizeof(data) + 1;
+
+			if ((int64_t) len > piece.to - piece.at)
+				len = (size_t) (piece.to - piece.at);
+			for (size_t i = 0; i < len; i++)
+				data[i] = byte_at(piece.at + (int64_t) i);
+			if (!millm_window_fill(w, &piece, data, len))
+				return NULL;
+		}
+	return NULL;
+}
+
+/* Every byte comes once and in its place, whatever the shapes: pieces larger than the window, one piece, pieces that do not divide it. */
+static void
+windows(void **state)
+{
+	static const struct {int64_t begin, end, piece; size_t bytes; int n;} cases[] = {
+		{0, 1, 1, 1, 1}, {0, 1, 8, 100, 3}, {0, 100000, 1000, 8000, 4}, {5, 100000, 333, 1000, 4}, {7, 30000, 30000, 512, 1}, {0, 30000, 700, 512, 3},
+		{1, 5000, 1, 3, 4}, {0, 64000, 64, 64, 2}, {((int64_t) 1 << 40) + 3, ((int64_t) 1 << 40) + 70000, 4096, 10000, 4},
+	};
+	const atomic_bool stop = false;
+
+	(void) state;
+	for (size_t k = 0; k < sizeof(cases) / sizeof(cases[0]); k++)
+	{
+		MillmWindow *w = millm_window_create(cases[k].begin, cases[k].end, cases[k].piece, cases[k].bytes);
+		pthread_t	threads[4];
+		int64_t		at = cases[k].begin;
+		const void *data;
+		size_t		n, largest = 0;
+
+		for (int i = 0; i < cases[k].n; i++)
+			assert_int_equal(pthread_create(&threads[i], NULL, fill, w), 0);
+		while (at < cases[k].end)
+		{
+			assert_int_not_equal(n = millm_window_peek(w, &stop, &data), 0);
+			largest = n > largest ? n : largest;
+			n = n > 40 ? n - 7 : n;	/* not all of it */
+			for (size_t i = 0; i < n; i++, at++)
+				assert_int_equal(((const unsigned char *) data)[i], byte_at(at));
+			millm_window_take(w, n);
+		}
+		assert_true(at == cases[k].end && largest <= cases[k].bytes);
+		for (int i = 0; i < cases[k].n; i++)
+			pthread_join(threads[i], NULL);
+		millm_window_end(w);
+		assert_int_equal(millm_window_peek(w, &stop, &data), 0);
+		millm_window_free(w);
+	}
+	millm_window_free(NULL);
+}
+
+/* The end of a window wakes all who wait; what came before can still be read. */
+static void
+window_ends(void **state)
+{
+	MillmWindow *w = millm_window_create(0, 10000, 100, 300);
+	const atomic_bool stop = true, go_on = false;
+	pthread_t	threads[4];
+	const void *data;
+	size_t		n, all = 0;
+
+	(void) state;
+	for (int i = 0; i < 4; i++)
+		assert_int_equal(pthread_create(&threads[i], NULL, fill, w), 0);
+	assert_int_equal(millm_window_peek(w, &stop, &data), 0);
+	while (all < 1000)
+	{
+		assert_int_not_equal(n = millm_window_peek(w, &go_on, &data), 0);
+		millm_window_take(w, n);
+		all += n;
+	}
+	assert_false(atomic_load(millm_window_ended(w)));
+	millm_window_end(w);
+	assert_true(atomic_load(millm_window_ended(w)));
+	for (int i = 0; i < 4; i++)
+		pthread_join(threads[i], NULL);
+	for (; (n = millm_window_peek(w, &go_on, &data)) > 0; all += n)
+		millm_window_take(w, n);
+	assert_true(all <= 1000 + 300 + 300);	/* no more than there was room for */
+	millm_window_free(w);
+}
+
 static void
 possession(void **state)
 {
@@ -437,7 +570,7 @@ main(void)
 	const struct CMUnitTest tests[] = {
 		cmocka_unit_test(repo_ids), cmocka_unit_test(revisions), cmocka_unit_test(url_encoding), cmocka_unit_test(infos), cmocka_unit_test(pages),
 		cmocka_unit_test(too_many_files), cmocka_unit_test(small_files), cmocka_unit_test(indexes), cmocka_unit_test(endpoints_and_tokens),
-		cmocka_unit_test(directories), cmocka_unit_test(hash_state),
+		cmocka_unit_test(directories), cmocka_unit_test(hash_state), cmocka_unit_test(hash_beside), cmocka_unit_test(windows), cmocka_unit_test(window_ends),
 		cmocka_unit_test(possession),
 	};
 
