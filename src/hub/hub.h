@@ -104,7 +104,8 @@ typedef void (*MillmAdvance) (void *arg, int64_t delta, bool is_fetched);
 
 /*
  * Bring one file into the sink, verified: size, commit and hash.  Resumes, retries (3 attempts without progress), fetches once more
- * after a wrong hash.
+ * after a wrong hash.  A large file comes over several connections, which are threads of this call; sink and advance are called by the
+ * caller's thread only, while another one hashes.
  */
 extern MillmCode millm_hub_fetch(MillmHttp *http, const MillmRepo *repo, const MillmHubFile *file, MillmSink *sink,
 								 MillmAdvance advance, void *arg, MillmError *err);
