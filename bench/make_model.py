@@ -39,6 +39,16 @@ def tensors(shape):
         yield "lm_head.weight", (vocab, hidden)
 
 
+def bytes_tokenizer():
+    """One token a byte: enough for a directory that is a whole model."""
+    printable = [b for b in range(256) if 33 <= b <= 126 or 161 <= b <= 172 or b >= 174]
+    letters = [chr(b) for b in printable] + [chr(256 + i) for i in range(256 - len(printable))]
+    return {"version": "1.0", "added_tokens": [], "normalizer": None, "post_processor": None,
+            "pre_tokenizer": {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True},
+            "decoder": {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True},
+            "model": {"type": "BPE", "vocab": {c: i for i, c in enumerate(letters)}, "merges": []}}
+
+
 def main(name, out):
     if name not in SHAPES:
         sys.exit(f"make_model.py: there is no shape \"{name}\"; there are {', '.join(SHAPES)}")
@@ -74,6 +84,7 @@ def main(name, out):
         "num_attention_heads": heads, "num_key_value_heads": kv, "head_dim": dim, "vocab_size": vocab, "tie_word_embeddings": tied,
         "max_position_embeddings": 8192, "hidden_act": "silu", "rms_norm_eps": 1e-5, "rope_theta": 500000.0, "attention_bias": False, "mlp_bias": False,
         "bos_token_id": 1, "eos_token_id": 2, "torch_dtype": "bfloat16", "use_cache": True}, indent=1) + "\n")
+    (tmp / "tokenizer.json").write_text(json.dumps(bytes_tokenizer()))
     shutil.rmtree(out, ignore_errors=True)
     os.rename(tmp, out)
 

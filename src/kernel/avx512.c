@@ -41,7 +41,7 @@ load_16(const char *p, int64_t i, MillmDtype dtype, __mmask16 mask)
 
 /* n_rows x n_tokens dot products: at most 2 x 3, whose 24 vectors of sums fit the registers. */
 INLINE void
-dot_tile(const MillmMatmul *m, int64_t t, int n_tokens, int64_t o, int n_rows, MillmDtype dtype, bool prefetch)
+dot_tile(const MillmMatmul *m, int64_t t, int n_tokens, int64_t o, int n_rows, MillmDtype dtype, const Ahead *ahead)
 {
 	const int	bytes = dtype == MILLM_F32 ? 4 : 2;
 	const int64_t n = m->w->n_in;
@@ -62,10 +62,10 @@ dot_tile(const MillmMatmul *m, int64_t t, int n_tokens, int64_t o, int n_rows, M
 
 	for (; i + 64 <= n; i += 64)
 	{
-		if (prefetch)
+		if (ahead)
 			for (int r = 0; r < n_rows; r++)
 				for (int line = 0; line < 64 * bytes; line += 64)
-					prefetch_ahead(w[r] + i * bytes + line);
+					prefetch_tile(ahead, w[r], i * bytes + line);
 		for (int u = 0; u < 4; u++)
 		{
 			__m512		v[2];
@@ -98,12 +98,13 @@ dot_tile(const MillmMatmul *m, int64_t t, int n_tokens, int64_t o, int n_rows, M
 INLINE void
 dot_rows(const MillmMatmul *m, int64_t t, int n_tokens, int64_t begin, int64_t end, MillmDtype dtype, bool prefetch)
 {
+	const Ahead ahead = plan_ahead(m->w->stride * (dtype == MILLM_F32 ? 4 : 2), 2);
 	int64_t		o = begin;
 
 	for (; o + 2 <= end; o += 2)
-		dot_tile(m, t, n_tokens, o, 2, dtype, prefetch);
+		dot_tile(m, t, n_tokens, o, 2, dtype, prefetch ? &ahead : NULL);
 	for (; o < end; o++)
-		dot_tile(m, t, n_tokens, o, 1, dtype, prefetch);
+		dot_tile(m, t, n_tokens, o, 1, dtype, NULL);
 }
 
 /* w [n_out, n_in].  The range's rows pass once for each few tokens: they lie in the L2 cache then. */
@@ -308,7 +309,7 @@ finish_4(const MillmMatmul *m, int64_t t, int64_t o, __m128 sums)	/* outputs o .
 
 /* 4 rows x n_tokens, at most 6. */
 INLINE void
-bf16_tile(const MillmMatmul *m, int64_t t, int n_tokens, int64_t o, bool prefetch)
+bf16_tile(const MillmMatmul *m, int64_t t, int n_tokens, int64_t o, const Ahead *ahead)
 {
 	const int64_t n = m->w->n_in;
 	const char *w = millm_weight_row(m->w, o);
@@ -327,8 +328,8 @@ bf16_tile(const MillmMatmul *m, int64_t t, int n_tokens, int64_t o, bool prefetc
 
 		for (int r = 0; r < 4; r++)
 		{
-			if (prefetch)
-				prefetch_ahead(w + r * row_bytes + i * 2);
+			if (ahead)
+				prefetch_tile(ahead, w + r * row_bytes, i * 2);
 			v[r] = (__m512bh) (mask == 0xFFFFFFFF ? _mm512_loadu_si512(w + r * row_bytes + i * 2)
 							   : _mm512_maskz_loadu_epi16(mask, w + r * row_bytes + i * 2));
 		}
@@ -365,10 +366,11 @@ bf16_dot(const MillmMatmul *m, int64_t t, int64_t o)
 INLINE void
 bf16_rows(const MillmMatmul *m, int64_t t, int n_tokens, int64_t begin, int64_t end, bool prefetch)
 {
+	const Ahead ahead = plan_ahead(m->w->stride * 2, 4);
 	int64_t		o = begin;
 
 	for (; o + 4 <= end; o += 4)
-		bf16_tile(m, t, n_tokens, o, prefetch);
+		bf16_tile(m, t, n_tokens, o, prefetch ? &ahead : NULL);
 	for (; o < end; o++)
 		for (int j = 0; j < n_tokens; j++)
 			bf16_dot(m, t + j, o);
@@ -379,6 +381,7 @@ millm_avx512_bf16_form(const MillmMatmul *m, int64_t begin, int64_t end)
 {
 	int64_t		t = 0;
 
+	/* only the first few tokens find the weights in memory */
 	for (; t + 6 <= m->n_tokens; t += 6)
 		if (t == 0)
 			bf16_rows(m, t, 6, begin, end, true);
@@ -387,19 +390,19 @@ millm_avx512_bf16_form(const MillmMatmul *m, int64_t begin, int64_t end)
 	switch (m->n_tokens - t)
 	{
 		case 5:
-			bf16_rows(m, t, 5, begin, end, false);
+			bf16_rows(m, t, 5, begin, end, t == 0);
 			break;
 		case 4:
-			bf16_rows(m, t, 4, begin, end, false);
+			bf16_rows(m, t, 4, begin, end, t == 0);
 			break;
 		case 3:
-			bf16_rows(m, t, 3, begin, end, false);
+			bf16_rows(m, t, 3, begin, end, t == 0);
 			break;
 		case 2:
-			bf16_rows(m, t, 2, begin, end, false);
+			bf16_rows(m, t, 2, begin, end, t == 0);
 			break;
 		case 1:
-			bf16_rows(m, t, 1, begin, end, false);
+			bf16_rows(m, t, 1, begin, end, t == 0);
 			break;
 	}
 }

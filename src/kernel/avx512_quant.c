@@ -6,7 +6,8 @@
  *         vpdpwssd multiplies with activations of 16 bits, exactly: a lane sums 8 products, below 2^31.  Lanes 0..7 belong to one block
  *         of 64, lanes 8..15 to the next; their sums are scaled in float32.  Beside the codebook's 6e-5, what is lost is the rounding of an
  *         activation to 2^-16 of the row's largest: at most 9e-6 sqrt(n) of the product's size, less than bfloat16 loses.
- *   INT8  to float32, times float32 activations: nothing is rounded but sums.
+ *   INT8  widened to 16 bits, times activations of 16 bits, exactly, in int32.  For deterministic answers and the screening copy of a
+ *         head there is float32 too: nothing is rounded but sums.
  *
  * Many tokens (bound by arithmetic): a panel of a few rows is dequantized into the cache and handed to the float kernels, BF16 where there
  * is AVX512-BF16 (4-bit values rounded as bitsandbytes does; int8 are exact in bfloat16), else float32.
@@ -21,11 +22,14 @@
 #include <math.h>
 #include <string.h>
 
-/* From this many tokens on a panel pays. */
-#define MIN_PANEL_TOKENS	8
+/* From this many tokens on a panel pays, or BF16 activations; measured on Zen 4. */
+#define MIN_BF16_TOKENS		8
+#define MIN_4BIT_TOKENS		12
+#define MIN_INT8_TOKENS		24
 #define PANEL_BYTES			(128 * 1024)
 #define TOKENS				4		/* that share one unpacking of the weights */
 #define MAX_GROUPS			1024	/* of 64 weights, in a row of the fast path */
+#define I16_ROWS			2		/* of INT8 that share one load of the activations */
 #define I16_MAX				32767.0f
 #define CODEBOOK_MAX		8191.0f	/* 8 * 8191 * 32767 < 2^31 */
 
@@ -159,7 +163,33 @@ nibble_row(const MillmWeight *w, int64_t o)
 	return (const uint8_t *) w->data + (w->first + o * w->n_in) / 2;
 }
 
-/* ---- 4BIT, few tokens: int16 ---- */
+/* ---- activations in int16 ---- */
+
+static void
+pack_i16(void *packed, const float *x, int64_t n)
+{
+	const int64_t padded = (n + 127) / 128 * 128;
+	int16_t    *y = packed;
+	__m512		max = _mm512_setzero_ps();
+	__m512		inverse;
+	float		m;
+
+	for (int64_t i = 0; i < n; i += 16)
+		max = _mm512_max_ps(max, _mm512_abs_ps(_mm512_maskz_loadu_ps(first_lanes(n - i), x + i)));
+	m = _mm512_reduce_max_ps(max);
+	*(float *) (y + padded) = m / I16_MAX;
+	/* a row of zeros, or so small that its inverse is none, counts as zeros: below 1e-33 */
+	inverse = _mm512_set1_ps(m > I16_MAX * 0x1p-126f ? I16_MAX / m : 0);
+	memset(y + n, 0, (size_t) (padded - n) * 2);
+	for (int64_t i = 0; i < n; i += 16)
+	{
+		__m512		v = _mm512_mul_ps(_mm512_maskz_loadu_ps(first_lanes(n - i), x + i), inverse);
+
+		_mm256_storeu_si256((__m256i *) (y + i), _mm512_cvtsepi32_epi16(_mm512_cvtps_epi32(v)));
+	}
+}
+
+/* ---- 4BIT, few tokens ---- */
 
 /*
  * Which of the 128 values stand where: plane k, word j is what nibble k (from the low end) of word j of the weights is multiplied by.
@@ -170,35 +200,27 @@ pack_i16_nibbles(void *packed, const float *x, int64_t n)
 {
 	const int64_t padded = (n + 127) / 128 * 128;
 	int16_t    *y = packed;
-	__m512		max = _mm512_setzero_ps();
-	__m512		inverse;
-	float		m;
 
-	for (int64_t i = 0; i < n; i += 16)
-		max = _mm512_max_ps(max, _mm512_abs_ps(_mm512_loadu_ps(x + i)));
-	m = _mm512_reduce_max_ps(max);
-	*(float *) (y + padded) = m / I16_MAX / CODEBOOK_MAX;
-	/* a row of zeros, or so small that its inverse is none, counts as zeros: below 1e-33 */
-	inverse = _mm512_set1_ps(m > I16_MAX * 0x1p-126f ? I16_MAX / m : 0);
-	for (int64_t i = 0; i < padded; i += 128)
+	pack_i16(packed, x, n);
+	*(float *) (y + padded) /= CODEBOOK_MAX;
+	for (int64_t i = 0; i < padded; i += 128, y += 128)
 	{
-		int16_t		q[128] = {0};
+		int16_t		q[128];
 
-		for (int64_t u = 0; u < 128 && i + u < n; u += 16)
-			_mm256_storeu_si256((__m256i *) (q + u), _mm512_cvtsepi32_epi16(_mm512_cvtps_epi32(_mm512_mul_ps(_mm512_loadu_ps(x + i + u), inverse))));
+		memcpy(q, y, sizeof(q));
 		for (int j = 0; j < 32; j++)
 		{
-			y[i + j] = q[4 * j + 1];
-			y[i + 32 + j] = q[4 * j];
-			y[i + 64 + j] = q[4 * j + 3];
-			y[i + 96 + j] = q[4 * j + 2];
+			y[j] = q[4 * j + 1];
+			y[32 + j] = q[4 * j];
+			y[64 + j] = q[4 * j + 3];
+			y[96 + j] = q[4 * j + 2];
 		}
 	}
 }
 
 /* n_rows (1 or 2) rows, whose scales are scales[n_rows][n_in / 64] and one more that is finite, times n_tokens. */
 INLINE void
-i16_tile(const MillmMatmul *m, int64_t t, int n_tokens, int64_t o, int n_rows, __m512i codebook, const float *scales)
+i16_tile(const MillmMatmul *m, int64_t t, int n_tokens, int64_t o, int n_rows, __m512i codebook, const float *scales, const Ahead *ahead)
 {
 	const int64_t n = m->w->n_in;
 	const int64_t padded = (n + 127) / 128 * 128;
@@ -218,7 +240,7 @@ i16_tile(const MillmMatmul *m, int64_t t, int n_tokens, int64_t o, int n_rows, _
 		{
 			__m512i		v = load_nibbles(row + r * n / 2, i, n);
 
-			prefetch_ahead(row + (i + r * n) / 2);
+			prefetch_tile(ahead, (const char *) row + r * n / 2, i / 2);
 			q[r][0] = _mm512_permutexvar_epi16(v, codebook);
 			q[r][1] = _mm512_permutexvar_epi16(_mm512_srli_epi16(v, 4), codebook);
 			q[r][2] = _mm512_permutexvar_epi16(_mm512_srli_epi16(v, 8), codebook);
@@ -249,6 +271,7 @@ INLINE void
 i16_rows(const MillmMatmul *m, int64_t t, int n_tokens, int64_t begin, int64_t end)
 {
 	const MillmWeight *w = m->w;
+	const Ahead ahead = plan_ahead(w->n_in / 2, 2);
 	const int64_t n_groups = w->n_in / 64;
 	int64_t		n_rows = MAX_GROUPS / n_groups;	/* whose scales are decoded together */
 	float		scales[MAX_GROUPS + 64];
@@ -269,9 +292,9 @@ i16_rows(const MillmMatmul *m, int64_t t, int n_tokens, int64_t begin, int64_t e
 		group_scales(scales, w, &planes, first_group(w, o), n_rows * n_groups);
 		scales[n_rows * n_groups] = 0;
 		for (; r + 2 <= n_rows; r += 2)
-			i16_tile(m, t, n_tokens, o + r, 2, codebook, scales + r * n_groups);
+			i16_tile(m, t, n_tokens, o + r, 2, codebook, scales + r * n_groups, &ahead);
 		if (r < n_rows)
-			i16_tile(m, t, n_tokens, o + r, 1, codebook, scales + r * n_groups);
+			i16_tile(m, t, n_tokens, o + r, 1, codebook, scales + r * n_groups, &ahead);
 	}
 }
 
@@ -296,7 +319,7 @@ matmul_i16_nibbles(const MillmMatmul *m, int64_t begin, int64_t end)
 	}
 }
 
-/* ---- INT8, few tokens: float32 ---- */
+/* ---- INT8 ---- */
 
 INLINE float
 int8_scale(const MillmWeight *w, int64_t o)
@@ -307,6 +330,97 @@ int8_scale(const MillmWeight *w, int64_t o)
 	return scb * 0.007874015718698502f;	/* 1 / 127 */
 }
 
+/* A lane of int32 holds so many products of pairs: 256 * 2 * 128 * 32767 < 2^31. */
+#define MAX_I16_RUN	8192
+
+/* n_rows rows times n_tokens. */
+INLINE void
+int8_i16_tile(const MillmMatmul *m, int64_t t, int n_tokens, int64_t o, int n_rows, const Ahead *ahead)
+{
+	const int64_t n = m->w->n_in;
+	const int64_t padded = (n + 127) / 128 * 128;
+	const char *row = millm_weight_row(m->w, o);
+	const char *x = (const char *) m->x + t * m->x_stride;
+	__m512		sum[TOKENS][I16_ROWS];
+
+	for (int j = 0; j < n_tokens; j++)
+		for (int r = 0; r < n_rows; r++)
+			sum[j][r] = _mm512_setzero_ps();
+	for (int64_t begin = 0; begin < n; begin += MAX_I16_RUN)
+	{
+		const int64_t end = n - begin < MAX_I16_RUN ? n : begin + MAX_I16_RUN;
+		__m512i		acc[TOKENS][I16_ROWS];
+
+		for (int j = 0; j < n_tokens; j++)
+			for (int r = 0; r < n_rows; r++)
+				acc[j][r] = _mm512_setzero_si512();
+		for (int64_t i = begin; i < end; i += 32)
+		{
+			__m512i		v[I16_ROWS];
+
+			for (int r = 0; r < n_rows; r++)
+			{
+				const char *p = row + r * n;
+
+				if (i % 64 == 0)
+					prefetch_tile(ahead, p, i);
+				v[r] = _mm512_cvtepi8_epi16(end - i >= 32 ? _mm256_loadu_si256((const __m256i *) (p + i))
+											: _mm256_maskz_loadu_epi8((1u << (end - i)) - 1, p + i));
+			}
+			for (int j = 0; j < n_tokens; j++)
+			{
+				__m512i		xj = _mm512_load_si512(x + j * m->x_stride + i * 2);
+
+				for (int r = 0; r < n_rows; r++)
+					acc[j][r] = _mm512_dpwssd_epi32(acc[j][r], v[r], xj);
+			}
+		}
+		for (int j = 0; j < n_tokens; j++)
+			for (int r = 0; r < n_rows; r++)
+				sum[j][r] = _mm512_add_ps(sum[j][r], _mm512_cvtepi32_ps(acc[j][r]));
+	}
+	for (int r = 0; r < n_rows; r++)
+	{
+		float		scale = int8_scale(m->w, o + r);
+
+		for (int j = 0; j < n_tokens; j++)
+			finish(m, t + j, o + r, scale * *(const float *) (x + j * m->x_stride + padded * 2) * _mm512_reduce_add_ps(sum[j][r]));
+	}
+}
+
+INLINE void
+int8_i16_rows(const MillmMatmul *m, int64_t t, int n_tokens, int64_t begin, int64_t end)
+{
+	const Ahead ahead = plan_ahead(m->w->n_in, I16_ROWS);
+	int64_t		o = begin;
+
+	for (; o + I16_ROWS <= end; o += I16_ROWS)
+		int8_i16_tile(m, t, n_tokens, o, I16_ROWS, &ahead);
+	for (; o < end; o++)
+		int8_i16_tile(m, t, n_tokens, o, 1, &ahead);
+}
+
+static void
+matmul_int8_i16(const MillmMatmul *m, int64_t begin, int64_t end)
+{
+	int64_t		t = 0;
+
+	for (; t + TOKENS <= m->n_tokens; t += TOKENS)
+		int8_i16_rows(m, t, TOKENS, begin, end);
+	switch (m->n_tokens - t)
+	{
+		case 3:
+			int8_i16_rows(m, t, 3, begin, end);
+			break;
+		case 2:
+			int8_i16_rows(m, t, 2, begin, end);
+			break;
+		case 1:
+			int8_i16_rows(m, t, 1, begin, end);
+			break;
+	}
+}
+
 INLINE __m512
 load_int8(const char *p, __mmask16 mask)
 {
@@ -315,7 +429,7 @@ load_int8(const char *p, __mmask16 mask)
 
 /* n_rows (1 or 2) rows times n_tokens. */
 INLINE void
-int8_tile(const MillmMatmul *m, int64_t t, int n_tokens, int64_t o, int n_rows)
+int8_tile(const MillmMatmul *m, int64_t t, int n_tokens, int64_t o, int n_rows, const Ahead *ahead)
 {
 	const int64_t n = m->w->n_in;
 	const char *row = millm_weight_row(m->w, o);
@@ -332,7 +446,7 @@ int8_tile(const MillmMatmul *m, int64_t t, int n_tokens, int64_t o, int n_rows)
 	for (; i + 64 <= n; i += 64)
 	{
 		for (int r = 0; r < n_rows; r++)
-			prefetch_ahead(row + r * n + i);
+			prefetch_tile(ahead, row + r * n, i);
 		for (int u = 0; u < 4; u++)
 		{
 			__m512		v[2];
@@ -372,12 +486,13 @@ int8_tile(const MillmMatmul *m, int64_t t, int n_tokens, int64_t o, int n_rows)
 INLINE void
 int8_rows(const MillmMatmul *m, int64_t t, int n_tokens, int64_t begin, int64_t end)
 {
+	const Ahead ahead = plan_ahead(m->w->n_in, 2);
 	int64_t		o = begin;
 
 	for (; o + 2 <= end; o += 2)
-		int8_tile(m, t, n_tokens, o, 2);
+		int8_tile(m, t, n_tokens, o, 2, &ahead);
 	if (o < end)
-		int8_tile(m, t, n_tokens, o, 1);
+		int8_tile(m, t, n_tokens, o, 1, &ahead);
 }
 
 static void
@@ -544,26 +659,37 @@ matmul_f32_panel(const MillmMatmul *m, int64_t begin, int64_t end)
 
 /* ---- the choice ---- */
 
-static MillmForm
-best_form(const MillmWeight *w, int n_tokens)
+/* Do four rows fit a panel of bfloat16? */
+INLINE bool
+fits_panel(int64_t n_in)
 {
-	const bool	many = n_tokens >= MIN_PANEL_TOKENS;
+	return (n_in + 127) / 128 * 128 * 2 * 4 <= PANEL_BYTES;
+}
 
-	if (w->in_out)
-		return MILLM_FORM_F32;
-	if (w->dtype == MILLM_BF16)
-		return many ? MILLM_FORM_BF16 : MILLM_FORM_F32;
-	if (w->dtype == MILLM_INT8)
-		return many && w->n_in * 2 * 4 <= PANEL_BYTES ? MILLM_FORM_BF16 : MILLM_FORM_F32;
-	if (w->dtype == MILLM_4BIT && millm_is_blocky(w) && w->n_in / 64 <= MAX_GROUPS)
-		return many && (w->n_in + 64) * 2 * 4 <= PANEL_BYTES ? MILLM_FORM_BF16_NIBBLES : MILLM_FORM_I16_NIBBLES;
-	return MILLM_FORM_F32;
+INLINE bool
+is_fast_4bit(const MillmWeight *w)
+{
+	return w->dtype == MILLM_4BIT && millm_is_blocky(w) && w->n_in / 64 <= MAX_GROUPS;
 }
 
 static MillmForm
 best_form_without_bf16(const MillmWeight *w, int n_tokens)
 {
-	return w->dtype == MILLM_4BIT && millm_is_blocky(w) && w->n_in / 64 <= MAX_GROUPS && n_tokens < MIN_PANEL_TOKENS ? MILLM_FORM_I16_NIBBLES : MILLM_FORM_F32;
+	if (w->dtype == MILLM_INT8)
+		return MILLM_FORM_I16;
+	return is_fast_4bit(w) && n_tokens < MIN_4BIT_TOKENS ? MILLM_FORM_I16_NIBBLES : MILLM_FORM_F32;
+}
+
+static MillmForm
+best_form(const MillmWeight *w, int n_tokens)
+{
+	if (w->dtype == MILLM_BF16)
+		return !w->in_out && n_tokens >= MIN_BF16_TOKENS ? MILLM_FORM_BF16 : MILLM_FORM_F32;
+	if (w->dtype == MILLM_INT8)
+		return n_tokens >= MIN_INT8_TOKENS && fits_panel(w->n_in) ? MILLM_FORM_BF16 : MILLM_FORM_I16;
+	if (is_fast_4bit(w))
+		return n_tokens >= MIN_4BIT_TOKENS && fits_panel(w->n_in) ? MILLM_FORM_BF16_NIBBLES : MILLM_FORM_I16_NIBBLES;
+	return MILLM_FORM_F32;
 }
 
 void
@@ -575,6 +701,8 @@ millm_kernels_avx512_quant(MillmKernels *k, unsigned cpu)
 	k->matmul[MILLM_FORM_F32][MILLM_INT8][0] = matmul_int8;
 	k->matmul[MILLM_FORM_I16_NIBBLES][MILLM_4BIT][0] = matmul_i16_nibbles;
 	k->pack[MILLM_FORM_I16_NIBBLES] = pack_i16_nibbles;
+	k->matmul[MILLM_FORM_I16][MILLM_INT8][0] = matmul_int8_i16;
+	k->pack[MILLM_FORM_I16] = pack_i16;
 	k->best_form = best_form_without_bf16;
 	if (cpu & MILLM_CPU_AVX512_BF16)
 	{

@@ -42,9 +42,10 @@ typedef enum MillmForm
 {
 	MILLM_FORM_F32,
 	MILLM_FORM_BF16,			/* rounded to nearest even, zeros up to a multiple of 32 */
+	MILLM_FORM_I16,				/* int16, zeros up to a multiple of 128, and the row's float32 scale */
 	/*
-	 * For MILLM_4BIT rows of whole blocks (millm_is_blocky()), in the order in which a variant unpacks nibbles, zeros up to a
-	 * multiple of 128: bfloat16; or int16 with their one float32 scale after them.
+	 * The same for MILLM_4BIT rows of whole blocks (millm_is_blocky()), in the order in which a variant unpacks nibbles, zeros up to a
+	 * multiple of 128.
 	 */
 	MILLM_FORM_BF16_NIBBLES,
 	MILLM_FORM_I16_NIBBLES,
