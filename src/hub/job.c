@@ -125,7 +125,7 @@ list_local(const char *path, MillmRepo **out, MillmError *err)
 	while (rc == MILLM_OK && (e = readdir(dir)))
 	{
 		struct stat sb;
-		MillmHubFile *f;
+		MillmHubFile *f = repo->files;
 
 		if (strlen(e->d_name) > MILLM_HUB_MAX_PATH || fstatat(dirfd(dir), e->d_name, &sb, 0) != 0 || !S_ISREG(sb.st_mode))
 			continue;
@@ -135,9 +135,8 @@ list_local(const char *path, MillmRepo **out, MillmError *err)
 			rc = millm_fail(err, MILLM_E_INSUFFICIENT_MEMORY, "out of memory");
 		else
 		{
-			if (repo->n_files % 64 == 0)
-				repo->files = f;
-			f = &repo->files[repo->n_files++];
+			repo->files = f;
+			f += repo->n_files++;
 			*f = (MillmHubFile) {.size = (int64_t) sb.st_size};
 			snprintf(f->path, sizeof(f->path), "%s", e->d_name);
 		}
