@@ -254,7 +254,9 @@ get_piece(Connection *c)
 		int			wait_s;
 		MillmCode	rc = get_bytes(c, &again, &wait_s);
 
-		if (rc == MILLM_OK || !again || millm_http_is_stopped(c->http))
+		if (rc != MILLM_OK && millm_http_is_stopped(c->http))
+			return MILLM_E_CANCELED;	/* another one has failed, and knows why */
+		if (rc == MILLM_OK || !again)
 			return rc;
 		free(c->direct);
 		c->direct = NULL;

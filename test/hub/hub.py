@@ -8,11 +8,14 @@ client's rule "no token to another host" is tested for real.  Standard library o
 reference hub-protocol.md; README.md beside this file lists the controls.
 """
 import argparse
-import email.utils
+import collections
+import gzip
 import hashlib
+import itertools
 import json
 import os
 import re
+import select
 import socket
 import socketserver
 import struct
@@ -24,9 +27,55 @@ from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 
 SMALL = 1 << 20  # files from here on travel as LFS: a redirect to the CDN
+MAX_LOG = 20_000  # requests remembered
+MAX_POST = 1 << 20
+PLACES = ("info", "tree", "resolve", "cache", "cdn", "whoami")
 EXPANDABLE = set("""author baseModels cardData childrenModelCount config createdAt disabled downloads downloadsAllTime evalResults gated gguf inference
  inferenceProviderMapping lastModified library_name likes mask_token model-index pipeline_tag private resourceGroup safetensors sha siblings spaces tags
  transformersInfo trendingScore usedStorage widgetData xetEnabled""".split())
+
+# Every kind of fault, and where it can happen; a fault that does not say `where` waits for such a place.
+BODY, RESOLVE, HUB = {"cache", "cdn"}, {"resolve"}, set(PLACES) - {"cdn"}
+KINDS = {"truncate": BODY, "reset": BODY, "stall": BODY, "ignore_range": BODY, "wrong_bytes": BODY, "other_part": BODY,
+         "wrong_size": RESOLVE, "wrong_etag": RESOLVE, "no_size": RESOLVE, "no_commit": RESOLVE, "wrong_commit": RESOLVE, "expired": RESOLVE, "brief": RESOLVE,
+         "absolute": RESOLVE,
+         "loop": HUB, "elsewhere": HUB, "html": set(PLACES), "close": set(PLACES)}
+FIELDS = {"repo": str, "file": str, "method": str, "where": str, "times": int, "status": int, "code": (str, type(None)), "message": str, "retry_after": int,
+          "delay": (int, float), "bytes_per_second": (int, float), "kind": str, "after": int, "seconds": (int, float)}
+
+
+def complaint(fault):
+    """What is wrong with a fault that a test asks for; None when it can be done.  A misspelt fault would be a test that tests nothing."""
+    if not isinstance(fault, dict):
+        return "a fault is an object"
+    for k, v in fault.items():
+        if k not in FIELDS:
+            return f"a fault has no field {k}"
+        if not isinstance(v, FIELDS[k]):
+            return f"{k} cannot be {v!r}"
+    if fault.get("where", "any") not in (*PLACES, "any"):
+        return f"there is no place {fault['where']}"
+    if (kind := fault.get("kind")) is not None and kind not in KINDS:
+        return f"there is no kind {kind}"
+    if kind in ("truncate", "reset", "stall") and "after" not in fault:
+        return f"{kind} needs `after`, in bytes"
+    if fault.get("bytes_per_second", 1) <= 0 or not 0 <= fault.get("delay", 0) <= 30 or not 0 <= fault.get("seconds", 0) <= 3600:
+        return "bytes_per_second must be positive, delay at most 30 and seconds at most 3600"
+    return None
+
+
+class Throttle:
+    """So many bytes per second through all connections together."""
+
+    def __init__(self, rate):
+        self.rate, self.lock, self.free_at = rate, threading.Lock(), 0.0
+
+    def wait(self, n):
+        """Until n more bytes may go."""
+        with self.lock:
+            self.free_at = max(self.free_at, time.monotonic()) + n / self.rate
+            ahead = self.free_at - time.monotonic()
+        time.sleep(max(0, ahead))
 
 
 class Blob:
@@ -52,8 +101,9 @@ class Blob:
         self.oid = hashlib.sha1(b"blob %d\0" % len(pointer) + pointer).hexdigest() if self.lfs else self.sha1
 
     @property
-    def etag(self):
-        return self.sha256 if self.lfs else self.sha1
+    def xet_hash(self):
+        """A name in the other storage: 64 digits that are no hash of the bytes."""
+        return hashlib.sha256(self.sha256.encode()).hexdigest()
 
 
 class Repo:
@@ -85,8 +135,10 @@ class Hub:
     def __init__(self, root):
         self.root = root
         self.endpoint = self.cdn = None
-        self.log, self.faults, self.lock = [], [], threading.Lock()
-        self.tokens = {"hf_good": "somebody", "hf_nogrant": "stranger"}  # hf_good may read gated and private repos
+        self.log, self.faults, self.lock = collections.deque(maxlen=MAX_LOG), [], threading.Lock()
+        self.throttles = {}  # by the id of a fault
+        self.n_requests = itertools.count(1)
+        self.tokens = {"hf_good": "somebody", "hf_nogrant": "stranger", "hf_pending": "applicant"}  # hf_good may read gated and private repos
 
     def repo(self, repo_id):
         if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", repo_id) or ".." in repo_id:
@@ -96,11 +148,23 @@ class Hub:
             return Repo(repo_id, directory)
         return None
 
+    def canonical(self, repo_id):
+        """The id of the repository whose name differs from repo_id in case only, or None."""
+        directory, found = self.root, []
+        for part in repo_id.split("/"):
+            same = [d.name for d in sorted(directory.iterdir()) if d.is_dir() and d.name.lower() == part.lower()] if directory.is_dir() else []
+            if not same:
+                return None
+            found.append(same[0])
+            directory = directory / same[0]
+        return "/".join(found) if self.repo("/".join(found)) else None
+
     def take_fault(self, repo_id, path, where, method):
         """The first fault that applies here; a fault with `times` wears off."""
         with self.lock:
             for f in self.faults:
-                if f.get("repo") not in (None, repo_id) or f.get("where", "any") not in ("any", where) or f.get("method", method) != method:
+                places = KINDS.get(f.get("kind"), PLACES) if f.get("where", "any") == "any" else (f["where"],)
+                if f.get("repo") not in (None, repo_id) or where not in places or f.get("method", method) != method:
                     continue
                 if f.get("file") and not (path or "").endswith(f["file"]):
                     continue
@@ -117,6 +181,7 @@ class Handler(BaseHTTPRequestHandler):
     server_version = "millm-test-hub"
     hub, is_cdn = None, False
     disable_nagle_algorithm = True
+    timeout = 120  # of a client that neither reads nor asks
 
     def log_message(self, *args):
         pass
@@ -136,12 +201,19 @@ class Handler(BaseHTTPRequestHandler):
         if "content-length" not in names:
             self.send_header("Content-Length", str(len(body)))
         self.send_header("Content-Type", content_type)
-        self.send_header("X-Request-Id", f"Root=1-{id(self):x}")
-        self.send_header("RateLimit", '"resolvers";r=2998;t=172' if status != 429 else '"resolvers";r=0;t=1')
-        self.send_header("RateLimit-Policy", '"fixed window";"resolvers";q=3000;w=300')
-        self.end_headers()
+        self.end_answer(status)
         if self.command != "HEAD":
             self.wfile.write(body)
+
+    def end_answer(self, status):
+        """The headers that every answer of the hub has; the CDN has none of them."""
+        if not self.is_cdn:
+            bucket, quota = ("api", 500) if self.path.startswith("/api/") and "/resolve-cache/" not in self.path else ("resolvers", 3000)
+            trace = self.headers.get("X-Amzn-Trace-Id")
+            self.send_header("X-Request-Id", f"Root=1-{next(self.hub.n_requests):08x}" + (f";{trace}" if trace else ""))
+            self.send_header("RateLimit", f'"{bucket}";r={0 if status == 429 else quota - 2};t={1 if status == 429 else 172}')
+            self.send_header("RateLimit-Policy", f'"fixed window";"{bucket}";q={quota};w=300')
+        self.end_headers()
 
     def error(self, status, code, message, extra=()):
         headers = list(extra) + [("X-Error-Message", message)]
@@ -167,6 +239,9 @@ class Handler(BaseHTTPRequestHandler):
 
     def find_repo(self, repo_id):
         repo = self.hub.repo(repo_id)
+        if repo is None and (canonical := self.hub.canonical(repo_id)) and not self.hub.repo(canonical).private:
+            self.answer(307, b"", [("Location", self.path.replace(repo_id, canonical, 1))])
+            return None
         if repo is None or (repo.private and not self.granted()):
             if self.token():
                 self.error(404, "RepoNotFound", "Repository not found")
@@ -193,19 +268,32 @@ class Handler(BaseHTTPRequestHandler):
         try:
             url = urllib.parse.urlsplit(self.path)
             path, query = urllib.parse.unquote(url.path), urllib.parse.parse_qs(url.query, keep_blank_values=True)
-            body = self.rfile.read(int(self.headers.get("Content-Length") or 0)) if self.command == "POST" else b""
+            n = self.headers.get("Content-Length") or "0"
+            if not n.isdecimal() or int(n) > MAX_POST:
+                self.close_connection = True
+                return self.answer(413, {"error": f"a request may have {MAX_POST} bytes"})
+            body = self.rfile.read(int(n))
             if url.path.startswith("/_"):
                 return self.control(url.path, body)
             self.note()
             if self.is_cdn:
                 return self.serve_cdn(path, query)
             self.serve_hub(url.path, path, query, body)
-        except (BrokenPipeError, ConnectionResetError):
+        except (BrokenPipeError, ConnectionResetError, TimeoutError):
             self.close_connection = True
+
+    @staticmethod
+    def number(query, name):
+        """A count in the query; absent or no number is 0."""
+        value = query.get(name, ["0"])[0]
+        return int(value) if value.isdecimal() else 0
 
     def control(self, path, body):
         hub = self.hub
-        value = json.loads(body or b"{}")
+        try:
+            value = json.loads(body or b"{}")
+        except ValueError:
+            return self.answer(400, {"error": "the control is not JSON"})
         with hub.lock:
             if path == "/_log":
                 out = list(hub.log)
@@ -213,7 +301,11 @@ class Handler(BaseHTTPRequestHandler):
                     hub.log.clear()
                 return self.answer(200, out)
             if path == "/_faults":
-                hub.faults = value if isinstance(value, list) else [value] if value else []
+                faults = value if isinstance(value, list) else [value] if value else []
+                if wrong := next(filter(None, map(complaint, faults)), None):
+                    return self.answer(400, {"error": wrong})
+                hub.faults = faults
+                hub.throttles = {id(f): Throttle(f["bytes_per_second"]) for f in faults if "bytes_per_second" in f}
                 hub.log.clear()
                 return self.answer(200, hub.faults)
         self.answer(404, {"error": "no such control"})
@@ -224,7 +316,7 @@ class Handler(BaseHTTPRequestHandler):
         if not f:
             return False
         if f.get("delay"):
-            time.sleep(min(float(f["delay"]), 30))
+            time.sleep(f["delay"])
         if status := f.get("status"):
             codes = {403: ("GatedRepo", "Your request to access model is awaiting a review from the repo authors."), 404: ("EntryNotFound", "Entry not found")}
             code, message = codes.get(status, (None, f"fault {status}"))
@@ -232,6 +324,9 @@ class Handler(BaseHTTPRequestHandler):
             return True
         if f.get("kind") == "loop":
             self.answer(307, b"", [("Location", self.path)])
+            return True
+        if f.get("kind") == "elsewhere":
+            self.answer(307, b"", [("Location", self.hub.cdn + self.path)])
             return True
         if f.get("kind") == "html":
             self.answer(200, b"<html>log in to the hotel's wireless network</html>", content_type="text/html")
@@ -245,6 +340,8 @@ class Handler(BaseHTTPRequestHandler):
         if self.refuse_token():
             return
         if path == "/api/whoami-v2":
+            if self.apply_fault(None, None, "whoami"):
+                return
             if self.token() is None:
                 return self.error(401, None, "Invalid username or password.")
             return self.answer(200, {"type": "user", "name": self.hub.tokens[self.token()], "auth": {"type": "access_token"}})
@@ -295,6 +392,8 @@ class Handler(BaseHTTPRequestHandler):
                "disabled": repo.meta.get("disabled", False), "downloads": 1, "likes": 1, "library_name": "transformers", "pipeline_tag": "text-generation",
                "tags": ["transformers", "safetensors", f"license:{licence}", "region:us"], "cardData": {"license": licence},
                "config": {k: config[k] for k in ("architectures", "model_type") if k in config}, "usedStorage": sum(b.size for b in files.values()), "siblings": siblings}
+        if query.get("securityStatus", [""])[0].lower() == "true":
+            out["securityRepoStatus"] = {"scansDone": True, "filesWithIssues": []}
         parameters = self.parameters(repo, files)
         if parameters:
             out["safetensors"] = {"parameters": parameters, "total": sum(parameters.values())}
@@ -327,10 +426,15 @@ class Handler(BaseHTTPRequestHandler):
     def mask(self, repo, value):
         return "*" * 64 if repo.gated and not self.granted() else value
 
-    def entry(self, repo, p, b):
+    def entry(self, repo, p, b, expand=False):
         e = {"type": "file", "oid": b.oid, "size": b.size, "path": p}
         if b.lfs:
             e["lfs"] = {"oid": self.mask(repo, b.sha256), "size": b.size, "pointerSize": 134}
+            if repo.meta.get("xet"):
+                e["xetHash"] = self.mask(repo, b.xet_hash)
+        if expand:
+            e["lastCommit"] = {"id": repo.sha(), "title": "Upload", "date": "2026-01-01T00:00:00.000Z"}
+            e["securityFileStatus"] = {"status": "safe"}
         return e
 
     def tree(self, repo_id, rev, sub, query):
@@ -343,7 +447,7 @@ class Handler(BaseHTTPRequestHandler):
         sha = repo.sha(files)
         if not repo.revision_ok(rev, sha):
             return self.error(404, "RevisionNotFound", f"Invalid rev id: {rev}")
-        recursive = query.get("recursive", [""])[0].lower() == "true"
+        recursive, expand = (query.get(k, [""])[0].lower() == "true" for k in ("recursive", "expand"))
         entries, seen = [], set()
         for p, b in files.items():
             if sub and not p.startswith(sub + "/"):
@@ -356,11 +460,11 @@ class Handler(BaseHTTPRequestHandler):
                     seen.add(d)
                     entries.append({"type": "directory", "oid": hashlib.sha1(d.encode()).hexdigest(), "size": 0, "path": d})
             if recursive or len(parts) == 1:
-                entries.append(self.entry(repo, p, b))
+                entries.append(self.entry(repo, p, b, expand))
         if sub and not entries:
             return self.error(404, "EntryNotFound", f"{sub} does not exist on \"{rev}\"")
-        page = repo.meta.get("page", 1000)
-        start = int(query.get("cursor", ["0"])[0])
+        page = repo.meta.get("page", 50 if expand else 1000)
+        start = self.number(query, "cursor")
         headers = []
         if start + page < len(entries):
             url = urllib.parse.urlsplit(self.path)
@@ -369,10 +473,14 @@ class Handler(BaseHTTPRequestHandler):
         self.answer(200, entries[start:start + page], headers)
 
     def paths_info(self, repo_id, rev, body):
+        if self.apply_fault(repo_id, None, "tree"):
+            return
         repo = self.find_repo(repo_id)
         if not repo:
             return
         files = repo.files()
+        if not repo.revision_ok(rev, repo.sha(files)):
+            return self.error(404, "RevisionNotFound", f"Invalid rev id: {rev}")
         form = urllib.parse.parse_qs(body.decode())
         try:
             paths = form.get("paths") or json.loads(body).get("paths", [])
@@ -386,6 +494,8 @@ class Handler(BaseHTTPRequestHandler):
             return True
         if self.token() is None:
             self.error(401, "GatedRepo", f"Access to model {repo.id} is restricted. You must have access to it and be authenticated to access it. Please log in.")
+        elif self.token() == "hf_pending":
+            self.error(403, "GatedRepo", f"Your request to access model {repo.id} is awaiting a review from the repo authors.")
         else:
             self.error(403, "GatedRepo", f"Access to model {repo.id} is restricted and you are not in the authorized list. Visit {self.hub.endpoint}/{repo.id} to ask for access.")
         return False
@@ -406,16 +516,20 @@ class Handler(BaseHTTPRequestHandler):
         if not blob:
             return self.error(404, "EntryNotFound", "Entry not found", [("X-Repo-Commit", sha)])
         kind = (self.fault or {}).get("kind")
+        if kind == "absolute":
+            return self.answer(307, b"", [("Location", f"{self.hub.endpoint}/api/resolve-cache/models/{repo_id}/{sha}/{urllib.parse.quote(path)}")])
         commit = [] if kind == "no_commit" else [("X-Repo-Commit", "0" * 40 if kind == "wrong_commit" else sha)]
         if blob.lfs:
             size = blob.size + 1 if kind == "wrong_size" else blob.size
             etag = hashlib.sha256(b"lie").hexdigest() if kind == "wrong_etag" else blob.sha256
-            expires = int(time.time()) + (-10 if kind == "expired" else 3600)
+            expires = int(time.time()) + {"expired": -10, "brief": 1}.get(kind, 3600)
             location = f"{self.hub.cdn}/{repo_id}/{blob.sha256}/{urllib.parse.quote(path)}?Expires={expires}&Signature=secret-{blob.sha1[:8]}"
             body = b"Found. Redirecting to the CDN"
             headers = commit + [("Location", location), ("X-Linked-ETag", f'"{etag}"'), ("Accept-Ranges", "bytes")]
             if kind != "no_size":
                 headers.append(("X-Linked-Size", str(size)))
+            if repo.meta.get("xet"):
+                headers += [("X-Xet-Hash", blob.xet_hash), ("Link", f'<{self.hub.endpoint}/api/models/{repo_id}/xet-read-token/{sha}>; rel="xet-auth"')]
             return self.answer(302, body, headers, "text/plain")
         if repo.gated:
             return self.send_file(blob, [("ETag", f'"{blob.sha1}"')] + commit)
@@ -426,9 +540,9 @@ class Handler(BaseHTTPRequestHandler):
         if self.apply_fault(repo_id, path, "cache"):
             return
         repo = self.find_repo(repo_id)
-        blob = repo and repo.files().get(path)
-        if not repo:
+        if not repo or not self.gate(repo, path):
             return
+        blob = repo.files().get(path)
         if not blob:
             return self.error(404, "EntryNotFound", "Entry not found")
         self.send_file(blob, [("ETag", f'"{blob.sha1}"'), ("X-Repo-Commit", sha)])
@@ -440,64 +554,86 @@ class Handler(BaseHTTPRequestHandler):
             return
         if "Authorization" in self.headers:
             return self.answer(400, b"a token came to the CDN", content_type="text/plain")
-        if int(query.get("Expires", ["0"])[0]) < time.time():
+        if self.number(query, "Expires") < time.time():
             return self.answer(403, b"<Error><Code>AccessDenied</Code></Error>", content_type="application/xml")
         repo = m and self.hub.repo(repo_id)
         blob = repo and repo.files().get(name)
         if not blob:
             return self.answer(404, b"NoSuchKey", content_type="application/xml")
-        self.send_file(blob, [("ETag", f'"{hashlib.sha256(blob.sha256.encode()).hexdigest()}"')])
+        self.send_file(blob, [("ETag", f'"{blob.xet_hash}"')])
+
+    def asked_range(self, size):
+        """The bytes asked for, as (start, end, is part).  A Range that makes no sense is as good as none; None when nothing of the file is in it."""
+        m = re.fullmatch(r"bytes=(\d*)-(\d*)", self.headers.get("Range") or "")
+        if not m or not (m[1] or m[2]) or (m[1] and m[2] and int(m[2]) < int(m[1])):
+            return 0, size, False
+        if not m[1]:
+            return (max(0, size - int(m[2])), size, True) if int(m[2]) and size else None
+        return (int(m[1]), min(int(m[2]) + 1, size) if m[2] else size, True) if int(m[1]) < size else None
 
     def send_file(self, blob, headers):
         fault = self.fault or {}
         kind = fault.get("kind")
-        start, end, status = 0, blob.size, 200
-        if (r := self.headers.get("Range")) and kind != "ignore_range":
-            m = re.fullmatch(r"bytes=(\d+)-(\d*)", r)
-            if not m or int(m[1]) >= blob.size:
-                return self.answer(416, b"", headers + [("Content-Range", f"bytes */{blob.size}")])
-            start, end, status = int(m[1]), min(int(m[2]) + 1 if m[2] else blob.size, blob.size), 206
-            headers = headers + [("Content-Range", f"bytes {start}-{end - 1}/{blob.size}")]
-        self.send_response(status)
-        for k, v in headers:
+        asked = (0, blob.size, False) if kind == "ignore_range" else self.asked_range(blob.size)
+        if not asked:
+            return self.answer(416, b"", headers + [("Content-Range", f"bytes */{blob.size}")])
+        start, end, is_part = asked
+        if kind == "other_part" and is_part and start > 0:
+            start -= 1
+        if not is_part and not fault and self.wants_gzip(blob):
+            return self.send_gzip(blob, headers)
+        self.send_response(206 if is_part else 200)
+        for k, v in headers + ([("Content-Range", f"bytes {start}-{end - 1}/{blob.size}")] if is_part else []):
             self.send_header(k, v)
         self.send_header("Content-Length", str(end - start))
         self.send_header("Accept-Ranges", "bytes")
         self.send_header("Content-Type", "application/octet-stream")
-        self.send_header("Date", email.utils.formatdate(usegmt=True))
-        self.end_headers()
+        self.end_answer(200)
         if self.command == "HEAD":
             return
-        self.wfile.flush()
-        stop = min(end, start + int(fault["after"])) if kind in ("truncate", "reset", "stall") else end
+        stop = min(end, start + fault["after"]) if kind in ("truncate", "reset", "stall") else end
         self.send_range(blob, start, stop, fault)
         if kind == "truncate":
             self.close_connection = True
         elif kind == "reset":
             self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
             self.close_connection = True
-        elif kind == "stall":
-            time.sleep(min(float(fault.get("seconds", 3600)), 3600))
+        elif kind == "stall" and stop < end:
+            # a client that gives up closes: then there is something to read
+            select.select([self.connection], [], [], fault.get("seconds", 3600))
             self.send_range(blob, stop, end, {})
 
+    def wants_gzip(self, blob):
+        """The Hub compresses texts for who offers it: no Content-Length then, and a weak etag."""
+        return not self.is_cdn and self.command == "GET" and "gzip" in (self.headers.get("Accept-Encoding") or "") and blob.path.suffix in (".json", ".md", ".txt")
+
+    def send_gzip(self, blob, headers):
+        self.send_response(200)
+        for k, v in headers:
+            self.send_header(k, f"W/{v}" if k == "ETag" else v)
+        self.send_header("Content-Encoding", "gzip")
+        self.send_header("Transfer-Encoding", "chunked")
+        self.send_header("Content-Type", "text/plain; charset=utf-8")
+        self.end_answer(200)
+        data = gzip.compress(blob.path.read_bytes())
+        self.wfile.write(b"%x\r\n%s\r\n0\r\n\r\n" % (len(data), data))
+
     def send_range(self, blob, start, end, fault):
-        rate, wrong = fault.get("bytes_per_second"), fault.get("kind") == "wrong_bytes"
+        throttle = self.hub.throttles.get(id(fault))
+        piece = max(1, min(1 << 20, int(throttle.rate / 50))) if throttle else end - start
         with open(blob.path, "rb") as f:
-            if not rate and not wrong:
-                while start < end:
-                    start += os.sendfile(self.connection.fileno(), f.fileno(), start, min(end - start, 16 << 20)) or end
-                return
-            f.seek(start)
-            piece = max(1, min(1 << 18, int(rate / 20))) if rate else 1 << 20
-            began, sent = time.monotonic(), 0
-            while sent < end - start:
-                data = f.read(min(piece, end - start - sent))
-                if wrong and sent == 0:
-                    data = bytes([data[0] ^ 1]) + data[1:]
-                self.connection.sendall(data)
-                sent += len(data)
-                if rate and (ahead := sent / rate - (time.monotonic() - began)) > 0:
-                    time.sleep(ahead)
+            if fault.get("kind") == "wrong_bytes" and start < end:
+                f.seek(start)
+                self.connection.sendall(bytes([f.read(1)[0] ^ 1]))
+                start += 1
+            while start < end:
+                n = min(piece, end - start)
+                if throttle:
+                    throttle.wait(n)
+                if self.connection.sendfile(f, start, n) < n:
+                    self.close_connection = True  # the file shrank
+                    return
+                start += n
 
 
 class Server(socketserver.ThreadingTCPServer):
@@ -527,7 +663,12 @@ def main():
     p.add_argument("--cdn-port", type=int, default=0)
     p.add_argument("--ready-file")
     a = p.parse_args()
-    hub = start(a.root, a.port, a.cdn_port)
+    if not Path(a.root).is_dir():
+        p.error(f"{a.root} is not a directory")
+    try:
+        hub = start(a.root, a.port, a.cdn_port)
+    except OSError as e:
+        return f"hub.py: cannot listen: {e}"
     if a.ready_file:
         tmp = a.ready_file + ".tmp"
         Path(tmp).write_text(json.dumps({"endpoint": hub.endpoint, "cdn": hub.cdn, "pid": os.getpid()}))

@@ -139,9 +139,22 @@ def test_wrong_size_is_noticed(hub, tmp_path):
 
 
 def test_throttle(hub, tmp_path):
+    """So much through all connections together."""
+    import threading
     import time
 
-    faults(hub, {"repo": "millm-test/tiny-llama", "where": "cdn", "bytes_per_second": 400_000})
+    faults(hub, {"repo": "millm-test/tiny-llama", "where": "cdn", "bytes_per_second": 800_000})
+    url = f"{hub.endpoint}/millm-test/tiny-llama/resolve/main/model.safetensors"
     start = time.monotonic()
-    assert client(hub, tmp_path, 'hf_hub_download("millm-test/tiny-llama", "model.safetensors")')[0] == 0
-    assert time.monotonic() - start > 1  # 900 KB
+    threads = [threading.Thread(target=lambda: urllib.request.urlopen(url).read()) for _ in range(2)]
+    for t in threads:
+        t.start()
+    for t in threads:
+        t.join()
+    assert time.monotonic() - start > 1.5  # twice 900 KB
+
+
+@pytest.mark.parametrize("fault", [{"kind": "trunctate"}, {"kind": "truncate"}, {"where": "moon"}, {"after": "x"}, {"bytes_per_second": 0}, {"often": 1}, 3])
+def test_impossible_faults_are_refused(hub, fault):
+    with pytest.raises(urllib.error.HTTPError, match="400"):
+        faults(hub, fault)

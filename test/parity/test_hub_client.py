@@ -2,6 +2,7 @@
 import hashlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -201,6 +202,114 @@ def test_faults(hub, tmp_path, fault, outcome):
     assert not [n for n in leftovers(tmp_path, TINY) if n.startswith(".partial")]
 
 
+# --- a file of several connections
+
+BIG = "millm-test/big"
+
+
+@pytest.fixture(scope="module")
+def big_hub(tmp_path_factory):
+    """A hub with a model of 85 MB."""
+    sys.path.insert(0, str(ROOT / "bench"))
+    import make_model
+
+    make_model.SHAPES["big"] = (1024, 4096, 2, 16, 4, 64, 8000, True)
+    root = tmp_path_factory.mktemp("hub")
+    make_model.main("big", root / BIG)
+    shutil.copy(HUB_ROOT / TINY / "tokenizer.json", root / BIG)
+    assert (root / BIG / "model.safetensors").stat().st_size > 72 << 20
+    yield hub_module.start(root)
+    shutil.rmtree(root)
+
+
+def weights_requests(hub, **which):
+    return [r for r in list(hub.log) if "model.safetensors" in r["path"] and all(r[k] == v for k, v in which.items())]
+
+
+def same_big(hub, cache):
+    return (model_dir(cache, BIG) / "model.safetensors").read_bytes() == (hub.root / BIG / "model.safetensors").read_bytes()
+
+
+def test_big(big_hub, tmp_path):
+    """Each byte is asked for once, in pieces, at the one address that the hub gave each connection."""
+    assert run(big_hub, "download", BIG, tmp_path).returncode == 0
+    assert same_big(big_hub, tmp_path)
+    asked = sorted(tuple(map(int, r["range"].split("=")[1].split("-"))) if not r["range"].endswith("-") else (int(r["range"][6:-1]), None) for r in weights_requests(big_hub, port="cdn"))
+    assert len(asked) > 8 and asked[0][0] == 0 and all(a[1] + 1 == b[0] for a, b in zip(asked, asked[1:])) and asked[-1][1] is None
+    assert len(weights_requests(big_hub, port="hub", method="GET")) <= 4
+    shutil.rmtree(tmp_path / "huggingface")
+
+
+def cdn(kind, **more):
+    return {"where": "cdn", "kind": kind, "file": "model.safetensors", **more}
+
+
+BIG_FAULTS = [
+    ([cdn("truncate", after=3_000_000, times=3)], True),
+    ([cdn("truncate", after=1000)], "MODEL_DOWNLOAD_FAILED"),
+    ([cdn("truncate", after=0, times=4)], True),
+    ([cdn("reset", after=300_000, times=3)], True),
+    ([cdn("close", times=3)], True),
+    ([cdn("close")], "MODEL_DOWNLOAD_FAILED"),
+    ([cdn("ignore_range")], True),
+    ([cdn("ignore_range", times=1)], True),
+    ([cdn("ignore_range", times=2), cdn("truncate", after=20_000_000, times=2)], True),
+    ([cdn("other_part", times=4)], True),
+    ([cdn("wrong_bytes", times=1)], True),
+    ([cdn("wrong_bytes")], "MODEL_DOWNLOAD_FAILED"),
+    ([cdn(None, status=503, times=4)], True),
+    ([cdn(None, status=503)], "MODEL_DOWNLOAD_FAILED"),
+    ([cdn(None, status=429, retry_after=1, times=5)], True),
+    ([cdn(None, status=403, times=2)], True),
+    ([cdn(None, status=416, times=1)], True),
+    ([cdn(None, status=416)], "MODEL_DOWNLOAD_FAILED"),
+    ([cdn(None, status=404)], "MODEL_DOWNLOAD_FAILED"),
+    ([{"where": "resolve", "kind": "expired", "times": 3}], True),
+    ([{"where": "resolve", "kind": "brief"}, cdn(None, bytes_per_second=30_000_000)], True),
+    ([{"where": "resolve", "status": 500, "method": "GET", "file": "model.safetensors", "times": 4}], True),
+]
+
+
+@pytest.mark.parametrize("fs,outcome", BIG_FAULTS, ids=["+".join(f"{f['where']}-{f.get('kind') or f.get('status') or 'slow'}-{f.get('times', 'always')}" for f in fs) for fs, _ in BIG_FAULTS])
+def test_big_faults(big_hub, tmp_path, fs, outcome):
+    faults(big_hub, *({k: v for k, v in f.items() if v is not None} for f in fs))
+    done = run(big_hub, "download", BIG, tmp_path)
+    log = weights_requests(big_hub)
+    faults(big_hub)
+    assert "Signature" not in done.stderr and not any(r["authorization"] for r in log if r["port"] == "cdn")
+    if outcome is True:
+        assert done.returncode == 0, done.stderr
+    else:
+        assert done.returncode == 1 and f"millm-hub: {outcome}:" in done.stderr, done.stderr
+        assert not (model_dir(tmp_path, BIG) / "model.safetensors").exists()
+        assert run(big_hub, "download", BIG, tmp_path).returncode == 0
+    assert same_big(big_hub, tmp_path)
+    assert not [n for n in leftovers(tmp_path, BIG) if n.startswith(".partial")]
+    shutil.rmtree(tmp_path / "huggingface")
+
+
+def test_big_stalls(big_hub, tmp_path, serve):
+    """All connections stand still; cancel does not wait for them."""
+    from engine_client import HelperError
+
+    faults(big_hub, cdn("stall", after=1 << 20, seconds=3600))
+    c = serve("download", **job(big_hub, tmp_path, BIG))
+    end = time.monotonic() + 20
+    while len(weights_requests(big_hub, port="cdn")) < 4 and time.monotonic() < end:
+        time.sleep(0.01)
+    time.sleep(0.5)
+    start = time.monotonic()
+    serve("cancel", model_uuid=UUID).result()
+    print(f"canceled after {time.monotonic() - start:.3f} s")
+    assert time.monotonic() - start < 15  # nobody waited for the stalled to be given up
+    with pytest.raises(HelperError, match="CANCELED"):
+        c.result()
+    assert not model_dir(tmp_path, BIG).exists()
+
+
+# --- stopped halfway
+
+
 def test_killed_download_resumes(hub, tmp_path):
     """kill -9 at about half; the next one asks for the rest only, and the whole is proved."""
     size = (HUB_ROOT / SMOL / "model.safetensors").stat().st_size
@@ -344,7 +453,7 @@ def test_lost_connection_keeps_what_came(hub, tmp_path, serve):
     faults(hub)
     assert serve("download", **job(hub, tmp_path, SMOL)).result()["disk_bytes"] > 200_000_000
     same_files(tmp_path, SMOL)
-    assert any(r["range"] for r in hub.log if r["port"] == "cdn")
+    assert min(int(r["range"][6:].split("-")[0]) for r in weights_requests(hub, port="cdn", method="GET")) > 5_000_000, "it started over"
 
 
 def test_progress_never_goes_back(hub, tmp_path, serve):
