@@ -12,6 +12,7 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/mman.h>
 #include <unistd.h>
 
 #include "screen.h"
@@ -44,6 +45,21 @@ are_possible(const float *error, const char *scale, int64_t n)
 	return true;
 }
 
+/* One call for the pages of a mapping that will be read here and there, instead of a fault for each few.  Only a hint. */
+static void
+map_now(const void *p, size_t n)
+{
+#ifdef MADV_POPULATE_READ
+	const uintptr_t page = (uintptr_t) sysconf(_SC_PAGESIZE);
+	uintptr_t	begin = (uintptr_t) p / page * page;
+
+	(void) madvise((void *) begin, (uintptr_t) p + n - begin, MADV_POPULATE_READ);
+#else
+	(void) p;
+	(void) n;
+#endif
+}
+
 /* NULL, or why the file cannot be used. */
 static const char *
 bind(MillmModel *m, const MillmSafetensors *st)
@@ -61,6 +77,7 @@ bind(MillmModel *m, const MillmSafetensors *st)
 	if (millm_st_n_tensors(st) != 4 || !codes || !scale || !error || !print)
 		return "it does not hold what it should";
 	memcpy(&fingerprint, print->data, sizeof(fingerprint));
+	map_now(head->data, (size_t) millm_weight_bytes(head->dtype, n * head->n_in));
 	if (fingerprint != millm_screen_fingerprint(head->dtype, n, head->n_in, head->data))
 		return "it was made from another LM head";
 	memcpy(m->screen.error.data, error->data, (size_t) n * sizeof(float));
