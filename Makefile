@@ -72,7 +72,8 @@ PROGRAMS      = $(BUILD)/millm-engine $(BUILD)/millm-hub
 
 # Instruction sets belong to single files; nothing that others link may be compiled with them.
 $(BUILD)/src/kernel/avx2.o $(BUILD)/src/kernel/avx2_quant.o: ISA = -mavx2 -mfma -mf16c
-$(BUILD)/src/kernel/avx512.o $(BUILD)/src/kernel/avx512_quant.o: ISA = -mavx512f -mavx512bw -mavx512vl -mavx512dq -mavx512bf16 -mavx512vnni -mavx512vbmi -mfma -mf16c
+AVX512_ISA = -mavx512f -mavx512bw -mavx512vl -mavx512dq -mavx512bf16 -mavx512vnni -mavx512vbmi -mfma -mf16c
+$(BUILD)/src/kernel/avx512.o $(BUILD)/src/kernel/avx512_quant.o $(BUILD)/src/kernel/amx.o: ISA = $(AVX512_ISA)
 $(BUILD)/src/kernel/%.o:      OPT = -O3
 $(BUILD)/src/quant/%.o:       OPT = -O3
 $(BUILD)/src/engine/shortlist.o $(BUILD)/src/engine/sampler.o: OPT = -O3
@@ -109,7 +110,12 @@ unit-programs: $(UNIT_TESTS)
 drivers: $(DRIVERS)
 $(BUILD)/test/%: test/unit/%.c $(LIB)
 	@mkdir -p $(@D)
-	$(Q)$(CC) $(ENGINE_CFLAGS) -Itest/unit -MMD -MP -MF $@.d -o $@ $< $(LIB) -lcmocka $(ENGINE_LIBS)
+	$(Q)$(CC) $(ENGINE_CFLAGS) -Itest/unit -MMD -MP -MF $@.d -o $@ $(filter %.c %.o,$^) $(LIB) -lcmocka $(ENGINE_LIBS)
+# AVX-512 apart from the test itself, which must be able to say that this CPU lacks it
+$(BUILD)/test/test_amx: $(BUILD)/test/amx_emulated.o
+$(BUILD)/test/amx_emulated.o: test/unit/amx_emulated.c
+	@mkdir -p $(@D)
+	$(Q)$(CC) $(ENGINE_CFLAGS) -O3 $(AVX512_ISA) -MMD -MP -c -o $@ $<
 $(DRIVERS): $(BUILD)/%: test/parity/%.c $(LIB)
 	$(Q)$(CC) $(ENGINE_CFLAGS) -MMD -MP -MF $@.d -o $@ $< $(LIB) $(ENGINE_LIBS)
 unit: $(UNIT_TESTS)

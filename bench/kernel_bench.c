@@ -177,6 +177,7 @@ main(int argc, char **argv)
 	for (int64_t n_in = 576; n_in <= 8192; n_in = n_in == 576 ? 1536 : n_in == 1536 ? 2048 : n_in * 4)
 	{
 		bench_gemm(&k, MILLM_FORM_BF16, MILLM_BF16, false, n_in, 252, "bf16 form, bf16", data);
+		bench_gemm(&k, MILLM_FORM_BF16_TILES, MILLM_BF16, false, n_in, 256, "tiles, bf16", data);
 		bench_gemm(&k, MILLM_FORM_F32, MILLM_BF16, false, n_in, 252, "f32 form, bf16", data);
 	}
 	bench_gemm(&k, MILLM_FORM_F32, MILLM_F32, true, 768, 252, "f32 [in, out]", data);

@@ -36,10 +36,10 @@ _Static_assert(MILLM_KV_PAGE_TOKENS == MILLM_KERNEL_PAGE, "a KV page is as wide 
  * threads: 1, 2, 6, 16 pieces a thread decode 96, 93, 85, 83 tokens/s on a machine shared with others.
  */
 #define MIN_PIECE_BYTES		(32 * 1024)
-/* With many tokens the piece's weights are read again for each few of them: they must stay in the L2 cache. */
+/* With many tokens the piece's weights are read again for each few of them: they must stay in the L2 cache.  Kernels of tiles see to it themselves. */
 #define MAX_PANEL_BYTES		(128 * 1024)
 #define PIECES_PER_THREAD	2
-/* Outputs of a piece: a multiple of every kernel's tile. */
+/* Outputs of a piece: a multiple of every kernel's tile, but of MILLM_FORM_BF16_TILES'. */
 #define OUTPUT_GRANULE		16
 #define COLUMN_GRANULE		256
 
@@ -52,7 +52,7 @@ struct MillmBuffer
 {
 	float	   *data;			/* [n_rows, n_columns] */
 	int64_t		n_columns;
-	char	   *packed;			/* [n_rows, packed_stride bytes] in one form, 64-byte aligned */
+	char	   *packed;			/* [n_rows, packed_stride bytes] in one form, 64-byte aligned; rows up to a multiple of MILLM_TILE_TOKENS */
 	int64_t		packed_stride;	/* wide enough for any form */
 	MillmForm	form;			/* of the first n_packed rows of packed, which are up to date */
 	int			n_packed;
@@ -132,7 +132,7 @@ choose_kernels(const char *name, MillmKernels *k, MillmError *err)
 		return true;
 	millm_fail(err, is_known ? MILLM_E_UNSUPPORTED : MILLM_E_INVALID_ARGUMENT,
 			   is_known ? "this CPU cannot run the kernels \"%s\"" : "there are no kernels named \"%s\"", name);
-	millm_hint(err, "Kernels are \"ref\", \"avx2\" and \"avx512\"; without a name the best that the CPU can run are taken.");
+	millm_hint(err, "Kernels are \"ref\", \"avx2\", \"avx512\" and \"amx\"; without a name the best that the CPU can run are taken.");
 	return false;
 }
 
@@ -152,7 +152,9 @@ millm_backend_cpu_page_bytes(const MillmModel *model, const char *kernels)
 int64_t
 millm_backend_cpu_buffer_bytes(int64_t n_rows, int64_t n_columns)
 {
-	return (n_rows * n_columns * (int64_t) sizeof(float) + 63) / 64 * 64 + n_rows * millm_form_row_bytes(MILLM_FORM_I16_NIBBLES, n_columns);
+	int64_t		packed_rows = (n_rows + MILLM_TILE_TOKENS - 1) / MILLM_TILE_TOKENS * MILLM_TILE_TOKENS;
+
+	return (n_rows * n_columns * (int64_t) sizeof(float) + 63) / 64 * 64 + packed_rows * millm_form_row_bytes(MILLM_FORM_I16_NIBBLES, n_columns);
 }
 
 int64_t
@@ -303,9 +305,11 @@ norm(MillmBackend *be, MillmBuffer *y, MillmBuffer *x, MillmNorm kind, const Mil
 
 typedef struct PackLoop
 {
-	void		(*pack) (void *y, const float *x, int64_t n);
+	const MillmKernels *k;
+	MillmForm	form;
 	MillmBuffer *x;
 	int64_t		n_columns;
+	int			n;
 } PackLoop;
 
 static void
@@ -314,7 +318,21 @@ pack_rows(void *arg, int64_t begin_row, int64_t end_row)
 	PackLoop   *l = arg;
 
 	for (int64_t t = begin_row; t < end_row; t++)
-		l->pack(l->x->packed + t * l->x->packed_stride, row(l->x, t), l->n_columns);
+		l->k->pack[l->form] (l->x->packed + t * l->x->packed_stride, row(l->x, t), l->n_columns);
+}
+
+static void
+pack_groups(void *arg, int64_t begin_group, int64_t end_group)
+{
+	PackLoop   *l = arg;
+
+	for (int64_t g = begin_group; g < end_group; g++)
+	{
+		int			t = (int) g * MILLM_TILE_TOKENS;
+
+		l->k->pack_tiles(l->x->packed + t * l->x->packed_stride, row(l->x, t), l->x->n_columns,
+						 l->n - t < MILLM_TILE_TOKENS ? l->n - t : MILLM_TILE_TOKENS, l->n_columns);
+	}
 }
 
 typedef struct MatmulLoop
@@ -365,14 +383,17 @@ matmul(MillmBackend *be, const MillmProjection *p, int n_projections, MillmBuffe
 		packed = c->k.best_form(p[i].w, n);
 	if (packed != MILLM_FORM_F32 && (x->form != packed || x->n_packed < n))
 	{
-		PackLoop	pack = {c->k.pack[packed], x, p[0].w->n_in};
+		PackLoop	pack = {&c->k, packed, x, p[0].w->n_in, n};
 
-		run_rows(c, pack_rows, &pack, n, p[0].w->n_in);
+		if (packed == MILLM_FORM_BF16_TILES)
+			run_rows(c, pack_groups, &pack, (n + MILLM_TILE_TOKENS - 1) / MILLM_TILE_TOKENS, p[0].w->n_in * MILLM_TILE_TOKENS);
+		else
+			run_rows(c, pack_rows, &pack, n, p[0].w->n_in);
 		x->form = packed;
 		x->n_packed = n;
 	}
 	piece_bytes = bytes / (c->base.n_threads * PIECES_PER_THREAD);
-	if (n > 1 && piece_bytes > MAX_PANEL_BYTES)
+	if (n > 1 && packed != MILLM_FORM_BF16_TILES && piece_bytes > MAX_PANEL_BYTES)
 		piece_bytes = MAX_PANEL_BYTES;
 	if (piece_bytes < MIN_PIECE_BYTES)
 		piece_bytes = MIN_PIECE_BYTES;
@@ -381,7 +402,7 @@ matmul(MillmBackend *be, const MillmProjection *p, int n_projections, MillmBuffe
 	{
 		const MillmWeight *w = p[i].w;
 		MillmForm	form = !c->deterministic && c->k.best_form(w, n) == packed ? packed : MILLM_FORM_F32;
-		int64_t		granule = w->in_out ? COLUMN_GRANULE : OUTPUT_GRANULE;
+		int64_t		granule = w->in_out ? COLUMN_GRANULE : form == MILLM_FORM_BF16_TILES ? MILLM_TILE_OUTPUTS : OUTPUT_GRANULE;
 		int64_t		outputs = piece_bytes / millm_weight_bytes(w->dtype, w->n_in) / granule * granule;
 
 		l.run[i] = c->k.matmul[form][w->dtype][w->in_out];

@@ -29,7 +29,7 @@ typedef struct MillmForwardOptions
 	int64_t		n_pages;		/* KV pages of MILLM_KV_PAGE_TOKENS positions, all layers */
 	bool		deterministic;	/* batch-invariant kernels: a row's bits do not depend on its company */
 	bool		full_head;		/* read all of the LM head, even if it has a screening copy: the tokens are the same */
-	const char *kernels;		/* "ref", "avx2", "avx512"; NULL: the best, or $MILLM_KERNELS */
+	const char *kernels;		/* "ref", "avx2", "avx512", "amx"; NULL: the best, or $MILLM_KERNELS */
 } MillmForwardOptions;
 
 /* Reserves KV pool and workspace now; INSUFFICIENT_MEMORY with figures when it cannot.  The model must outlive it. */

@@ -55,7 +55,7 @@ static const char usage[] =
 	"DIR holds config.json, model.safetensors and tokenizer.json.  IDS is 1,2,3 or a file with such a list.\n"
 	"generate, bench, greedy and logits also take:\n"
 	"      --threads N          (default: one per CPU)\n"
-	"      --kernels NAME       ref, avx2 or avx512 (default: the best that this CPU has)\n"
+	"      --kernels NAME       ref, avx2, avx512 or amx (default: the best that this CPU has)\n"
 	"bench and greedy also take:\n"
 	"      --head full          do not use the screening copy of the LM head (default: screened, if there is one)\n";
 

@@ -5,6 +5,7 @@
 #define MILLM_KERNEL_AVX512_H
 
 #include <immintrin.h>
+#include <string.h>
 
 #include "kernel.h"
 
@@ -69,9 +70,33 @@ finish(const MillmMatmul *m, int64_t t, int64_t o, float sum)
 	*y = m->accumulate ? *y + sum : sum;
 }
 
+/*
+ * The scale of a block of 4-bit weights.  Product and sum are rounded one after the other, as in the definition (tensor.h): two statements,
+ * so that none is fused.
+ */
+INLINE float
+block_scale(const MillmWeight *w, int64_t block)
+{
+	float		scale,
+				nested;
+
+	if (w->nested_block_size == 0)
+	{
+		memcpy(&scale, (const char *) w->absmax + block * 4, 4);
+		return scale;
+	}
+	memcpy(&nested, (const char *) w->nested_absmax + (block >> __builtin_ctz((unsigned) w->nested_block_size)) * 4, 4);
+	scale = w->nested_map[((const uint8_t *) w->absmax)[block]] * nested;
+	scale += w->nested_offset;
+	return scale;
+}
+
 /* Matmuls with a panel of weights that was dequantized to F32, or to BF16. */
 extern void millm_avx512_f32_rows(const MillmMatmul *m, int64_t begin, int64_t end);
 extern void millm_avx512_bf16_form(const MillmMatmul *m, int64_t begin, int64_t end);
+
+/* The choice of form where there are AVX512-BF16 and VNNI. */
+extern MillmForm millm_avx512_best_form(const MillmWeight *w, int n_tokens);
 
 /* The quantized formats' part of the table (avx512_quant.c). */
 extern void millm_kernels_avx512_quant(MillmKernels *k, unsigned cpu);

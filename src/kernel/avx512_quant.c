@@ -92,20 +92,7 @@ group_scales(float *s, const MillmWeight *w, const MapPlanes *planes, int64_t fi
 
 	if (per_block != 1)
 		for (int64_t i = 0; i < n; i++)
-		{
-			int64_t		block = (first + i) / per_block;
-
-			if (w->nested_block_size == 0)
-				memcpy(s + i, (const char *) w->absmax + block * 4, 4);
-			else
-			{
-				float		na;
-
-				memcpy(&na, (const char *) w->nested_absmax + block / w->nested_block_size * 4, 4);
-				s[i] = w->nested_map[((const uint8_t *) w->absmax)[block]] * na;
-				s[i] += w->nested_offset;
-			}
-		}
+			s[i] = block_scale(w, (first + i) / per_block);
 	else if (w->nested_block_size == 0)
 		memcpy(s, (const char *) w->absmax + first * 4, (size_t) n * 4);
 	else
@@ -680,8 +667,8 @@ best_form_without_bf16(const MillmWeight *w, int n_tokens)
 	return is_fast_4bit(w) && n_tokens < MIN_4BIT_TOKENS ? MILLM_FORM_I16_NIBBLES : MILLM_FORM_F32;
 }
 
-static MillmForm
-best_form(const MillmWeight *w, int n_tokens)
+MillmForm
+millm_avx512_best_form(const MillmWeight *w, int n_tokens)
 {
 	if (w->dtype == MILLM_BF16)
 		return !w->in_out && n_tokens >= MIN_BF16_TOKENS ? MILLM_FORM_BF16 : MILLM_FORM_F32;
@@ -709,7 +696,7 @@ millm_kernels_avx512_quant(MillmKernels *k, unsigned cpu)
 		k->matmul[MILLM_FORM_BF16_NIBBLES][MILLM_4BIT][0] = matmul_bf16_nibbles;
 		k->pack[MILLM_FORM_BF16_NIBBLES] = pack_bf16_nibbles;
 		k->matmul[MILLM_FORM_BF16][MILLM_INT8][0] = matmul_int8_bf16_form;
-		k->best_form = best_form;
+		k->best_form = millm_avx512_best_form;
 	}
 }
 #endif

@@ -1,7 +1,7 @@
 /*
  * kernel.h -- the CPU kernels: one table of pointers, filled once from what this CPU can do.
  *
- * ref.c fills every entry in portable C; avx2.c and avx512.c overwrite what they do better.  Nobody
+ * ref.c fills every entry in portable C; avx2.c, avx512.c and amx.c overwrite what they do better.  Nobody
  * calls a kernel by name, so "which code ran?" has one answer: the table's variant.
  *
  * A kernel allocates nothing, starts no thread, fails never: shapes and pointers were checked by
@@ -27,12 +27,17 @@ enum
 	MILLM_CPU_AVX2 = 1 << 0,		/* with FMA and F16C */
 	MILLM_CPU_AVX512 = 1 << 1,		/* F, BW, VL, DQ */
 	MILLM_CPU_AVX512_BF16 = 1 << 2,
-	MILLM_CPU_AVX512_VNNI = 1 << 3	/* with VBMI */
+	MILLM_CPU_AVX512_VNNI = 1 << 3,	/* with VBMI */
+	MILLM_CPU_AMX = 1 << 4		/* tiles of bfloat16, and all of the above */
 };
 extern unsigned millm_cpu_flags(void);
 
 /* Positions of one KV page; the transposed K below makes it the width of a vector. */
 #define MILLM_KERNEL_PAGE 16
+
+/* Tokens of a group of MILLM_FORM_BF16_TILES; outputs that its matmuls compute together. */
+#define MILLM_TILE_TOKENS 16
+#define MILLM_TILE_OUTPUTS 32
 
 /*
  * The form in which a matmul wants its activation.  F32 is the activation itself, rows as they lie;
@@ -49,6 +54,11 @@ typedef enum MillmForm
 	 */
 	MILLM_FORM_BF16_NIBBLES,
 	MILLM_FORM_I16_NIBBLES,
+	/*
+	 * bfloat16 in groups of 16 tokens, each in the space of 16 rows: its tile k [16, 16, 2], 1024 bytes, has values 32 k + 2 i and
+	 * 32 k + 2 i + 1 of token t at [i, t].  Zeros up to a multiple of 32 values, and of 16 tokens.
+	 */
+	MILLM_FORM_BF16_TILES,
 	MILLM_N_FORMS
 } MillmForm;
 
@@ -62,7 +72,7 @@ typedef struct MillmMatmul
 	const float *row_scale;		/* [n_out] or NULL: for kernels that hand on a panel of weights without their scales */
 	bool		accumulate;
 	MillmForm	form;
-	const void *x;				/* n_tokens rows of n_in in that form, 64-byte aligned for BF16 */
+	const void *x;				/* n_tokens rows of n_in in that form, 64-byte aligned when packed; tiles: begins with a group */
 	int64_t		x_stride;		/* bytes from a row to the next */
 	int			n_tokens;
 } MillmMatmul;
@@ -91,14 +101,16 @@ typedef enum MillmUnary {MILLM_UNARY_SILU, MILLM_UNARY_GELU_TANH, MILLM_UNARY_GE
 
 typedef struct MillmKernels
 {
-	const char *variant;		/* "ref", "avx2", "avx512" */
+	const char *variant;		/* "ref", "avx2", "avx512", "amx" */
 	MillmDtype	kv_dtype;		/* MILLM_F32 in ref (exact), MILLM_F16 elsewhere */
 
 	/* [form][dtype][in_out]; NULL where best_form() never sends one */
 	MillmMatmulFn matmul[MILLM_N_FORMS][MILLM_N_WEIGHT_DTYPES][2];
 	MillmForm	(*best_form) (const MillmWeight *w, int n_tokens);
-	/* y = x [n] in a packed form, the row's padding too; NULL where best_form() never asks for the form */
+	/* y = x [n] in a packed form, the row's padding too; NULL where best_form() never asks for the form, and for MILLM_FORM_BF16_TILES */
 	void		(*pack[MILLM_N_FORMS]) (void *y, const float *x, int64_t n);
+	/* That form's: y = one group of 1 to 16 tokens, rows x [n] that lie x_stride floats apart; y is 64-byte aligned */
+	void		(*pack_tiles) (void *y, const float *x, int64_t x_stride, int n_tokens, int64_t n);
 
 	/* y[i] = x[i] / sqrt(mean(x^2) + eps) * w[i];  w [n]; y may be x */
 	void		(*rms_norm) (float *y, const float *x, const float *w, float eps, int64_t n);
@@ -131,7 +143,7 @@ static inline int64_t
 millm_form_row_bytes(MillmForm form, int64_t n_in)
 {
 	int64_t		padded = (n_in + 127) / 128 * 128;
-	int64_t		bytes = form == MILLM_FORM_F32 ? n_in * 4 : form == MILLM_FORM_BF16 ? n_in * 2 :
+	int64_t		bytes = form == MILLM_FORM_F32 ? n_in * 4 : form == MILLM_FORM_BF16 || form == MILLM_FORM_BF16_TILES ? n_in * 2 :
 		form == MILLM_FORM_BF16_NIBBLES ? padded * 2 : padded * 2 + 4;
 
 	return (bytes + 63) / 64 * 64;
@@ -174,5 +186,6 @@ extern void millm_matmul_decoded(const MillmMatmul *m, int64_t begin, int64_t en
 extern void millm_kernels_ref(MillmKernels *k);
 extern void millm_kernels_avx2(MillmKernels *k);
 extern void millm_kernels_avx512(MillmKernels *k, unsigned cpu);
+extern void millm_kernels_amx(MillmKernels *k);	/* after those */
 
 #endif

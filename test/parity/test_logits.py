@@ -41,11 +41,10 @@ def test_tiny_ref(model, tmp_path):
     assert error(engine_logits(TINY / model, ids, tmp_path, chunk=5), theirs) <= TINY_TOLERANCE
 
 
-@pytest.mark.parametrize("kernels", ["avx2", "avx512"])
+@pytest.mark.parametrize("kernels, flag", [("avx2", " avx2 "), ("avx512", " avx512_bf16 "), ("amx", " amx_bf16 ")])
 @pytest.mark.parametrize("model", TINY_MODELS)
-def test_tiny_fast(model, kernels, tmp_path):
-    flags = open("/proc/cpuinfo").read()
-    if (kernels == "avx2" and " avx2 " not in flags) or (kernels == "avx512" and " avx512_bf16 " not in flags):
+def test_tiny_fast(model, kernels, flag, tmp_path):
+    if flag not in open("/proc/cpuinfo").read():
         done = run_engine("logits", TINY / model, "--ids", "1", "--output", tmp_path / "x", kernels=kernels)
         assert done.returncode != 0 and kernels in done.stderr, "kernels that this CPU lacks must be refused by name"
         return

@@ -98,7 +98,7 @@ def test_tiny_ref(model, tmp_path):
 def fast_kernels():
     """The variants that this CPU has."""
     flags = open("/proc/cpuinfo").read()
-    return [k for k, flag in (("avx2", " avx2 "), ("avx512", " avx512_bf16 ")) if flag in flags] or ["ref"]
+    return [k for k, flag in (("avx2", " avx2 "), ("avx512", " avx512_bf16 "), ("amx", " amx_bf16 ")) if flag in flags] or ["ref"]
 
 
 @pytest.mark.parametrize("kernels", fast_kernels())

@@ -7,6 +7,8 @@
  *
  * A tolerance is EPSILON * sqrt(n) * sum |w x| at the worst element, plus what a format rounds away; it is
  * printed with variant, shape and kind when exceeded.
+ *
+ * The matmuls of MILLM_FORM_BF16_TILES are test_amx's.
  */
 #include <setjmp.h>
 #include <stdarg.h>
@@ -164,7 +166,7 @@ test_matmul(void **state)
 			for (int dtype = 0; dtype < MILLM_N_FLOAT_DTYPES; dtype++)
 				for (int in_out = 0; in_out < 2; in_out++)
 				{
-					if (!k[v].matmul[form][dtype][in_out])
+					if (!k[v].matmul[form][dtype][in_out] || form == MILLM_FORM_BF16_TILES)
 						continue;
 					for (size_t s = 0; s < sizeof(shapes) / sizeof(shapes[0]); s++)
 						for (size_t t = 0; t < sizeof(tokens) / sizeof(tokens[0]); t++)
@@ -397,7 +399,7 @@ test_quantized(void **state)
 			{
 				const MillmWeight shape = {.dtype = cases[i].dtype, .n_in = cases[i].n_in, .first = cases[i].first, .block_size = cases[i].block_size};
 
-				if (!k[v].matmul[form][cases[i].dtype][0] ||
+				if (!k[v].matmul[form][cases[i].dtype][0] || form == MILLM_FORM_BF16_TILES ||
 					((form == MILLM_FORM_I16_NIBBLES || form == MILLM_FORM_BF16_NIBBLES) && !millm_is_blocky(&shape)))
 					continue;
 				for (size_t t = 0; t < sizeof(tokens) / sizeof(tokens[0]); t++)
@@ -479,7 +481,7 @@ test_matmul_is_batch_invariant(void **state)
 						.x = form == MILLM_FORM_F32 ? (char *) x : packed, .x_stride = form == MILLM_FORM_F32 ? N_IN * 4 : 320, .n_tokens = N_TOKENS};
 					MillmMatmulFn f = k[v].matmul[form][dtype][in_out];
 
-					if (!f || dtype == MILLM_F16)	/* bfloat16's bits would be nonsense as float16 */
+					if (!f || dtype == MILLM_F16 || form == MILLM_FORM_BF16_TILES)	/* bfloat16's bits would be nonsense as float16 */
 						continue;
 					if (form == MILLM_FORM_BF16)
 						for (int t = 0; t < N_TOKENS; t++)
@@ -693,7 +695,7 @@ test_names(void **state)
 	assert_false(millm_kernels_init(&k, "sse9", &is_known));
 	assert_false(is_known);
 	assert_true(millm_kernels_init(&k, NULL, &is_known));
-	assert_string_equal(k.variant, millm_cpu_flags() & MILLM_CPU_AVX512 ? "avx512" : millm_cpu_flags() & MILLM_CPU_AVX2 ? "avx2" : "ref");
+	assert_string_equal(k.variant, millm_cpu_flags() & MILLM_CPU_AMX ? "amx" : millm_cpu_flags() & MILLM_CPU_AVX512 ? "avx512" : millm_cpu_flags() & MILLM_CPU_AVX2 ? "avx2" : "ref");
 }
 
 int
