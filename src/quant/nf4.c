@@ -3,8 +3,8 @@
  *
  * The rules are bitsandbytes': multiply by the reciprocal of the block's absmax, count the thresholds that lie
  * below.  All arithmetic is float32, one rounding for each operation: no expression below has a product and a sum
- * that a compiler might contract.  millm_nf4_encode() is written so that a compiler vectorizes its three loops; a
- * variant for an instruction set replaces encode_block().
+ * that a compiler might contract.  The loops are written so that a compiler vectorizes them, and compiled twice
+ * (widen.h).
  */
 #include <string.h>
 
@@ -53,7 +53,7 @@ millm_dynamic_map(float map[256])
 }
 
 /* The largest magnitude of v[n]; false when it is infinite or NaN. */
-static bool
+INLINED bool
 find_absmax(float *absmax, const float *v, size_t n)
 {
 	uint32_t	max = max_magnitude(v, n);
@@ -63,7 +63,7 @@ find_absmax(float *absmax, const float *v, size_t n)
 }
 
 /* Code of x in [-1, 1]: how many midpoints of neighbours in the codebook, rounded to float32, lie below it. */
-static inline int32_t
+INLINED int32_t
 nf4_code(float x)
 {
 	return (x > -0x1.b239b0p-1f) + (x > -0x1.38a4e0p-1f) + (x > -0x1.d70900p-2f) + (x > -0x1.5bd4ecp-2f)
@@ -76,7 +76,7 @@ nf4_code(float x)
 #define SMALLEST_ABSMAX 1e-38f
 
 /* One block of MILLM_NF4_BLOCK values. */
-static bool
+INLINED bool
 encode_block(uint8_t *restrict packed, float *restrict absmax, const unsigned char *restrict values, MillmDtype dtype)
 {
 	float		v[MILLM_NF4_BLOCK];
@@ -95,7 +95,7 @@ encode_block(uint8_t *restrict packed, float *restrict absmax, const unsigned ch
 }
 
 /* The n < MILLM_NF4_BLOCK values that end a tensor: bitsandbytes divides here. */
-static bool
+INLINED bool
 encode_rest(uint8_t *packed, float *absmax, const unsigned char *values, MillmDtype dtype, size_t n)
 {
 	float		v[MILLM_NF4_BLOCK] = {0};	/* an odd end is padded with zero */
@@ -110,8 +110,8 @@ encode_rest(uint8_t *packed, float *absmax, const unsigned char *values, MillmDt
 	return true;
 }
 
-bool
-millm_nf4_encode(uint8_t *packed, float *absmax, const void *values, MillmDtype dtype, size_t n)
+INLINED bool
+encode(uint8_t *packed, float *absmax, const void *values, MillmDtype dtype, size_t n)
 {
 	const unsigned char *x = values;
 	size_t		n_blocks = n / MILLM_NF4_BLOCK;
@@ -126,6 +126,24 @@ millm_nf4_encode(uint8_t *packed, float *absmax, const void *values, MillmDtype 
 					   dtype, n % MILLM_NF4_BLOCK);
 }
 
+bool
+millm_nf4_encode_portable(uint8_t *packed, float *absmax, const void *values, MillmDtype dtype, size_t n)
+{
+	return encode(packed, absmax, values, dtype, n);
+}
+
+AVX2 static bool
+encode_avx2(uint8_t *packed, float *absmax, const void *values, MillmDtype dtype, size_t n)
+{
+	return encode(packed, absmax, values, dtype, n);
+}
+
+bool
+millm_nf4_encode(uint8_t *packed, float *absmax, const void *values, MillmDtype dtype, size_t n)
+{
+	return (HAS_AVX2 ? encode_avx2 : millm_nf4_encode_portable) (packed, absmax, values, dtype, n);
+}
+
 float
 millm_absmax_offset(const float *absmax, size_t n)
 {
@@ -134,6 +152,20 @@ millm_absmax_offset(const float *absmax, size_t n)
 	for (size_t i = 0; i < n; i++)
 		sum += absmax[i];
 	return (float) (sum / (double) n);
+}
+
+/* The group's codes: for each x how many of the 255 midpoints lie below it, by eight halvings; on a midpoint the even one. */
+static void
+absmax_codes(uint8_t *codes, const float *x, const float *middle, size_t n)
+{
+	int32_t		code[MILLM_NF4_NESTED_BLOCK] = {0};
+
+	/* the halvings outside: those of one x wait for each other */
+	for (int half = 128; half > 0; half /= 2)
+		for (size_t i = 0; i < n; i++)
+			code[i] += (middle[code[i] + half - 1] < x[i]) * half;
+	for (size_t i = 0; i < n; i++)
+		codes[i] = (uint8_t) (code[i] + ((code[i] & 1) & (x[i] == middle[code[i]])));
 }
 
 void
@@ -152,35 +184,25 @@ millm_absmax_encode(uint8_t *codes, float *nested_absmax, const float *absmax, s
 	middle[255] = 2;			/* above every x; code 255 is tested for a tie like the others */
 	for (size_t group = 0; group < n; group += MILLM_NF4_NESTED_BLOCK)
 	{
-		size_t		end = n - group < MILLM_NF4_NESTED_BLOCK ? n : group + MILLM_NF4_NESTED_BLOCK;
-		float		max = 0;
+		size_t		length = n - group < MILLM_NF4_NESTED_BLOCK ? n - group : MILLM_NF4_NESTED_BLOCK;
+		float		x[MILLM_NF4_NESTED_BLOCK];
+		float		max;
 		float		inverse;
+		uint32_t	max_bits;
 
-		for (size_t i = group; i < end; i++)
-		{
-			float		d = absmax[i] - offset;
-
-			d = d < 0 ? -d : d;
-			max = d > max ? d : max;
-		}
+		for (size_t i = 0; i < length; i++)
+			x[i] = absmax[group + i] - offset;
+		max_bits = max_magnitude(x, length);
+		memcpy(&max, &max_bits, 4);
 		nested_absmax[group / MILLM_NF4_NESTED_BLOCK] = max;
 		if (max == 0)			/* every absmax is the offset; any code decodes to it */
 		{
-			memset(codes + group, 0, end - group);
+			memset(codes + group, 0, length);
 			continue;
 		}
 		inverse = 1.0f / max;
-		for (size_t i = group; i < end; i++)
-		{
-			float		d = absmax[i] - offset;
-			float		x = d * inverse;
-			int			code = 0;	/* how many of the 255 midpoints lie below x: eight halvings, no branch */
-
-			for (int half = 128; half > 0; half /= 2)
-				code += (middle[code + half - 1] < x) * half;
-			if (code % 2 == 1 && x == middle[code])
-				code++;
-			codes[i] = (uint8_t) code;
-		}
+		for (size_t i = 0; i < length; i++)
+			x[i] *= inverse;
+		absmax_codes(codes + group, x, middle, length);
 	}
 }

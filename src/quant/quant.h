@@ -48,6 +48,9 @@ extern void millm_dynamic_map(float map[256]);
  */
 extern bool millm_nf4_encode(uint8_t *packed, float *absmax, const void *values, MillmDtype dtype, size_t n);
 
+/* The same bits by instructions that every CPU has: what millm_nf4_encode() falls back to, and is judged by. */
+extern bool millm_nf4_encode_portable(uint8_t *packed, float *absmax, const void *values, MillmDtype dtype, size_t n);
+
 /* The offset of double quantization: the mean of absmax[n], n > 0, summed in double. */
 extern float millm_absmax_offset(const float *absmax, size_t n);
 
@@ -70,6 +73,10 @@ typedef enum MillmInt8Result {MILLM_INT8_OK, MILLM_INT8_NOT_FINITE, MILLM_INT8_O
  */
 extern MillmInt8Result millm_int8_encode(int8_t *q, float *scb, float *half, const void *values, MillmDtype dtype,
 										 size_t n_rows, size_t n_in);
+
+/* As millm_nf4_encode_portable(). */
+extern MillmInt8Result millm_int8_encode_portable(int8_t *q, float *scb, float *half, const void *values,
+												  MillmDtype dtype, size_t n_rows, size_t n_in);
 
 /* --- What a quantized Linear consists of (layout.c) ------------------------------------------------------------- */
 

@@ -323,6 +323,150 @@ int8_rounding(void **state)
 	}
 }
 
+/* --- every instruction set -- */
+
+/* Do the encoders in use and the portable ones do the same with the n values of dtype, as NF4 and as rows of n_in?  Bytes and verdict. */
+static void
+assert_same(const void *values, MillmDtype dtype, size_t n, size_t n_in)
+{
+	const size_t bytes = n * (dtype == MILLM_F32 ? 4 : 2);
+	unsigned char *x = malloc(bytes + 1);	/* unaligned */
+	uint8_t    *packed[2] = {calloc(n, 1), calloc(n, 1)};
+	float	   *scales[2] = {calloc(n, sizeof(float)), calloc(n, sizeof(float))};
+	float	   *half = malloc(n_in * sizeof(float));
+	MillmInt8Result result;
+
+	memcpy(x + 1, values, bytes);
+	assert_int_equal(millm_nf4_encode(packed[0], scales[0], x + 1, dtype, n),
+					 millm_nf4_encode_portable(packed[1], scales[1], x + 1, dtype, n));
+	if (millm_nf4_encode(packed[0], scales[0], x + 1, dtype, n))
+	{
+		assert_memory_equal(packed[0], packed[1], (n + 1) / 2);
+		assert_memory_equal(scales[0], scales[1], (n + 63) / 64 * sizeof(float));
+	}
+	result = millm_int8_encode((int8_t *) packed[0], scales[0], half, x + 1, dtype, n / n_in, n_in);
+	assert_int_equal(result, millm_int8_encode_portable((int8_t *) packed[1], scales[1], half, x + 1, dtype, n / n_in, n_in));
+	if (result == MILLM_INT8_OK)
+	{
+		assert_memory_equal(packed[0], packed[1], n / n_in * n_in);
+		assert_memory_equal(scales[0], scales[1], n / n_in * sizeof(float));
+	}
+	for (int i = 0; i < 2; i++)
+	{
+		free(packed[i]);
+		free(scales[i]);
+	}
+	free(x);
+	free(half);
+}
+
+/* Every 16-bit value, finite or not, as a share of several absmax; and each alone among zeros. */
+static void
+variants_16bit(void **state)
+{
+	static const uint16_t absmax[][2] = {{0x3C00, 0x3F80}, {0x3555, 0x3EAB}, {0x7BFF, 0x477F}, {0x7BFF, 0x7F7F}, {0x0001, 0x0001}, {0x03FF, 0x0080}};
+	uint16_t	v[64];
+
+	(void) state;
+	for (int is_bf16 = 0; is_bf16 < 2; is_bf16++)
+	{
+		MillmDtype	dtype = is_bf16 ? MILLM_BF16 : MILLM_F16;
+
+		for (uint32_t first = 0; first < 65536; first += 63)
+			for (size_t a = 0; a < sizeof(absmax) / sizeof(absmax[0]); a++)
+			{
+				v[0] = absmax[a][is_bf16];
+				for (uint32_t i = 0; i < 63; i++)
+				{
+					v[1 + i] = (uint16_t) (first + i);
+					if (a > 0 && (v[1 + i] & 0x7FFF) > v[0])	/* larger ones, and those that are not finite, only with the first */
+						v[1 + i] = 0;
+				}
+				assert_same(v, dtype, 64, 64);
+			}
+		for (uint32_t h = 0; h < 65536; h += h < 256 || h % 32768 > 0x7B00 ? 1 : 61)
+		{
+			memset(v, 0, sizeof(v));
+			v[h % 64] = (uint16_t) h;
+			assert_same(v, dtype, 64, 64);
+		}
+	}
+}
+
+/* Random bits and random magnitudes, each length that leaves a tail, rows of odd lengths, values that are not finite anywhere. */
+static void
+variants_any(void **state)
+{
+	static const MillmDtype dtypes[] = {MILLM_F32, MILLM_F16, MILLM_BF16};
+	unsigned char raw[300 * 4];
+	uint64_t	x = 88172645463325252;
+
+	(void) state;
+	for (size_t round = 0; round < 3000; round++)
+	{
+		MillmDtype	dtype = dtypes[round % 3];
+		size_t		size = dtype == MILLM_F32 ? 4 : 2;
+		unsigned	mask = (unsigned[]) {0x7F, 0x3F, 0xBF, 0x83}[round / 3 % 4];	/* of the sign and the first bits of the exponent */
+		size_t		n = 1 + round % 300;
+
+		for (size_t i = 0; i < sizeof(raw); i++)
+		{
+			x ^= x << 13, x ^= x >> 7, x ^= x << 17;
+			raw[i] = (unsigned char) (x >> 32);
+			if (i % size == size - 1)
+				raw[i] &= (unsigned char) mask;
+		}
+		if (mask == 0x7F && round % 5 > 0)	/* all of them small: denormals and near */
+			for (size_t i = size - 1; i < sizeof(raw); i += size)
+				raw[i] &= 0x80;
+		assert_same(raw, dtype, n, 1 + round / 3 % n);
+	}
+}
+
+/* Double quantization beside its definition: count the midpoints below, one after the other; a midpoint goes to the even code. */
+static void
+absmax_rule(void **state)
+{
+	enum {N = 2 * 256 + 77};
+	float		map[256], absmax[N], nested_absmax[3];
+	uint8_t		codes[N];
+	uint32_t	x = 7;
+
+	(void) state;
+	millm_dynamic_map(map);
+	for (int i = 0; i < N; i++)
+	{
+		x = 1664525 * x + 1013904223;
+		absmax[i] = ldexpf((float) (x >> 8), -24 - (int) (x & 7));
+	}
+	for (int i = 0; i < 255; i++)	/* a group whose scale is 1: all midpoints, exactly */
+		absmax[256 + i] = (map[i] + map[i + 1]) * 0.5f;
+	absmax[511] = 1;
+	for (int round = 0; round < 2; round++)
+	{
+		float		offset = round == 0 ? 0 : millm_absmax_offset(absmax, N);
+
+		millm_absmax_encode(codes, nested_absmax, absmax, N, offset);
+		for (int i = 0; i < N; i++)
+		{
+			float		max = 0, scaled, inverse;
+			int			code = 0;
+
+			for (int k = i / 256 * 256; k < N && k < i / 256 * 256 + 256; k++)
+				max = fmaxf(max, fabsf(absmax[k] - offset));
+			assert_true(nested_absmax[i / 256] == max);
+			inverse = 1.0f / max;
+			scaled = absmax[i] - offset;
+			scaled *= inverse;
+			while (code < 255 && (map[code] + map[code + 1]) * 0.5f < scaled)
+				code++;
+			if (code % 2 == 1 && code < 255 && (map[code] + map[code + 1]) * 0.5f == scaled)
+				code++;
+			assert_int_equal(codes[i], code);
+		}
+	}
+}
+
 /* --- the stream -- */
 
 /* However the bytes are cut, the result is the same; every push writes what it said. */
@@ -620,7 +764,8 @@ main(void)
 	const struct CMUnitTest tests[] = {
 		cmocka_unit_test(dynamic_map), cmocka_unit_test(thresholds), cmocka_unit_test(ramp), cmocka_unit_test(zeros_and_signs),
 		cmocka_unit_test(odd_end), cmocka_unit_test(denormals), cmocka_unit_test(nested), cmocka_unit_test(single_block),
-		cmocka_unit_test(int8_rows), cmocka_unit_test(int8_beyond_f16), cmocka_unit_test(int8_rounding), cmocka_unit_test(cuts), cmocka_unit_test(stream_errors),
+		cmocka_unit_test(int8_rows), cmocka_unit_test(int8_beyond_f16), cmocka_unit_test(int8_rounding),
+		cmocka_unit_test(variants_16bit), cmocka_unit_test(variants_any), cmocka_unit_test(absmax_rule), cmocka_unit_test(cuts), cmocka_unit_test(stream_errors),
 		cmocka_unit_test(layout_sizes), cmocka_unit_test(state_texts), cmocka_unit_test(state_lies), cmocka_unit_test(bind_lies),
 	};
 
