@@ -209,7 +209,7 @@ get_bytes(Connection *c, bool *again, int *wait_s)
 	const bool	to_end = c->piece.to == f->file->size;
 	MillmRequest request = {.method = "GET", .url = c->direct ? c->direct : f->url, .range_start = to_end && c->piece.at == 0 ? -1 : c->piece.at,
 		.range_end = to_end ? 0 : c->piece.to, .take = take, .arg = c};
-	MillmReply	r;
+	MillmReply	r = {.retry_after = -1};
 	MillmCode	rc;
 
 	c->started = false;
