@@ -112,11 +112,14 @@ token_is_valid(MillmHttp *http)
 	return reply.status == 200 ? 1 : reply.status == 401 ? 0 : -1;
 }
 
+/* valid: what token_is_valid() said, when it was asked. */
 static MillmCode
-not_found(MillmHttp *http, const char *repo_id, MillmError *err)
+not_found(MillmHttp *http, const char *repo_id, int valid, MillmError *err)
 {
 	millm_fail(err, MILLM_E_REPO_NOT_FOUND, "repository \"%s\" was not found", repo_id);
-	millm_detail(err, millm_http_has_token(http) ? "It does not exist, or this access token may not see it." : "It does not exist, or it is private.");
+	millm_detail(err, !millm_http_has_token(http) ? "It does not exist, or it is private." :
+				 valid >= 0 ? "It does not exist, or this access token may not see it." :
+				 "It does not exist, or this access token may not see it, or it is not valid: the Hub did not say.");
 	millm_hint(err, millm_http_has_token(http) ? "Check the spelling and the token's permissions." : "Check the spelling; for a private repository give an access token (hf_token).");
 	return MILLM_E_REPO_NOT_FOUND;
 }
@@ -126,24 +129,33 @@ bad_token(MillmError *err, const char *detail)
 {
 	millm_fail(err, MILLM_E_INVALID_HF_TOKEN, "the Hub does not accept the access token");
 	millm_detail(err, "%s", detail);
-	millm_hint(err, "Make a new one in the settings of your Hub account, with read permission.");
+	millm_hint(err, "It is the one given as hf_token, else millm.hf_token_file, millm.hf_token or HF_TOKEN. "
+			   "Make a new one in the settings of your Hub account, with read permission.");
 	return MILLM_E_INVALID_HF_TOKEN;
 }
 
 static MillmCode
-gated(MillmHttp *http, const char *repo_id, const MillmReply *reply, MillmError *err)
+gated(MillmHttp *http, const char *repo_id, int valid, const MillmReply *reply, MillmError *err)
 {
+	const char *token = !millm_http_has_token(http) ? "No access token was given." :
+		valid > 0 ? "The access token is valid, but its account has no access." : "The Hub did not say whether the access token is valid.";
+
 	millm_fail(err, MILLM_E_GATED_MODEL_NO_TOKEN, "access to repository \"%s\" is restricted", repo_id);
 	if (reply->error_message[0])
-		millm_detail(err, "The Hub answered %d: %s", reply->status, reply->error_message);
-	millm_hint(err, millm_http_has_token(http) ? "Ask for access at %s/%s, then try again." : "Ask for access at %s/%s, then give an access token (hf_token).",
-			   millm_http_endpoint(http), repo_id);
+		millm_detail(err, "%s The Hub answered %d: %s", token, reply->status, reply->error_message);
+	else
+		millm_detail(err, "%s", token);
+	millm_hint(err, millm_http_has_token(http) ? "Ask for access at %s/%s, and try again when it is granted." :
+			   "Ask for access at %s/%s, then give an access token (hf_token).", millm_http_endpoint(http), repo_id);
 	return MILLM_E_GATED_MODEL_NO_TOKEN;
 }
 
 MillmCode
 millm_hub_error(MillmHttp *http, const char *repo_id, const char *what, const MillmReply *r, MillmError *err)
 {
+	/* a 403 is for an account that the Hub knows */
+	int			valid = 1;
+
 	if (r->foreign)
 		goto failed;			/* a CDN's refusal says nothing about the repository */
 	if (strcmp(r->error_code, "RevisionNotFound") == 0)
@@ -160,17 +172,17 @@ millm_hub_error(MillmHttp *http, const char *repo_id, const char *what, const Mi
 	}
 	if (strcmp(r->error_code, "GatedRepo") == 0)
 	{
-		if (r->status == 401 && millm_http_has_token(http) && token_is_valid(http) == 0)
-			return bad_token(err, "It was sent with the request for a gated repository.");
-		return gated(http, repo_id, r, err);
+		if (r->status == 401 && millm_http_has_token(http) && (valid = token_is_valid(http)) == 0)
+			return bad_token(err, "It is invalid or has expired.");
+		return gated(http, repo_id, valid, r, err);
 	}
 	if (strcmp(r->error_code, "RepoNotFound") == 0)
-		return not_found(http, repo_id, err);
+		return not_found(http, repo_id, valid, err);
 	if (r->status == 401)
 	{
-		if (millm_http_has_token(http) && token_is_valid(http) == 0)
+		if (millm_http_has_token(http) && (valid = token_is_valid(http)) == 0)
 			return bad_token(err, "It is invalid or has expired.");
-		return not_found(http, repo_id, err);
+		return not_found(http, repo_id, valid, err);
 	}
 	if (r->status == 403)
 		return bad_token(err, r->error_message[0] ? r->error_message : "It lacks a permission.");

@@ -135,6 +135,34 @@ def test_refusals(hub, tmp_path, repo, token, code):
         assert token not in done.stderr + done.stdout
 
 
+GATED, NOGRANT = "millm-test/gated", "valid, but its account has no access"
+GATE = {"where": "resolve", "status": 401, "code": "GatedRepo", "message": "Please log in."}
+TOKENS = [
+    # the token, the faults, the error's name, what it says
+    (GATED, None, [], "GATED_MODEL_NO_TOKEN", ["No access token was given", "/millm-test/gated, then give an access token"]),
+    (GATED, "hf_nogrant", [], "GATED_MODEL_NO_TOKEN", [NOGRANT, "not in the authorized list", "Ask for access at", "when it is granted"]),
+    (GATED, "hf_pending", [], "GATED_MODEL_NO_TOKEN", [NOGRANT, "awaiting a review"]),
+    # some gates give a bad token and a missing grant the same answer: only whoami tells
+    (GATED, "hf_nogrant", [GATE], "GATED_MODEL_NO_TOKEN", [NOGRANT]),
+    (GATED, "hf_nogrant", [GATE, {"where": "whoami", "status": 401}], "INVALID_HF_TOKEN", ["has expired", "millm.hf_token_file"]),
+    (GATED, "hf_nogrant", [GATE, {"where": "whoami", "status": 429}], "GATED_MODEL_NO_TOKEN", ["did not say whether the access token is valid"]),
+    (TINY, "hf_nogrant", [{"where": "info", "status": 401}], "REPO_NOT_FOUND", ["this access token may not see it"]),
+    (TINY, "hf_nogrant", [{"where": "info", "status": 401}, {"where": "whoami", "status": 503}], "REPO_NOT_FOUND", ["or it is not valid"]),
+    (TINY, "hf_bad", [], "INVALID_HF_TOKEN", ["has expired"]),
+    (TINY, "hf_nogrant", [{"where": "info", "status": 403, "code": "", "message": "token lacks read"}], "INVALID_HF_TOKEN", ["token lacks read"]),
+]
+
+
+@pytest.mark.parametrize("repo,token,fs,code,says", TOKENS, ids=[f"{t[1]}-{t[3]}-{len(t[2])}{i}" for i, t in enumerate(TOKENS)])
+def test_token_errors(hub, tmp_path, repo, token, fs, code, says):
+    """A bad token, a missing grant and a repository that is not there are told apart."""
+    faults(hub, *fs)
+    done = run(hub, "validate", repo, None, token)
+    assert f"millm-hub: {code}:" in done.stderr, done.stderr
+    assert all(s in done.stderr for s in says) and (token or "hf_") not in done.stderr.replace("hf_token", ""), done.stderr
+    assert len([r for r in hub.log if r["path"] == "/api/whoami-v2"]) <= 1
+
+
 def test_good_token(hub, tmp_path):
     assert run(hub, "download", "millm-test/gated", tmp_path, "hf_good").returncode == 0
     assert run(hub, "download", "millm-test/private", tmp_path, "hf_good").returncode == 0
