@@ -330,12 +330,15 @@ lay_out(MillmRecast *r, MillmError *err)
 	}
 }
 
-/* The new file's header; a new string of exactly reserved bytes with its length in front when reserved is not 0.  NULL: out of memory. */
-static char *
-make_header(const MillmRecast *r, size_t reserved, size_t *len)
+/*
+ * The new file's header, *len bytes; a new string, of exactly reserved bytes with its length in front when reserved is not 0.
+ * INVALID_MODEL_FILE when two tensors would have one name: the source has what quantizing another of its tensors makes.
+ */
+static MillmCode
+make_header(const MillmRecast *r, size_t reserved, char **out, size_t *len, MillmError *err)
 {
 	json_t	   *header = json_object(), *metadata = json_pack("{s:s}", "format", "pt");
-	char	   *text = NULL, *out;
+	char	   *text;
 
 	if (r->file->hash[0])
 		json_object_set_new(metadata, "millm_source", json_string(r->file->hash));
@@ -344,35 +347,44 @@ make_header(const MillmRecast *r, size_t reserved, size_t *len)
 	for (size_t i = 0; i < r->n_outputs; i++)
 	{
 		const Output *o = &r->outputs[r->order[i]];
-		json_t	   *shape = json_array();
+		json_t	   *shape;
 
+		if (json_object_get(header, o->name))
+		{
+			json_decref(header);
+			millm_fail(err, MILLM_E_INVALID_MODEL_FILE, "\"%s\" would hold two tensors called \"%s\"", r->file->path, shown(o->name).text);
+			millm_detail(err, "It has a weight that is to be quantized, and beside it already what that makes.");
+			return MILLM_E_INVALID_MODEL_FILE;
+		}
+		shape = json_array();
 		for (int d = 0; d < o->n_dims; d++)
 			json_array_append_new(shape, json_integer(o->dims[d]));
 		if (json_object_set_new(header, o->name, json_pack("{s:s, s:o, s:[I, I]}", "dtype", millm_dtype_name(o->dtype), "shape", shape, "data_offsets",
 														   (json_int_t) o->offset, (json_int_t) (o->offset + o->bytes))) != 0)
 		{
 			json_decref(header);
-			return NULL;
+			return no_memory(err);
 		}
 	}
 	text = json_dumps(header, JSON_COMPACT);
 	json_decref(header);
-	if (!text || reserved == 0)
-	{
-		*len = text ? strlen(text) : 0;
-		return text;
-	}
+	if (!text)
+		return no_memory(err);
 	*len = strlen(text);
-	if (*len + 8 <= reserved && (out = malloc(reserved)))
+	if (reserved == 0)
 	{
-		millm_put_le64((unsigned char *) out, reserved - 8);
-		memcpy(out + 8, text, *len);
-		memset(out + 8 + *len, ' ', reserved - 8 - *len);
+		*out = text;
+		return MILLM_OK;
 	}
-	else
-		out = NULL;
+	*out = *len + 8 <= reserved ? malloc(reserved) : NULL;
+	if (*out)
+	{
+		millm_put_le64((unsigned char *) *out, reserved - 8);
+		memcpy(*out + 8, text, *len);
+		memset(*out + 8 + *len, ' ', reserved - 8 - *len);
+	}
 	free(text);
-	return out;
+	return *out ? MILLM_OK : no_memory(err);
 }
 
 /* The source's header is complete. */
@@ -394,8 +406,8 @@ make_plan(MillmRecast *r, MillmError *err)
 	if ((rc = lay_out(r, err)) != MILLM_OK)
 		return rc;
 	/* with quant_states at their longest no number can be longer later */
-	if (!(header = make_header(r, 0, &len)))
-		return no_memory(err);
+	if ((rc = make_header(r, 0, &header, &len, err)) != MILLM_OK)
+		return rc;
 	free(header);
 	r->reserved = (8 + len + ALIGNMENT - 1) / ALIGNMENT * ALIGNMENT;
 	if (r->reserved - 8 > MILLM_ST_HEADER_MAX)
@@ -980,8 +992,8 @@ write_ends(MillmRecast *r, MillmError *err)
 	}
 	if (rc != MILLM_OK || (rc = flush(r, err)) != MILLM_OK)
 		return rc;
-	if (!(header = make_header(r, r->reserved, &len)))
-		return no_memory(err);
+	if ((rc = make_header(r, r->reserved, &header, &len, err)) != MILLM_OK)
+		return rc;
 	rc = write_at(r->fd, header, r->reserved, 0, r->file->path, err);
 	free(header);
 	if (rc == MILLM_OK && ftruncate(r->fd, (off_t) (r->reserved + at)) != 0)
