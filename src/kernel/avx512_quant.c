@@ -52,14 +52,15 @@ split_map(MapPlanes *p, const float *map)
 	}
 }
 
-/* s[64] = map[codes[64]]: each byte of the floats is looked up in a table of 256 that lies in four registers. */
+/* s[64] = map[codes[64]] * factor + offset: each byte of the map's floats is looked up in a table of 256 that lies in four registers. */
 INLINE void
-look_up_64(float *s, const MapPlanes *p, __m512i codes)
+look_up_64(float *s, const MapPlanes *p, __m512i codes, float factor, float offset)
 {
 	/* so that what the unpacking below interleaves comes out in order: position 16 l + 4 v + m gets code 16 v + 4 l + m */
 	const __m512i order = _mm512_set_epi32(0x3F3E3D3C, 0x2F2E2D2C, 0x1F1E1D1C, 0x0F0E0D0C, 0x3B3A3938, 0x2B2A2928, 0x1B1A1918, 0x0B0A0908,
 										   0x37363534, 0x27262524, 0x17161514, 0x07060504, 0x33323130, 0x23222120, 0x13121110, 0x03020100);
 	__m512i		b[4];
+	__m512i		v[4];
 	__m512i		low01, high01, low23, high23;
 	__mmask64	upper;
 
@@ -75,17 +76,19 @@ look_up_64(float *s, const MapPlanes *p, __m512i codes)
 	high01 = _mm512_unpackhi_epi8(b[0], b[1]);
 	low23 = _mm512_unpacklo_epi8(b[2], b[3]);
 	high23 = _mm512_unpackhi_epi8(b[2], b[3]);
-	_mm512_storeu_si512(s, _mm512_unpacklo_epi16(low01, low23));
-	_mm512_storeu_si512(s + 16, _mm512_unpackhi_epi16(low01, low23));
-	_mm512_storeu_si512(s + 32, _mm512_unpacklo_epi16(high01, high23));
-	_mm512_storeu_si512(s + 48, _mm512_unpackhi_epi16(high01, high23));
+	v[0] = _mm512_unpacklo_epi16(low01, low23);
+	v[1] = _mm512_unpackhi_epi16(low01, low23);
+	v[2] = _mm512_unpacklo_epi16(high01, high23);
+	v[3] = _mm512_unpackhi_epi16(high01, high23);
+	for (int k = 0; k < 4; k++)
+		_mm512_storeu_ps(s + 16 * k, _mm512_add_ps(_mm512_mul_ps(_mm512_castsi512_ps(v[k]), _mm512_set1_ps(factor)), _mm512_set1_ps(offset)));
 }
 
 /*
  * s[n] = the scales of n groups of 64 from group first of the tensor on; s has room for 64 more.  Each product and sum is rounded by
- * itself, as in the definition (tensor.h).
+ * itself, as in the definition (tensor.h).  Asks for the next n.
  */
-static void
+INLINE void
 group_scales(float *s, const MillmWeight *w, const MapPlanes *planes, int64_t first, int64_t n)
 {
 	const int	per_block = w->block_size / 64;
@@ -99,26 +102,19 @@ group_scales(float *s, const MillmWeight *w, const MapPlanes *planes, int64_t fi
 	{
 		const uint8_t *codes = (const uint8_t *) w->absmax + first;
 
-		prefetch_ahead(codes - PREFETCH_BYTES + 2048);
-		for (int64_t i = 0; i < n; i += 64)
-			look_up_64(s + i, planes, n - i >= 64 ? _mm512_loadu_si512(codes + i)
-					   : _mm512_maskz_loadu_epi8((UINT64_C(1) << (n - i)) - 1, codes + i));
-		for (int64_t i = 0; i < n;)
+		for (int64_t i = 0, end; i < n; i = end)
 		{
 			int64_t		group = (first + i) / w->nested_block_size;
-			int64_t		end = (group + 1) * w->nested_block_size - first;
-			float		na;
+			float		factor;
 
-			memcpy(&na, (const char *) w->nested_absmax + group * 4, 4);
-			end = end < n ? end : n;
-			for (; i < end; i += 16)
+			memcpy(&factor, (const char *) w->nested_absmax + group * 4, 4);
+			end = (group + 1) * w->nested_block_size - first;
+			for (end = end < n ? end : n; i < end; i += 64)
 			{
-				__mmask16	mask = first_lanes(end - i);
-				__m512		v = _mm512_mul_ps(_mm512_maskz_loadu_ps(mask, s + i), _mm512_set1_ps(na));
-
-				_mm512_mask_storeu_ps(s + i, mask, _mm512_add_ps(v, _mm512_set1_ps(w->nested_offset)));
+				_mm_prefetch((const char *) codes + n + i, _MM_HINT_T1);
+				look_up_64(s + i, planes, end - i >= 64 ? _mm512_loadu_si512(codes + i)
+						   : _mm512_maskz_loadu_epi8((UINT64_C(1) << (end - i)) - 1, codes + i), factor, w->nested_offset);
 			}
-			i = end;
 		}
 	}
 }
