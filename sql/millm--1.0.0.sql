@@ -130,6 +130,12 @@ COMMENT ON FUNCTION millm.status() IS 'The helper programs and the loaded model,
 -- Managing.  download, register_local, retry and delete follow the transaction; load, unload and cancel act at once.
 -- ----------------------------------------------------------------------------------------------------------------
 
+CREATE FUNCTION millm.preview(repo_id text, hf_token text DEFAULT NULL, revision text DEFAULT 'main')
+RETURNS jsonb
+AS 'MODULE_PATHNAME', 'millm_preview'
+LANGUAGE C VOLATILE PARALLEL RESTRICTED COST 100000;
+COMMENT ON FUNCTION millm.preview(text, text, text) IS 'What a model of the HuggingFace Hub is and what it would take, without downloading it';
+
 CREATE FUNCTION millm.download(repo_id text, quantization text DEFAULT 'Q4', hf_token text DEFAULT NULL, trust_remote_code boolean DEFAULT false,
 	name text DEFAULT NULL, revision text DEFAULT 'main')
 RETURNS bigint

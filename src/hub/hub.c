@@ -150,11 +150,18 @@ gated(MillmHttp *http, const char *repo_id, int valid, const MillmReply *reply, 
 	return MILLM_E_GATED_MODEL_NO_TOKEN;
 }
 
+static bool
+is_retryable_status(int status)
+{
+	return status == 408 || status == 429 || (status >= 500 && status <= 599);
+}
+
 MillmCode
 millm_hub_error(MillmHttp *http, const char *repo_id, const char *what, const MillmReply *r, MillmError *err)
 {
 	/* a 403 is for an account that the Hub knows */
 	int			valid = 1;
+	MillmCode	code;
 
 	if (r->foreign)
 		goto failed;			/* a CDN's refusal says nothing about the repository */
@@ -194,17 +201,12 @@ millm_hub_error(MillmHttp *http, const char *repo_id, const char *what, const Mi
 		return MILLM_E_INVALID_REPO_ID;
 	}
 failed:
-	millm_fail(err, MILLM_E_MODEL_DOWNLOAD_FAILED, "the hub could not serve \"%s\" of repository \"%s\"", what, repo_id);
+	code = is_retryable_status(r->status) ? MILLM_E_HUB_UNAVAILABLE : MILLM_E_MODEL_DOWNLOAD_FAILED;
+	millm_fail(err, code, "the hub could not serve \"%s\" of repository \"%s\"", what, repo_id);
 	millm_detail(err, "%s answered status %d%s%s%s%s.", r->foreign ? "Its file host" : "It", r->status, r->error_message[0] ? ": " : "", r->error_message,
 				 r->request_id[0] ? ", request " : "", r->request_id);
 	millm_hint(err, "Retry later.");
-	return MILLM_E_MODEL_DOWNLOAD_FAILED;
-}
-
-static bool
-is_retryable_status(int status)
-{
-	return status == 408 || status == 429 || (status >= 500 && status <= 599);
+	return code;
 }
 
 /* --- JSON answers ----------------------------------------------------------------------------------- */
@@ -213,6 +215,7 @@ typedef struct Body
 {
 	char	   *data;
 	size_t		len, max;
+	bool		is_head;		/* what follows max bytes is not wanted */
 	bool		too_large;
 } Body;
 
@@ -220,34 +223,35 @@ static bool
 take_body(void *arg, const char *data, size_t len, const MillmReply *reply)
 {
 	Body	   *b = arg;
-	char	   *grown;
+	size_t		n = len < b->max - b->len ? len : b->max - b->len;
+	char	   *grown = NULL;
 
 	(void) reply;
-	if (len > b->max - b->len || !(grown = realloc(b->data, b->len + len + 1)))
+	if ((n == len || b->is_head) && (grown = realloc(b->data, b->len + n + 1)))
 	{
-		b->too_large = true;
-		return false;
+		b->data = grown;
+		memcpy(b->data + b->len, data, n);
+		b->len += n;
+		b->data[b->len] = '\0';
 	}
-	b->data = grown;
-	memcpy(b->data + b->len, data, len);
-	b->len += len;
-	b->data[b->len] = '\0';
-	return true;
+	b->too_large = !grown;
+	return grown && n == len;
 }
 
-/* GET url whole, with retries.  what is for messages. */
+/* GET url with retries: at most max bytes, or, as head, the first max.  what is for messages. */
 static MillmCode
-get_whole(MillmHttp *http, const char *repo_id, const char *url, const char *what, size_t max, MillmPatience patience,
-		  Body *body, MillmReply *reply, MillmError *err)
+get(MillmHttp *http, const char *repo_id, const char *url, const char *what, size_t max, bool is_head, MillmPatience patience,
+	Body *body, MillmReply *reply, MillmError *err)
 {
 	MillmCode	rc = MILLM_OK;
 
 	for (int attempt = 1;; attempt++)
 	{
-		MillmRequest request = {.method = "GET", .url = url, .range_start = -1, .timeout_ms = patience.timeout_ms, .take = take_body, .arg = body};
+		MillmRequest request = {.method = "GET", .url = url, .range_start = is_head ? 0 : -1, .range_end = is_head ? (int64_t) max : 0,
+			.timeout_ms = patience.timeout_ms, .take = take_body, .arg = body};
 		bool		again;
 
-		*body = (Body) {.max = max};
+		*body = (Body) {.max = max, .is_head = is_head};
 		rc = millm_http_do(http, &request, reply, err);
 		/* a file host's 403 is an expired signature: the next attempt gets a new one */
 		again = rc == MILLM_OK ? is_retryable_status(reply->status) || (reply->foreign && reply->status == 403) : rc == MILLM_E_HUB_UNAVAILABLE && reply->retryable;
@@ -258,7 +262,7 @@ get_whole(MillmHttp *http, const char *repo_id, const char *url, const char *wha
 		if ((rc = millm_http_pause(http, reply->retry_after > 0 ? 1000 * (reply->retry_after < 60 ? reply->retry_after : 60) : 300 << attempt, err)) != MILLM_OK)
 			return rc;
 	}
-	if (rc == MILLM_OK && reply->status != 200)
+	if (rc == MILLM_OK && reply->status != 200 && !(is_head && reply->status == 206 && reply->range_start == 0))
 		rc = millm_hub_error(http, repo_id, what, reply, err);
 	if (rc == MILLM_OK && body->too_large)
 	{
@@ -324,6 +328,14 @@ text_of(json_t *object, const char *key)
 	return json_string_value(json_object_get(object, key));
 }
 
+/* A text that is too long for any of these is nonsense, and a cut could leave half a character. */
+static void
+copy_short(char *dst, size_t size, json_t *value)
+{
+	if (json_string_length(value) < size)
+		snprintf(dst, size, "%s", json_is_string(value) ? json_string_value(value) : "");
+}
+
 /* cardData.license, a string or a list; "other" goes with a name.  Else the tag that says the same. */
 static void
 read_license(MillmRepo *repo, json_t *info)
@@ -360,6 +372,9 @@ millm_repo_read_info(MillmRepo *repo, const char *text, size_t len, MillmError *
 	v = json_object_get(info, "gated");
 	repo->gated = v && !json_is_false(v) && !json_is_null(v);
 	read_license(repo, info);
+	v = json_object_get(info, "config");
+	copy_short(repo->model_type, sizeof(repo->model_type), json_object_get(v, "model_type"));
+	copy_short(repo->architecture, sizeof(repo->architecture), json_array_get(json_object_get(v, "architectures"), 0));
 	v = json_object_get(json_object_get(info, "safetensors"), "total");
 	repo->params = json_is_integer(v) && json_integer_value(v) > 0 ? json_integer_value(v) : -1;
 	v = json_object_get(json_object_get(json_object_get(info, "safetensors"), "parameters"), "F32");
@@ -437,7 +452,7 @@ get_info(MillmHttp *http, MillmRepo *repo, const char *revision, MillmPatience p
 		free(rev);
 		return millm_fail(err, MILLM_E_INSUFFICIENT_MEMORY, "out of memory");
 	}
-	rc = get_whole(http, repo->id, url, "the model's info", MAX_JSON_BYTES, patience, &body, &reply, err);
+	rc = get(http, repo->id, url, "the model's info", MAX_JSON_BYTES, false, patience, &body, &reply, err);
 	free(rev);
 	free(url);
 	if (rc == MILLM_OK)
@@ -469,7 +484,7 @@ get_tree(MillmHttp *http, MillmRepo *repo, MillmPatience patience, MillmError *e
 		if (page == MAX_PAGES)
 			rc = not_a_hub("the list of files", err);
 		else
-			rc = get_whole(http, repo->id, url, "the list of files", MAX_JSON_BYTES, patience, &body, &reply, err);
+			rc = get(http, repo->id, url, "the list of files", MAX_JSON_BYTES, false, patience, &body, &reply, err);
 		free(url);
 		url = NULL;
 		if (rc != MILLM_OK)
@@ -502,6 +517,34 @@ millm_repo_open(MillmHttp *http, const char *repo_id, const char *revision, Mill
 	return rc;
 }
 
+MillmCode
+millm_repo_read_head(MillmHttp *http, const MillmRepo *repo, const MillmHubFile *file, size_t n, MillmPatience patience, char **out, size_t *len,
+					 MillmError *err)
+{
+	char	   *url = millm_resolve_url(repo, file->path);
+	Body		body;
+	MillmReply	reply;
+	MillmCode	rc;
+
+	if (!url)
+		return millm_fail(err, MILLM_E_INSUFFICIENT_MEMORY, "out of memory");
+	n = file->size < (int64_t) n ? (size_t) file->size : n;
+	rc = get(http, repo->id, url, file->path, n, true, patience, &body, &reply, err);
+	free(url);
+	if (rc == MILLM_OK && (body.len < n || (reply.status == 206 && reply.range_total != file->size)))
+	{
+		free(body.data);
+		rc = millm_fail(err, MILLM_E_MODEL_DOWNLOAD_FAILED, "the hub sent another part of \"%s\" than it was asked for", file->path);
+		millm_detail(err, "Asked for %zu bytes of %lld; it sent %zu.", n, (long long) file->size, body.len);
+	}
+	if (rc == MILLM_OK)
+	{
+		*out = body.data;
+		*len = body.len;
+	}
+	return rc;
+}
+
 char *
 millm_resolve_url(const MillmRepo *repo, const char *path)
 {
@@ -523,7 +566,7 @@ millm_repo_read(MillmHttp *http, const MillmRepo *repo, const char *path, size_t
 
 	if (!url)
 		return millm_fail(err, MILLM_E_INSUFFICIENT_MEMORY, "out of memory");
-	rc = get_whole(http, repo->id, url, path, max, patience, &body, &reply, err);
+	rc = get(http, repo->id, url, path, max, false, patience, &body, &reply, err);
 	free(url);
 	if (rc == MILLM_OK && !body.data && !(body.data = strdup("")))
 		rc = millm_fail(err, MILLM_E_INSUFFICIENT_MEMORY, "out of memory");

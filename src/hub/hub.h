@@ -38,6 +38,8 @@ typedef struct MillmRepo
 	char		license[64];	/* "" unknown */
 	int64_t		params;			/* by the hub's own count; -1 unknown */
 	int64_t		f32_params;		/* those of them that are stored as F32 */
+	char		model_type[64];	/* of the config, as the hub shows it to everybody; "" unknown, as is the next */
+	char		architecture[128];
 	MillmHubFile *files;		/* [n_files], sorted by path */
 	size_t		n_files;
 } MillmRepo;
@@ -67,6 +69,13 @@ extern MillmCode millm_repo_read_page(MillmRepo *repo, const char *json, size_t 
 /* A small file whole, at most max bytes; malloc'ed and NUL-terminated. */
 extern MillmCode millm_repo_read(MillmHttp *http, const MillmRepo *repo, const char *path, size_t max, MillmPatience patience,
 								 char **out, size_t *len, MillmError *err);
+
+/*
+ * The first n bytes of a file, or all of a shorter one; malloc'ed.  Whether the hub sends the part that it was asked for, or the whole, whose
+ * rest is not waited for, is as good.
+ */
+extern MillmCode millm_repo_read_head(MillmHttp *http, const MillmRepo *repo, const MillmHubFile *file, size_t n, MillmPatience patience,
+									  char **out, size_t *len, MillmError *err);
 
 /* Turn an answer of status >= 400 into an error (asks whoami-v2 when it must tell a bad token from a missing grant). */
 extern MillmCode millm_hub_error(MillmHttp *http, const char *repo_id, const char *what, const MillmReply *reply, MillmError *err);

@@ -20,7 +20,7 @@ typedef struct MillmJobSpec
 	const char *token;			/* NULL: none */
 	const char *quantization;	/* "FP16", "Q8" or "Q4" */
 	bool		trust_remote_code;
-	int			timeout_ms;		/* validate: of all requests together */
+	int			timeout_ms;		/* validate, preview: of all requests together */
 	/* download only */
 	const char *cache_dir;
 	const char *directory;
@@ -45,6 +45,12 @@ typedef void (*MillmReport) (void *arg, const MillmProgress *progress);
  * are HUB_UNAVAILABLE: the caller may queue the download all the same.
  */
 extern MillmCode millm_job_validate(const MillmJobSpec *spec, atomic_bool *stop, json_t **out, MillmError *err);
+
+/*
+ * What is in this repository, whether the engine can run it, and what it would take; of spec only the endpoint, repo_id, revision, token and
+ * timeout_ms count.  Writes nothing and reads no weights.  *out is the RESULT of protocol.md.
+ */
+extern MillmCode millm_job_preview(const MillmJobSpec *spec, atomic_bool *stop, json_t **out, MillmError *err);
 
 /*
  * Bring a repository to the cache, its weights in the form that quantization says.  When it fails or is stopped, everything that it wrote is removed, unless *keep is true by then: then

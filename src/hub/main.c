@@ -3,6 +3,7 @@
  *
  *     millm-hub serve --socket PATH          what the supervisor starts; the requests are in wire/protocol.md
  *     millm-hub validate REPO [options]      can it be downloaded and run?
+ *     millm-hub preview REPO [options]       what is it, and what would it take?
  *     millm-hub download REPO --cache-dir DIR [options]
  *     millm-hub quantize DIR --output DIR2 --quantization Q4
  *
@@ -32,9 +33,11 @@
 #define MAX_THREADS			32	/* with them */
 #define CANCEL_WAIT_S		10
 #define DOWNLOAD_WAIT_S		10	/* for a stopped download to be gone before the next begins */
+#define VALIDATE_MS			1500	/* unless the request says another time */
+#define PREVIEW_MS			20000
 #define DEFAULT_ENDPOINT	"https://huggingface.co"
 
-typedef enum Op {OP_VALIDATE, OP_DOWNLOAD, OP_CANCEL, OP_INSPECT, OP_REMOVE} Op;
+typedef enum Op {OP_VALIDATE, OP_PREVIEW, OP_DOWNLOAD, OP_CANCEL, OP_INSPECT, OP_REMOVE} Op;
 
 typedef struct Work
 {
@@ -190,6 +193,9 @@ work_main(void *arg)
 		case OP_VALIDATE:
 			rc = millm_job_validate(&w->spec, &w->stop, &out, &err);
 			break;
+		case OP_PREVIEW:
+			rc = millm_job_preview(&w->spec, &w->stop, &out, &err);
+			break;
 		case OP_DOWNLOAD:
 			if ((rc = await_turn(w, &err)) == MILLM_OK)
 				rc = millm_job_download(&w->spec, &w->stop, &w->keep, report_frame, w, &out, &err);
@@ -233,12 +239,21 @@ need(MillmFields *f, Work *w, const char *name, const char **out, bool required)
 		f->code = millm_fail(f->err, MILLM_E_INVALID_ARGUMENT, "field \"%s\" is missing", name);
 }
 
+static void
+need_repo(MillmFields *f, Work *w)
+{
+	need(f, w, "endpoint", &w->spec.endpoint, true);
+	need(f, w, "repo_id", &w->spec.repo_id, true);
+	need(f, w, "revision", &w->spec.revision, false);
+	need(f, w, "token", &w->spec.token, false);
+}
+
 static MillmCode
 read_request(Work *w, json_t *request, MillmError *err)
 {
 	MillmFields f;
 	const char *op = NULL;
-	int64_t		n = 1500;
+	int64_t		timeout_ms;
 
 	millm_fields_begin(&f, request, err);
 	millm_field_string(&f, "op", &op);
@@ -246,6 +261,8 @@ read_request(Work *w, json_t *request, MillmError *err)
 	w->spec.quantization = "FP16";
 	if (op && strcmp(op, "validate") == 0)
 		w->op = OP_VALIDATE;
+	else if (op && strcmp(op, "preview") == 0)
+		w->op = OP_PREVIEW;
 	else if (op && strcmp(op, "download") == 0)
 		w->op = OP_DOWNLOAD;
 	else if (op && strcmp(op, "cancel") == 0)
@@ -262,16 +279,16 @@ read_request(Work *w, json_t *request, MillmError *err)
 		need(&f, w, "quantization", &w->spec.quantization, false);
 		if (!w->spec.source_path)
 		{
-			need(&f, w, "endpoint", &w->spec.endpoint, true);
-			need(&f, w, "repo_id", &w->spec.repo_id, true);
-			need(&f, w, "revision", &w->spec.revision, false);
-			need(&f, w, "token", &w->spec.token, false);
+			need_repo(&f, w);
 			millm_field_bool(&f, "trust_remote_code", &w->spec.trust_remote_code);
 		}
 	}
-	if (w->op == OP_VALIDATE)
-		millm_field_int(&f, "timeout_ms", 1, 600000, &n);
-	w->spec.timeout_ms = (int) n;
+	if (w->op == OP_PREVIEW)
+		need_repo(&f, w);
+	timeout_ms = w->op == OP_PREVIEW ? PREVIEW_MS : VALIDATE_MS;
+	if (w->op == OP_VALIDATE || w->op == OP_PREVIEW)
+		millm_field_int(&f, "timeout_ms", 1, 600000, &timeout_ms);
+	w->spec.timeout_ms = (int) timeout_ms;
 	if (w->op == OP_DOWNLOAD || w->op == OP_REMOVE)
 	{
 		need(&f, w, "cache_dir", &w->spec.cache_dir, true);
@@ -425,6 +442,7 @@ static int
 usage(FILE *out, int status)
 {
 	fputs("usage: millm-hub validate REPO [options]         can it be downloaded and run?\n"
+		  "       millm-hub preview REPO [options]          what is it, and what would it take?\n"
 		  "       millm-hub download REPO --cache-dir DIR    download it to DIR/huggingface/\n"
 		  "       millm-hub quantize DIR --output DIR2       the model of a directory, in another form, to a new one\n"
 		  "       millm-hub serve --socket PATH              as the server's helper\n"
@@ -552,6 +570,8 @@ main(int argc, char **argv)
 	curl_global_init(CURL_GLOBAL_DEFAULT);
 	if (strcmp(command, "validate") == 0 && !spec.cache_dir)
 		rc = millm_job_validate(&spec, &stop, &out, &err);
+	else if (strcmp(command, "preview") == 0 && !spec.cache_dir)
+		rc = millm_job_preview(&spec, &stop, &out, &err);
 	else if (strcmp(command, "download") == 0 && spec.cache_dir)
 	{
 		snprintf(directory, sizeof(directory), "huggingface/%.400s--%.8s", spec.repo_id, spec.quantization);

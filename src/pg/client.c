@@ -119,6 +119,22 @@ millm_ereport(int elevel, const MillmError *err)
 }
 
 static void
+hide_statement(void *is_secret)
+{
+	if (is_secret)
+		errhidestmt(true);
+}
+
+void
+millm_hide_statement(ErrorContextCallback *context, bool is_secret)
+{
+	context->callback = hide_statement;
+	context->arg = is_secret ? context : NULL;
+	context->previous = error_context_stack;
+	error_context_stack = context;
+}
+
+static void
 error_from_json(const char *text, size_t len, MillmError *err)
 {
 	MillmJson	object = millm_json(text, len);

@@ -71,6 +71,11 @@ extern void millm_reply_invalid(const char *what) pg_attribute_noreturn();
 
 /* Raise err with its SQLSTATE, detail and hint. */
 extern void millm_ereport(int elevel, const MillmError *err);
+/*
+ * One of the statement's arguments is a secret (if is_secret): until error_context_stack is set back to context->previous, or an error has left
+ * the function, no message brings the statement into the server's log.
+ */
+extern void millm_hide_statement(ErrorContextCallback *context, bool is_secret);
 /* Fill err from the payload of an ERROR frame. */
 extern void millm_error_from_json(const char *json, MillmError *err);
 

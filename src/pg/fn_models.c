@@ -440,18 +440,23 @@ local_directory(const char *path, const char *quantization)
 Datum
 millm_download(PG_FUNCTION_ARGS)
 {
-	char	   *repo_id = required_text(fcinfo, 0, "repo_id");
-	const char *quantization = required_text(fcinfo, 1, "quantization");
-	char	   *token = optional_token(fcinfo, 2);
+	char	   *repo_id;
+	const char *quantization;
+	char	   *token;
 	bool		trust = !PG_ARGISNULL(3) && PG_GETARG_BOOL(3);
 	char	   *name = PG_ARGISNULL(4) ? NULL : text_to_cstring(PG_GETARG_TEXT_PP(4));
 	char	   *revision = PG_ARGISNULL(5) ? "main" : text_to_cstring(PG_GETARG_TEXT_PP(5));
 	char	   *server_token = NULL;
 	Facts		facts = {.params = -1, .disk_bytes = -1};
+	ErrorContextCallback secret;
 	StringInfoData buf;
 	char	   *uuid;
 	int64		id;
 
+	millm_hide_statement(&secret, !PG_ARGISNULL(2));
+	repo_id = required_text(fcinfo, 0, "repo_id");
+	quantization = required_text(fcinfo, 1, "quantization");
+	token = optional_token(fcinfo, 2);
 	millm_check_ready();
 	check_repo_id(repo_id);
 	quantization = canonical_quantization(quantization);
@@ -490,6 +495,7 @@ millm_download(PG_FUNCTION_ARGS)
 	if (token)
 		millm_transaction_token(uuid, token);
 	tell_changes(facts.repo_id, quantization, &facts);
+	error_context_stack = secret.previous;
 	PG_RETURN_INT64(id);
 }
 
@@ -726,14 +732,18 @@ millm_cancel_name(PG_FUNCTION_ARGS)
 
 /* millm.retry(model, hf_token) RETURNS void */
 static void
-retry(MillmModelKey key, const char *token)
+retry(MillmModelKey key, FunctionCallInfo fcinfo)
 {
+	ErrorContextCallback secret;
+	const char *token;
 	MillmModel *m;
 	MillmRegistry r;
 	Oid			type = UUIDOID;
 	Datum		uuid;
 	uint64		n;
 
+	millm_hide_statement(&secret, !PG_ARGISNULL(1));
+	token = optional_token(fcinfo, 1);
 	millm_check_ready();
 	check_cache();
 	m = millm_model_require(key);
@@ -750,6 +760,7 @@ retry(MillmModelKey key, const char *token)
 		refuse(MILLM_E_INVALID_ARGUMENT, psprintf("model \"%s\" has not failed", m->name), psprintf("Its status is %s.", m->status), NULL);
 	if (token)
 		millm_transaction_token(m->uuid, token);
+	error_context_stack = secret.previous;
 }
 
 Datum
@@ -757,7 +768,7 @@ millm_retry_id(PG_FUNCTION_ARGS)
 {
 	if (PG_ARGISNULL(0))
 		PG_RETURN_NULL();
-	retry(millm_key_from_id(PG_GETARG_INT64(0)), optional_token(fcinfo, 1));
+	retry(millm_key_from_id(PG_GETARG_INT64(0)), fcinfo);
 	PG_RETURN_VOID();
 }
 
@@ -766,7 +777,7 @@ millm_retry_name(PG_FUNCTION_ARGS)
 {
 	if (PG_ARGISNULL(0))
 		PG_RETURN_NULL();
-	retry(millm_key_from_name(PG_GETARG_TEXT_PP(0)), optional_token(fcinfo, 1));
+	retry(millm_key_from_name(PG_GETARG_TEXT_PP(0)), fcinfo);
 	PG_RETURN_VOID();
 }
 

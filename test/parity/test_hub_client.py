@@ -230,6 +230,97 @@ def test_faults(hub, tmp_path, fault, outcome):
     assert not [n for n in leftovers(tmp_path, TINY) if n.startswith(".partial")]
 
 
+# --- preview
+
+
+def preview(hub, repo, token=None, *more):
+    done = run(hub, "preview", repo, None, token, *more)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+def n_params(repo):
+    return sum(t.numel() for f in (HUB_ROOT / repo).glob("*.safetensors") for t in load_file(f).values())
+
+
+def test_preview(hub, tmp_path):
+    p = preview(hub, SMOL)
+    assert (p["name"], p["params"], p["params_count"]) == ("SmolLM2-135M-Instruct", "135M", n_params(SMOL))
+    assert (p["hidden_size"], p["num_layers"], p["context_length"], p["model_type"], p["architecture"]) == (576, 30, 8192, "llama", "LlamaForCausalLM")
+    assert (p["license"], p["is_gated"], p["requires_trust_remote_code"], p["supported"], p["reason"]) == ("apache-2.0", False, False, True, None)
+    assert not [r for r in hub.log if r["port"] == "cdn"], "the Hub's own count is enough"
+    # what download says of the same
+    for form, mb in p["estimated_sizes"].items():
+        said = json.loads(run(hub, "validate", SMOL, None, None, "--quantization", form).stdout)["disk_bytes"]
+        assert mb["disk_mb"] == -(-said // 2**20)
+        kv = 8192 * 30 * 3 * 64 * 2 * 2 / 2**20
+        assert mb["disk_mb"] + kv - 10 < mb["memory_mb"] <= mb["disk_mb"] + kv + 1
+    sizes = p["estimated_sizes"]
+    assert sizes["Q4"]["disk_mb"] < sizes["Q8"]["disk_mb"] < sizes["FP16"]["disk_mb"] == p["download_mb"]
+
+
+@pytest.mark.parametrize("repo,revision", [(SMOL, "refs/pr/1"), ("millm-test/sharded", "refs/pr/1"), ("millm-test/tiny-gpt2", "refs/pr/1")])
+def test_preview_counts_from_headers(hub, repo, revision):
+    """The Hub's count is of the default branch only: elsewhere a piece of each weight file is asked for, and no more than that."""
+    assert preview(hub, repo, None, "--revision", revision)["params_count"] == n_params(repo)
+    ranges = [r["range"] for r in hub.log if r["port"] == "cdn"]
+    assert len(ranges) == len(list((HUB_ROOT / repo).glob("*.safetensors"))) and all(int(r.split("-")[1]) < 200_000 for r in ranges)
+    # a hub that sends the whole is not listened to for longer
+    faults(hub, {"where": "cdn", "kind": "ignore_range"})
+    assert preview(hub, repo, None, "--revision", revision)["params_count"] == n_params(repo)
+    faults(hub, {"where": "cdn", "kind": "truncate", "after": 100, "times": 1})
+    assert preview(hub, repo, None, "--revision", revision)["params_count"] == n_params(repo)
+
+
+@pytest.mark.parametrize("kind,published", [("nf4", "Q4"), ("int8", "Q8")])
+def test_preview_quantized(hub, kind, published):
+    """Packed codes are counted as what they stand for; there is one form only."""
+    p = preview(hub, f"millm-test/tiny-{kind}")
+    assert p["params_count"] == n_params(TINY) and p["quantization"] == kind
+    assert {k for k, v in p["estimated_sizes"].items() if v} == {published}
+
+
+def test_preview_long_header(hub, tmp_path):
+    """A header that does not fit into the first piece, a damaged one, and one that is longer than its file."""
+    from safetensors.torch import save_file
+
+    root = tmp_path / "root"
+    shutil.copytree(HUB_ROOT / TINY, root / "x/long")
+    weights = root / "x/long/model.safetensors"
+    tensors = load_file(weights)
+    save_file(tensors, weights, metadata={"padding": "x" * 300_000})
+    h = hub_module.start(root)
+    assert preview(h, "x/long", None, "--revision", "refs/pr/1")["params_count"] == n_params(TINY)
+    for damage in (b"\xff" * 8, (1 << 20).to_bytes(8, "little"), (200_000_000).to_bytes(8, "little"), b""):
+        data = bytearray(weights.read_bytes())
+        data[: len(damage)] = damage
+        weights.write_bytes(data if damage else b"1234")
+        p = preview(h, "x/long", None, "--revision", "refs/pr/1")
+        assert p["supported"] is False and "invalid safetensors" in p["reason"], p
+
+
+def test_preview_of_what_cannot_run(hub):
+    p = preview(hub, "millm-test/unknown-arch")
+    assert p["supported"] is False and "perceiver" in p["reason"] and p["params_count"] == n_params(TINY) and p["num_layers"] == 4 and p["estimated_sizes"] is None
+    assert preview(hub, "millm-test/remote-code")["requires_trust_remote_code"] is True
+    assert preview(hub, "millm-test/no-config")["supported"] is False
+    p = preview(hub, "millm-test/gated")
+    assert p["is_gated"] is True and p["supported"] is None and p["model_type"] == "llama" and p["params_count"] == n_params(TINY) and "/millm-test/gated" in p["hint"]
+    assert p["hidden_size"] is None and p["license"] == "llama3"
+    p = preview(hub, "millm-test/gated", "hf_good")
+    assert p["is_gated"] is True and p["supported"] is True and p["hidden_size"] == 64
+
+
+@pytest.mark.parametrize("repo,token,fault,code", [
+    ("millm-test/missing", None, None, "REPO_NOT_FOUND"), ("a//b", None, None, "INVALID_REPO_ID"), (TINY, "hf_bad", None, "INVALID_HF_TOKEN"),
+    ("millm-test/disabled", None, None, "MODEL_DOWNLOAD_FAILED"), (TINY, None, {"where": "info", "status": 503}, "HUB_UNAVAILABLE"),
+    (TINY, None, {"where": "cache", "status": 500, "file": "config.json"}, "HUB_UNAVAILABLE"), (TINY, None, {"where": "info", "kind": "html"}, "MODEL_DOWNLOAD_FAILED")])
+def test_preview_errors(hub, repo, token, fault, code):
+    faults(hub, *([fault] if fault else []))
+    done = run(hub, "preview", repo, None, token)
+    assert done.returncode == 1 and f"millm-hub: {code}:" in done.stderr, done.stderr
+
+
 # --- a file of several connections
 
 BIG = "millm-test/big"
@@ -438,6 +529,25 @@ def test_serve(hub, tmp_path, serve):
     assert leftovers(tmp_path, TINY)
     assert serve("remove", cache_dir=str(tmp_path), directory=job(hub, tmp_path, TINY)["directory"], model_uuid=UUID).result() == {"removed": True}
     assert not model_dir(tmp_path, TINY).exists() and not any((tmp_path / ".trash").iterdir())
+
+
+def test_serve_preview(hub, serve):
+    """Ends with its connection."""
+    from engine_client import HelperError
+
+    assert serve("preview", endpoint=hub.endpoint, repo_id=TINY).result()["params_count"] == n_params(TINY)
+    with pytest.raises(HelperError, match="quantization"):
+        serve("preview", endpoint=hub.endpoint, repo_id=TINY, quantization="Q4").result()
+    faults(hub, {"where": "info", "delay": 20})
+    with pytest.raises(HelperError, match="HUB_UNAVAILABLE"):
+        serve("preview", endpoint=hub.endpoint, repo_id=TINY, timeout_ms=200).result()
+    # eight at a time is all there is: these are gone when they are not wanted any more
+    for _ in range(2):
+        for c in [serve("preview", endpoint=hub.endpoint, repo_id=TINY) for _ in range(8)]:
+            c.close()
+        time.sleep(2)
+    faults(hub)
+    assert serve("preview", endpoint=hub.endpoint, repo_id=TINY).result()["supported"] is True
 
 
 def test_serve_errors_leave_nothing(hub, tmp_path, serve):

@@ -1,0 +1,71 @@
+# The Hub from SQL: preview, what is said of tokens, and that a token stays out of the server's log.
+use strict;
+use warnings;
+use JSON::PP;
+use PostgreSQL::Test::Cluster;
+use PostgreSQL::Test::Utils;
+use Test::More;
+use MillmTest;
+use TestHub;
+
+my $hub = TestHub->new;
+my $node = new_server('hub', '# the test hub', "millm.hf_endpoint = '@{[ $hub->endpoint ]}'", 'log_statement = none');
+my $smol = 'HuggingFaceTB/SmolLM2-135M-Instruct';
+
+sub sql { my ($sql) = @_; return $node->safe_psql('postgres', $sql); }
+sub fails
+{
+	my ($sql, $state, @says) = @_;
+	my ($got, $error) = sqlstate($node, $sql);
+	is($got, $state, $sql) or diag $error;
+	like($error, $_, 'it says so') for @says;
+}
+
+# --- preview --------------------------------------------------------------------------------------------
+$hub->faults;
+my $p = decode_json(sql("SELECT millm.preview('$smol')"));
+is_deeply([ @$p{qw(name params params_count architecture model_type hidden_size num_layers context_length license)} ],
+	[ 'SmolLM2-135M-Instruct', '135M', 134515008, 'LlamaForCausalLM', 'llama', 576, 30, 8192, 'apache-2.0' ], 'preview');
+is_deeply([ sort keys %{ $p->{estimated_sizes} } ], [qw(FP16 Q4 Q8)], 'with its sizes');
+ok($p->{supported} && !$p->{is_gated} && !$p->{requires_trust_remote_code}, 'it can be run');
+is(sql("SELECT count(*) FROM millm.models"), '0', 'and nothing was written');
+ok(!grep({ $_->{port} eq 'cdn' } $hub->requests), 'nor any weight read');
+is(sql("SELECT millm.preview('millm-test/unknown-arch') ->> 'supported'"), 'false', 'another cannot');
+is(sql("SELECT millm.preview('millm-test/sharded', revision => 'refs/pr/1') ->> 'params_count'"), sql("SELECT millm.preview('millm-test/sharded') ->> 'params_count'"),
+	'parameters of a revision that the Hub has not counted');
+is(sql("SELECT millm.preview(NULL) IS NULL"), 't', 'NULL is NULL');
+fails("SELECT millm.preview('millm-test/nope')", 'ML013', qr/DETAIL:  It does not exist, or it is private/, qr/HINT:  .*hf_token/);
+fails("SELECT millm.preview('a//b')", 'ML011', qr/DETAIL:  In a repository id, it has at most one slash/);
+fails("SELECT millm.preview('$smol', revision => 'nope')", 'ML013', qr/has no revision "nope"/);
+fails("SELECT millm.preview('$smol', revision => '')", '22023');
+fails("SELECT millm.preview('$smol', '')", 'ML015');
+
+# canceled at once, and the hub's thread with it
+$hub->faults({ where => 'info', delay => 20 });
+fails("SET statement_timeout = '300ms'; SELECT millm.preview('$smol')", '57014') for 1 .. 9;
+$hub->faults;
+is(sql("SELECT millm.preview('$smol') ->> 'name'"), 'SmolLM2-135M-Instruct', 'the next one works');
+
+# --- tokens ---------------------------------------------------------------------------------------------
+$p = decode_json(sql("SELECT millm.preview('millm-test/gated')"));
+ok($p->{is_gated} && !defined $p->{supported}, 'a gated repository shows what is public');
+like($p->{hint}, qr{Ask for access at http.*/millm-test/gated, then give an access token}, 'and where to ask');
+is(sql("SELECT millm.preview('millm-test/gated', 'hf_good') ->> 'supported'"), 'true', 'the rest is for those who may');
+fails("SELECT millm.download('millm-test/gated')", 'ML014', qr/DETAIL:  No access token was given/, qr{HINT:  Ask for access at http.*/millm-test/gated, then give});
+fails("SELECT millm.download('millm-test/gated', hf_token => 'hf_nogrant')", 'ML014', qr/DETAIL:  The access token is valid, but/, qr/not in the authorized list/);
+fails("SELECT millm.download('millm-test/gated', hf_token => 'hf_pending')", 'ML014', qr/awaiting a review/);
+fails("SELECT millm.download('millm-test/gated', hf_token => 'hf_wrong_but_secret')", 'ML015', qr/DETAIL:  It is invalid or has expired/, qr/HINT:  .*millm.hf_token_file/);
+fails("SELECT millm.preview('$smol', 'hf_wrong_but_secret')", 'ML015');
+fails("SELECT millm.download(NULL, hf_token => 'hf_wrong_but_secret')", '22023');
+sql("SELECT millm.download('millm-test/gated', hf_token => 'hf_good')");
+is(sql("SELECT millm.wait('gated')"), 'ready', 'with access it arrives');
+fails("SELECT millm.retry('gated', 'hf_wrong_but_secret')", '22023');
+unlike(slurp_file($node->logfile), qr/hf_wrong|hf_nogrant|hf_good/, 'no statement with a token is in the log');
+
+# --- who may --------------------------------------------------------------------------------------------
+sql("CREATE ROLE looker LOGIN; CREATE ROLE manager LOGIN; SELECT millm.grant_user('looker'), millm.grant_admin('manager')");
+fails("SET ROLE looker; SELECT millm.preview('$smol')", '42501');
+is(sql("SET ROLE manager; SELECT millm.preview('$smol') ->> 'name'"), 'SmolLM2-135M-Instruct', 'an admin previews');
+
+$node->stop;
+done_testing();
