@@ -20,6 +20,8 @@
 #include <sys/stat.h>
 #include <unistd.h>
 
+#include "bulk.h"
+#include "shown.h"
 #include "tokenizer.h"
 #include "unicode.h"
 
@@ -33,6 +35,7 @@ typedef struct Loader
 	MillmTokenizer *tok;
 	const char *file;			/* that is being read, for the messages */
 	MillmError *err;
+	Bulk		bulk;			/* of tokenizer.json: the vocabulary and the merges */
 	bool		byte_level;		/* the pre-tokenizer ends in ByteLevel */
 	size_t		n_vocabulary;
 	int32_t		max_added;		/* the largest id of an added token; -1: none */
@@ -427,6 +430,18 @@ reserve_id(Loader *l, int64_t id)
 	return MILLM_OK;
 }
 
+/* A string of the vocabulary, fit for a message. */
+static MillmShown
+shown_part(const char *text, size_t n)
+{
+	char		copy[SHOWN_BYTES + 2];	/* one byte more than are shown, to tell that there are more */
+
+	n = n < sizeof(copy) - 1 ? n : sizeof(copy) - 1;
+	memcpy(copy, text, n);
+	copy[n] = '\0';
+	return shown(copy);
+}
+
 /* Give content its id; both are new. */
 static MillmCode
 add_content(Loader *l, const char *content, size_t n, int64_t id)
@@ -438,7 +453,8 @@ add_content(Loader *l, const char *content, size_t n, int64_t id)
 	if ((rc = reserve_id(l, id)) != MILLM_OK)
 		return rc;
 	if (tok->tokens[id].exists)
-		return invalid(l, "The token id %lld belongs to two tokens, one of them \"%.100s\".", (long long) id, content);
+		return invalid(l, "The token id %lld belongs to two tokens, one of them \"%s\".",
+					   (long long) id, shown_part(content, n).text);
 	if (!millm_map_put(&tok->contents, content, n, (int32_t) id))
 		return out_of_memory(l->err);
 	tok->tokens[id].content = (Span) {(uint32_t) offset, (uint32_t) n};
@@ -446,47 +462,56 @@ add_content(Loader *l, const char *content, size_t n, int64_t id)
 	return MILLM_OK;
 }
 
+/* Why bulk.c left model.vocab to jansson. */
 static MillmCode
-load_vocabulary(Loader *l, json_t *vocabulary)
+refuse_vocabulary(Loader *l, const json_t *vocabulary)
+{
+	const char *key;
+	json_t	   *value;
+
+	json_object_foreach((json_t *) vocabulary, key, value)
+		if (!json_is_integer(value) || json_integer_value(value) < 0 || json_integer_value(value) >= MAX_IDS)
+			return invalid(l, json_is_integer(value) ? "The id of the token \"%s\" is out of range." :
+						   "The id of the token \"%s\" is not an integer.", shown(key).text);
+	return invalid(l, "The model has no vocabulary.");
+}
+
+static MillmCode
+load_vocabulary(Loader *l, const json_t *model)
 {
 	Bpe		   *bpe = &l->tok->bpe;
+	StringMap  *contents = &l->tok->contents;
 	Bytes		bytes = {0};
-	const char *key;
-	size_t		key_n;
-	json_t	   *value;
 	MillmCode	rc = MILLM_OK;
 
-	if (!json_is_object(vocabulary) || json_object_size(vocabulary) == 0)
-		return invalid(l, "The model has no vocabulary.");
-	l->n_vocabulary = json_object_size(vocabulary);
-	json_object_keylen_foreach(vocabulary, key, key_n, value)
+	if (!l->bulk.has_vocabulary || l->bulk.n_entries == 0)
+		return refuse_vocabulary(l, get(model, "vocab"));
+	/* Backwards: of equal keys the last one counts, as in any reader of JSON. */
+	for (size_t i = l->bulk.n_entries; i-- > 0 && rc == MILLM_OK;)
 	{
-		const char *piece = key;
-		size_t		piece_n = key_n;
+		const BulkEntry *entry = &l->bulk.entries[i];
+		const char *piece = entry->text;
+		size_t		piece_n = entry->n;
 
-		if (!json_is_integer(value))
-			rc = invalid(l, "The id of the token \"%.100s\" is not an integer.", key);
-		else
-			rc = add_content(l, key, key_n, json_integer_value(value));
-		if (rc != MILLM_OK)
+		if (millm_map_get(contents, entry->text, entry->n) >= 0)
+			continue;
+		if ((rc = add_content(l, entry->text, entry->n, entry->id)) != MILLM_OK)
 			break;
+		l->n_vocabulary++;
 		if (bpe->is_byte_level)
 		{
 			bytes.n = 0;
-			if (!millm_bytes_reserve(&bytes, key_n))
+			if (!millm_bytes_reserve(&bytes, entry->n))
 			{
 				rc = out_of_memory(l->err);
 				break;
 			}
-			if (!letters_to_bytes(key, key_n, bytes.data, &piece_n))
+			if (!letters_to_bytes(entry->text, entry->n, bytes.data, &piece_n))
 				continue;		/* a literal special token: no text can become it by merging */
 			piece = bytes.data;
 		}
-		if (!millm_map_put(&bpe->pieces, piece, piece_n, (int32_t) json_integer_value(value)))
-		{
+		if (!millm_map_put(&bpe->pieces, piece, piece_n, (int32_t) entry->id))
 			rc = out_of_memory(l->err);
-			break;
-		}
 		if (piece_n > bpe->longest)
 			bpe->longest = piece_n;
 	}
@@ -500,93 +525,80 @@ load_vocabulary(Loader *l, json_t *vocabulary)
 
 		snprintf(name, sizeof(name), "<0x%02X>", b);
 		bpe->byte_ids[b] = bpe->is_byte_level ? millm_map_get(&bpe->pieces, &byte, 1) : -1;
-		bpe->fallback_ids[b] = millm_map_get(&l->tok->contents, name, 6);
+		bpe->fallback_ids[b] = millm_map_get(contents, name, 6);
 	}
 	return MILLM_OK;
 }
 
-/* The two parts of a merge: "a b" or ["a", "b"]. */
+/* Take "a b" apart into "a" and "b".  False when it has no space, or more than one. */
 static bool
-merge_parts(const json_t *merge, const char **left, size_t *left_n, const char **right, size_t *right_n)
+split_merge(BulkMerge *merge)
 {
-	if (json_is_array(merge))
-	{
-		json_t	   *a = json_array_get(merge, 0);
-		json_t	   *b = json_array_get(merge, 1);
+	const char *space = memchr(merge->left, ' ', merge->left_n);
 
-		if (json_array_size(merge) != 2 || !json_is_string(a) || !json_is_string(b))
-			return false;
-		*left = json_string_value(a);
-		*left_n = json_string_length(a);
-		*right = json_string_value(b);
-		*right_n = json_string_length(b);
-		return true;
-	}
-	if (!json_is_string(merge))
+	if (!space)
 		return false;
-	*left = json_string_value(merge);
-	*right_n = json_string_length(merge);
-	*right = memchr(*left, ' ', *right_n);
-	if (!*right)
-		return false;
-	*left_n = (size_t) (*right - *left);
-	*right += 1;
-	*right_n -= *left_n + 1;
-	return memchr(*right, ' ', *right_n) == NULL;
+	merge->right = space + 1;
+	merge->right_n = merge->left_n - (uint32_t) (space + 1 - merge->left);
+	merge->left_n = (uint32_t) (space - merge->left);
+	return memchr(merge->right, ' ', merge->right_n) == NULL;
+}
+
+/* Why bulk.c left model.merges to jansson. */
+static MillmCode
+refuse_merges(Loader *l, const json_t *merges)
+{
+	size_t		i;
+	json_t	   *merge;
+
+	json_array_foreach(merges, i, merge)
+		if (!json_is_string(merge) &&
+			(json_array_size(merge) != 2 || !json_is_string(json_array_get(merge, 0)) || !json_is_string(json_array_get(merge, 1))))
+			return invalid(l, "Merge %zu is not a pair of tokens.", i);
+	return invalid(l, "The model has no \"merges\".");
 }
 
 static MillmCode
-load_merges(Loader *l, const json_t *merges, size_t prefix_n)
+load_merges(Loader *l, const json_t *model, size_t prefix_n)
 {
 	const StringMap *contents = &l->tok->contents;
 	Bytes		whole = {0};
 	uint32_t	rank = 0;
-	size_t		i;
-	json_t	   *merge;
 	MillmCode	rc = MILLM_OK;
 
-	if (!json_is_array(merges))
-		return invalid(l, "The model has no \"merges\".");
-	json_array_foreach(merges, i, merge)
+	if (!l->bulk.has_merges)
+		return refuse_merges(l, get(model, "merges"));
+	for (size_t i = 0; i < l->bulk.n_merges && rc == MILLM_OK; i++)
 	{
-		const char *left;
-		const char *right;
-		size_t		left_n;
-		size_t		right_n;
+		BulkMerge	merge = l->bulk.merges[i];
 		int32_t		a;
 		int32_t		b;
 		int32_t		ab;
 
-		if (json_is_string(merge) && strncmp(json_string_value(merge), "#version", 8) == 0)
+		if (!merge.right && merge.left_n >= 8 && memcmp(merge.left, "#version", 8) == 0)
 			continue;
-		if (!merge_parts(merge, &left, &left_n, &right, &right_n))
+		if (!merge.right && !split_merge(&merge))
 		{
 			rc = invalid(l, "Merge %zu is not a pair of tokens.", i);
 			break;
 		}
-		a = millm_map_get(contents, left, left_n);
-		b = millm_map_get(contents, right, right_n);
-		if (right_n < prefix_n)
+		a = millm_map_get(contents, merge.left, merge.left_n);
+		b = millm_map_get(contents, merge.right, merge.right_n);
+		if (merge.right_n < prefix_n)
 			b = -1;
 		whole.n = 0;
-		if (b >= 0 && (!millm_bytes_add(&whole, left, left_n) ||
-					   !millm_bytes_add(&whole, right + prefix_n, right_n - prefix_n)))
+		if (b >= 0 && (!millm_bytes_add(&whole, merge.left, merge.left_n) ||
+					   !millm_bytes_add(&whole, merge.right + prefix_n, merge.right_n - prefix_n)))
 		{
 			rc = out_of_memory(l->err);
 			break;
 		}
 		ab = b >= 0 ? millm_map_get(contents, whole.data, whole.n) : -1;
 		if (a < 0 || b < 0 || ab < 0)
-		{
-			rc = invalid(l, "Merge %zu, \"%.80s\" and \"%.80s\", has a part or a result that is not in the vocabulary.",
-						 i, json_is_array(merge) ? left : json_string_value(merge), right);
-			break;
-		}
-		if (!millm_bpe_add_merge(&l->tok->bpe, a, b, rank++, ab))
-		{
+			rc = invalid(l, "Merge %zu, \"%s\" and \"%s\", has a part or a result that is not in the vocabulary.",
+						 i, shown_part(merge.left, merge.left_n).text, shown_part(merge.right, merge.right_n).text);
+		else if (!millm_bpe_add_merge(&l->tok->bpe, a, b, rank++, ab))
 			rc = out_of_memory(l->err);
-			break;
-		}
 	}
 	millm_bytes_free(&whole);
 	return rc;
@@ -621,7 +633,7 @@ load_model(Loader *l, const json_t *json)
 
 	if (!json_is_object(json))
 		return invalid(l, "It has no \"model\".");
-	if (type ? strcmp(type, "BPE") != 0 : !get(json, "merges"))
+	if (type ? strcmp(type, "BPE") != 0 : !l->bulk.has_merges && !get(json, "merges"))
 		return unsupported(l, "model", type ? type : "without a type");
 	if (dropout && (!json_is_number(dropout) || json_number_value(dropout) != 0))
 		return unsupported(l, "model", "BPE with dropout");
@@ -632,11 +644,11 @@ load_model(Loader *l, const json_t *json)
 		(rc = get_bool(l, json, "fuse_unk", false, &bpe->fuse_unknown)) != MILLM_OK ||
 		(rc = load_affix(l, json, "continuing_subword_prefix", &bpe->prefix, &bpe->prefix_n)) != MILLM_OK ||
 		(rc = load_affix(l, json, "end_of_word_suffix", &bpe->suffix, &bpe->suffix_n)) != MILLM_OK ||
-		(rc = load_vocabulary(l, get(json, "vocab"))) != MILLM_OK)
+		(rc = load_vocabulary(l, json)) != MILLM_OK)
 		return rc;
 	/* the merges are written in letters, so is the prefix that is cut from them */
 	prefix_n = json_string_length(get(json, "continuing_subword_prefix"));
-	if ((rc = load_merges(l, get(json, "merges"), prefix_n)) != MILLM_OK)
+	if ((rc = load_merges(l, json, prefix_n)) != MILLM_OK)
 		return rc;
 	for (int b = 0; b < 256; b++)
 		has_all_bytes = has_all_bytes && bpe->byte_ids[b] >= 0;
@@ -1215,7 +1227,20 @@ millm_tokenizer_parse(const char *json, size_t json_n, const char *config, size_
 
 	if (!tok)
 		return out_of_memory(err);
-	if ((rc = parse_json(&l, json, json_n, &root)) != MILLM_OK || (rc = load_tokenizer(&l, root)) != MILLM_OK)
+	if (!millm_bulk_read(&l.bulk, json, json_n))
+	{
+		rc = out_of_memory(err);
+		goto done;
+	}
+	/* What is wrong with the rest is told from the whole file, for the line and the column. */
+	root = json_loadb(l.bulk.rest.data, l.bulk.rest.n, JSON_ALLOW_NUL, NULL);
+	if (!root && (rc = parse_json(&l, json, json_n, &root)) != MILLM_OK)
+		goto done;
+	if (!json_is_object(root))
+		rc = invalid(&l, "It is not a JSON object.");
+	else
+		rc = load_tokenizer(&l, root);
+	if (rc != MILLM_OK)
 		goto done;
 	if (config)
 	{
@@ -1229,6 +1254,7 @@ millm_tokenizer_parse(const char *json, size_t json_n, const char *config, size_
 		goto done;
 	*out = tok;
 done:
+	millm_bulk_free(&l.bulk);
 	json_decref(root);
 	json_decref(config_root);
 	if (rc != MILLM_OK)
