@@ -91,34 +91,32 @@ get_merge(const Bpe *bpe, int32_t left, int32_t right)
 }
 
 bool
+millm_bpe_reserve_merges(Bpe *bpe, size_t n)
+{
+	size_t		n_slots = 64;
+
+	if (n > SIZE_MAX / 4)
+		return false;
+	while (n_slots / 3 * 2 < n)
+		n_slots *= 2;
+	bpe->merges = millm_table_alloc(n_slots, sizeof(*bpe->merges));
+	if (!bpe->merges)
+		return false;
+	for (size_t i = 0; i < n_slots; i++)
+		bpe->merges[i].key = UINT64_MAX;
+	bpe->n_merge_slots = n_slots;
+	return true;
+}
+
+void
 millm_bpe_add_merge(Bpe *bpe, int32_t left, int32_t right, uint32_t rank, int32_t id)
 {
 	uint64_t	key = pair_key(left, right);
-	Merge	   *m;
+	Merge	   *m = find_merge(bpe, key);
 
-	if (bpe->n_merges >= bpe->n_merge_slots / 2)
-	{
-		size_t		n = bpe->n_merge_slots ? bpe->n_merge_slots * 2 : 64;
-		size_t		n_old = bpe->n_merge_slots;
-		Merge	   *old = bpe->merges;
-		Merge	   *slots = malloc(n * sizeof(*slots));
-
-		if (!slots)
-			return false;
-		for (size_t i = 0; i < n; i++)
-			slots[i].key = UINT64_MAX;
-		bpe->merges = slots;
-		bpe->n_merge_slots = n;
-		for (size_t i = 0; i < n_old; i++)
-			if (old[i].key != UINT64_MAX)
-				*find_merge(bpe, old[i].key) = old[i];
-		free(old);
-	}
-	m = find_merge(bpe, key);
 	if (m->key == UINT64_MAX)
 		bpe->n_merges++;
 	*m = (Merge) {key, rank, id};
-	return true;
 }
 
 void

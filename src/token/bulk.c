@@ -205,20 +205,23 @@ is_name(BulkString s, const char *name)
 
 /* ---- the two members ---- */
 
-/* Room for one more in an array; false: out of memory. */
+/* Room for one more in an array of n. */
 static bool
 grow(Reader *r, void **array, size_t n, size_t *max, size_t size)
 {
-	size_t		more = *max ? *max : 1024;
-	size_t		bytes;
+	size_t		grown_max = *max ? *max * 2 : r->n / 64 + 64;	/* few files need to grow it */
 	void	   *grown;
 
 	if (n < *max)
 		return true;
-	if (!millm_mul_size(*max + more, size, &bytes) || !(grown = realloc(*array, bytes)))
+	grown = millm_table_alloc(grown_max, size);
+	if (!grown)
 		return out_of_memory(r);
+	if (n > 0)
+		memcpy(grown, *array, n * size);
+	free(*array);
 	*array = grown;
-	*max += more;
+	*max = grown_max;
 	return true;
 }
 

@@ -5,8 +5,11 @@
 
 #include <stdlib.h>
 #include <string.h>
+#include <sys/mman.h>
 
 #include "arith.h"
+
+#define HUGE_PAGE ((size_t) 2 << 20)
 
 bool
 millm_bytes_reserve(Bytes *b, size_t extra)
@@ -49,6 +52,15 @@ millm_bytes_free(Bytes *b)
 	*b = (Bytes) {0};
 }
 
+/* Every bit of h reaches every bit of the result: both halves of the product are used. */
+static inline uint64_t
+mix(uint64_t h)
+{
+	unsigned __int128 product = (unsigned __int128) h * UINT64_C(0xD6E8FEB86659FD93);
+
+	return (uint64_t) product ^ (uint64_t) (product >> 64);
+}
+
 static uint32_t
 hash_bytes(const char *key, size_t n)
 {
@@ -56,16 +68,12 @@ hash_bytes(const char *key, size_t n)
 	uint64_t	w = 0;
 
 	for (; n >= 8; key += 8, n -= 8)
-	{
-		h = (h ^ millm_get_le64(key)) * UINT64_C(0xD6E8FEB86659FD93);
-		h ^= h >> 32;
-	}
+		h = mix(h ^ millm_get_le64(key));
 	if (n >= 4)
 		w = millm_get_le32(key) | (uint64_t) millm_get_le32(key + n - 4) << 32;
 	else if (n > 0)
 		w = (unsigned char) key[0] | (uint64_t) (unsigned char) key[n / 2] << 8 | (uint64_t) (unsigned char) key[n - 1] << 16;
-	h = (h ^ w) * UINT64_C(0xD6E8FEB86659FD93);
-	return (uint32_t) (h >> 32);
+	return (uint32_t) mix(h ^ w);
 }
 
 /* The slot that holds key, or the free one where it belongs.  The map has slots. */
@@ -85,13 +93,20 @@ find_slot(const StringMap *map, uint32_t hash, const char *key, size_t n)
 	}
 }
 
-static bool
-grow(StringMap *map)
+bool
+millm_map_reserve(StringMap *map, size_t n, size_t key_bytes)
 {
-	size_t		n_slots = map->n_slots ? map->n_slots * 2 : 64;
+	size_t		n_slots = map->n_slots ? map->n_slots : 64;
 	StringMapSlot *old = map->slots;
-	StringMapSlot *slots = malloc(n_slots * sizeof(*slots));
+	StringMapSlot *slots;
 
+	if (n > SIZE_MAX / 4 - map->n || !millm_bytes_reserve(&map->keys, key_bytes))
+		return false;
+	while (n_slots < 2 * (map->n + n))
+		n_slots *= 2;
+	if (n_slots == map->n_slots)
+		return true;
+	slots = millm_table_alloc(n_slots, sizeof(*slots));
 	if (!slots)
 		return false;
 	for (size_t i = 0; i < n_slots; i++)
@@ -120,24 +135,22 @@ millm_map_get(const StringMap *map, const char *key, size_t n)
 }
 
 bool
-millm_map_put(StringMap *map, const char *key, size_t n, int32_t value)
+millm_map_add(StringMap *map, const char *key, size_t n, int32_t value, bool *is_new)
 {
 	uint32_t	hash = hash_bytes(key, n);
+	size_t		offset = map->keys.n;
 	StringMapSlot *slot;
 
-	if (map->n >= map->n_slots / 2 && !grow(map))
+	if (map->n >= map->n_slots / 2 && !millm_map_reserve(map, map->n + 1, 0))
 		return false;
 	slot = find_slot(map, hash, key, n);
-	if (slot->value < 0)
-	{
-		size_t		offset = map->keys.n;
-
-		if (offset > UINT32_MAX - n || n > UINT32_MAX || !millm_bytes_add(&map->keys, key, n))
-			return false;
-		*slot = (StringMapSlot) {hash, {(uint32_t) offset, (uint32_t) n}, value};
-		map->n++;
-	}
-	slot->value = value;
+	*is_new = slot->value < 0;
+	if (!*is_new)
+		return true;
+	if (n > UINT32_MAX || offset > UINT32_MAX - n || !millm_bytes_add(&map->keys, key, n))
+		return false;
+	*slot = (StringMapSlot) {hash, {(uint32_t) offset, (uint32_t) n}, value};
+	map->n++;
 	return true;
 }
 
@@ -147,4 +160,21 @@ millm_map_free(StringMap *map)
 	millm_bytes_free(&map->keys);
 	free(map->slots);
 	*map = (StringMap) {0};
+}
+
+void *
+millm_table_alloc(size_t n, size_t size)
+{
+	size_t		bytes;
+	void	   *table;
+
+	if (!millm_mul_size(n, size, &bytes) || bytes > SIZE_MAX - HUGE_PAGE)
+		return NULL;
+	if (bytes < HUGE_PAGE / 2)
+		return malloc(bytes);
+	bytes = (bytes + HUGE_PAGE - 1) / HUGE_PAGE * HUGE_PAGE;
+	table = aligned_alloc(HUGE_PAGE, bytes);
+	if (table)
+		(void) madvise(table, bytes, MADV_HUGEPAGE);	/* advice: without it the table is as good, only slower */
+	return table;
 }

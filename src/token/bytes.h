@@ -1,5 +1,5 @@
 /*
- * bytes.h -- two containers of this room: a growing run of bytes, and a map from byte strings to numbers.
+ * bytes.h -- memory of this room: a growing run of bytes, a map from byte strings to numbers, and large tables.
  */
 #ifndef MILLM_BYTES_H
 #define MILLM_BYTES_H
@@ -44,10 +44,18 @@ typedef struct StringMap
 	size_t		n;
 } StringMap;
 
+/* Make room for n more keys of together key_bytes; false: out of memory. */
+extern bool millm_map_reserve(StringMap *map, size_t n, size_t key_bytes);
 /* The value under key, or -1. */
 extern int32_t millm_map_get(const StringMap *map, const char *key, size_t n);
-/* Set the value (>= 0) under key, whether it is there or not; false: out of memory. */
-extern bool millm_map_put(StringMap *map, const char *key, size_t n, int32_t value);
+/* Put key with its value (>= 0); a key that is there keeps the value it has, and *is_new is false.  False: out of memory. */
+extern bool millm_map_add(StringMap *map, const char *key, size_t n, int32_t value, bool *is_new);
 extern void millm_map_free(StringMap *map);
+
+/*
+ * Memory for a table of n elements, uninitialized; free() ends it.  NULL: out of memory.  A large one lies on huge
+ * pages where the system has them: else the page faults take longer than what is put into it.
+ */
+extern void *millm_table_alloc(size_t n, size_t size);
 
 #endif

@@ -17,6 +17,7 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/mman.h>
 #include <sys/stat.h>
 #include <unistd.h>
 
@@ -38,6 +39,7 @@ typedef struct Loader
 	Bulk		bulk;			/* of tokenizer.json: the vocabulary and the merges */
 	bool		byte_level;		/* the pre-tokenizer ends in ByteLevel */
 	size_t		n_vocabulary;
+	int			max_ids;		/* that tok->tokens has room for */
 	int32_t		max_added;		/* the largest id of an added token; -1: none */
 } Loader;
 
@@ -406,27 +408,28 @@ letters_to_bytes(const char *s, size_t n, char *out, size_t *out_n)
 
 /* Make tokens large enough for id. */
 static MillmCode
-reserve_id(Loader *l, int64_t id)
+reserve_id(Loader *l, int32_t id)
 {
 	MillmTokenizer *tok = l->tok;
 	Token	   *tokens;
-	int			n;
 
-	if (id < 0 || id >= MAX_IDS)
-		return invalid(l, "The token id %lld is out of range.", (long long) id);
 	if (id < tok->n_ids)
 		return MILLM_OK;
-	n = (int) id + 1;
-	/* grow in powers of two, so that ids in order cost nothing */
-	if (tok->n_ids == 0 || (n - 1) / 4096 != (tok->n_ids - 1) / 4096)
+	if (id >= l->max_ids)
 	{
-		tokens = realloc(tok->tokens, ((size_t) (n - 1) / 4096 + 1) * 4096 * sizeof(*tokens));
+		int			max_ids = id < 512 ? 1024 : id * 2;
+
+		tokens = millm_table_alloc((size_t) max_ids, sizeof(*tokens));
 		if (!tokens)
 			return out_of_memory(l->err);
+		if (tok->n_ids > 0)
+			memcpy(tokens, tok->tokens, (size_t) tok->n_ids * sizeof(*tokens));
+		free(tok->tokens);
 		tok->tokens = tokens;
+		l->max_ids = max_ids;
 	}
-	memset(tok->tokens + tok->n_ids, 0, (size_t) (n - tok->n_ids) * sizeof(*tok->tokens));
-	tok->n_ids = n;
+	memset(tok->tokens + tok->n_ids, 0, (size_t) (id + 1 - tok->n_ids) * sizeof(*tok->tokens));
+	tok->n_ids = id + 1;
 	return MILLM_OK;
 }
 
@@ -442,21 +445,25 @@ shown_part(const char *text, size_t n)
 	return shown(copy);
 }
 
-/* Give content its id; both are new. */
+/* Give content its id, a new one.  A content that is there keeps the id it has, and *is_new is false. */
 static MillmCode
-add_content(Loader *l, const char *content, size_t n, int64_t id)
+add_content(Loader *l, const char *content, size_t n, int64_t id, bool *is_new)
 {
 	MillmTokenizer *tok = l->tok;
 	size_t		offset = tok->contents.keys.n;
 	MillmCode	rc;
 
-	if ((rc = reserve_id(l, id)) != MILLM_OK)
+	if (id < 0 || id >= MAX_IDS)
+		return invalid(l, "The token id %lld is out of range.", (long long) id);
+	if (!millm_map_add(&tok->contents, content, n, (int32_t) id, is_new))
+		return out_of_memory(l->err);
+	if (!*is_new)
+		return MILLM_OK;
+	if ((rc = reserve_id(l, (int32_t) id)) != MILLM_OK)
 		return rc;
 	if (tok->tokens[id].exists)
 		return invalid(l, "The token id %lld belongs to two tokens, one of them \"%s\".",
 					   (long long) id, shown_part(content, n).text);
-	if (!millm_map_put(&tok->contents, content, n, (int32_t) id))
-		return out_of_memory(l->err);
 	tok->tokens[id].content = (Span) {(uint32_t) offset, (uint32_t) n};
 	tok->tokens[id].exists = true;
 	return MILLM_OK;
@@ -482,21 +489,28 @@ load_vocabulary(Loader *l, const json_t *model)
 	Bpe		   *bpe = &l->tok->bpe;
 	StringMap  *contents = &l->tok->contents;
 	Bytes		bytes = {0};
+	size_t		key_bytes = 0;
 	MillmCode	rc = MILLM_OK;
 
 	if (!l->bulk.has_vocabulary || l->bulk.n_entries == 0)
 		return refuse_vocabulary(l, get(model, "vocab"));
+	for (size_t i = 0; i < l->bulk.n_entries; i++)
+		key_bytes += l->bulk.entries[i].n;
+	if (!millm_map_reserve(contents, l->bulk.n_entries, key_bytes) ||
+		!millm_map_reserve(&bpe->pieces, l->bulk.n_entries, key_bytes))
+		return out_of_memory(l->err);
 	/* Backwards: of equal keys the last one counts, as in any reader of JSON. */
 	for (size_t i = l->bulk.n_entries; i-- > 0 && rc == MILLM_OK;)
 	{
 		const BulkEntry *entry = &l->bulk.entries[i];
 		const char *piece = entry->text;
 		size_t		piece_n = entry->n;
+		bool		is_new;
 
-		if (millm_map_get(contents, entry->text, entry->n) >= 0)
-			continue;
-		if ((rc = add_content(l, entry->text, entry->n, entry->id)) != MILLM_OK)
+		if ((rc = add_content(l, entry->text, entry->n, entry->id, &is_new)) != MILLM_OK)
 			break;
+		if (!is_new)
+			continue;
 		l->n_vocabulary++;
 		if (bpe->is_byte_level)
 		{
@@ -510,7 +524,7 @@ load_vocabulary(Loader *l, const json_t *model)
 				continue;		/* a literal special token: no text can become it by merging */
 			piece = bytes.data;
 		}
-		if (!millm_map_put(&bpe->pieces, piece, piece_n, (int32_t) entry->id))
+		if (!millm_map_add(&bpe->pieces, piece, piece_n, (int32_t) entry->id, &is_new))
 			rc = out_of_memory(l->err);
 		if (piece_n > bpe->longest)
 			bpe->longest = piece_n;
@@ -568,6 +582,8 @@ load_merges(Loader *l, const json_t *model, size_t prefix_n)
 
 	if (!l->bulk.has_merges)
 		return refuse_merges(l, get(model, "merges"));
+	if (!millm_bpe_reserve_merges(&l->tok->bpe, l->bulk.n_merges))
+		return out_of_memory(l->err);
 	for (size_t i = 0; i < l->bulk.n_merges && rc == MILLM_OK; i++)
 	{
 		BulkMerge	merge = l->bulk.merges[i];
@@ -597,8 +613,8 @@ load_merges(Loader *l, const json_t *model, size_t prefix_n)
 		if (a < 0 || b < 0 || ab < 0)
 			rc = invalid(l, "Merge %zu, \"%s\" and \"%s\", has a part or a result that is not in the vocabulary.",
 						 i, shown_part(merge.left, merge.left_n).text, shown_part(merge.right, merge.right_n).text);
-		else if (!millm_bpe_add_merge(&l->tok->bpe, a, b, rank++, ab))
-			rc = out_of_memory(l->err);
+		else
+			millm_bpe_add_merge(&l->tok->bpe, a, b, rank++, ab);
 	}
 	millm_bytes_free(&whole);
 	return rc;
@@ -679,6 +695,7 @@ add_token(Loader *l, const json_t *json, bool is_special, int64_t file_id)
 	const char *text = json_string_value(content);
 	size_t		n = json_string_length(content);
 	AddedToken	token = {0};
+	bool		is_new;
 	int64_t		id;
 	size_t		i;
 	MillmCode	rc;
@@ -706,7 +723,7 @@ add_token(Loader *l, const json_t *json, bool is_special, int64_t file_id)
 		id = (int64_t) l->n_vocabulary;
 		if (l->max_added >= id)
 			id = (int64_t) l->max_added + 1;
-		if ((rc = add_content(l, text, n, id)) != MILLM_OK)
+		if ((rc = add_content(l, text, n, id, &is_new)) != MILLM_OK)
 			return rc;
 	}
 	if (file_id >= 0 && file_id != id)
@@ -1262,14 +1279,13 @@ done:
 	return rc;
 }
 
-/* All of a file, as malloc'ed bytes; MODEL_FILES_MISSING if there is none. */
+/* Map a file; MODEL_FILES_MISSING if there is none.  unmap() ends it. */
 static MillmCode
-read_file(const char *dir, const char *name, char **out, size_t *n, MillmError *err)
+map_file(const char *dir, const char *name, const char **out, size_t *n, MillmError *err)
 {
 	char		path[4096];
 	struct stat st;
-	char	   *data = NULL;
-	size_t		got = 0;
+	void	   *data = "";		/* an empty file cannot be mapped */
 	int			fd;
 
 	if ((size_t) snprintf(path, sizeof(path), "%s/%s", dir, name) >= sizeof(path))
@@ -1292,48 +1308,43 @@ read_file(const char *dir, const char *name, char **out, size_t *n, MillmError *
 					 (long long) st.st_size, (long long) MAX_FILE_BYTES);
 		return MILLM_E_INVALID_MODEL_FILE;
 	}
-	data = malloc((size_t) st.st_size + 1);
-	while (data && got < (size_t) st.st_size)
-	{
-		ssize_t		r = read(fd, data + got, (size_t) st.st_size - got);
-
-		if (r < 0 && errno == EINTR)
-			continue;
-		if (r <= 0)
-		{
-			millm_fail(err, MILLM_E_MODEL_LOAD_FAILED, "could not read file \"%s\": %s", path,
-					   r < 0 ? strerror(errno) : "it has become shorter");
-			free(data);
-			close(fd);
-			return MILLM_E_MODEL_LOAD_FAILED;
-		}
-		got += (size_t) r;
-	}
+	/* All of it will be read, in order and at once. */
+	if (st.st_size > 0)
+		data = mmap(NULL, (size_t) st.st_size, PROT_READ, MAP_PRIVATE | MAP_POPULATE, fd, 0);
+	if (data == MAP_FAILED)
+		millm_fail(err, MILLM_E_MODEL_LOAD_FAILED, "could not map file \"%s\": %s", path, strerror(errno));
 	close(fd);
-	if (!data)
-		return out_of_memory(err);
+	if (data == MAP_FAILED)
+		return MILLM_E_MODEL_LOAD_FAILED;
 	*out = data;
-	*n = got;
+	*n = (size_t) st.st_size;
 	return MILLM_OK;
+}
+
+static void
+unmap(const char *data, size_t n)
+{
+	if (n > 0)
+		munmap((void *) data, n);
 }
 
 MillmCode
 millm_tokenizer_open(const char *dir, MillmTokenizer **out, MillmError *err)
 {
-	char	   *json = NULL;
-	char	   *config = NULL;
+	const char *json = NULL;
+	const char *config = NULL;
 	size_t		json_n = 0;
 	size_t		config_n = 0;
 	char		path[4096];
 	MillmCode	rc;
 
-	if ((rc = read_file(dir, "tokenizer.json", &json, &json_n, err)) != MILLM_OK)
+	if ((rc = map_file(dir, "tokenizer.json", &json, &json_n, err)) != MILLM_OK)
 		return rc;
-	rc = read_file(dir, "tokenizer_config.json", &config, &config_n, err);
+	rc = map_file(dir, "tokenizer_config.json", &config, &config_n, err);
 	if (rc == MILLM_OK || rc == MILLM_E_MODEL_FILES_MISSING)
 		rc = millm_tokenizer_parse(json, json_n, config, config_n, out, err);
-	free(json);
-	free(config);
+	unmap(json, json_n);
+	unmap(config, config_n);
 	if (rc != MILLM_OK)
 		return rc;
 	if ((size_t) snprintf(path, sizeof(path), "%s/chat_template.jinja", dir) < sizeof(path) && access(path, F_OK) == 0)
