@@ -108,15 +108,23 @@ millm_bpe_reserve_merges(Bpe *bpe, size_t n)
 	return true;
 }
 
-void
-millm_bpe_add_merge(Bpe *bpe, int32_t left, int32_t right, uint32_t rank, int32_t id)
+Merge
+millm_bpe_merge(const Bpe *bpe, int32_t left, int32_t right, uint32_t rank, int32_t id)
 {
 	uint64_t	key = pair_key(left, right);
-	Merge	   *m = find_merge(bpe, key);
+
+	__builtin_prefetch(&bpe->merges[hash_pair(key) & (bpe->n_merge_slots - 1)], 1);
+	return (Merge) {key, rank, id};
+}
+
+void
+millm_bpe_add_merge(Bpe *bpe, Merge merge)
+{
+	Merge	   *m = find_merge(bpe, merge.key);
 
 	if (m->key == UINT64_MAX)
 		bpe->n_merges++;
-	*m = (Merge) {key, rank, id};
+	*m = merge;
 }
 
 void

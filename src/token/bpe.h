@@ -75,9 +75,13 @@ typedef struct BpeScratch
 extern bool millm_bpe_encode(const Bpe *bpe, BpeScratch *scratch, const char *word, size_t n);
 extern void millm_bpe_scratch_free(BpeScratch *scratch);
 
-/* Make room for n merges, once; false: out of memory.  Then add so many: a later one replaces an earlier one of the same pair. */
+/*
+ * Make room for n merges, once; false: out of memory.  Then add so many: a later one replaces an earlier one of the
+ * same pair.  millm_bpe_merge() fetches the place of the one it makes: make some, then add them.
+ */
 extern bool millm_bpe_reserve_merges(Bpe *bpe, size_t n);
-extern void millm_bpe_add_merge(Bpe *bpe, int32_t left, int32_t right, uint32_t rank, int32_t id);
+extern Merge millm_bpe_merge(const Bpe *bpe, int32_t left, int32_t right, uint32_t rank, int32_t id);
+extern void millm_bpe_add_merge(Bpe *bpe, Merge merge);
 extern void millm_bpe_free(Bpe *bpe);
 
 /* The byte alphabet of byte-level tokenizers: the code point that stands for byte b, and back (-1: for none). */

@@ -76,19 +76,33 @@ hash_bytes(const char *key, size_t n)
 	return (uint32_t) mix(h ^ w);
 }
 
+MapKey
+millm_map_key(const char *text, uint32_t n)
+{
+	return (MapKey) {text, n, hash_bytes(text, n)};
+}
+
+void
+millm_map_prefetch(const StringMap *map, MapKey key)
+{
+	if (map->n_slots > 0)
+		__builtin_prefetch(&map->slots[key.hash & (map->n_slots - 1)]);
+}
+
 /* The slot that holds key, or the free one where it belongs.  The map has slots. */
-static StringMapSlot *
-find_slot(const StringMap *map, uint32_t hash, const char *key, size_t n)
+static inline StringMapSlot *
+find_slot(const StringMap *map, MapKey key)
 {
 	size_t		mask = map->n_slots - 1;
 
-	for (size_t i = hash & mask;; i = (i + 1) & mask)
+	for (size_t i = key.hash & mask;; i = (i + 1) & mask)
 	{
 		StringMapSlot *slot = &map->slots[i];
 
 		if (slot->value < 0)
 			return slot;
-		if (slot->hash == hash && slot->key.n == n && memcmp(map->keys.data + slot->key.offset, key, n) == 0)
+		if (slot->hash == key.hash && slot->key.n == key.n &&
+			memcmp(map->keys.data + slot->key.offset, key.text, key.n) == 0)
 			return slot;
 	}
 }
@@ -127,29 +141,32 @@ millm_map_reserve(StringMap *map, size_t n, size_t key_bytes)
 }
 
 int32_t
+millm_map_find(const StringMap *map, MapKey key)
+{
+	return map->n == 0 ? -1 : find_slot(map, key)->value;
+}
+
+int32_t
 millm_map_get(const StringMap *map, const char *key, size_t n)
 {
-	if (map->n == 0)
-		return -1;
-	return find_slot(map, hash_bytes(key, n), key, n)->value;
+	return n > UINT32_MAX ? -1 : millm_map_find(map, millm_map_key(key, (uint32_t) n));
 }
 
 bool
-millm_map_add(StringMap *map, const char *key, size_t n, int32_t value, bool *is_new)
+millm_map_add(StringMap *map, MapKey key, int32_t value, bool *is_new)
 {
-	uint32_t	hash = hash_bytes(key, n);
 	size_t		offset = map->keys.n;
 	StringMapSlot *slot;
 
 	if (map->n >= map->n_slots / 2 && !millm_map_reserve(map, map->n + 1, 0))
 		return false;
-	slot = find_slot(map, hash, key, n);
+	slot = find_slot(map, key);
 	*is_new = slot->value < 0;
 	if (!*is_new)
 		return true;
-	if (n > UINT32_MAX || offset > UINT32_MAX - n || !millm_bytes_add(&map->keys, key, n))
+	if (offset > UINT32_MAX - key.n || !millm_bytes_add(&map->keys, key.text, key.n))
 		return false;
-	*slot = (StringMapSlot) {hash, {(uint32_t) offset, (uint32_t) n}, value};
+	*slot = (StringMapSlot) {key.hash, {(uint32_t) offset, key.n}, value};
 	map->n++;
 	return true;
 }

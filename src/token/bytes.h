@@ -46,10 +46,22 @@ typedef struct StringMap
 
 /* Make room for n more keys of together key_bytes; false: out of memory. */
 extern bool millm_map_reserve(StringMap *map, size_t n, size_t key_bytes);
-/* The value under key, or -1. */
+/* A key to look for: text[0..n), borrowed, and its hash. */
+typedef struct MapKey
+{
+	const char *text;
+	uint32_t	n;
+	uint32_t	hash;
+} MapKey;
+
+extern MapKey millm_map_key(const char *text, uint32_t n);
+/* Fetch the place of a key that will be asked for soon: a large map is read at the speed of memory, not of the cache. */
+extern void millm_map_prefetch(const StringMap *map, MapKey key);
+/* The value under a key, or -1. */
+extern int32_t millm_map_find(const StringMap *map, MapKey key);
 extern int32_t millm_map_get(const StringMap *map, const char *key, size_t n);
 /* Put key with its value (>= 0); a key that is there keeps the value it has, and *is_new is false.  False: out of memory. */
-extern bool millm_map_add(StringMap *map, const char *key, size_t n, int32_t value, bool *is_new);
+extern bool millm_map_add(StringMap *map, MapKey key, int32_t value, bool *is_new);
 extern void millm_map_free(StringMap *map);
 
 /*

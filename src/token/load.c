@@ -29,6 +29,7 @@
 #define MAX_FILE_BYTES (INT64_C(256) << 20)
 #define MAX_IDS (1 << 24)
 #define MAX_ADDED_BYTES 4096	/* of one added token: what a search may look at, byte by byte */
+#define BATCH 32				/* strings whose places in a map are fetched together */
 #define MAX_POST_IDS 64			/* that a post-processor adds on one side */
 
 typedef struct Loader
@@ -39,6 +40,8 @@ typedef struct Loader
 	Bulk		bulk;			/* of tokenizer.json: the vocabulary and the merges */
 	bool		byte_level;		/* the pre-tokenizer ends in ByteLevel */
 	size_t		n_vocabulary;
+	uint32_t	rank;			/* of the next merge */
+	int32_t		joined_id;		/* what the last merge made */
 	int			max_ids;		/* that tok->tokens has room for */
 	int32_t		max_added;		/* the largest id of an added token; -1: none */
 } Loader;
@@ -445,17 +448,23 @@ shown_part(const char *text, size_t n)
 	return shown(copy);
 }
 
+static MillmCode
+invalid_id(Loader *l, int64_t id)
+{
+	return invalid(l, "The token id %lld is out of range.", (long long) id);
+}
+
 /* Give content its id, a new one.  A content that is there keeps the id it has, and *is_new is false. */
 static MillmCode
-add_content(Loader *l, const char *content, size_t n, int64_t id, bool *is_new)
+add_content(Loader *l, MapKey content, int64_t id, bool *is_new)
 {
 	MillmTokenizer *tok = l->tok;
 	size_t		offset = tok->contents.keys.n;
 	MillmCode	rc;
 
 	if (id < 0 || id >= MAX_IDS)
-		return invalid(l, "The token id %lld is out of range.", (long long) id);
-	if (!millm_map_add(&tok->contents, content, n, (int32_t) id, is_new))
+		return invalid_id(l, id);
+	if (!millm_map_add(&tok->contents, content, (int32_t) id, is_new))
 		return out_of_memory(l->err);
 	if (!*is_new)
 		return MILLM_OK;
@@ -463,8 +472,8 @@ add_content(Loader *l, const char *content, size_t n, int64_t id, bool *is_new)
 		return rc;
 	if (tok->tokens[id].exists)
 		return invalid(l, "The token id %lld belongs to two tokens, one of them \"%s\".",
-					   (long long) id, shown_part(content, n).text);
-	tok->tokens[id].content = (Span) {(uint32_t) offset, (uint32_t) n};
+					   (long long) id, shown_part(content.text, content.n).text);
+	tok->tokens[id].content = (Span) {(uint32_t) offset, content.n};
 	tok->tokens[id].exists = true;
 	return MILLM_OK;
 }
@@ -477,10 +486,67 @@ refuse_vocabulary(Loader *l, const json_t *vocabulary)
 	json_t	   *value;
 
 	json_object_foreach((json_t *) vocabulary, key, value)
-		if (!json_is_integer(value) || json_integer_value(value) < 0 || json_integer_value(value) >= MAX_IDS)
-			return invalid(l, json_is_integer(value) ? "The id of the token \"%s\" is out of range." :
-						   "The id of the token \"%s\" is not an integer.", shown(key).text);
+	{
+		if (!json_is_integer(value))
+			return invalid(l, "The id of the token \"%s\" is not an integer.", shown(key).text);
+		if (json_integer_value(value) < 0 || json_integer_value(value) >= MAX_IDS)
+			return invalid_id(l, json_integer_value(value));
+	}
 	return invalid(l, "The model has no vocabulary.");
+}
+
+/*
+ * Put entries[0..n), at most BATCH of them, into the vocabulary.  Backwards: of equal keys the last one counts, as in
+ * any reader of JSON.  The bytes of the pieces go into *bytes, which is emptied first.
+ */
+static MillmCode
+add_entries(Loader *l, const BulkEntry *entries, size_t n, Bytes *bytes)
+{
+	Bpe		   *bpe = &l->tok->bpe;
+	MapKey		contents[BATCH];
+	MapKey		pieces[BATCH];
+	bool		is_piece[BATCH];
+	size_t		all_n = 0;
+	bool		is_new;
+	MillmCode	rc;
+
+	for (size_t i = 0; i < n; i++)
+		all_n += entries[i].n;
+	bytes->n = 0;
+	if (!millm_bytes_reserve(bytes, all_n))
+		return out_of_memory(l->err);
+	for (size_t i = 0; i < n; i++)
+	{
+		contents[i] = pieces[i] = millm_map_key(entries[i].text, entries[i].n);
+		is_piece[i] = true;
+		if (bpe->is_byte_level)
+		{
+			char	   *piece = bytes->data + bytes->n;
+			size_t		piece_n;
+
+			/* if not, a literal special token: no text can become it by merging */
+			is_piece[i] = letters_to_bytes(entries[i].text, entries[i].n, piece, &piece_n);
+			pieces[i] = millm_map_key(piece, (uint32_t) piece_n);
+			bytes->n += piece_n;
+		}
+		millm_map_prefetch(&l->tok->contents, contents[i]);
+		millm_map_prefetch(&bpe->pieces, pieces[i]);
+	}
+	for (size_t i = n; i-- > 0;)
+	{
+		if ((rc = add_content(l, contents[i], entries[i].id, &is_new)) != MILLM_OK)
+			return rc;
+		if (!is_new)
+			continue;
+		l->n_vocabulary++;
+		if (!is_piece[i])
+			continue;
+		if (!millm_map_add(&bpe->pieces, pieces[i], (int32_t) entries[i].id, &is_new))
+			return out_of_memory(l->err);
+		if (pieces[i].n > bpe->longest)
+			bpe->longest = pieces[i].n;
+	}
+	return MILLM_OK;
 }
 
 static MillmCode
@@ -488,46 +554,22 @@ load_vocabulary(Loader *l, const json_t *model)
 {
 	Bpe		   *bpe = &l->tok->bpe;
 	StringMap  *contents = &l->tok->contents;
+	const Bulk *bulk = &l->bulk;
 	Bytes		bytes = {0};
 	size_t		key_bytes = 0;
 	MillmCode	rc = MILLM_OK;
 
-	if (!l->bulk.has_vocabulary || l->bulk.n_entries == 0)
+	if (!bulk->has_vocabulary || bulk->n_entries == 0)
 		return refuse_vocabulary(l, get(model, "vocab"));
-	for (size_t i = 0; i < l->bulk.n_entries; i++)
-		key_bytes += l->bulk.entries[i].n;
-	if (!millm_map_reserve(contents, l->bulk.n_entries, key_bytes) ||
-		!millm_map_reserve(&bpe->pieces, l->bulk.n_entries, key_bytes))
+	for (size_t i = 0; i < bulk->n_entries; i++)
+		key_bytes += bulk->entries[i].n;
+	if (!millm_map_reserve(contents, bulk->n_entries, key_bytes) ||
+		!millm_map_reserve(&bpe->pieces, bulk->n_entries, key_bytes))
 		return out_of_memory(l->err);
-	/* Backwards: of equal keys the last one counts, as in any reader of JSON. */
-	for (size_t i = l->bulk.n_entries; i-- > 0 && rc == MILLM_OK;)
+	for (size_t end = bulk->n_entries, n; end > 0 && rc == MILLM_OK; end -= n)
 	{
-		const BulkEntry *entry = &l->bulk.entries[i];
-		const char *piece = entry->text;
-		size_t		piece_n = entry->n;
-		bool		is_new;
-
-		if ((rc = add_content(l, entry->text, entry->n, entry->id, &is_new)) != MILLM_OK)
-			break;
-		if (!is_new)
-			continue;
-		l->n_vocabulary++;
-		if (bpe->is_byte_level)
-		{
-			bytes.n = 0;
-			if (!millm_bytes_reserve(&bytes, entry->n))
-			{
-				rc = out_of_memory(l->err);
-				break;
-			}
-			if (!letters_to_bytes(entry->text, entry->n, bytes.data, &piece_n))
-				continue;		/* a literal special token: no text can become it by merging */
-			piece = bytes.data;
-		}
-		if (!millm_map_add(&bpe->pieces, piece, piece_n, (int32_t) entry->id, &is_new))
-			rc = out_of_memory(l->err);
-		if (piece_n > bpe->longest)
-			bpe->longest = piece_n;
+		n = end < BATCH ? end : BATCH;
+		rc = add_entries(l, bulk->entries + end - n, n, &bytes);
 	}
 	millm_bytes_free(&bytes);
 	if (rc != MILLM_OK)
@@ -572,51 +614,103 @@ refuse_merges(Loader *l, const json_t *merges)
 	return invalid(l, "The model has no \"merges\".");
 }
 
+/* Is the token id the text of left and right together? */
+static bool
+is_joined(const MillmTokenizer *tok, int32_t id, const char *left, size_t left_n, const char *right, size_t right_n)
+{
+	Span		content;
+	const char *text;
+
+	if (id >= tok->n_ids || !tok->tokens[id].exists)
+		return false;
+	content = tok->tokens[id].content;
+	text = tok->contents.keys.data + content.offset;
+	return content.n == left_n + right_n && memcmp(text, left, left_n) == 0 && memcmp(text + left_n, right, right_n) == 0;
+}
+
+/*
+ * What a merge makes, or -1 in *id.  Vocabularies are written in the order of their merges, so it is likely what the
+ * merge before made, which the caller leaves in *id, or the token behind that.
+ */
+static MillmCode
+find_joined(Loader *l, const char *left, size_t left_n, const char *right, size_t right_n, Bytes *joined, int32_t *id)
+{
+	for (int likely = 0; likely < 2; likely++, ++*id)
+		if (is_joined(l->tok, *id, left, left_n, right, right_n))
+			return MILLM_OK;
+	joined->n = 0;
+	if (!millm_bytes_add(joined, left, left_n) || !millm_bytes_add(joined, right, right_n))
+		return out_of_memory(l->err);
+	*id = millm_map_get(&l->tok->contents, joined->data, joined->n);
+	return MILLM_OK;
+}
+
+/*
+ * Add merges[0..n), at most BATCH of them, the first of which is number `first` of the file.  prefix_n bytes are cut
+ * from the beginning of a right part that is joined.
+ */
+static MillmCode
+add_merges(Loader *l, BulkMerge *merges, size_t n, size_t first, size_t prefix_n, Bytes *joined)
+{
+	MillmTokenizer *tok = l->tok;
+	MapKey		left[BATCH];
+	MapKey		right[BATCH];
+	Merge		made[BATCH];
+	size_t		n_made = 0;
+	MillmCode	rc;
+
+	for (size_t i = 0; i < n; i++)
+	{
+		BulkMerge  *merge = &merges[i];
+
+		left[i].text = NULL;
+		if (!merge->right && merge->left_n >= 8 && memcmp(merge->left, "#version", 8) == 0)
+			continue;
+		if (!merge->right && !split_merge(merge))
+			return invalid(l, "Merge %zu is not a pair of tokens.", first + i);
+		left[i] = millm_map_key(merge->left, merge->left_n);
+		right[i] = millm_map_key(merge->right, merge->right_n);
+		millm_map_prefetch(&tok->contents, left[i]);
+		millm_map_prefetch(&tok->contents, right[i]);
+	}
+	for (size_t i = 0; i < n; i++)
+	{
+		int32_t		a;
+		int32_t		b;
+
+		if (!left[i].text)
+			continue;
+		a = millm_map_find(&tok->contents, left[i]);
+		b = right[i].n < prefix_n ? -1 : millm_map_find(&tok->contents, right[i]);
+		if (b >= 0 && (rc = find_joined(l, left[i].text, left[i].n, right[i].text + prefix_n, right[i].n - prefix_n,
+										joined, &l->joined_id)) != MILLM_OK)
+			return rc;
+		if (a < 0 || b < 0 || l->joined_id < 0)
+			return invalid(l, "Merge %zu, \"%s\" and \"%s\", has a part or a result that is not in the vocabulary.",
+						   first + i, shown_part(left[i].text, left[i].n).text, shown_part(right[i].text, right[i].n).text);
+		made[n_made++] = millm_bpe_merge(&tok->bpe, a, b, l->rank++, l->joined_id);
+	}
+	for (size_t i = 0; i < n_made; i++)
+		millm_bpe_add_merge(&tok->bpe, made[i]);
+	return MILLM_OK;
+}
+
 static MillmCode
 load_merges(Loader *l, const json_t *model, size_t prefix_n)
 {
-	const StringMap *contents = &l->tok->contents;
-	Bytes		whole = {0};
-	uint32_t	rank = 0;
+	Bytes		joined = {0};
 	MillmCode	rc = MILLM_OK;
 
 	if (!l->bulk.has_merges)
 		return refuse_merges(l, get(model, "merges"));
 	if (!millm_bpe_reserve_merges(&l->tok->bpe, l->bulk.n_merges))
 		return out_of_memory(l->err);
-	for (size_t i = 0; i < l->bulk.n_merges && rc == MILLM_OK; i++)
+	for (size_t first = 0, n; first < l->bulk.n_merges && rc == MILLM_OK; first += n)
 	{
-		BulkMerge	merge = l->bulk.merges[i];
-		int32_t		a;
-		int32_t		b;
-		int32_t		ab;
-
-		if (!merge.right && merge.left_n >= 8 && memcmp(merge.left, "#version", 8) == 0)
-			continue;
-		if (!merge.right && !split_merge(&merge))
-		{
-			rc = invalid(l, "Merge %zu is not a pair of tokens.", i);
-			break;
-		}
-		a = millm_map_get(contents, merge.left, merge.left_n);
-		b = millm_map_get(contents, merge.right, merge.right_n);
-		if (merge.right_n < prefix_n)
-			b = -1;
-		whole.n = 0;
-		if (b >= 0 && (!millm_bytes_add(&whole, merge.left, merge.left_n) ||
-					   !millm_bytes_add(&whole, merge.right + prefix_n, merge.right_n - prefix_n)))
-		{
-			rc = out_of_memory(l->err);
-			break;
-		}
-		ab = b >= 0 ? millm_map_get(contents, whole.data, whole.n) : -1;
-		if (a < 0 || b < 0 || ab < 0)
-			rc = invalid(l, "Merge %zu, \"%s\" and \"%s\", has a part or a result that is not in the vocabulary.",
-						 i, shown_part(merge.left, merge.left_n).text, shown_part(merge.right, merge.right_n).text);
-		else
-			millm_bpe_add_merge(&l->tok->bpe, a, b, rank++, ab);
+		n = l->bulk.n_merges - first < BATCH ? l->bulk.n_merges - first : BATCH;
+		rc = add_merges(l, l->bulk.merges + first, n, first, prefix_n, &joined);
 	}
-	millm_bytes_free(&whole);
+	millm_bytes_free(&joined);
 	return rc;
 }
 
@@ -723,7 +817,7 @@ add_token(Loader *l, const json_t *json, bool is_special, int64_t file_id)
 		id = (int64_t) l->n_vocabulary;
 		if (l->max_added >= id)
 			id = (int64_t) l->max_added + 1;
-		if ((rc = add_content(l, text, n, id, &is_new)) != MILLM_OK)
+		if ((rc = add_content(l, millm_map_key(text, (uint32_t) n), id, &is_new)) != MILLM_OK)
 			return rc;
 	}
 	if (file_id >= 0 && file_id != id)

@@ -3,14 +3,106 @@
  *
  * The input is a text, a zero byte, and a tokenizer.json.  What loads must encode the text, give back the ids
  * it made, and stream them to the same bytes as it decodes them, but for a broken run of byte tokens.
+ *
+ * Of the vocabulary and the merges bulk.c must think what jansson thinks of the whole file.
  */
+#include <jansson.h>
 #include <stdint.h>
 #include <stdlib.h>
 #include <string.h>
 
+#include "bulk.h"
 #include "tokenizer.h"
 
 int			LLVMFuzzerTestOneInput(const uint8_t *data, size_t size);
+
+static void
+require(bool holds)
+{
+	if (!holds)
+		abort();
+}
+
+static bool
+is_same(const json_t *string, const char *text, size_t n)
+{
+	return json_string_length(string) == n && memcmp(json_string_value(string), text, n) == 0;
+}
+
+static void
+compare_vocabulary(const Bulk *bulk, json_t *vocabulary)
+{
+	bool		is_ours = json_is_object(vocabulary);
+	size_t		n_found = 0;
+	const char *key;
+	json_t	   *value;
+
+	json_object_foreach(vocabulary, key, value)
+		is_ours = is_ours && json_is_integer(value) && llabs(json_integer_value(value)) < 1000000000000000000;
+	require(bulk->has_vocabulary == is_ours);
+	if (!is_ours)
+		return;
+	require(bulk->n_entries >= json_object_size(vocabulary));
+	for (size_t i = bulk->n_entries; i-- > 0;)
+	{
+		const BulkEntry *entry = &bulk->entries[i];
+
+		value = json_object_getn(vocabulary, entry->text, entry->n);
+		if (!value)
+			continue;			/* a later one has been there */
+		require(json_integer_value(value) == entry->id);
+		json_object_deln(vocabulary, entry->text, entry->n);
+		n_found++;
+	}
+	require(json_object_size(vocabulary) == 0 && (n_found > 0) == (bulk->n_entries > 0));
+}
+
+static void
+compare_merges(const Bulk *bulk, const json_t *merges)
+{
+	bool		is_ours = json_is_array(merges);
+	size_t		i;
+	json_t	   *merge;
+
+	json_array_foreach(merges, i, merge)
+		is_ours = is_ours && (json_is_string(merge) || (json_array_size(merge) == 2 && json_is_string(json_array_get(merge, 0)) &&
+														json_is_string(json_array_get(merge, 1))));
+	require(bulk->has_merges == is_ours);
+	if (!is_ours)
+		return;
+	require(bulk->n_merges == json_array_size(merges));
+	json_array_foreach(merges, i, merge)
+	{
+		const BulkMerge *m = &bulk->merges[i];
+
+		require(json_is_string(merge) == !m->right);
+		require(is_same(m->right ? json_array_get(merge, 0) : merge, m->left, m->left_n));
+		require(!m->right || is_same(json_array_get(merge, 1), m->right, m->right_n));
+	}
+}
+
+/* Does bulk.c agree with jansson: on what is JSON, and on the two members? */
+static void
+compare(const char *json, size_t n)
+{
+	json_t	   *whole = json_loadb(json, n, JSON_ALLOW_NUL, NULL);
+	json_t	   *rest;
+	Bulk		bulk = {0};
+
+	require(millm_bulk_read(&bulk, json, n));
+	rest = json_loadb(bulk.rest.data, bulk.rest.n, JSON_ALLOW_NUL, NULL);
+	require(!whole == !rest);
+	if (whole)
+	{
+		json_t	   *model = json_object_get(whole, "model");
+
+		compare_vocabulary(&bulk, json_object_get(model, "vocab"));
+		compare_merges(&bulk, json_object_get(model, "merges"));
+	}
+	json_decref(whole);
+	json_decref(rest);
+	millm_bulk_free(&bulk);
+}
 
 int
 LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
@@ -27,8 +119,10 @@ LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
 	size_t		streamed_n = 0;
 	size_t		n;
 
-	if (!end || size > 65536 ||
-		millm_tokenizer_parse((const char *) end + 1, size - text_n - 1, NULL, 0, &tok, &err) != MILLM_OK)
+	if (!end || size > 65536)
+		return 0;
+	compare((const char *) end + 1, size - text_n - 1);
+	if (millm_tokenizer_parse((const char *) end + 1, size - text_n - 1, NULL, 0, &tok, &err) != MILLM_OK)
 		return 0;
 	if (millm_encode(tok, text, text_n, (MillmEncodeOptions) {.add_special = true, .parse_special = text_n % 2}, 0, &ids, &err) == MILLM_OK)
 	{

@@ -16,6 +16,7 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include "bulk.h"
 #include "tokenizer.h"
 #include "unicode.h"
 
@@ -195,7 +196,16 @@ test_refusals(void **state)
 		{MODEL(VOCAB ",\"merges\":[],\"ignore_merges\":1"), MILLM_E_INVALID_MODEL_FILE, "ignore_merges"},
 		{MODEL("\"vocab\":{\"a\":-1},\"merges\":[]"), MILLM_E_INVALID_MODEL_FILE, "-1"},
 		{MODEL("\"vocab\":{\"a\":2147483648},\"merges\":[]"), MILLM_E_INVALID_MODEL_FILE, "2147483648"},
-		{MODEL("\"vocab\":{\"a\":1.5},\"merges\":[]"), MILLM_E_INVALID_MODEL_FILE, "not an integer"},
+		{MODEL("\"vocab\":{\"a\":1.5},\"merges\":[]"), MILLM_E_INVALID_MODEL_FILE, "\"a\" is not an integer"},
+		{MODEL("\"vocab\":{\"a\":0,\"b\":[]},\"merges\":[]"), MILLM_E_INVALID_MODEL_FILE, "\"b\" is not an integer"},
+		{MODEL("\"vocab\":{\"a\":1234567890123456789},\"merges\":[]"), MILLM_E_INVALID_MODEL_FILE, "id 1234567890123456789 is out of range"},
+		{MODEL("\"vocab\":{\"a\":12345678901234567890},\"merges\":[]"), MILLM_E_INVALID_MODEL_FILE, "too big integer"},
+		{MODEL("\"vocab\":[\"a\"],\"merges\":[]"), MILLM_E_INVALID_MODEL_FILE, "no vocabulary"},
+		{MODEL("\"vocab\":{},\"merges\":[]"), MILLM_E_INVALID_MODEL_FILE, "no vocabulary"},
+		{MODEL(VOCAB ",\"merges\":{}"), MILLM_E_INVALID_MODEL_FILE, "no \"merges\""},
+		{MODEL(VOCAB ",\"merges\":[\"a b\",7]"), MILLM_E_INVALID_MODEL_FILE, "Merge 1"},
+		{MODEL(VOCAB ",\"merges\":[\"a b\",[\"a\",\"b\",\"a\"]]"), MILLM_E_INVALID_MODEL_FILE, "Merge 1"},
+		{MODEL(VOCAB ",\"merges\":[\"#version: 0.2\",\"b a\"]"), MILLM_E_INVALID_MODEL_FILE, "Merge 1, \"b\" and \"a\""},
 		{MODEL("\"vocab\":{\"a\":1,\"b\":1},\"merges\":[]"), MILLM_E_INVALID_MODEL_FILE, "two tokens"},
 		{WITH("\"normalizer\":{\"type\":\"Nmt\"}"), MILLM_E_UNSUPPORTED, "Nmt"},
 		{WITH("\"pre_tokenizer\":{\"type\":\"UnicodeScripts\"}"), MILLM_E_UNSUPPORTED, "UnicodeScripts"},
@@ -227,6 +237,178 @@ test_refusals(void **state)
 			fail_msg("%s: %s: %s; %s", cases[i].json, millm_code_name(rc), err.message, err.detail);
 		assert_null(tok);
 	}
+}
+
+/* What bulk.c reads of json: "a=0 b=1 ; a+b ab"; '-' for a member that it leaves to jansson. */
+static void
+describe_bulk(const char *json, size_t n, char *out, size_t room)
+{
+	Bulk		bulk = {0};
+	size_t		k = 0;
+	char	   *copy = malloc(n);	/* no byte more, so that a sanitizer sees a reader go on */
+
+	assert_non_null(copy);
+	memcpy(copy, json, n);
+	assert_true(millm_bulk_read(&bulk, copy, n));
+	if (!bulk.has_vocabulary)
+		k += (size_t) snprintf(out + k, room - k, "- ");
+	for (size_t i = 0; bulk.has_vocabulary && i < bulk.n_entries; i++)
+		k += (size_t) snprintf(out + k, room - k, "%.*s=%lld ", (int) bulk.entries[i].n, bulk.entries[i].text, (long long) bulk.entries[i].id);
+	k += (size_t) snprintf(out + k, room - k, ";");
+	if (!bulk.has_merges)
+		k += (size_t) snprintf(out + k, room - k, " -");
+	for (size_t i = 0; bulk.has_merges && i < bulk.n_merges; i++)
+	{
+		const BulkMerge *m = &bulk.merges[i];
+
+		k += (size_t) snprintf(out + k, room - k, " %.*s", (int) m->left_n, m->left);
+		if (m->right)
+			k += (size_t) snprintf(out + k, room - k, "+%.*s", (int) m->right_n, m->right);
+	}
+	millm_bulk_free(&bulk);
+	free(copy);
+}
+
+static void
+test_bulk(void **state)
+{
+	static const char *const cases[][2] = {
+		{"{\"model\":{\"vocab\":{\"a\":0,\"b\":-7},\"merges\":[\"a b\",[\"a\",\"b\"],[\"\",\"\"]]}}", "a=0 b=-7 ; a b a+b +"},
+		{" \t\r\n{ \"x\" : [ ] , \"model\" : { \"merges\" : [ \"a b\" , [ \"a\" , \"b\" ] ] , \"vocab\" : { \"a\" : 0 , \"b\" : 1 } } } ",
+		"a=0 b=1 ; a b a+b"},
+		{"{\"model\":{\"vocab\":{},\"merges\":[]}}", ";"},
+		{"{\"model\":{}}", "- ; -"},
+		{"{\"vocab\":{\"a\":0},\"merges\":[]}", "- ; -"},
+		{"{\"x\":{\"model\":{\"vocab\":{\"a\":0}}}}", "- ; -"},
+		{"{\"x\":\"}]\\\\\\\",{\",\"model\":{\"y\":[{\"vocab\":{\"z\":1}}],\"vocab\":{\"a\":0}}}", "a=0 ; -"},
+		{"[{\"model\":{\"vocab\":{\"a\":0}}}]", "- ; -"},
+		{"{\"\\u006dodel\":{\"vo\\u0063ab\":{\"a\":0}}}", "a=0 ; -"},
+		/* a later one counts, whatever it is; entries come as often as they are written */
+		{"{\"model\":{\"vocab\":{\"a\":0},\"vocab\":{\"b\":1,\"b\":2}}}", "b=1 b=2 ; -"},
+		{"{\"model\":{\"vocab\":{\"a\":0},\"vocab\":[]}}", "- ; -"},
+		{"{\"model\":{\"vocab\":{\"a\":0}},\"model\":{\"merges\":[]}}", "- ;"},
+		{"{\"model\":{\"vocab\":{\"a\":0}},\"model\":7}", "- ; -"},
+#define VOCABULARY(s) "{\"model\":{\"vocab\":" s ",\"merges\":[\"x\"]}}"
+		{VOCABULARY("{\"\\\"\\\\\\/\\b\\f\\n\\r\\t\":1}"), "\"\\/\b\f\n\r\t=1 ; x"},
+		{VOCABULARY("{\"x\\u0120y\":1,\"\\u00E9\":2,\"\\uFFFD\":3,\"plain\":4}"), "x\xC4\xA0y=1 \xC3\xA9=2 \xEF\xBF\xBD=3 plain=4 ; x"},
+		{VOCABULARY("{\"\\uD83D\\uDE00!\":1}"), "\xF0\x9F\x98\x80!=1 ; x"},
+		{VOCABULARY("{\"0123456\xC3\xA9" "01234567\xF0\x9F\x98\x80\":1}"), "0123456\xC3\xA9" "01234567\xF0\x9F\x98\x80=1 ; x"},
+		{VOCABULARY("{\"\x7F\":1}"), "\x7F=1 ; x"},
+		{VOCABULARY("{\"a\":123456789012345678}"), "a=123456789012345678 ; x"},
+		{VOCABULARY("{\"a\":-0}"), "a=0 ; x"},
+		/* for jansson, that it may say what is wrong */
+		{VOCABULARY("{\"\\uD83D\":1}"), "- ; x"},
+		{VOCABULARY("{\"\\uD83D\\u0041\":1}"), "- ; x"},
+		{VOCABULARY("{\"\\uDE00\":1}"), "- ; x"},
+		{VOCABULARY("{\"\\u12G4\":1}"), "- ; x"},
+		{VOCABULARY("{\"\\x\":1}"), "- ; x"},
+		{VOCABULARY("{\"\\u0000\":1}"), "- ; x"},
+		{VOCABULARY("{\"a\nb\":1}"), "- ; x"},
+		{VOCABULARY("{\"\xFF\":1}"), "- ; x"},
+		{VOCABULARY("{\"\xC0\x80\":1}"), "- ; x"},
+		{VOCABULARY("{\"\xED\xA0\x80\":1}"), "- ; x"},
+		{VOCABULARY("{\"\xF4\x90\x80\x80\":1}"), "- ; x"},
+		{VOCABULARY("{\"\xE2\x82\":1}"), "- ; x"},
+		{VOCABULARY("{\"a\":1,}"), "- ; x"},
+		{VOCABULARY("{,\"a\":1}"), "- ; x"},
+		{VOCABULARY("{\"a\" 1}"), "- ; x"},
+		{VOCABULARY("{a:1}"), "- ; x"},
+		{VOCABULARY("{\"a\":}"), "- ; x"},
+		{VOCABULARY("{\"a\":-}"), "- ; x"},
+		{VOCABULARY("{\"a\":01}"), "- ; x"},
+		{VOCABULARY("{\"a\":1.0}"), "- ; x"},
+		{VOCABULARY("{\"a\":1e2}"), "- ; x"},
+		{VOCABULARY("{\"a\":+1}"), "- ; x"},
+		{VOCABULARY("{\"a\":\"1\"}"), "- ; x"},
+		{VOCABULARY("{\"a\":null}"), "- ; x"},
+		{VOCABULARY("{\"a\":1234567890123456789}"), "- ; x"},
+		{VOCABULARY("{\"a\":{\"b\":[1,\"]\"]}}"), "- ; x"},
+		{VOCABULARY("null"), "- ; x"},
+		{VOCABULARY("[[\"a\",0.5]]"), "- ; x"},
+#define MERGES(s) "{\"model\":{\"merges\":" s ",\"vocab\":{\"x\":1}}}"
+		{MERGES("[[\"a\"]]"), "x=1 ; -"},
+		{MERGES("[[\"a\",\"b\",\"c\"]]"), "x=1 ; -"},
+		{MERGES("[[]]"), "x=1 ; -"},
+		{MERGES("[[\"a\",1]]"), "x=1 ; -"},
+		{MERGES("[\"a b\",]"), "x=1 ; -"},
+		{MERGES("[null]"), "x=1 ; -"},
+		{MERGES("{\"a\":\"b\"}"), "x=1 ; -"},
+		{MERGES("[\"\\u0000 \\n\"]"), "x=1 ; "},
+	};
+
+	(void) state;
+	for (size_t i = 0; i < sizeof(cases) / sizeof(cases[0]); i++)
+	{
+		char		got[256];
+
+		describe_bulk(cases[i][0], strlen(cases[i][0]), got, sizeof(got));
+		if (strcmp(got, cases[i][1]) != 0)
+			fail_msg("%s: \"%s\", not \"%s\"", cases[i][0], got, cases[i][1]);
+	}
+}
+
+/* A file cut short anywhere is broken JSON, and every part of it is read within its bounds. */
+static void
+test_truncated(void **state)
+{
+	static const char escaped[] = "{\"model\":{\"type\":\"BPE\",\"vocab\":{\"\\u0061\":0,\"\xC4\xA0\\uD83D\\uDE00\":1},\"merges\":[[\"a\",\"a\"]]}}";
+
+	(void) state;
+	for (size_t n = 0; n < sizeof(tiny) - 1 + sizeof(escaped) - 1; n++)
+	{
+		const char *whole = n < sizeof(tiny) - 1 ? tiny : escaped;
+		size_t		cut = n < sizeof(tiny) - 1 ? n : n - (sizeof(tiny) - 1);
+		char	   *copy = malloc(cut + (cut == 0));	/* no byte more, so that a sanitizer sees a reader go on */
+		MillmTokenizer *tok = NULL;
+		MillmError	err = {0};
+
+		assert_non_null(copy);
+		memcpy(copy, whole, cut);
+		assert_int_equal(millm_tokenizer_parse(copy, cut, NULL, 0, &tok, &err), MILLM_E_INVALID_MODEL_FILE);
+		assert_non_null(strstr(err.detail, "Line "));
+		free(copy);
+	}
+}
+
+/* Brackets without end, in a place where an id belongs and in one where anything may be. */
+static void
+test_deep(void **state)
+{
+	static const char *const heads[] = {"{\"model\":{\"vocab\":{\"a\":", "{\"x\":", "{\"model\":{\"merges\":["};
+
+	(void) state;
+	for (size_t i = 0; i < 3; i++)
+	{
+		size_t		n = 1000000;
+		char	   *json = malloc(n);
+		MillmTokenizer *tok = NULL;
+		MillmError	err = {0};
+
+		assert_non_null(json);
+		memset(json, '[', n);
+		memcpy(json, heads[i], strlen(heads[i]));
+		assert_int_equal(millm_tokenizer_parse(json, n, NULL, 0, &tok, &err), MILLM_E_INVALID_MODEL_FILE);
+		assert_non_null(strstr(err.detail, "depth"));
+		free(json);
+	}
+}
+
+/* Of equal keys the last one counts; an error behind the vocabulary is placed where it is in the file. */
+static void
+test_repeated_keys(void **state)
+{
+	static const char twice[] = "{" BYTE_LEVEL ",\"model\":{\"type\":\"BPE\",\"vocab\":{\"a\":5,\"b\":0,\"ab\":2,\"a\":0,\"b\":1},\"merges\":[\"a b\"]}}";
+	static const char broken[] = "{\"model\":{\"vocab\":{\n\"a\":0,\n\"b\":1},\n\"type\":BPE}}";
+	MillmTokenizer *tok = open_text(twice, NULL);
+	MillmError	err;
+
+	(void) state;
+	assert_int_equal(millm_tokenizer_n_ids(tok), 3);
+	assert_int_equal(millm_token_id(tok, "a"), 0);
+	assert_ids(tok, "aba", (MillmEncodeOptions) {0}, "2 0");
+	millm_tokenizer_close(tok);
+	assert_int_equal(millm_tokenizer_parse(broken, strlen(broken), NULL, 0, &tok, &err), MILLM_E_INVALID_MODEL_FILE);
+	assert_non_null(strstr(err.detail, "Line 4, column 10:"));
 }
 
 static void
@@ -347,6 +529,10 @@ main(void)
 		cmocka_unit_test(test_stream),
 		cmocka_unit_test(test_config),
 		cmocka_unit_test(test_refusals),
+		cmocka_unit_test(test_bulk),
+		cmocka_unit_test(test_truncated),
+		cmocka_unit_test(test_deep),
+		cmocka_unit_test(test_repeated_keys),
 		cmocka_unit_test(test_missing_file),
 		cmocka_unit_test(test_utf8),
 		cmocka_unit_test(test_translation),
