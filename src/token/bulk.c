@@ -40,17 +40,28 @@ out_of_memory(Reader *r)
 	return false;
 }
 
-/* The next byte behind white space; '\0' at the end, which is no JSON. */
-static char
-peek(Reader *r)
+static void
+skip_space(Reader *r)
 {
 	while (r->p < r->end && (*r->p == ' ' || *r->p == '\n' || *r->p == '\t' || *r->p == '\r'))
+	{
 		r->p++;
+		while (r->end - r->p >= 8 && millm_get_le64(r->p) == UINT64_C(0x2020202020202020))
+			r->p += 8;			/* an indent */
+	}
+}
+
+/* The next byte behind white space; '\0' at the end, which is no JSON. */
+static inline char
+peek(Reader *r)
+{
+	if (r->p < r->end && (unsigned char) *r->p <= ' ')
+		skip_space(r);
 	return r->p < r->end ? *r->p : '\0';
 }
 
 /* Step over c, which is not NUL, behind white space. */
-static bool
+static inline bool
 take(Reader *r, char c)
 {
 	if (peek(r) != c)
@@ -209,7 +220,7 @@ is_name(BulkString s, const char *name)
 static bool
 grow(Reader *r, void **array, size_t n, size_t *max, size_t size)
 {
-	size_t		grown_max = *max ? *max * 2 : r->n / 64 + 64;	/* few files need to grow it */
+	size_t		grown_max = *max ? *max * 2 : r->n / 32 + 64;	/* no file of a known model grows it */
 	void	   *grown;
 
 	if (n < *max)

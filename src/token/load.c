@@ -400,6 +400,11 @@ letters_to_bytes(const char *s, size_t n, char *out, size_t *out_n)
 		uint32_t	cp;
 		int			byte;
 
+		if (s[i] > 0x20 && s[i] < 0x7F) /* most letters: they stand for themselves */
+		{
+			out[(*out_n)++] = s[i++];
+			continue;
+		}
 		i += millm_utf8_get(s + i, &cp);
 		byte = millm_letter_to_byte(cp);
 		if (byte < 0)
@@ -1135,6 +1140,9 @@ decode_tokens(Loader *l)
 
 	if (tok->n_decoders != 1 || tok->decoders[0].kind != DECODE_BYTE_LEVEL)
 		return MILLM_OK;
+	/* no longer than the letters, as which each of them is written once */
+	if (!millm_bytes_reserve(&tok->decoded, tok->contents.keys.n))
+		return out_of_memory(l->err);
 	for (int id = 0; id < tok->n_ids; id++)
 	{
 		Token	   *token = &tok->tokens[id];
@@ -1144,8 +1152,6 @@ decode_tokens(Loader *l)
 		if (!token->exists)
 			continue;
 		token->bytes.offset = (uint32_t) tok->decoded.n;
-		if (!millm_bytes_reserve(&tok->decoded, n))
-			return out_of_memory(l->err);
 		if (!letters_to_bytes(content, n, tok->decoded.data + tok->decoded.n, &n))
 		{
 			n = token->content.n;
