@@ -1,6 +1,9 @@
 /*
  * load.c -- tokenizer.json and tokenizer_config.json to a MillmTokenizer.
  *
+ * The vocabulary and the merges are hundreds of thousands of strings: bulk.c reads them, jansson the rest.  Their places
+ * in the maps are fetched in batches, so that a new string waits for memory once in BATCH and not every time.
+ *
  * The files are a stranger's: every type, id and size is checked, and a component, a flag or an order of
  * components that encode.c and decode.c do not reproduce exactly is refused by its name.  Keys that no reader
  * of tokenizer.json knows are ignored, as the genuine library does; so are truncation and padding, which are
@@ -425,7 +428,7 @@ reserve_id(Loader *l, int32_t id)
 		return MILLM_OK;
 	if (id >= l->max_ids)
 	{
-		int			max_ids = id < 512 ? 1024 : id * 2;
+		int			max_ids = id + id / 4 + 1024;
 
 		tokens = millm_table_alloc((size_t) max_ids, sizeof(*tokens));
 		if (!tokens)
@@ -502,37 +505,32 @@ refuse_vocabulary(Loader *l, const json_t *vocabulary)
 
 /*
  * Put entries[0..n), at most BATCH of them, into the vocabulary.  Backwards: of equal keys the last one counts, as in
- * any reader of JSON.  The bytes of the pieces go into *bytes, which is emptied first.
+ * any reader of JSON.  What letters of the byte alphabet stand for goes into decoded, which has room for it.
  */
 static MillmCode
-add_entries(Loader *l, const BulkEntry *entries, size_t n, Bytes *bytes)
+add_entries(Loader *l, const BulkEntry *entries, size_t n)
 {
 	Bpe		   *bpe = &l->tok->bpe;
+	Bytes	   *decoded = &l->tok->decoded;
 	MapKey		contents[BATCH];
 	MapKey		pieces[BATCH];
 	bool		is_piece[BATCH];
-	size_t		all_n = 0;
 	bool		is_new;
 	MillmCode	rc;
 
-	for (size_t i = 0; i < n; i++)
-		all_n += entries[i].n;
-	bytes->n = 0;
-	if (!millm_bytes_reserve(bytes, all_n))
-		return out_of_memory(l->err);
 	for (size_t i = 0; i < n; i++)
 	{
 		contents[i] = pieces[i] = millm_map_key(entries[i].text, entries[i].n);
 		is_piece[i] = true;
 		if (bpe->is_byte_level)
 		{
-			char	   *piece = bytes->data + bytes->n;
+			char	   *piece = decoded->data + decoded->n;
 			size_t		piece_n;
 
 			/* if not, a literal special token: no text can become it by merging */
 			is_piece[i] = letters_to_bytes(entries[i].text, entries[i].n, piece, &piece_n);
 			pieces[i] = millm_map_key(piece, (uint32_t) piece_n);
-			bytes->n += piece_n;
+			decoded->n += piece_n;
 		}
 		millm_map_prefetch(&l->tok->contents, contents[i]);
 		millm_map_prefetch(&bpe->pieces, pieces[i]);
@@ -548,6 +546,8 @@ add_entries(Loader *l, const BulkEntry *entries, size_t n, Bytes *bytes)
 			continue;
 		if (!millm_map_add(&bpe->pieces, pieces[i], (int32_t) entries[i].id, &is_new))
 			return out_of_memory(l->err);
+		if (bpe->is_byte_level)
+			l->tok->tokens[entries[i].id].bytes = (Span) {(uint32_t) (pieces[i].text - decoded->data), pieces[i].n};
 		if (pieces[i].n > bpe->longest)
 			bpe->longest = pieces[i].n;
 	}
@@ -560,7 +560,6 @@ load_vocabulary(Loader *l, const json_t *model)
 	Bpe		   *bpe = &l->tok->bpe;
 	StringMap  *contents = &l->tok->contents;
 	const Bulk *bulk = &l->bulk;
-	Bytes		bytes = {0};
 	size_t		key_bytes = 0;
 	MillmCode	rc = MILLM_OK;
 
@@ -569,14 +568,14 @@ load_vocabulary(Loader *l, const json_t *model)
 	for (size_t i = 0; i < bulk->n_entries; i++)
 		key_bytes += bulk->entries[i].n;
 	if (!millm_map_reserve(contents, bulk->n_entries, key_bytes) ||
-		!millm_map_reserve(&bpe->pieces, bulk->n_entries, key_bytes))
+		!millm_map_reserve(&bpe->pieces, bulk->n_entries, key_bytes) ||
+		!millm_bytes_reserve(&l->tok->decoded, key_bytes))
 		return out_of_memory(l->err);
 	for (size_t end = bulk->n_entries, n; end > 0 && rc == MILLM_OK; end -= n)
 	{
 		n = end < BATCH ? end : BATCH;
-		rc = add_entries(l, bulk->entries + end - n, n, &bytes);
+		rc = add_entries(l, bulk->entries + end - n, n);
 	}
-	millm_bytes_free(&bytes);
 	if (rc != MILLM_OK)
 		return rc;
 	for (int b = 0; b < 256; b++)
@@ -1140,18 +1139,17 @@ decode_tokens(Loader *l)
 
 	if (tok->n_decoders != 1 || tok->decoders[0].kind != DECODE_BYTE_LEVEL)
 		return MILLM_OK;
-	/* no longer than the letters, as which each of them is written once */
-	if (!millm_bytes_reserve(&tok->decoded, tok->contents.keys.n))
-		return out_of_memory(l->err);
 	for (int id = 0; id < tok->n_ids; id++)
 	{
 		Token	   *token = &tok->tokens[id];
 		const char *content = tok->contents.keys.data + token->content.offset;
 		size_t		n = token->content.n;
 
-		if (!token->exists)
-			continue;
+		if (!token->exists || token->bytes.n > 0)
+			continue;			/* none, or add_entries() has been there */
 		token->bytes.offset = (uint32_t) tok->decoded.n;
+		if (!millm_bytes_reserve(&tok->decoded, n))
+			return out_of_memory(l->err);
 		if (!letters_to_bytes(content, n, tok->decoded.data + tok->decoded.n, &n))
 		{
 			n = token->content.n;

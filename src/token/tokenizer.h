@@ -1,6 +1,7 @@
 /*
  * tokenizer.h -- what the files of this room share: a loaded tokenizer as data.
  *
+ *     bulk.c     reads the vocabulary and the merges of a tokenizer.json
  *     load.c     fills a MillmTokenizer from tokenizer.json and tokenizer_config.json
  *     encode.c   text -> added tokens, normalizer, pre-tokenizer, model, post-processor -> ids
  *     decode.c   ids -> decoders -> text, at once or one by one
