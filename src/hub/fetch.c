@@ -124,7 +124,8 @@ bad_identity(Fetch *f, const char *what, const char *got, const char *expected)
 static MillmCode
 check_identity(Fetch *f, bool *again, int *wait_s)
 {
-	MillmRequest request = {.method = "HEAD", .url = f->url, .range_start = -1, .follow = FOLLOW_OWN, .timeout_ms = HEAD_TIMEOUT_MS};
+	MillmRequest request = {.method = "HEAD", .url = f->url, .range_start = -1, .follow = FOLLOW_OWN, .timeout_ms = HEAD_TIMEOUT_MS,
+		.outage_ms = MILLM_OUTAGE_MS};
 	MillmReply	r;
 	MillmCode	rc = millm_http_do(f->http, &request, &r, f->err);
 	char		a[32], b[32];
@@ -208,7 +209,7 @@ get_bytes(Connection *c, bool *again, int *wait_s)
 	const Fetch *f = c->fetch;
 	const bool	to_end = c->piece.to == f->file->size;
 	MillmRequest request = {.method = "GET", .url = c->direct ? c->direct : f->url, .range_start = to_end && c->piece.at == 0 ? -1 : c->piece.at,
-		.range_end = to_end ? 0 : c->piece.to, .take = take, .arg = c};
+		.range_end = to_end ? 0 : c->piece.to, .outage_ms = MILLM_OUTAGE_MS, .take = take, .arg = c};
 	MillmReply	r = {.retry_after = -1};
 	MillmCode	rc;
 

@@ -11,6 +11,7 @@
 #include <strings.h>
 #include <time.h>
 
+#include "breaker.h"
 #include "version.h"
 
 #define MAX_HOPS			10
@@ -430,6 +431,19 @@ hop_failed(const Hop *hop, CURLcode code, const char *text, MillmError *err)
 	return MILLM_E_HUB_UNAVAILABLE;
 }
 
+/* What this hop says of the hub, if anything. */
+static void
+report_to_breaker(const Hop *hop, CURLcode code, const char *text)
+{
+	const bool	failed = code != CURLE_OK && !hop->refused && !hop->is_overlong;
+	char		status[32];
+
+	if (hop->reply->foreign || (failed && (!hop->reply->retryable || atomic_load(hop->http->stop))))
+		return;
+	snprintf(status, sizeof(status), "status %d", hop->reply->status);
+	millm_breaker_report(hop->http->endpoint, failed ? (text[0] ? text : curl_easy_strerror(code)) : hop->reply->status >= 500 ? status : NULL);
+}
+
 static MillmCode
 do_hop(Hop *hop, const char *url, int timeout_ms, MillmError *err)
 {
@@ -497,6 +511,8 @@ do_hop(Hop *hop, const char *url, int timeout_ms, MillmError *err)
 	curl_slist_free_all(headers);
 	curl_easy_getinfo(c, CURLINFO_RESPONSE_CODE, &status);
 	hop->reply->status = (int) status;
+	hop->reply->retryable = code != CURLE_UNSUPPORTED_PROTOCOL && code != CURLE_URL_MALFORMAT && code != CURLE_PEER_FAILED_VERIFICATION;
+	report_to_breaker(hop, code, message);
 	if (hop->is_overlong)
 	{
 		millm_fail(err, MILLM_E_MODEL_DOWNLOAD_FAILED, "the hub answered with a URL that is too long");
@@ -506,29 +522,32 @@ do_hop(Hop *hop, const char *url, int timeout_ms, MillmError *err)
 		return MILLM_OK;
 	if (hop->refused)
 		return MILLM_OK;		/* the caller ended it and knows why */
-	hop->reply->retryable = code != CURLE_UNSUPPORTED_PROTOCOL && code != CURLE_URL_MALFORMAT && code != CURLE_PEER_FAILED_VERIFICATION;
 	return hop_failed(hop, code, message, err);
 }
 
-MillmCode
-millm_http_do(MillmHttp *h, const MillmRequest *request, MillmReply *reply, MillmError *err)
+static void
+clear_reply(MillmReply *reply)
+{
+	memset(reply, 0, sizeof(*reply));
+	reply->linked_size = reply->length = reply->range_start = reply->range_total = reply->retry_after = -1;
+}
+
+/* Hop after hop, from url on. */
+static MillmCode
+follow(MillmHttp *h, const MillmRequest *request, char url[MAX_URL], MillmReply *reply, MillmError *err)
 {
 	Hop			hop = {.http = h, .request = request, .reply = reply};
-	char		url[MAX_URL];
 	char		commit[48] = "", etag[72] = "";
 	int64_t		linked_size = -1;
 
-	if ((size_t) snprintf(url, sizeof(url), "%s%s", request->url[0] == '/' ? h->endpoint : "", request->url) >= sizeof(url))
-		return millm_fail(err, MILLM_E_INVALID_ARGUMENT, "the URL is too long");
 	for (int n = 0; n < MAX_HOPS; n++)
 	{
 		char		next[MAX_URL];
 		MillmCode	rc;
 
-		memset(reply, 0, sizeof(*reply));
-		reply->linked_size = reply->length = reply->range_start = reply->range_total = reply->retry_after = -1;
+		clear_reply(reply);
 		reply->foreign = !is_own(h, url);
-		memcpy(h->last_url, url, sizeof(url));
+		memcpy(h->last_url, url, sizeof(h->last_url));
 		hop.location[0] = '\0';
 		hop.etag_is_linked = hop.is_overlong = false;
 		hop.limit_left = hop.limit_reset_s = -1;
@@ -555,11 +574,31 @@ millm_http_do(MillmHttp *h, const MillmRequest *request, MillmReply *reply, Mill
 		memcpy(commit, reply->commit, sizeof(commit));
 		memcpy(etag, reply->etag, sizeof(etag));
 		linked_size = reply->linked_size;
-		memcpy(url, next, sizeof(url));
+		memcpy(url, next, sizeof(next));
 	}
 	millm_fail(err, MILLM_E_MODEL_DOWNLOAD_FAILED, "the hub redirects in a loop");
 	millm_detail(err, "After %d redirects from %.300s.", MAX_HOPS, request->url);
 	return MILLM_E_MODEL_DOWNLOAD_FAILED;
+}
+
+MillmCode
+millm_http_do(MillmHttp *h, const MillmRequest *request, MillmReply *reply, MillmError *err)
+{
+	char		url[MAX_URL];
+	bool		is_probe = false;
+	int			wait_ms;
+	MillmCode	rc;
+
+	clear_reply(reply);
+	if ((size_t) snprintf(url, sizeof(url), "%s%s", request->url[0] == '/' ? h->endpoint : "", request->url) >= sizeof(url))
+		return millm_fail(err, MILLM_E_INVALID_ARGUMENT, "the URL is too long");
+	if (is_own(h, url))
+		while ((rc = millm_breaker_enter(h->endpoint, &is_probe, &wait_ms, err)) != MILLM_OK)
+			if (wait_ms > request->outage_ms || (rc = millm_http_pause(h, wait_ms, err)) != MILLM_OK)
+				return rc;
+	rc = follow(h, request, url, reply, err);
+	millm_breaker_leave(is_probe);
+	return rc;
 }
 
 MillmCode

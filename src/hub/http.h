@@ -68,6 +68,7 @@ typedef struct MillmRequest
 	int64_t		range_end;		/* behind the last byte; 0: to the end */
 	MillmFollow follow;
 	int			timeout_ms;		/* of everything; 0: only stalls end it */
+	int			outage_ms;		/* so long it may wait when the hub is left alone (breaker.h); 0: it is refused at once */
 	MillmTake	take;			/* NULL: the body is dropped */
 	void	   *arg;
 } MillmRequest;
@@ -75,7 +76,7 @@ typedef struct MillmRequest
 /*
  * Do it once.  MILLM_OK: the server answered, reply->status says what (also an error's status).  Else: CANCELED by *stop, or
  * HUB_UNAVAILABLE with the reason (name resolution, connect, timeout, a body cut short; reply->retryable says whether another
- * attempt makes sense), MODEL_DOWNLOAD_FAILED for redirects that lead nowhere.
+ * attempt makes sense), also when the hub is left alone (breaker.h); MODEL_DOWNLOAD_FAILED for redirects that lead nowhere.
  */
 extern MillmCode millm_http_do(MillmHttp *http, const MillmRequest *request, MillmReply *reply, MillmError *err);
 /* Where the last request's redirects led to.  May be signed: never show it.  Valid until the next one. */

@@ -248,7 +248,7 @@ get(MillmHttp *http, const char *repo_id, const char *url, const char *what, siz
 	for (int attempt = 1;; attempt++)
 	{
 		MillmRequest request = {.method = "GET", .url = url, .range_start = is_head ? 0 : -1, .range_end = is_head ? (int64_t) max : 0,
-			.timeout_ms = patience.timeout_ms, .take = take_body, .arg = body};
+			.timeout_ms = patience.timeout_ms, .outage_ms = patience.outage_ms, .take = take_body, .arg = body};
 		bool		again;
 
 		*body = (Body) {.max = max, .is_head = is_head};

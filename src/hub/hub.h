@@ -15,6 +15,9 @@
 #include "hash.h"
 #include "http.h"
 
+/* A download waits for a hub that is left alone (breaker.h); when the next try is later than this, it fails. */
+#define MILLM_OUTAGE_MS			60000
+
 #define MILLM_HUB_MAX_FILES		10000
 #define MILLM_HUB_MAX_PATH		255
 
@@ -49,6 +52,7 @@ typedef struct MillmPatience
 {
 	int			attempts;
 	int			timeout_ms;		/* of one request */
+	int			outage_ms;		/* MillmRequest's */
 } MillmPatience;
 
 /*

@@ -22,7 +22,7 @@
 #define DISK_MARGIN			((int64_t) 64 << 20)
 #define REPORT_MS			200
 
-static const MillmPatience patient = {.attempts = 3, .timeout_ms = 30000};
+static const MillmPatience patient = {.attempts = 3, .timeout_ms = 30000, .outage_ms = MILLM_OUTAGE_MS};
 
 static json_t *
 maybe(int64_t n)

@@ -24,6 +24,7 @@
 #include <time.h>
 #include <unistd.h>
 
+#include "breaker.h"
 #include "job.h"
 #include "serve.h"
 #include "store.h"
@@ -313,6 +314,7 @@ answer_status(MillmConn *conn, json_t *request)
 	const char *op = json_string_value(json_object_get(request, "op"));
 	json_t	   *job = json_null();
 	bool		downloading = false;
+	char		breaker[64];
 
 	if (!op || strcmp(op, "status") != 0 || json_object_size(request) != 1)
 		return false;
@@ -324,7 +326,9 @@ answer_status(MillmConn *conn, json_t *request)
 			job = json_string(w->spec.model_uuid);
 		}
 	pthread_mutex_unlock(&hub.lock);
-	millm_conn_result(conn, json_pack("{s:s, s:i, s:s, s:o}", "state", downloading ? "downloading" : "idle", "pid", (int) getpid(), "version", MILLM_VERSION, "job", job));
+	millm_breaker_describe(breaker, sizeof(breaker));
+	millm_conn_result(conn, json_pack("{s:s, s:i, s:s, s:o, s:s}", "state", downloading ? "downloading" : "idle", "pid", (int) getpid(), "version", MILLM_VERSION, "job", job,
+									  "circuit_breaker", breaker));
 	return true;
 }
 
@@ -448,7 +452,7 @@ usage(FILE *out, int status)
 		  "       millm-hub serve --socket PATH              as the server's helper\n"
 		  "       millm-hub --version | help\n"
 		  "options: --endpoint URL (HF_ENDPOINT, " DEFAULT_ENDPOINT "), --revision REV (main), --token-file FILE, --trust-remote-code,\n"
-		  "         --quantization Q4|Q8|FP16 (Q4)\n", out);
+		  "         --quantization Q4|Q8|FP16 (Q4); of serve: --breaker-ms N, how long a failing hub is first left alone (30000)\n", out);
 	return status;
 }
 
@@ -515,7 +519,7 @@ main(int argc, char **argv)
 	static const struct option options[] = {
 		{"endpoint", required_argument, NULL, 'e'}, {"revision", required_argument, NULL, 'r'}, {"token-file", required_argument, NULL, 't'},
 		{"cache-dir", required_argument, NULL, 'c'}, {"socket", required_argument, NULL, 's'}, {"trust-remote-code", no_argument, NULL, 'x'},
-		{"quantization", required_argument, NULL, 'q'}, {"output", required_argument, NULL, 'o'}, {0}
+		{"quantization", required_argument, NULL, 'q'}, {"output", required_argument, NULL, 'o'}, {"breaker-ms", required_argument, NULL, 'b'}, {0}
 	};
 	MillmService service = {.program = "millm-hub", .on_request = on_request, .on_close = on_close, .on_shutdown = on_shutdown};
 	MillmJobSpec spec = {.revision = "main", .quantization = "Q4", .owner_id = "00000000-0000-0000-0000-000000000000",
@@ -526,7 +530,7 @@ main(int argc, char **argv)
 	MillmError	err = {0};
 	json_t	   *out = NULL;
 	MillmCode	rc;
-	int			opt;
+	int			opt, breaker_ms = 0;
 
 	if (strcmp(command, "--version") == 0)
 		return puts("millm-hub " MILLM_VERSION) < 0;
@@ -543,6 +547,10 @@ main(int argc, char **argv)
 			case 'x': spec.trust_remote_code = true; break;
 			case 'q': spec.quantization = optarg; break;
 			case 'o': output = optarg; break;
+			case 'b':
+				if ((breaker_ms = (int) strtol(optarg, NULL, 10)) <= 0 || strcmp(command, "serve") != 0)
+					return usage(stderr, 2);
+				break;
 			case 't':
 				if (!(spec.token = token = read_token(optarg)))
 				{
@@ -556,6 +564,8 @@ main(int argc, char **argv)
 	{
 		int			status;
 
+		if (breaker_ms > 0)
+			millm_breaker_set_first_ms(breaker_ms);
 		/* fd 3 is the supervisor's: nothing may be opened before */
 		curl_global_init(CURL_GLOBAL_DEFAULT);
 		status = millm_serve(&service, socket, false);

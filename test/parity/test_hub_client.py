@@ -620,6 +620,110 @@ def test_progress_never_goes_back(hub, tmp_path, serve):
         whole.rename(d / f".partial-{sha[:16]}-model.safetensors")
 
 
+# --- a hub that keeps failing is left alone
+
+
+@pytest.fixture
+def brief_serve(tmp_path):
+    """millm-hub that leaves a failing hub alone for two seconds at first; returns (a function that opens a conversation, the log's path)."""
+    from engine_client import Conversation
+
+    sock, log = tmp_path / "brief.sock", tmp_path / "log"
+    with open(log, "w") as f:
+        p = subprocess.Popen([MILLM_HUB, "serve", "--socket", sock, "--breaker-ms", "2000"], stderr=f)
+    end = time.monotonic() + 20
+    while not sock.exists() and time.monotonic() < end:
+        time.sleep(0.01)
+    yield (lambda op, **fields: Conversation(sock, op, **fields)), log
+    p.send_signal(signal.SIGTERM)
+    assert p.wait(20) == 0
+
+
+def wait_breaker(serve, state, seconds=20):
+    end = time.monotonic() + seconds
+    while not (now := serve("status").result()["circuit_breaker"]).startswith(state) and time.monotonic() < end:
+        time.sleep(0.02)
+    assert now.startswith(state)
+    return now
+
+
+def test_breaker(hub, tmp_path, brief_serve):
+    from engine_client import HelperError
+
+    serve, log = brief_serve
+
+    def validate(repo=TINY):
+        return serve("validate", endpoint=hub.endpoint, repo_id=repo).result()
+
+    assert serve("status").result()["circuit_breaker"] == "closed"
+    faults(hub, {"where": "info", "status": 404, "code": "RepoNotFound", "times": 3}, {"where": "info", "status": 429, "times": 3})
+    for _ in range(6):  # refusals are answers
+        with pytest.raises(HelperError):
+            validate()
+    faults(hub, {"where": "info", "status": 503})
+    for _ in range(5):
+        with pytest.raises(HelperError, match="HUB_UNAVAILABLE"):
+            validate()
+    assert "UTC" in wait_breaker(serve, "open until 20")
+    n = len(hub.log)
+    with pytest.raises(HelperError, match="HUB_UNAVAILABLE.*left alone.*5 requests"):
+        validate()
+    assert len(hub.log) == n, "it was asked"
+    wait_breaker(serve, "half-open")
+    with pytest.raises(HelperError, match="could not serve"):  # the one that tries, and the only one
+        validate()
+    assert len(hub.log) == n + 1
+    wait_breaker(serve, "open until 20")
+    faults(hub)
+    with pytest.raises(HelperError, match="left alone"):  # it has not been asked, so nobody knows that it is well
+        validate()
+    wait_breaker(serve, "half-open")
+    assert validate()["gated"] is False
+    assert serve("status").result()["circuit_breaker"] == "closed"
+    lines = log.read_text()
+    assert "WARNING 5 requests to " in lines and "(status 503)" in lines and "answers again" in lines
+
+
+def test_breaker_and_downloads(hub, tmp_path, brief_serve):
+    """A download waits for the next try, also one that is under way, and can be canceled meanwhile."""
+    from engine_client import HelperError
+
+    serve, _ = brief_serve
+    faults(hub, {"where": "info", "kind": "close"})
+    for _ in range(5):
+        with pytest.raises(HelperError, match="HUB_UNAVAILABLE"):
+            serve("preview", endpoint=hub.endpoint, repo_id=TINY, timeout_ms=500).result()
+        if serve("status").result()["circuit_breaker"] != "closed":
+            break
+    wait_breaker(serve, "open until")
+    faults(hub)
+    assert serve("download", **job(hub, tmp_path, TINY)).result()["disk_bytes"] > 0
+    same_files(tmp_path, TINY)
+    # a cancel does not wait
+    faults(hub, {"where": "info", "status": 500})
+    shutil.rmtree(tmp_path / "huggingface")
+    for _ in range(5):
+        with pytest.raises(HelperError, match="HUB_UNAVAILABLE"):
+            serve("validate", endpoint=hub.endpoint, repo_id=TINY).result()
+    c = serve("download", **job(hub, tmp_path, TINY))
+    c.receive()
+    start = time.monotonic()
+    serve("cancel", model_uuid=UUID).result()
+    assert time.monotonic() - start < 20
+    with pytest.raises(HelperError, match="CANCELED"):
+        c.result()
+
+
+def test_breaker_under_way(big_hub, tmp_path, brief_serve):
+    """Five failures of four connections open it in the midst of a file: the download waits for the next try, then goes on."""
+    serve, log = brief_serve
+    faults(big_hub, {"where": "resolve", "status": 500, "method": "GET", "file": "model.safetensors", "times": 5})
+    serve("download", **job(big_hub, tmp_path, BIG)).result()
+    assert "answers again" in log.read_text()
+    assert same_big(big_hub, tmp_path)
+    shutil.rmtree(tmp_path / "huggingface")
+
+
 OTHER = "99999999-89ab-cdef-0123-456789abcdef"
 
 

@@ -67,5 +67,22 @@ sql("CREATE ROLE looker LOGIN; CREATE ROLE manager LOGIN; SELECT millm.grant_use
 fails("SET ROLE looker; SELECT millm.preview('$smol')", '42501');
 is(sql("SET ROLE manager; SELECT millm.preview('$smol') ->> 'name'"), 'SmolLM2-135M-Instruct', 'an admin previews');
 
+# --- a hub that keeps failing is left alone ---------------------------------------------------------------
+is(sql('SELECT circuit_breaker FROM millm.status()'), 'closed', 'the breaker is closed');
+$hub->faults({ where => 'info', status => 503 });
+# preview makes up to three attempts
+fails("SELECT millm.preview('$smol')", 'ML021') for 1 .. 2;
+like(sql('SELECT circuit_breaker FROM millm.status()'), qr/^open until 20\d\d-\d\d-\d\d \d\d:\d\d:\d\d UTC$/, 'and then open');
+$hub->faults;
+fails("SELECT millm.preview('$smol')", 'ML021', qr/left alone for a while/, qr/DETAIL:  The next try is at 20.* UTC, in \d+ s\. The last failure: status 503/, qr/HINT:  .*millm.hf_endpoint/);
+is(scalar($hub->requests), 0, 'the Hub is not asked');
+like((sqlstate($node, "SELECT millm.download('$smol')"))[1], qr/NOTICE: .*did not answer in time; the download is queued/, 'a download is queued');
+is(sql("SELECT status FROM millm.models WHERE name = 'SmolLM2-135M-Instruct'") =~ /^(pending|downloading)$/, 1, 'and waits');
+sql("SELECT millm.cancel('SmolLM2-135M-Instruct')");
+is(sql("SELECT millm.wait('SmolLM2-135M-Instruct')"), 'error', 'until it is canceled');
+is(sql("SELECT error_code FROM millm.models WHERE name = 'SmolLM2-135M-Instruct'"), 'CANCELED', 'which does not wait for the Hub');
+is(scalar($hub->requests), 0, 'that was not asked');
+like(slurp_file($node->logfile), qr/WARNING: .*requests to \S+ have failed in a row \(status 503\)/, "the server's log says so");
+
 $node->stop;
 done_testing();

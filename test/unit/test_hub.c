@@ -12,6 +12,7 @@
 #include <unistd.h>
 #include <cmocka.h>
 
+#include "breaker.h"
 #include "choice.h"
 #include "hub.h"
 #include "store.h"
@@ -564,6 +565,86 @@ remove_cache(void **state)
 	return access(cache, F_OK) == 0 ? -1 : 0;
 }
 
+/* --- The breaker --------------------------------------------------------------------------------------- */
+
+#define HUB		"http://hub"
+
+static bool
+may_ask(bool *is_probe, MillmError *err)
+{
+	int			wait_ms = -1;
+	const MillmCode rc = millm_breaker_enter(HUB, is_probe, &wait_ms, err);
+
+	assert_true(rc == MILLM_OK ? wait_ms == -1 : rc == MILLM_E_HUB_UNAVAILABLE && wait_ms > 0);
+	return rc == MILLM_OK;
+}
+
+static bool
+is_described_as(const char *prefix)
+{
+	char		text[64];
+
+	millm_breaker_describe(text, sizeof(text));
+	return strncmp(text, prefix, strlen(prefix)) == 0;
+}
+
+static void
+circuit_breaker(void **state)
+{
+	MillmError	err;
+	bool		is_probe, other;
+	int			wait_ms = 0, again_ms = 0;
+
+	(void) state;
+	millm_breaker_set_first_ms(1000);
+	/* failures count in a row only */
+	for (int i = 0; i < 20; i++)
+	{
+		millm_breaker_report(HUB, i % 5 == 4 ? NULL : "no answer");
+		assert_true(may_ask(&is_probe, NULL) && !is_probe);
+	}
+	assert_true(is_described_as("closed"));
+	for (int i = 0; i < 5; i++)
+	{
+		assert_true(may_ask(&is_probe, NULL));
+		millm_breaker_report(HUB, "no answer");
+	}
+	assert_false(may_ask(&is_probe, &err));
+	assert_true(is_described_as("open until 20"));
+	assert_true(strstr(err.detail, "no answer") && strstr(err.detail, "next try") && err.hint[0]);
+	/* what had begun before changes nothing; another hub is another matter, and so is this one after it */
+	millm_breaker_report(HUB, "late");
+	assert_int_equal(millm_breaker_enter(HUB, &is_probe, &wait_ms, NULL), MILLM_E_HUB_UNAVAILABLE);
+	assert_true(wait_ms > 0 && wait_ms <= 1100);
+	usleep(1000 * (unsigned) wait_ms + 1000);
+	/* one request tries; canceled, it leaves that to the next */
+	assert_true(is_described_as("half-open"));
+	assert_true(may_ask(&is_probe, NULL) && is_probe);
+	assert_false(may_ask(&other, &err));
+	assert_true(strstr(err.detail, "right now") != NULL);
+	millm_breaker_leave(is_probe);
+	assert_true(may_ask(&is_probe, NULL) && is_probe);
+	/* it fails: for longer */
+	millm_breaker_report(HUB, "no answer");
+	millm_breaker_leave(is_probe);
+	assert_int_equal(millm_breaker_enter(HUB, &other, &again_ms, NULL), MILLM_E_HUB_UNAVAILABLE);
+	assert_true(again_ms > 1200 && again_ms <= 2200);
+	usleep(1000 * (unsigned) again_ms + 1000);
+	/* it succeeds: all may go on */
+	assert_true(may_ask(&is_probe, NULL) && is_probe);
+	millm_breaker_report(HUB, NULL);
+	assert_true(is_described_as("closed"));
+	assert_true(may_ask(&other, NULL) && !other);
+	millm_breaker_leave(is_probe);
+	/* and it begins anew: five, and the first time again */
+	for (int i = 0; i < 5; i++)
+		millm_breaker_report(HUB, "no answer");
+	assert_int_equal(millm_breaker_enter(HUB, &other, &wait_ms, NULL), MILLM_E_HUB_UNAVAILABLE);
+	assert_true(wait_ms <= 1100);
+	assert_int_equal(millm_breaker_enter("http://elsewhere", &other, &wait_ms, NULL), MILLM_OK);
+	assert_true(is_described_as("closed"));
+}
+
 int
 main(void)
 {
@@ -571,7 +652,7 @@ main(void)
 		cmocka_unit_test(repo_ids), cmocka_unit_test(revisions), cmocka_unit_test(url_encoding), cmocka_unit_test(infos), cmocka_unit_test(pages),
 		cmocka_unit_test(too_many_files), cmocka_unit_test(small_files), cmocka_unit_test(indexes), cmocka_unit_test(endpoints_and_tokens),
 		cmocka_unit_test(directories), cmocka_unit_test(hash_state), cmocka_unit_test(hash_beside), cmocka_unit_test(windows), cmocka_unit_test(window_ends),
-		cmocka_unit_test(possession),
+		cmocka_unit_test(possession), cmocka_unit_test(circuit_breaker),
 	};
 
 	return cmocka_run_group_tests(tests, make_cache, remove_cache);
