@@ -31,14 +31,15 @@ _Static_assert(MILLM_KV_PAGE_TOKENS == MILLM_KERNEL_PAGE, "a KV page is as wide 
 /* Loops with less work than this, in multiply-adds or the like, are not worth waking anybody for. */
 #define MIN_PARALLEL_WORK	(32 * 1024)
 /*
- * A piece of a matmul: a long read (every new one costs a few hundred nanoseconds until the prefetches
- * are ahead), yet there are more pieces than threads, so that one which lost its CPU holds up less.  Measured on SmolLM2, 2
- * threads: 1, 2, 6, 16 pieces a thread decode 96, 93, 85, 83 tokens/s on a machine shared with others.
+ * The smallest piece of a matmul: each is a new read, and costs a few hundred nanoseconds until the prefetches are ahead.  A single token's
+ * begin large (millm_team_run()).
  */
 #define MIN_PIECE_BYTES		(32 * 1024)
 /* With many tokens the piece's weights are read again for each few of them: they must stay in the L2 cache.  Kernels of tiles see to it themselves. */
 #define MAX_PANEL_BYTES		(128 * 1024)
 #define PIECES_PER_THREAD	2
+/* The last pieces are that part of a thread's share. */
+#define LAST_PIECES			8
 /* Outputs of a piece: a multiple of every kernel's tile, but of MILLM_FORM_BF16_TILES'. */
 #define OUTPUT_GRANULE		16
 #define COLUMN_GRANULE		256
@@ -105,7 +106,7 @@ run_rows(CpuBackend *c, void (*work) (void *arg, int64_t begin, int64_t end), vo
 
 	if (n * row_work < MIN_PARALLEL_WORK)
 		grain = n;
-	millm_team_run(c->team, work, arg, n, grain);
+	millm_team_run(c->team, work, arg, n, grain, grain);
 }
 
 /* ---- memory ---- */
@@ -392,8 +393,8 @@ matmul(MillmBackend *be, const MillmProjection *p, int n_projections, MillmBuffe
 		x->form = packed;
 		x->n_packed = n;
 	}
-	piece_bytes = bytes / (c->base.n_threads * PIECES_PER_THREAD);
-	if (n > 1 && packed != MILLM_FORM_BF16_TILES && piece_bytes > MAX_PANEL_BYTES)
+	piece_bytes = bytes / (c->base.n_threads * (n == 1 ? LAST_PIECES : PIECES_PER_THREAD));
+	if (packed != MILLM_FORM_BF16_TILES && piece_bytes > MAX_PANEL_BYTES)
 		piece_bytes = MAX_PANEL_BYTES;
 	if (piece_bytes < MIN_PIECE_BYTES)
 		piece_bytes = MIN_PIECE_BYTES;
@@ -422,7 +423,7 @@ matmul(MillmBackend *be, const MillmProjection *p, int n_projections, MillmBuffe
 		l.end_piece[i] = n_pieces;
 		p[i].y->n_packed = 0;
 	}
-	millm_team_run(c->team, matmul_pieces, &l, n_pieces, work < MIN_PARALLEL_WORK ? n_pieces : 1);
+	millm_team_run(c->team, matmul_pieces, &l, n_pieces, work < MIN_PARALLEL_WORK ? n_pieces : 1, n > 1 ? 1 : n_pieces);
 }
 
 /* ---- the head through its screening copy ---- */
@@ -486,12 +487,10 @@ screened_matmul(MillmBackend *be, MillmBuffer *y, const MillmWeight *head, const
 	if (n > MAX_SCREENED_ROWS || (!c->deterministic && c->k.best_form(head, n) != MILLM_FORM_F32))
 		return -1;
 	y->n_packed = 0;
-	l.outputs = vocab / (c->base.n_threads * PIECES_PER_THREAD);
-	if (n > 1 && l.outputs > MAX_PANEL_BYTES / head->n_in)
-		l.outputs = MAX_PANEL_BYTES / head->n_in;
+	l.outputs = n == 1 ? vocab / (c->base.n_threads * LAST_PIECES) : MAX_PANEL_BYTES / head->n_in;
 	l.outputs = l.outputs / OUTPUT_GRANULE * OUTPUT_GRANULE + OUTPUT_GRANULE;
 	n_pieces = (vocab + l.outputs - 1) / l.outputs;
-	millm_team_run(c->team, screen_pieces, &l, n_pieces, vocab * head->n_in * n < MIN_PARALLEL_WORK ? n_pieces : 1);
+	millm_team_run(c->team, screen_pieces, &l, n_pieces, vocab * head->n_in * n < MIN_PARALLEL_WORK ? n_pieces : 1, n > 1 ? 1 : n_pieces);
 	for (int t = 0; t < n; t++)
 	{
 		float	   *logits = row(y, t);
@@ -606,7 +605,8 @@ attention(MillmBackend *be, const MillmAttention *a, MillmBuffer *y, MillmBuffer
 	l.y = y;
 	l.q = q;
 	y->n_packed = 0;
-	millm_team_run(l.c->team, attention_items, &l, n_items, work < MIN_PARALLEL_WORK ? n_items : grain);
+	grain = work < MIN_PARALLEL_WORK ? n_items : grain;
+	millm_team_run(l.c->team, attention_items, &l, n_items, grain, grain);
 }
 
 typedef struct ActivationLoop

@@ -41,6 +41,7 @@ struct MillmTeam
 	void	   *arg;
 	int64_t		n_items;
 	int64_t		grain;
+	int64_t		largest;
 	_Alignas(64) _Atomic uint64_t word;
 	_Alignas(64) _Atomic int64_t next;
 };
@@ -65,13 +66,31 @@ millm_cpu_count(void)
 	return n < 1 ? 1 : n > MILLM_MAX_THREADS ? MILLM_MAX_THREADS : n;
 }
 
+/* Half of a thread's fair share of what is left, within the loop's bounds. */
+static int64_t
+piece_size(const MillmTeam *team, int64_t n_left)
+{
+	int64_t		n = n_left / (2 * team->n_threads);
+
+	n = n > team->largest ? team->largest : n < team->grain ? team->grain : n;
+	return n < n_left ? n : n_left;
+}
+
 static void
 do_pieces(MillmTeam *team)
 {
-	int64_t		begin;
+	int64_t		begin = atomic_load_explicit(&team->next, memory_order_relaxed);
 
-	while ((begin = atomic_fetch_add_explicit(&team->next, team->grain, memory_order_relaxed)) < team->n_items)
-		team->work(team->arg, begin, team->n_items - begin < team->grain ? team->n_items : begin + team->grain);
+	while (begin < team->n_items)
+	{
+		int64_t		n = piece_size(team, team->n_items - begin);
+
+		if (atomic_compare_exchange_weak_explicit(&team->next, &begin, begin + n, memory_order_relaxed, memory_order_relaxed))
+		{
+			team->work(team->arg, begin, begin + n);
+			begin = atomic_load_explicit(&team->next, memory_order_relaxed);
+		}
+	}
 }
 
 /* Sleep until there is a loop after seen, or the end. */
@@ -123,7 +142,7 @@ worker_main(void *arg)
 }
 
 void
-millm_team_run(MillmTeam *team, void (*work) (void *arg, int64_t begin, int64_t end), void *arg, int64_t n_items, int64_t grain)
+millm_team_run(MillmTeam *team, void (*work) (void *arg, int64_t begin, int64_t end), void *arg, int64_t n_items, int64_t grain, int64_t largest)
 {
 	uint64_t	loop;
 
@@ -139,6 +158,7 @@ millm_team_run(MillmTeam *team, void (*work) (void *arg, int64_t begin, int64_t 
 	team->arg = arg;
 	team->n_items = n_items;
 	team->grain = grain;
+	team->largest = largest;
 	atomic_store_explicit(&team->next, 0, memory_order_relaxed);
 	loop = (LOOP(atomic_load_explicit(&team->word, memory_order_relaxed)) + 1) & UINT32_MAX;
 	atomic_store(&team->word, loop << 32 | OPEN);

@@ -25,11 +25,12 @@ extern void millm_team_free(MillmTeam *team);	/* NULL is fine */
 extern int	millm_team_size(const MillmTeam *team);
 
 /*
- * Call work(arg, begin, end) for pieces of at most grain items that cover [0, n_items), and return when all are
- * done.  Pieces run at the same time and in any order; everything written is visible on return.
+ * Call work(arg, begin, end) for pieces of grain to largest items (the last may have fewer) that cover [0, n_items), and return when all
+ * are done.  Pieces begin large and shrink towards grain: a thread that another process holds up delays the others by little.
+ * They run at the same time and in any order; everything written is visible on return.
  * Not for concurrent use, and work must not call it.
  */
 extern void millm_team_run(MillmTeam *team, void (*work) (void *arg, int64_t begin, int64_t end), void *arg,
-						   int64_t n_items, int64_t grain);
+						   int64_t n_items, int64_t grain, int64_t largest);
 
 #endif

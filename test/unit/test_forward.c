@@ -709,7 +709,7 @@ test_team(void **state)
 			int64_t		n = (loop * 37) % 4096;
 
 			memset(sum.seen, 0, sizeof(sum.seen));
-			millm_team_run(team, count_items, &sum, n, 1 + loop % 50);
+			millm_team_run(team, count_items, &sum, n, 1 + loop % 50, loop % 3 ? 1 + loop % 50 : INT64_MAX);
 			for (int64_t i = 0; i < 4096; i++)
 				assert_int_equal(sum.seen[i], i < n);
 		}
