@@ -25,9 +25,7 @@
 #define CHECKPOINT_BYTES ((int64_t) 64 << 20)
 #define MAX_WAIT_S		60
 #define HEAD_TIMEOUT_MS	15000
-#define N_CONNECTIONS	4		/* of a file of */
-#define LARGE_BYTES		((int64_t) 64 << 20)	/* or more */
-#define PIECE_BYTES		((int64_t) 8 << 20)
+#define LARGE_BYTES		((int64_t) 64 << 20)	/* a smaller file comes over one connection */
 #define WINDOW_BYTES	((size_t) 64 << 20)
 #define STEP_BYTES		((size_t) 2 << 20)	/* go through hash and sink at a time: a cancel waits for them */
 #define BESIDE_BYTES	((size_t) 128 << 10)	/* fewer are hashed before the other thread is awake */
@@ -339,9 +337,11 @@ static MillmCode
 transfer(Fetch *f, Verdict *verdict)
 {
 	atomic_bool *stop = millm_http_stop(f->http);
-	MillmWindow *window = millm_window_create(f->have, f->file->size, f->n_connections > 1 ? PIECE_BYTES : f->file->size, WINDOW_BYTES);
+	/* two pieces for each: none waits for the slowest at once */
+	const int64_t piece_bytes = f->n_connections > 1 ? (int64_t) WINDOW_BYTES / (2 * f->n_connections) : f->file->size;
+	MillmWindow *window = millm_window_create(f->have, f->file->size, piece_bytes, WINDOW_BYTES);
 	MillmHasher *hasher = millm_hasher_create();
-	Connection	connections[N_CONNECTIONS];
+	Connection	connections[MILLM_HUB_MAX_CONNECTIONS];
 	const Connection *failed = NULL;
 	MillmCode	rc = MILLM_OK;
 	const void *data;
@@ -454,11 +454,11 @@ fetch(Fetch *f)
 }
 
 MillmCode
-millm_hub_fetch(MillmHttp *http, const MillmRepo *repo, const MillmHubFile *file, MillmSink *sink,
+millm_hub_fetch(MillmHttp *http, const MillmRepo *repo, const MillmHubFile *file, int n_connections, MillmSink *sink,
 				MillmAdvance advance, void *arg, MillmError *err)
 {
 	Fetch		f = {.http = http, .repo = repo, .file = file, .sink = sink, .advance = advance, .arg = arg, .err = err,
-		.url = millm_resolve_url(repo, file->path), .n_connections = file->size >= LARGE_BYTES ? N_CONNECTIONS : 1};
+		.url = millm_resolve_url(repo, file->path), .n_connections = file->size >= LARGE_BYTES ? n_connections : 1};
 	MillmCode	rc;
 
 	if (!f.url)

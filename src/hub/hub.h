@@ -19,6 +19,7 @@
 #define MILLM_OUTAGE_MS			60000
 
 #define MILLM_HUB_MAX_FILES		10000
+#define MILLM_HUB_MAX_CONNECTIONS	16
 #define MILLM_HUB_MAX_PATH		255
 
 /* owner/name or name: ASCII letters, digits, '_', '-', '.'; see hub-protocol.md 6.1.  INVALID_REPO_ID naming the rule. */
@@ -117,10 +118,10 @@ typedef void (*MillmAdvance) (void *arg, int64_t delta, bool is_fetched);
 
 /*
  * Bring one file into the sink, verified: size, commit and hash.  Resumes, retries (3 attempts without progress), fetches once more
- * after a wrong hash.  A large file comes over several connections, which are threads of this call; sink and advance are called by the
- * caller's thread only, while another one hashes.
+ * after a wrong hash.  A large file comes over n_connections, at most MILLM_HUB_MAX_CONNECTIONS, which are threads of this call; sink and
+ * advance are called by the caller's thread only, while another one hashes.
  */
-extern MillmCode millm_hub_fetch(MillmHttp *http, const MillmRepo *repo, const MillmHubFile *file, MillmSink *sink,
+extern MillmCode millm_hub_fetch(MillmHttp *http, const MillmRepo *repo, const MillmHubFile *file, int n_connections, MillmSink *sink,
 								 MillmAdvance advance, void *arg, MillmError *err);
 
 #endif

@@ -207,7 +207,7 @@ fetch_all(MillmPlan *p, MillmStore *store, MillmRecast *recast, Meter *m, atomic
 			advance(m, f->size, false);	/* an earlier attempt's, or another installation's of the same model */
 			continue;
 		}
-		rc = p->http ? millm_hub_fetch(p->http, p->repo, f, sink, advance, m, err)
+		rc = p->http ? millm_hub_fetch(p->http, p->repo, f, p->spec->n_connections, sink, advance, m, err)
 			: millm_plan_copy(p->spec->source_path, &p->repo->files[f - p->repo->files], sink, stop, advance, m, err);
 		if (rc != MILLM_OK)
 			return rc;

@@ -22,6 +22,7 @@ typedef struct MillmJobSpec
 	bool		trust_remote_code;
 	int			timeout_ms;		/* validate, preview: of all requests together */
 	/* download only */
+	int			n_connections;	/* of a large file: 1 to MILLM_HUB_MAX_CONNECTIONS */
 	const char *cache_dir;
 	const char *directory;
 	const char *model_uuid;

@@ -36,6 +36,7 @@
 #define DOWNLOAD_WAIT_S		10	/* for a stopped download to be gone before the next begins */
 #define VALIDATE_MS			1500	/* unless the request says another time */
 #define PREVIEW_MS			20000
+#define CONNECTIONS			4
 #define DEFAULT_ENDPOINT	"https://huggingface.co"
 
 typedef enum Op {OP_VALIDATE, OP_PREVIEW, OP_DOWNLOAD, OP_CANCEL, OP_INSPECT, OP_REMOVE} Op;
@@ -254,7 +255,7 @@ read_request(Work *w, json_t *request, MillmError *err)
 {
 	MillmFields f;
 	const char *op = NULL;
-	int64_t		timeout_ms;
+	int64_t		timeout_ms, n_connections = CONNECTIONS;
 
 	millm_fields_begin(&f, request, err);
 	millm_field_string(&f, "op", &op);
@@ -301,7 +302,9 @@ read_request(Work *w, json_t *request, MillmError *err)
 	{
 		need(&f, w, "owner_id", &w->spec.owner_id, true);
 		millm_field_int(&f, "model_id", 0, INT64_MAX, &w->spec.model_id);
+		millm_field_int(&f, "connections", 1, MILLM_HUB_MAX_CONNECTIONS, &n_connections);
 	}
+	w->spec.n_connections = (int) n_connections;
 	if (w->op == OP_INSPECT)
 		need(&f, w, "path", &w->path, true);
 	return millm_fields_end(&f);
@@ -452,7 +455,7 @@ usage(FILE *out, int status)
 		  "       millm-hub serve --socket PATH              as the server's helper\n"
 		  "       millm-hub --version | help\n"
 		  "options: --endpoint URL (HF_ENDPOINT, " DEFAULT_ENDPOINT "), --revision REV (main), --token-file FILE, --trust-remote-code,\n"
-		  "         --quantization Q4|Q8|FP16 (Q4); of serve: --breaker-ms N, how long a failing hub is first left alone (30000)\n", out);
+		  "         --quantization Q4|Q8|FP16 (Q4), --connections 1..16 (4; of a large file); of serve: --breaker-ms N, how long a failing hub is first left alone (30000)\n", out);
 	return status;
 }
 
@@ -519,11 +522,12 @@ main(int argc, char **argv)
 	static const struct option options[] = {
 		{"endpoint", required_argument, NULL, 'e'}, {"revision", required_argument, NULL, 'r'}, {"token-file", required_argument, NULL, 't'},
 		{"cache-dir", required_argument, NULL, 'c'}, {"socket", required_argument, NULL, 's'}, {"trust-remote-code", no_argument, NULL, 'x'},
-		{"quantization", required_argument, NULL, 'q'}, {"output", required_argument, NULL, 'o'}, {"breaker-ms", required_argument, NULL, 'b'}, {0}
+		{"quantization", required_argument, NULL, 'q'}, {"output", required_argument, NULL, 'o'}, {"breaker-ms", required_argument, NULL, 'b'},
+		{"connections", required_argument, NULL, 'n'}, {0}
 	};
 	MillmService service = {.program = "millm-hub", .on_request = on_request, .on_close = on_close, .on_shutdown = on_shutdown};
 	MillmJobSpec spec = {.revision = "main", .quantization = "Q4", .owner_id = "00000000-0000-0000-0000-000000000000",
-	.model_uuid = "00000000-0000-0000-0000-000000000000", .timeout_ms = 30000, .endpoint = getenv("HF_ENDPOINT")};
+	.model_uuid = "00000000-0000-0000-0000-000000000000", .timeout_ms = 30000, .n_connections = CONNECTIONS, .endpoint = getenv("HF_ENDPOINT")};
 	const char *command = argc > 1 ? argv[1] : "", *socket = NULL, *output = NULL;
 	char	   *token = NULL, directory[512];
 	atomic_bool stop = false, keep = true;
@@ -547,6 +551,11 @@ main(int argc, char **argv)
 			case 'x': spec.trust_remote_code = true; break;
 			case 'q': spec.quantization = optarg; break;
 			case 'o': output = optarg; break;
+			case 'n':
+				spec.n_connections = (int) strtol(optarg, NULL, 10);
+				if (spec.n_connections < 1 || spec.n_connections > MILLM_HUB_MAX_CONNECTIONS)
+					return usage(stderr, 2);
+				break;
 			case 'b':
 				if ((breaker_ms = (int) strtol(optarg, NULL, 10)) <= 0 || strcmp(command, "serve") != 0)
 					return usage(stderr, 2);

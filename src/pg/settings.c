@@ -20,6 +20,7 @@ char	   *millm_cache_dir;
 char	   *millm_hf_endpoint;
 char	   *millm_hf_token_file;
 char	   *millm_hf_token;
+int			millm_download_connections;
 char	   *millm_auto_load_model;
 char	   *millm_device;
 int			millm_threads;
@@ -77,6 +78,8 @@ millm_define_settings(void)
 	DefineCustomStringVariable("millm.hf_token", "The server's access token for the Hub.",
 							   "A token file is the better place. Empty: the environment's HF_TOKEN.",
 							   &millm_hf_token, "", PGC_SIGHUP, hidden, NULL, NULL, show_token);
+	DefineCustomIntVariable("millm.download_connections", "Connections over which a large file is downloaded.", NULL,
+							&millm_download_connections, 4, 1, 16, PGC_SIGHUP, 0, NULL, NULL, NULL);
 	DefineCustomStringVariable("millm.auto_load_model", "Model, by name or id, that a starting server loads.",
 							   "Empty: the environment's AUTO_LOAD_MODEL, else none.",
 							   &millm_auto_load_model, "", PGC_SIGHUP, 0, NULL, NULL, NULL);

@@ -15,6 +15,7 @@ extern char *millm_cache_dir;
 extern char *millm_hf_endpoint;
 extern char *millm_hf_token_file;
 extern char *millm_hf_token;
+extern int	millm_download_connections;
 extern char *millm_auto_load_model;
 extern char *millm_device;
 extern int	millm_threads;

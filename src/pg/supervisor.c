@@ -548,7 +548,7 @@ begin_job(void)
 	append_field(&request, "directory", job->directory);
 	append_field(&request, "model_uuid", job->uuid);
 	append_field(&request, "owner_id", job->owner);
-	appendStringInfo(&request, ",\"model_id\":" INT64_FORMAT, job->model_id);
+	appendStringInfo(&request, ",\"model_id\":" INT64_FORMAT ",\"connections\":%d", job->model_id, millm_download_connections);
 	if (token)
 		append_field(&request, "token", token);
 	appendStringInfoChar(&request, '}');

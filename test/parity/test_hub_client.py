@@ -359,6 +359,20 @@ def test_big(big_hub, tmp_path):
     shutil.rmtree(tmp_path / "huggingface")
 
 
+@pytest.mark.parametrize("n", [1, 2, 16])
+def test_big_connections(big_hub, tmp_path, n):
+    """As many as are asked for; each asks the hub once for the address."""
+    faults(big_hub)
+    assert run(big_hub, "download", BIG, tmp_path, None, "--connections", n).returncode == 0
+    assert same_big(big_hub, tmp_path)
+    asked = [r["range"] for r in weights_requests(big_hub, port="cdn")]
+    assert len(asked) == 1 if n == 1 else len(asked) >= 2 * n
+    assert 1 <= len(weights_requests(big_hub, port="hub", method="GET")) <= n
+    shutil.rmtree(tmp_path / "huggingface")
+    for wrong in (0, 17, "x"):
+        assert run(big_hub, "download", BIG, tmp_path, None, "--connections", wrong).returncode == 2
+
+
 def cdn(kind, **more):
     return {"where": "cdn", "kind": kind, "file": "model.safetensors", **more}
 

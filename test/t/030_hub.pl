@@ -62,6 +62,20 @@ is(sql("SELECT millm.wait('gated')"), 'ready', 'with access it arrives');
 fails("SELECT millm.retry('gated', 'hf_wrong_but_secret')", '22023');
 unlike(slurp_file($node->logfile), qr/hf_wrong|hf_nogrant|hf_good/, 'no statement with a token is in the log');
 
+# --- connections of a large file ----------------------------------------------------------------------------
+sub weights { return grep { $_->{port} eq 'cdn' && $_->{path} =~ /model\.safetensors/ } $hub->requests; }
+for my $n (1, 3)
+{
+	sql("ALTER SYSTEM SET millm.download_connections = $n");
+	sql('SELECT pg_reload_conf()');
+	$hub->faults;
+	sql("SELECT millm.download('$smol', 'FP16')");
+	is(sql("SELECT millm.wait('SmolLM2-135M-Instruct')"), 'ready', "over $n connections");
+	cmp_ok(scalar(weights()), $n == 1 ? '==' : '>', $n, 'in as many requests as that takes');
+	sql("SELECT millm.delete('SmolLM2-135M-Instruct')");
+}
+fails('ALTER SYSTEM SET millm.download_connections = 17', '22023');
+
 # --- who may --------------------------------------------------------------------------------------------
 sql("CREATE ROLE looker LOGIN; CREATE ROLE manager LOGIN; SELECT millm.grant_user('looker'), millm.grant_admin('manager')");
 fails("SET ROLE looker; SELECT millm.preview('$smol')", '42501');
