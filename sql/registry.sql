@@ -26,27 +26,31 @@ SELECT name, quantization, disk_size_mb, estimated_memory_mb FROM millm.models O
 ROLLBACK;
 RESET client_min_messages;
 
--- One repository with two quantizations: the second model needs a name of its own
+-- One repository with two quantizations: two models of one name, which then says too little
 BEGIN;
 DO $$
 DECLARE
+	q4 bigint := millm.download('owner/name', 'Q4');
+	q8 bigint := millm.download('owner/name', 'Q8');
+	statement text;
 	detail text;
 	hint text;
 BEGIN
-	PERFORM millm.download('owner/name', 'Q4');
-	BEGIN
-		PERFORM millm.download('owner/name', 'Q8');
-	EXCEPTION WHEN SQLSTATE 'ML002' THEN
-		GET STACKED DIAGNOSTICS detail = PG_EXCEPTION_DETAIL, hint = PG_EXCEPTION_HINT;
-		RAISE NOTICE '%', SQLERRM;
-		RAISE NOTICE '%', regexp_replace(detail, '\d+', 'N');
-		RAISE NOTICE '%', hint;
-	END;
-	BEGIN
-		PERFORM millm.download('owner/name', 'nf4', name => 'again');
-	EXCEPTION WHEN SQLSTATE 'ML002' THEN
-		RAISE NOTICE '%', SQLERRM;
-	END;
+	FOREACH statement IN ARRAY ARRAY['SELECT millm.delete(''name'')', 'SELECT millm.download(''owner/name'', ''nf4'')',
+		'SELECT millm.download(''owner/name'', ''int8'', name => ''again'', revision => ''v2'')', 'SELECT millm.download(''owner/other'', name => ''name'')']
+	LOOP
+		BEGIN
+			EXECUTE statement;
+		EXCEPTION WHEN OTHERS THEN
+			GET STACKED DIAGNOSTICS detail = PG_EXCEPTION_DETAIL, hint = PG_EXCEPTION_HINT;
+			detail := replace(replace(detail, q4::text || ' ', '<q4> '), q8::text || ' ', '<q8> ');
+			detail := regexp_replace(detail, q4::text || '\.', '<q4>.');
+			detail := regexp_replace(detail, q8::text || '\.', '<q8>.');
+			RAISE NOTICE E'% %\nDETAIL:  %\nHINT:  %', SQLSTATE, SQLERRM, detail, hint;
+		END;
+	END LOOP;
+	PERFORM millm.download('other/name', 'Q4');
+	PERFORM millm.delete(q8);
 	PERFORM millm.download('owner/name', 'Q8', name => 'name-Q8');
 END
 $$;

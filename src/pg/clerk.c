@@ -509,7 +509,7 @@ empty_trash(void)
 typedef struct AutoLoad
 {
 	const char *wanted;			/* a name, or an id */
-	bool		found;
+	uint64		n_found;
 	MillmLoadedModel model;
 	char	   *path;			/* in step_context */
 } AutoLoad;
@@ -522,9 +522,9 @@ read_auto_load(void *arg)
 	Datum		value = CStringGetTextDatum(load->wanted);
 	bool		isnull;
 
-	load->found = execute("SELECT id, name, uuid::text, directory, local_path FROM millm.registry "
-						  "WHERE (name = $1 OR id::text = $1) AND status = 'ready'", 1, &type, &value, NULL) == 1;
-	if (!load->found)
+	load->n_found = execute("SELECT id, name, uuid::text, directory, local_path FROM millm.registry "
+						  "WHERE (name = $1 OR id::text = $1) AND status = 'ready'", 1, &type, &value, NULL);
+	if (load->n_found != 1)
 		return;
 	load->model.id = DatumGetInt64(SPI_getbinval(SPI_tuptable->vals[0], SPI_tuptable->tupdesc, 1, &isnull));
 	strlcpy(load->model.name, result(0, 2), sizeof(load->model.name));
@@ -547,8 +547,11 @@ auto_load(void)
 	if (!run_step(read_auto_load, &load))
 		return false;
 	millm_shared->auto_load_done = true;
-	if (!load.found)
+	if (load.n_found == 0)
 		ereport(LOG, (errmsg("millm.auto_load_model is \"%s\", but no such model is ready", load.wanted)));
+	else if (load.n_found > 1)
+		ereport(LOG, (errmsg("millm.auto_load_model is \"%s\", which is the name of several models", load.wanted),
+					  errhint("Set it to a model's id.")));
 	else if (millm_command_load(&load.model, load.path, &number, &err) != MILLM_OK)
 		ereport(LOG, (errmsg("could not load millm.auto_load_model: %s", err.message)));
 	return true;

@@ -291,64 +291,57 @@ int_or_null(int64 value, char *null)
 	return Int64GetDatum(value);
 }
 
-/* Two rows' texts, NULL for null. */
-static bool
-same(const char *a, const char *b)
-{
-	return a && b && strcmp(a, b) == 0;
-}
-
-/* Somebody has that name, or that source and quantization. */
+/* A name that somebody chose is one model's alone. */
 static void
-raise_exists(const char *name, const char *repo_id, const char *quantization, const char *directory, const char *local_path)
+check_name_is_free(const char *name)
 {
-	MillmModel *m = millm_model_find((MillmModelKey) {.name = pstrdup(name)});
+	MillmModel *m;
 	MillmError	err;
 
-	if (m)
-	{
-		millm_fail(&err, MILLM_E_MODEL_ALREADY_EXISTS, "model \"%s\" already exists", name);
-		if ((same(m->repo_id, repo_id) || same(m->local_path, local_path)) && strcmp(m->quantization, quantization) != 0)
-		{
-			millm_detail(&err, "Its id is " INT64_FORMAT "; it is the same model as %s.", m->id, m->quantization);
-			millm_hint(&err, "To have both, give this one another name, as in name => '%s-%s'.", name, quantization);
-		}
-		else
-		{
-			millm_detail(&err, "Its id is " INT64_FORMAT ".", m->id);
-			millm_hint(&err, "Choose another name with name => '...', or delete that model first.");
-		}
-	}
-	else
-	{
-		MillmRegistry r;
-		Oid			type = TEXTOID;
-		Datum		value = CStringGetTextDatum(directory);
-		int64		id = 0;
-
-		millm_registry_begin(&r);
-		if (millm_registry_execute("SELECT id FROM millm.registry WHERE directory = $1", 1, &type, &value, NULL) == 1)
-		{
-			bool		isnull;
-
-			id = DatumGetInt64(SPI_getbinval(SPI_tuptable->vals[0], SPI_tuptable->tupdesc, 1, &isnull));
-		}
-		millm_registry_end(&r);
-		millm_fail(&err, MILLM_E_MODEL_ALREADY_EXISTS, "\"%s\" is already registered as %s", repo_id ? repo_id : local_path, quantization);
-		if (id)
-			millm_detail(&err, "It is the model with id " INT64_FORMAT ".", id);
-		millm_hint(&err, "Use that model, or delete it first.");
-	}
+	if (millm_models_find((MillmModelKey) {.name = pstrdup(name)}, &m, 1) == 0)
+		return;
+	millm_fail(&err, MILLM_E_MODEL_ALREADY_EXISTS, "model \"%s\" already exists", name);
+	millm_detail(&err, "Its id is " INT64_FORMAT ".", m->id);
+	millm_hint(&err, "Choose another name with name => '...', or delete that model first.");
 	millm_ereport(ERROR, &err);
 }
 
+/* The same files are some row's already. */
+static void
+raise_exists(const char *source, const char *quantization, const char *directory)
+{
+	Oid			types[] = {TEXTOID, TEXTOID, TEXTOID};
+	char		nulls[] = {directory ? ' ' : 'n', ' ', ' '};
+	Datum		values[] = {directory ? CStringGetTextDatum(directory) : (Datum) 0, CStringGetTextDatum(source), CStringGetTextDatum(quantization)};
+	MillmRegistry r;
+	MillmError	err;
+
+	millm_fail(&err, MILLM_E_MODEL_ALREADY_EXISTS, "\"%s\" is already registered as %s", source, quantization);
+	millm_registry_begin(&r);
+	if (millm_registry_execute("SELECT id::text, name FROM millm.registry WHERE directory = $1 OR (local_path = $2 AND quantization = $3)",
+							   lengthof(types), types, values, nulls) > 0)
+		millm_detail(&err, "It is model \"%s\" with id %s.", SPI_getvalue(SPI_tuptable->vals[0], SPI_tuptable->tupdesc, 2),
+					 SPI_getvalue(SPI_tuptable->vals[0], SPI_tuptable->tupdesc, 1));
+	millm_registry_end(&r);
+	millm_hint(&err, "Use that model, or delete it first.");
+	millm_ereport(ERROR, &err);
+}
+
+/* What a session must hold that adds or deletes these files. */
+static void
+lock_files(const char *directory, const char *local_path)
+{
+	millm_registry_lock(directory ? directory : local_path, ExclusiveLock);
+}
+
 /*
- * Insert a row; returns its id and, in *uuid, its uuid.  MODEL_ALREADY_EXISTS.
+ * Insert a row; returns its id and, in *uuid, its uuid.  MODEL_ALREADY_EXISTS for files, or for a chosen name, that another row has;
+ * MODEL_BUSY while another session adds or deletes them.
  *
  * With a directory its files are still to be made there, from facts->repo_id or from local_path.  Without one it lies at local_path.
  */
 static int64
-insert_model(const char *name, const char *source, const char *revision, const char *quantization, const char *directory,
+insert_model(const char *name, bool is_chosen, const char *source, const char *revision, const char *quantization, const char *directory,
 			 const char *local_path, bool trust_remote_code, const Facts *facts, char **uuid)
 {
 	Oid			types[] = {TEXTOID, TEXTOID, TEXTOID, TEXTOID, TEXTOID, TEXTOID, TEXTOID, TEXTOID, BOOLOID, INT8OID, TEXTOID, TEXTOID, TEXTOID,
@@ -367,6 +360,10 @@ insert_model(const char *name, const char *source, const char *revision, const c
 
 	nulls[8] = ' ';
 	millm_transaction_touch();
+	lock_files(directory, local_path);
+	millm_registry_lock(name, is_chosen ? ExclusiveLock : ShareLock);
+	if (is_chosen)
+		check_name_is_free(name);
 	millm_registry_begin(&r);
 	if (millm_registry_execute("INSERT INTO millm.registry (name, source, repo_id, revision, quantization, directory, local_path, status, "
 							   "trust_remote_code, params, model_type, architecture, license, disk_bytes, config) "
@@ -380,7 +377,7 @@ insert_model(const char *name, const char *source, const char *revision, const c
 	}
 	millm_registry_end(&r);
 	if (id == 0)
-		raise_exists(name, facts->repo_id, quantization, directory ? directory : "", local_path);
+		raise_exists(local_path ? local_path : facts->repo_id, quantization, directory);
 	return id;
 }
 
@@ -491,7 +488,7 @@ millm_download(PG_FUNCTION_ARGS)
 		check_name(name);
 	}
 	quantization = effective_quantization(facts.repo_id, quantization, &facts);
-	id = insert_model(name, "huggingface", revision, quantization, repo_directory(facts.repo_id, quantization), NULL, trust, &facts, &uuid);
+	id = insert_model(name, !PG_ARGISNULL(4), "huggingface", revision, quantization, repo_directory(facts.repo_id, quantization), NULL, trust, &facts, &uuid);
 	if (token)
 		millm_transaction_token(uuid, token);
 	tell_changes(facts.repo_id, quantization, &facts);
@@ -562,7 +559,7 @@ millm_register_local(PG_FUNCTION_ARGS)
 		ask_about_directory("validate", "source_path", path, quantization, &buf);
 		read_facts(&buf, &facts);
 	}
-	id = insert_model(name, "local", NULL, quantization, directory, path, false, &facts, &uuid);
+	id = insert_model(name, !PG_ARGISNULL(2), "local", NULL, quantization, directory, path, false, &facts, &uuid);
 	tell_changes(path, quantization, &facts);
 	PG_RETURN_INT64(id);
 }
@@ -750,6 +747,7 @@ retry(MillmModelKey key, FunctionCallInfo fcinfo)
 	if (token && !m->repo_id)
 		refuse(MILLM_E_INVALID_ARGUMENT, psprintf("model \"%s\" needs no hf_token", m->name), "It is made from a directory of this server.", NULL);
 	PreventCommandIfReadOnly("millm.retry()");
+	lock_files(m->directory, m->local_path);
 	millm_transaction_touch();
 	uuid = DirectFunctionCall1(uuid_in, CStringGetDatum(m->uuid));
 	millm_registry_begin(&r);
@@ -793,6 +791,7 @@ delete(MillmModelKey key)
 	millm_check_ready();
 	m = millm_model_require(key);
 	PreventCommandIfReadOnly("millm.delete()");
+	lock_files(m->directory, m->local_path);
 	millm_transaction_delete(m->uuid, m->name);
 	uuid = DirectFunctionCall1(uuid_in, CStringGetDatum(m->uuid));
 	millm_registry_begin(&r);

@@ -13,6 +13,8 @@
 #include "catalog/pg_type.h"
 #include "executor/spi.h"
 #include "miscadmin.h"
+#include "common/hashfn.h"
+#include "storage/lock.h"
 #include "utils/builtins.h"
 #include "utils/guc.h"
 #include "utils/lsyscache.h"
@@ -22,6 +24,9 @@
 
 #include "client.h"
 
+/* What SQL's advisory locks never have there, so that nobody can hold ours by accident or in bad faith. */
+#define LOCK_CLASS	0x4D4C
+#define MAX_LISTED	6		/* models in a message */
 #define COLUMNS "id, uuid::text, attempt, name, source, repo_id, revision, quantization, directory, local_path, status, error_code, " \
 	"error_message, trust_remote_code, disk_bytes, xmin"
 
@@ -104,65 +109,98 @@ column(HeapTuple row, TupleDesc desc, int number, MemoryContext context)
 	return value ? MemoryContextStrdup(context, value) : NULL;
 }
 
-MillmModel *
-millm_model_find(MillmModelKey key)
+static MillmModel *
+read_model(HeapTuple row, TupleDesc desc, MemoryContext context)
+{
+	MillmModel *m = MemoryContextAllocZero(context, sizeof(*m));
+	bool		isnull;
+	Datum		bytes;
+
+	m->id = DatumGetInt64(SPI_getbinval(row, desc, 1, &isnull));
+	m->uuid = column(row, desc, 2, context);
+	m->attempt = DatumGetInt32(SPI_getbinval(row, desc, 3, &isnull));
+	m->name = column(row, desc, 4, context);
+	m->source = column(row, desc, 5, context);
+	m->repo_id = column(row, desc, 6, context);
+	m->revision = column(row, desc, 7, context);
+	m->quantization = column(row, desc, 8, context);
+	m->directory = column(row, desc, 9, context);
+	m->local_path = column(row, desc, 10, context);
+	m->status = column(row, desc, 11, context);
+	m->error_code = column(row, desc, 12, context);
+	m->error_message = column(row, desc, 13, context);
+	m->trust_remote_code = DatumGetBool(SPI_getbinval(row, desc, 14, &isnull));
+	bytes = SPI_getbinval(row, desc, 15, &isnull);
+	m->disk_bytes = isnull ? -1 : DatumGetInt64(bytes);
+	m->uncommitted = TransactionIdIsCurrentTransactionId(DatumGetTransactionId(SPI_getbinval(row, desc, 16, &isnull)));
+	return m;
+}
+
+int
+millm_models_find(MillmModelKey key, MillmModel **models, int max)
 {
 	MillmRegistry r;
-	MillmModel *m = NULL;
 	Oid			type = key.name ? TEXTOID : INT8OID;
 	Datum		value = key.name ? CStringGetTextDatum(key.name) : Int64GetDatum(key.id);
 	SPIPlanPtr	plan;
+	int			n;
 
 	millm_registry_begin(&r);
-	plan = SPI_prepare(key.name ? "SELECT " COLUMNS " FROM millm.registry WHERE name = $1"
+	plan = SPI_prepare(key.name ? "SELECT " COLUMNS " FROM millm.registry WHERE name = $1 ORDER BY id"
 					   : "SELECT " COLUMNS " FROM millm.registry WHERE id = $1", 1, &type);
-	if (!plan || SPI_execute_snapshot(plan, &value, NULL, GetLatestSnapshot(), InvalidSnapshot, true, false, 1) != SPI_OK_SELECT)
+	if (!plan || SPI_execute_snapshot(plan, &value, NULL, GetLatestSnapshot(), InvalidSnapshot, true, false, max) != SPI_OK_SELECT)
 		elog(ERROR, "could not read millm.registry");
-	if (SPI_processed == 1)
-	{
-		HeapTuple	row = SPI_tuptable->vals[0];
-		TupleDesc	desc = SPI_tuptable->tupdesc;
-		bool		isnull;
-		Datum		bytes;
-
-		m = MemoryContextAllocZero(r.caller, sizeof(*m));
-		m->id = DatumGetInt64(SPI_getbinval(row, desc, 1, &isnull));
-		m->uuid = column(row, desc, 2, r.caller);
-		m->attempt = DatumGetInt32(SPI_getbinval(row, desc, 3, &isnull));
-		m->name = column(row, desc, 4, r.caller);
-		m->source = column(row, desc, 5, r.caller);
-		m->repo_id = column(row, desc, 6, r.caller);
-		m->revision = column(row, desc, 7, r.caller);
-		m->quantization = column(row, desc, 8, r.caller);
-		m->directory = column(row, desc, 9, r.caller);
-		m->local_path = column(row, desc, 10, r.caller);
-		m->status = column(row, desc, 11, r.caller);
-		m->error_code = column(row, desc, 12, r.caller);
-		m->error_message = column(row, desc, 13, r.caller);
-		m->trust_remote_code = DatumGetBool(SPI_getbinval(row, desc, 14, &isnull));
-		bytes = SPI_getbinval(row, desc, 15, &isnull);
-		m->disk_bytes = isnull ? -1 : DatumGetInt64(bytes);
-		m->uncommitted = TransactionIdIsCurrentTransactionId(DatumGetTransactionId(SPI_getbinval(row, desc, 16, &isnull)));
-	}
+	n = (int) SPI_processed;
+	for (int i = 0; i < n; i++)
+		models[i] = read_model(SPI_tuptable->vals[i], SPI_tuptable->tupdesc, r.caller);
 	millm_registry_end(&r);
-	return m;
+	return n;
 }
 
 MillmModel *
 millm_model_require(MillmModelKey key)
 {
-	MillmModel *m = millm_model_find(key);
+	MillmModel *models[MAX_LISTED + 1];
+	int			n = millm_models_find(key, models, lengthof(models));
+	StringInfoData list;
 	MillmError	err;
 
-	if (m)
-		return m;
-	if (key.name)
-		millm_fail(&err, MILLM_E_MODEL_NOT_FOUND, "model \"%s\" does not exist", key.name);
-	else
-		millm_fail(&err, MILLM_E_MODEL_NOT_FOUND, "model with id " INT64_FORMAT " does not exist", key.id);
-	millm_hint(&err, "The view millm.models lists the models; millm.download() adds one.");
+	if (n == 1)
+		return models[0];
+	if (n == 0)
+	{
+		if (key.name)
+			millm_fail(&err, MILLM_E_MODEL_NOT_FOUND, "model \"%s\" does not exist", key.name);
+		else
+			millm_fail(&err, MILLM_E_MODEL_NOT_FOUND, "model with id " INT64_FORMAT " does not exist", key.id);
+		millm_hint(&err, "The view millm.models lists the models; millm.download() adds one.");
+		millm_ereport(ERROR, &err);
+	}
+	initStringInfo(&list);
+	for (int i = 0; i < n && i < MAX_LISTED; i++)
+		appendStringInfo(&list, "%s" INT64_FORMAT " (%s, %s)", i ? ", " : "", models[i]->id,
+						 models[i]->repo_id ? models[i]->repo_id : models[i]->local_path, models[i]->quantization);
+	millm_fail(&err, MILLM_E_INVALID_ARGUMENT, "the name \"%s\" is that of several models", key.name);
+	millm_detail(&err, "They have the ids %s%s.", list.data, n > MAX_LISTED ? " and more" : "");
+	millm_hint(&err, "Name the model by its id.");
 	millm_ereport(ERROR, &err);
 	return NULL;
+}
+
+void
+millm_registry_lock(const char *what, LOCKMODE mode)
+{
+	uint64		hash = DatumGetUInt64(hash_any_extended((const unsigned char *) what, strlen(what), 0));
+	LOCKTAG		tag;
+	MillmError	err;
+
+	SET_LOCKTAG_ADVISORY(tag, MyDatabaseId, (uint32) (hash >> 32), (uint32) hash, LOCK_CLASS);
+	if (LockAcquire(&tag, mode, false, true) != LOCKACQUIRE_NOT_AVAIL)
+		return;
+	millm_fail(&err, MILLM_E_MODEL_BUSY, "another session is changing \"%s\" right now", what);
+	millm_detail(&err, "Its transaction has not ended yet.");
+	millm_hint(&err, "Try again when it has.");
+	millm_ereport(ERROR, &err);
 }
 
 const char *

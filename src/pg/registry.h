@@ -7,6 +7,7 @@
 #include "postgres.h"
 
 #include "fmgr.h"
+#include "storage/lockdefs.h"
 
 /* One row.  Strings are palloc'd and in the database's encoding, which is UTF-8; NULL where the column is. */
 typedef struct MillmModel
@@ -51,9 +52,19 @@ typedef struct MillmModelKey
 extern MillmModelKey millm_key_from_id(int64 id);
 extern MillmModelKey millm_key_from_name(const text *name);
 
-/* The row as of now, whatever the transaction's snapshot; NULL when there is none.  millm_model_require(): MODEL_NOT_FOUND. */
-extern MillmModel *millm_model_find(MillmModelKey key);
+/*
+ * The rows as of now, whatever the transaction's snapshot, oldest first and at most max: an id has one at most, a name may have
+ * several (one repository with two quantizations).  Returns how many.
+ */
+extern int	millm_models_find(MillmModelKey key, MillmModel **models, int max);
+/* The one row.  MODEL_NOT_FOUND; INVALID_ARGUMENT, which lists them, when the name has several. */
 extern MillmModel *millm_model_require(MillmModelKey key);
+
+/*
+ * Until the transaction's end, keep other sessions from adding or deleting what (a directory of the cache, a local path, a name):
+ * they, or we, get MODEL_BUSY at once rather than wait for a stranger's COMMIT.
+ */
+extern void millm_registry_lock(const char *what, LOCKMODE mode);
 
 /* What makes it ready, for messages: "download", or "quantization" of a local directory. */
 extern const char *millm_model_work(const MillmModel *m);

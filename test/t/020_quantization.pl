@@ -73,8 +73,8 @@ cmp_ok(disk_bytes($name{Q4}), '<', disk_bytes($name{Q8}), 'Q4 is smaller than Q8
 cmp_ok(disk_bytes($name{Q8}), '<', disk_bytes($name{FP16}), 'which is smaller than FP16');
 is(quantization_config(directory($name{Q4}))->{bnb_4bit_quant_type}, 'nf4', 'Q4 is NF4 to others');
 ok(quantization_config(directory($name{Q8}))->{load_in_8bit}, 'Q8 is LLM.int8');
-like(fails(q(SELECT millm.download('millm-test/tiny-f16', 'Q4')), 'ML002', 'the same name'), qr/id is \d+; it is the same model as FP16.*name => 'tiny-f16-Q4'/s, 'which says how to have both');
-like(fails(q(SELECT millm.download('millm-test/tiny-f16', 'q4', name => 'again')), 'ML002', 'the same again'), qr/"millm-test\/tiny-f16" is already registered as Q4/, 'is refused');
+like(fails(q(SELECT millm.download('millm-test/tiny-f16', 'Q4')), 'ML002', 'the same again'), qr/"millm-test\/tiny-f16" is already registered as Q4.*It is model "tiny-f16-Q4" with id \d+/s, 'is refused');
+like(fails(q(SELECT millm.download('millm-test/tiny-f16', 'q4', name => 'again')), 'ML002', 'under another name too'), qr/"millm-test\/tiny-f16" is already registered as Q4/, 'which says why');
 
 # --- F32 becomes 16-bit ----------------------------------------------------------------------------------------
 like(notices(q(SELECT millm.download('millm-test/tiny-f32', 'FP16'))), qr/NOTICE:  "millm-test\/tiny-f32" is stored as F32; it becomes BF16, half the size/, 'which a notice says');
@@ -130,7 +130,7 @@ is(quantization_config(directory('my model'))->{bnb_4bit_quant_type}, 'nf4', 'it
 is(weights(directory('my model')), weights(directory($name{Q4})), 'the same weights as downloaded');
 is(digests($local), $before, 'the original is what it was');
 works('my model');
-like(fails("SELECT millm.register_local('$local', 'nf4')", 'ML002', 'the same again'), qr/already exists/, 'is refused');
+like(fails("SELECT millm.register_local('$local', 'nf4')", 'ML002', 'the same again'), qr/is already registered as Q4/, 'is refused');
 like(fails("SELECT millm.register_local('$local/', 'nf4', name => 'again')", 'ML002', 'under another name too'), qr/is already registered as Q4/, 'which says why');
 is(sql("SELECT millm.register_local('$local', name => 'as it is') > 0"), 't', 'as it is');
 is(row('as it is', 'quantization, status, local_path, download_progress'), "FP16|ready|$local|", 'in its place');
