@@ -15,6 +15,10 @@
 #define MIN_PANEL_TOKENS	8
 #define PANEL_BYTES			(128 * 1024)
 #define TOKENS				4		/* that share one unpacking of 4-bit weights */
+#define PANEL_TOKENS		4		/* of 4-bit weights: a tile is 3 x 4 */
+#define PANEL_ROWS			3
+#define MAX_PANEL_ROWS		48
+#define PANEL_DEPTH			512		/* 4 tokens of 2 KiB */
 #define INT8_TOKENS			3		/* with 4 sums each, as the float32 kernel has */
 #define MAX_GROUPS			1024	/* of 64 weights, in a row of the fast path */
 #define I16_MAX				32767.0f
@@ -282,7 +286,7 @@ int8_few(const MillmMatmul *m, int64_t begin, int64_t end)
 
 /* ---- float32 panels ---- */
 
-/* The matmul of a panel of n_rows dequantized rows, row o of m's first; their scales apart, or NULL. */
+/* The matmul of a panel of n_rows rows of INT8 as floats, row o of m's first; their scales apart. */
 static void
 run_panel(const MillmMatmul *m, const float *panel, int64_t o, int64_t n_rows, const float *scale)
 {
@@ -364,6 +368,100 @@ row_to_f32(float *y, const MillmWeight *w, int64_t o)
 	}
 }
 
+/* n floats at p, 8 at most: the others are zeros, and no memory is read. */
+INLINE __m256
+load_first(const float *p, int64_t n)
+{
+	const __m256i lanes = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
+
+	return n == 8 ? _mm256_loadu_ps(p) : _mm256_maskload_ps(p, _mm256_cmpgt_epi32(_mm256_set1_epi32((int) n), lanes));
+}
+
+/* acc[n_rows][n_tokens] += the products of n values, 8 at most. */
+INLINE void
+panel_step(__m256 (*acc)[PANEL_TOKENS], const float *row, int64_t row_stride, int n_rows, const char *x, int64_t x_stride, int n_tokens, int64_t n)
+{
+	__m256		w[PANEL_ROWS];
+
+	for (int r = 0; r < n_rows; r++)
+		w[r] = load_first(row + r * row_stride, n);
+	for (int j = 0; j < n_tokens; j++)
+	{
+		__m256		xj = load_first((const float *) (x + j * x_stride), n);
+
+		for (int r = 0; r < n_rows; r++)
+			acc[r][j] = _mm256_fmadd_ps(w[r], xj, acc[r][j]);
+	}
+}
+
+/* sums[n_rows][4] += n_rows rows of a panel times n_tokens tokens, n deep: at most 3 x 4, whose 12 sums fit the registers. */
+INLINE void
+panel_tile(__m256 (*sums)[PANEL_TOKENS], const float *row, int64_t row_stride, int n_rows, const char *x, int64_t x_stride, int n_tokens, int64_t n)
+{
+	__m256		acc[PANEL_ROWS][PANEL_TOKENS];
+	int64_t		i = 0;
+
+	for (int r = 0; r < n_rows; r++)
+		for (int j = 0; j < n_tokens; j++)
+			acc[r][j] = sums[r][j];
+	for (; i + 8 <= n; i += 8)
+		panel_step(acc, row + i, row_stride, n_rows, x + i * 4, x_stride, n_tokens, 8);
+	if (i < n)
+		panel_step(acc, row + i, row_stride, n_rows, x + i * 4, x_stride, n_tokens, n - i);
+	for (int r = 0; r < n_rows; r++)
+		for (int j = 0; j < n_tokens; j++)
+			sums[r][j] = acc[r][j];
+}
+
+/* All rows of a panel times n_tokens tokens from t on: depth by depth, so that the tokens' values stay in the L1 cache. */
+INLINE void
+panel_rows(const MillmMatmul *m, const float *panel, int64_t o, int64_t n_rows, int64_t t, int n_tokens)
+{
+	const int64_t n = m->w->n_in;
+	const char *x = (const char *) m->x + t * m->x_stride;
+	__m256		sums[MAX_PANEL_ROWS][PANEL_TOKENS];
+
+	for (int64_t r = 0; r < n_rows; r++)
+		for (int j = 0; j < n_tokens; j++)
+			sums[r][j] = _mm256_setzero_ps();
+	for (int64_t i = 0; i < n; i += PANEL_DEPTH)
+	{
+		const int64_t depth = n - i < PANEL_DEPTH ? n - i : PANEL_DEPTH;
+		const float *row = panel + i;
+		int64_t		r = 0;
+
+		for (; r + PANEL_ROWS <= n_rows; r += PANEL_ROWS)
+			panel_tile(sums + r, row + r * n, n, PANEL_ROWS, x + i * 4, m->x_stride, n_tokens, depth);
+		for (; r < n_rows; r++)
+			panel_tile(sums + r, row + r * n, n, 1, x + i * 4, m->x_stride, n_tokens, depth);
+	}
+	for (int64_t r = 0; r < n_rows; r++)
+		for (int j = 0; j < n_tokens; j++)
+			finish(m, t + j, o + r, sum_8(sums[r][j]));
+}
+
+/* One sum of eight parts per element, whatever the tile: a token's bits do not depend on its company. */
+static void
+panel_products(const MillmMatmul *m, const float *panel, int64_t o, int64_t n_rows)
+{
+	int64_t		t = 0;
+
+	for (; t + PANEL_TOKENS <= m->n_tokens; t += PANEL_TOKENS)
+		panel_rows(m, panel, o, n_rows, t, PANEL_TOKENS);
+	switch (m->n_tokens - t)
+	{
+		case 3:
+			panel_rows(m, panel, o, n_rows, t, 3);
+			break;
+		case 2:
+			panel_rows(m, panel, o, n_rows, t, 2);
+			break;
+		case 1:
+			panel_rows(m, panel, o, n_rows, t, 1);
+			break;
+	}
+}
+
 /* Rows that are not whole blocks are decoded by the reference: correct, and slow for a single token. */
 static void
 matmul_4bit(const MillmMatmul *m, int64_t begin, int64_t end)
@@ -378,6 +476,7 @@ matmul_4bit(const MillmMatmul *m, int64_t begin, int64_t end)
 		millm_matmul_decoded(m, begin, end);
 		return;
 	}
+	n_rows = n_rows < MAX_PANEL_ROWS ? n_rows : MAX_PANEL_ROWS;
 	for (int64_t o = begin; o < end; o += n_rows)
 	{
 		n_rows = end - o < n_rows ? end - o : n_rows;
@@ -386,7 +485,7 @@ matmul_4bit(const MillmMatmul *m, int64_t begin, int64_t end)
 				row_to_f32(panel + r * n, m->w, o + r);
 			else
 				millm_weight_decode(panel + r * n, m->w, o + r, 0, n);
-		run_panel(m, panel, o, n_rows, NULL);
+		panel_products(m, panel, o, n_rows);
 	}
 }
 
