@@ -13,9 +13,12 @@
 #include <string.h>
 #include <sys/stat.h>
 #include <time.h>
+#include <unistd.h>
 
+#include "hfcache.h"
 #include "plan.h"
 #include "screen.h"
+#include "serve.h"
 #include "store.h"
 #include "version.h"
 
@@ -166,10 +169,10 @@ write_meta(MillmStore *store, const MillmPlan *p, int64_t *disk_bytes, MillmErro
 		}
 		json_object_set_new(files, f->path, json_pack("{s:I, s:o, s:o}", "size", (json_int_t) f->size, "hash", maybe_text(f->hash), "bytes", maybe(bytes)));
 	}
-	meta = json_pack("{s:s, s:s?, s:s?, s:o, s:s, s:s?, s:I, s:s, s:s, s:I, s:I, s:I, s:o}", "millm_version", MILLM_VERSION,
+	meta = json_pack("{s:s, s:s?, s:s?, s:o, s:s, s:s?, s:I, s:s, s:s, s:s?, s:I, s:I, s:I, s:o}", "millm_version", MILLM_VERSION,
 					 "repo_id", p->http ? p->repo->id : NULL, "source_path", spec->source_path, "commit", maybe_text(p->repo->commit),
 					 "quantization", p->quantization, "converted_from", p->is_f32 ? "F32" : NULL, "model_id", (json_int_t) spec->model_id,
-					 "uuid", spec->model_uuid, "owner_id", spec->owner_id, "bytes", (json_int_t) *disk_bytes,
+					 "uuid", spec->model_uuid, "owner_id", spec->owner_id, "cluster", spec->cluster, "bytes", (json_int_t) *disk_bytes,
 					 "original_bytes", (json_int_t) original, "quantized_bytes", (json_int_t) now, "files", files);
 	text = meta ? json_dumps(meta, JSON_INDENT(1)) : NULL;
 	json_decref(meta);
@@ -178,6 +181,81 @@ write_meta(MillmStore *store, const MillmPlan *p, int64_t *disk_bytes, MillmErro
 	rc = millm_store_complete(store, text, strlen(text), err);
 	free(text);
 	return rc;
+}
+
+/* Does the open file have the content of the list? */
+static bool
+has_content(int fd, const MillmHubFile *file, atomic_bool *stop)
+{
+	char		hex[MILLM_HASH_HEX];
+
+	return millm_store_hash(fd, file, stop, hex) && strcmp(hex, file->hash) == 0;
+}
+
+/* Push the open file through the sink.  *taken false: it could not be read, or has changed meanwhile; the sink is as if nothing had been. */
+static MillmCode
+pour_cached(int fd, const MillmHubFile *f, MillmSink *sink, Meter *m, atomic_bool *stop, bool *taken, MillmError *err)
+{
+	MillmHash	hash;
+	char		hex[MILLM_HASH_HEX];
+	MillmCode	rc;
+
+	*taken = false;
+	millm_hash_begin(&hash, f->hash, f->size);
+	if ((rc = millm_pour(fd, f, &hash, sink, stop, false, advance, m, err)) != MILLM_OK)
+		return rc == MILLM_E_INVALID_LOCAL_PATH ? MILLM_OK : rc;
+	millm_hash_hex(&hash, hex);
+	*taken = strcmp(hex, f->hash) == 0;
+	if (!*taken)
+		advance(m, -f->size, false);
+	rc = *taken ? sink->finish(sink->arg, err) : sink->discard(sink->arg, err);
+	if (!*taken || rc != MILLM_OK)
+		sink->abandon(sink->arg);
+	return rc;
+}
+
+/* Take the file from the user's HuggingFace cache: link it, or push it through the sink.  *taken false: it is not there, or is another one. */
+static MillmCode
+take_cached(const MillmPlan *p, const MillmHubFile *f, MillmStore *store, bool is_plain, MillmSink *sink, Meter *m, atomic_bool *stop, bool *taken,
+			MillmError *err)
+{
+	const char *cache = p->spec->hf_cache_dir;
+	int			fd = cache ? millm_hfcache_open(cache, p->repo->id, p->repo->commit, f) : -1;
+	MillmCode	rc = MILLM_OK;
+
+	*taken = false;
+	if (fd < 0 && cache)
+		fd = millm_hfcache_open(cache, p->spec->repo_id, p->repo->commit, f);	/* a renamed one lies under the name that was typed */
+	if (fd < 0)
+		return MILLM_OK;
+	/* first of all: what is not of this file must not get into the sink */
+	if (has_content(fd, f, stop))
+	{
+		*taken = is_plain && millm_store_link(store, fd, f);
+		if (*taken)
+			advance(m, f->size, false);
+		else
+			rc = pour_cached(fd, f, sink, m, stop, taken, err);
+	}
+	close(fd);
+	if (*taken && rc == MILLM_OK)
+		millm_log("LOG", "\"%s\" of \"%s\" is taken from \"%s\"", f->path, p->repo->id, cache);
+	else if (rc == MILLM_OK && !atomic_load(stop))
+		millm_log("WARNING", "\"%s\" of \"%s\" is damaged in \"%s\", so it is downloaded", f->path, p->repo->id, cache);
+	return rc;
+}
+
+/* Bring one file into the sink, which is the store's own when is_plain: from this machine if it is here, else from the Hub. */
+static MillmCode
+bring(MillmPlan *p, const MillmHubFile *f, MillmStore *store, bool is_plain, MillmSink *sink, Meter *m, atomic_bool *stop, MillmError *err)
+{
+	bool		taken;
+	MillmCode	rc;
+
+	if (!p->http)
+		return millm_plan_copy(p->spec->source_path, &p->repo->files[f - p->repo->files], sink, stop, advance, m, err);
+	rc = take_cached(p, f, store, is_plain, sink, m, stop, &taken, err);
+	return rc != MILLM_OK || taken ? rc : millm_hub_fetch(p->http, p->repo, f, p->spec->n_connections, sink, advance, m, err);
 }
 
 static MillmCode
@@ -207,9 +285,7 @@ fetch_all(MillmPlan *p, MillmStore *store, MillmRecast *recast, Meter *m, atomic
 			advance(m, f->size, false);	/* an earlier attempt's, or another installation's of the same model */
 			continue;
 		}
-		rc = p->http ? millm_hub_fetch(p->http, p->repo, f, p->spec->n_connections, sink, advance, m, err)
-			: millm_plan_copy(p->spec->source_path, &p->repo->files[f - p->repo->files], sink, stop, advance, m, err);
-		if (rc != MILLM_OK)
+		if ((rc = bring(p, f, store, !is_recast, sink, m, stop, err)) != MILLM_OK)
 			return rc;
 	}
 	m->progress.stage = "verifying";
@@ -230,7 +306,7 @@ millm_job_download(const MillmJobSpec *spec, atomic_bool *stop, atomic_bool *kee
 	MillmCode	rc;
 
 	report(&m, true);
-	if ((rc = millm_plan_make(spec, patient, 0, stop, &p, err)) == MILLM_OK && (rc = millm_store_open(spec->cache_dir, spec->directory, spec->model_uuid, &store, err)) == MILLM_OK &&
+	if ((rc = millm_plan_make(spec, patient, 0, stop, &p, err)) == MILLM_OK && (rc = millm_store_open(spec->cache_dir, spec->directory, spec->model_uuid, spec->owner_id, spec->cluster, &store, err)) == MILLM_OK &&
 		p.is_recast)
 		rc = millm_recast_create(store, p.target, &p.config, p.config_json, &recast, err);
 	/* before the meta file says that all is well: does the engine really find its place for every tensor? */

@@ -27,6 +27,8 @@ typedef struct MillmJobSpec
 	const char *directory;
 	const char *model_uuid;
 	const char *owner_id;
+	const char *cluster;		/* names the server in the directory; NULL: none */
+	const char *hf_cache_dir;	/* the user's HuggingFace cache; NULL: none */
 	int64_t		model_id;
 } MillmJobSpec;
 

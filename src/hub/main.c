@@ -301,6 +301,8 @@ read_request(Work *w, json_t *request, MillmError *err)
 	if (w->op == OP_DOWNLOAD)
 	{
 		need(&f, w, "owner_id", &w->spec.owner_id, true);
+		need(&f, w, "cluster", &w->spec.cluster, false);
+		need(&f, w, "hf_cache_dir", &w->spec.hf_cache_dir, false);
 		millm_field_int(&f, "model_id", 0, INT64_MAX, &w->spec.model_id);
 		millm_field_int(&f, "connections", 1, MILLM_HUB_MAX_CONNECTIONS, &n_connections);
 	}
@@ -455,7 +457,8 @@ usage(FILE *out, int status)
 		  "       millm-hub serve --socket PATH              as the server's helper\n"
 		  "       millm-hub --version | help\n"
 		  "options: --endpoint URL (HF_ENDPOINT, " DEFAULT_ENDPOINT "), --revision REV (main), --token-file FILE, --trust-remote-code,\n"
-		  "         --quantization Q4|Q8|FP16 (Q4), --connections 1..16 (4; of a large file); of serve: --breaker-ms N, how long a failing hub is first left alone (30000)\n", out);
+		  "         --quantization Q4|Q8|FP16 (Q4), --connections 1..16 (4; of a large file),\n"
+		  "         --hf-cache DIR (a HuggingFace cache to take files from); of serve: --breaker-ms N, how long a failing hub is first left alone (30000)\n", out);
 	return status;
 }
 
@@ -523,11 +526,10 @@ main(int argc, char **argv)
 		{"endpoint", required_argument, NULL, 'e'}, {"revision", required_argument, NULL, 'r'}, {"token-file", required_argument, NULL, 't'},
 		{"cache-dir", required_argument, NULL, 'c'}, {"socket", required_argument, NULL, 's'}, {"trust-remote-code", no_argument, NULL, 'x'},
 		{"quantization", required_argument, NULL, 'q'}, {"output", required_argument, NULL, 'o'}, {"breaker-ms", required_argument, NULL, 'b'},
-		{"connections", required_argument, NULL, 'n'}, {0}
+		{"connections", required_argument, NULL, 'n'}, {"hf-cache", required_argument, NULL, 'h'}, {0}
 	};
 	MillmService service = {.program = "millm-hub", .on_request = on_request, .on_close = on_close, .on_shutdown = on_shutdown};
-	MillmJobSpec spec = {.revision = "main", .quantization = "Q4", .owner_id = "00000000-0000-0000-0000-000000000000",
-	.model_uuid = "00000000-0000-0000-0000-000000000000", .timeout_ms = 30000, .n_connections = CONNECTIONS, .endpoint = getenv("HF_ENDPOINT")};
+	MillmJobSpec spec = {.revision = "main", .quantization = "Q4", .owner_id = MILLM_NOBODY, .model_uuid = MILLM_NOBODY, .timeout_ms = 30000, .n_connections = CONNECTIONS, .endpoint = getenv("HF_ENDPOINT")};
 	const char *command = argc > 1 ? argv[1] : "", *socket = NULL, *output = NULL;
 	char	   *token = NULL, directory[512];
 	atomic_bool stop = false, keep = true;
@@ -551,6 +553,7 @@ main(int argc, char **argv)
 			case 'x': spec.trust_remote_code = true; break;
 			case 'q': spec.quantization = optarg; break;
 			case 'o': output = optarg; break;
+			case 'h': spec.hf_cache_dir = optarg; break;
 			case 'n':
 				spec.n_connections = (int) strtol(optarg, NULL, 10);
 				if (spec.n_connections < 1 || spec.n_connections > MILLM_HUB_MAX_CONNECTIONS)

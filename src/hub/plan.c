@@ -122,55 +122,69 @@ list_local(const char *path, MillmRepo **out, MillmError *err)
 	return MILLM_OK;
 }
 
-/* Push a local file through a sink; fills in its sha256. */
+MillmCode
+millm_pour(int fd, const MillmHubFile *file, MillmHash *hash, MillmSink *sink, atomic_bool *stop, bool is_fetched, MillmAdvance advance, void *arg,
+		   MillmError *err)
+{
+	const MillmHash fresh = *hash;
+	char	   *buf = malloc(COPY_BYTES);
+	int64_t		at = 0;
+	MillmCode	rc;
+
+	if (!buf)
+		return millm_fail(err, MILLM_E_INSUFFICIENT_MEMORY, "out of memory");
+	if ((rc = sink->begin(sink->arg, file, hash, &at, stop, err)) != MILLM_OK)
+	{
+		free(buf);
+		return rc;
+	}
+	/* what an earlier attempt left is not known to come from the same bytes */
+	rc = sink->discard(sink->arg, err);
+	*hash = fresh;
+	for (at = 0; rc == MILLM_OK && at < file->size;)
+	{
+		ssize_t		n = pread(fd, buf, COPY_BYTES, at);
+
+		if (n < 0)
+			rc = millm_fail(err, MILLM_E_INVALID_LOCAL_PATH, "could not read \"%s\": %s", file->path, strerror(errno));
+		else if (n == 0)
+			rc = millm_fail(err, MILLM_E_INVALID_LOCAL_PATH, "\"%s\" became shorter while it was read", file->path);
+		else if (atomic_load(stop))
+			rc = millm_fail(err, MILLM_E_CANCELED, "the download was canceled");
+		else if ((rc = sink->write(sink->arg, buf, (size_t) n, err)) == MILLM_OK)
+		{
+			millm_hash_update(hash, buf, (size_t) n);
+			at += n;
+			advance(arg, n, is_fetched);
+		}
+	}
+	if (rc != MILLM_OK)
+	{
+		advance(arg, -at, is_fetched);
+		sink->abandon(sink->arg);
+	}
+	free(buf);
+	return rc;
+}
+
 MillmCode
 millm_plan_copy(const char *path, MillmHubFile *file, MillmSink *sink, atomic_bool *stop, MillmAdvance advance, void *arg, MillmError *err)
 {
 	static const char sha256[] = "0000000000000000000000000000000000000000000000000000000000000000";
 	struct stat sb;
 	int			fd = open_local(path, file->path, &sb);
-	char	   *buf = malloc(COPY_BYTES);
 	MillmHash	hash;
-	int64_t		at;
 	MillmCode	rc;
 
-	if (fd < 0 || !buf)
-	{
-		rc = fd < 0 ? local_error(path, file->path, err) : millm_fail(err, MILLM_E_INSUFFICIENT_MEMORY, "out of memory");
-		free(buf);
-		if (fd >= 0)
-			close(fd);
-		return rc;
-	}
+	if (fd < 0)
+		return local_error(path, file->path, err);
 	millm_hash_begin(&hash, sha256, file->size);
-	/* what an earlier attempt left is not known to come from the same bytes */
-	if ((rc = sink->begin(sink->arg, file, &hash, &at, stop, err)) == MILLM_OK)
+	if ((rc = millm_pour(fd, file, &hash, sink, stop, true, advance, arg, err)) == MILLM_OK)
 	{
-		rc = sink->discard(sink->arg, err);
-		millm_hash_begin(&hash, sha256, file->size);
-		for (at = 0; rc == MILLM_OK && at < file->size;)
-		{
-			ssize_t		n = pread(fd, buf, COPY_BYTES, at);
-
-			if (n <= 0)
-				rc = n < 0 ? local_error(path, file->path, err) :
-					millm_fail(err, MILLM_E_INVALID_LOCAL_PATH, "\"%s\" became shorter while it was read", file->path);
-			else if (atomic_load(stop))
-				rc = millm_fail(err, MILLM_E_CANCELED, "the download was canceled");
-			else if ((rc = sink->write(sink->arg, buf, (size_t) n, err)) == MILLM_OK)
-			{
-				millm_hash_update(&hash, buf, (size_t) n);
-				at += n;
-				advance(arg, n, true);
-			}
-		}
-		if (rc == MILLM_OK)
-			rc = sink->finish(sink->arg, err);
-		else
-			sink->abandon(sink->arg);
 		millm_hash_hex(&hash, file->hash);
+		if ((rc = sink->finish(sink->arg, err)) != MILLM_OK)
+			sink->abandon(sink->arg);
 	}
-	free(buf);
 	close(fd);
 	return rc;
 }

@@ -47,6 +47,12 @@ extern void millm_plan_free(MillmPlan *p);
 extern int64_t millm_plan_weights_bytes(const MillmPlan *p);
 extern int64_t millm_plan_disk_bytes(const MillmPlan *p, MillmRecastTarget target);
 
+/*
+ * Push an open file of file->size bytes through a sink, from its beginning; hash has begun and goes along.  On MILLM_OK all is written, and the
+ * caller has to finish or abandon; after an error the sink is abandoned.  INVALID_LOCAL_PATH when it cannot be read; CANCELED; the sink's errors.
+ */
+extern MillmCode millm_pour(int fd, const MillmHubFile *file, MillmHash *hash, MillmSink *sink, atomic_bool *stop, bool is_fetched,
+							MillmAdvance advance, void *arg, MillmError *err);
 /* Push a file of the local directory path through a sink; fills in its sha256. */
 extern MillmCode millm_plan_copy(const char *path, MillmHubFile *file, MillmSink *sink, atomic_bool *stop, MillmAdvance advance, void *arg, MillmError *err);
 

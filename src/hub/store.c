@@ -14,6 +14,8 @@
 #include <sys/statvfs.h>
 #include <unistd.h>
 
+#include "serve.h"
+
 /* Where directories go to be removed, in the cache directory. */
 #define TRASH_NAME ".trash"
 #define MAX_DEPTH		16
@@ -98,22 +100,28 @@ open_below(const char *cache_dir, const char *directory, bool create)
 	return fd;
 }
 
-/* The uuid in one of our JSON files of a directory; false when there is no such file, or none with a uuid. */
-static bool
-read_uuid(int dir_fd, const char *name, char uuid[UUID_CHARS + 1])
+/* One of our JSON files of a directory; NULL when there is no such file. */
+static json_t *
+read_json(int dir_fd, const char *name)
 {
 	int			fd = openat(dir_fd, name, O_RDONLY | O_NOFOLLOW | O_NONBLOCK | O_CLOEXEC);
 	struct stat st;
-	json_t	   *meta = NULL;
-	const char *text;
-	bool		good;
+	json_t	   *json = NULL;
 
 	if (fd >= 0 && fstat(fd, &st) == 0 && S_ISREG(st.st_mode) && st.st_size <= MAX_META_BYTES)
-		meta = json_loadfd(fd, 0, NULL);
+		json = json_loadfd(fd, 0, NULL);
 	if (fd >= 0)
 		close(fd);
-	text = json_string_value(json_object_get(meta, "uuid"));
-	good = text && strlen(text) == UUID_CHARS;
+	return json;
+}
+
+/* The uuid in such a file; false when there is none. */
+static bool
+read_uuid(int dir_fd, const char *name, char uuid[UUID_CHARS + 1])
+{
+	json_t	   *meta = read_json(dir_fd, name);
+	const char *text = json_string_value(json_object_get(meta, "uuid"));
+	const bool	good = text && strlen(text) == UUID_CHARS;
 	if (good)
 		memcpy(uuid, text, UUID_CHARS + 1);
 	json_decref(meta);
@@ -217,22 +225,29 @@ hash_file(int fd, int64_t size, MillmHash *hash, atomic_bool *stop)
 }
 
 bool
+millm_store_hash(int fd, const MillmHubFile *file, atomic_bool *stop, char hex[MILLM_HASH_HEX])
+{
+	MillmHash	hash;
+
+	millm_hash_begin(&hash, file->hash, file->size);
+	if (hash_file(fd, file->size, &hash, stop) != file->size)
+		return false;
+	millm_hash_hex(&hash, hex);
+	return true;
+}
+
+bool
 millm_store_is_proved(const MillmStore *s, const MillmHubFile *file, atomic_bool *stop)
 {
-	char		hex[MILLM_HASH_HEX] = "";
-	MillmHash	hash;
+	char		hex[MILLM_HASH_HEX];
+	bool		good;
 	int			fd;
 
-	if (!file->hash[0] || size_of(s, file->path) != file->size)
+	if (!file->hash[0] || size_of(s, file->path) != file->size || (fd = openat(s->dir_fd, file->path, O_RDONLY | O_NOFOLLOW | O_CLOEXEC)) < 0)
 		return false;
-	millm_hash_begin(&hash, file->hash, file->size);
-	fd = openat(s->dir_fd, file->path, O_RDONLY | O_NOFOLLOW | O_CLOEXEC);
-	if (fd < 0)
-		return false;
-	if (hash_file(fd, file->size, &hash, stop) == file->size)
-		millm_hash_hex(&hash, hex);
+	good = millm_store_hash(fd, file, stop, hex) && strcmp(hex, file->hash) == 0;
 	close(fd);
-	return strcmp(hex, file->hash) == 0;
+	return good;
 }
 
 /* --- The plain sink ------------------------------------------------------------------------------- */
@@ -339,6 +354,24 @@ sink_finish(void *arg, MillmError *err)
 	return rc;
 }
 
+bool
+millm_store_link(MillmStore *s, int fd, const MillmHubFile *file)
+{
+	char		partial[MILLM_STORE_MAX_NAME], self[64];
+	struct stat sb;
+
+	/* somebody else's file could become another one under our name */
+	if (fstat(fd, &sb) != 0 || sb.st_uid != geteuid() || (sb.st_mode & (S_IWGRP | S_IWOTH)))
+		return false;
+	millm_store_partial_name(file, partial);
+	snprintf(self, sizeof(self), "/proc/self/fd/%d", fd);
+	(void) unlinkat(s->dir_fd, partial, 0);
+	/* the very file whose content was proved, whatever its name means by now */
+	if (linkat(AT_FDCWD, self, s->dir_fd, partial, AT_SYMLINK_FOLLOW) != 0)
+		return false;
+	return fsync(fd) == 0 && renameat(s->dir_fd, partial, s->dir_fd, file->path) == 0 && fsync(s->dir_fd) == 0;
+}
+
 MillmSink *
 millm_store_sink(MillmStore *s)
 {
@@ -365,16 +398,36 @@ millm_store_put(MillmStore *s, const char *name, const void *text, size_t len, M
 	return rc;
 }
 
+/*
+ * The model of this finished directory is another one.  Is that gone?  In a registry no two have one directory, and a cluster has one registry,
+ * so there it is; of what other servers know we know nothing.
+ */
+static bool
+is_left_behind(const MillmStore *s, const char *owner_id, const char *cluster)
+{
+	json_t	   *meta = read_json(s->dir_fd, MILLM_META_NAME);
+	const char *had_owner = json_string_value(json_object_get(meta, "owner_id")), *had_cluster = json_string_value(json_object_get(meta, "cluster"));
+	const bool	gone = (had_owner && (strcmp(had_owner, MILLM_NOBODY) == 0 || (owner_id && owner_id[0] && strcmp(had_owner, owner_id) == 0))) ||
+		(had_cluster && cluster && cluster[0] && strcmp(had_cluster, cluster) == 0);
+
+	json_decref(meta);
+	return gone;
+}
+
 /* Whose directory is it?  Makes it ours when it is nobody's. */
 static MillmCode
-take_possession(MillmStore *s, const char *uuid, bool is_new, MillmError *err)
+take_possession(MillmStore *s, const char *uuid, const char *owner_id, const char *cluster, bool is_new, MillmError *err)
 {
 	char		owner[UUID_CHARS + 1], text[64];
 
 	if (read_uuid(s->dir_fd, MILLM_META_NAME, owner))
 	{
-		if (strcmp(owner, uuid) == 0)
+		const bool	is_heir = strcmp(owner, uuid) != 0 && is_left_behind(s, owner_id, cluster);
+
+		if (strcmp(owner, uuid) == 0 || is_heir)
 		{
+			if (is_heir)
+				millm_log("LOG", "\"%s\" was left behind by the model %s: what is intact in it is used", s->path, owner);
 			s->is_finished = true;
 			return MILLM_OK;
 		}
@@ -391,7 +444,8 @@ take_possession(MillmStore *s, const char *uuid, bool is_new, MillmError *err)
 }
 
 MillmCode
-millm_store_open(const char *cache_dir, const char *directory, const char *uuid, MillmStore **out, MillmError *err)
+millm_store_open(const char *cache_dir, const char *directory, const char *uuid, const char *owner_id, const char *cluster, MillmStore **out,
+				 MillmError *err)
 {
 	MillmStore *s;
 	MillmCode	rc;
@@ -408,7 +462,7 @@ millm_store_open(const char *cache_dir, const char *directory, const char *uuid,
 	s->fd = -1;
 	before = open_below(cache_dir, directory, false);
 	s->dir_fd = before >= 0 ? before : open_below(cache_dir, directory, true);
-	rc = s->dir_fd < 0 ? millm_store_error(err, "open", s->path) : take_possession(s, uuid, before < 0, err);
+	rc = s->dir_fd < 0 ? millm_store_error(err, "open", s->path) : take_possession(s, uuid, owner_id, cluster, before < 0, err);
 	if (rc == MILLM_OK)
 		*out = s;
 	else
@@ -466,9 +520,7 @@ millm_store_remove(MillmStore *s, const MillmHubFile *const *files, size_t n)
 	char		partial[MILLM_STORE_MAX_NAME], name[MILLM_STORE_MAX_NAME + 8];
 	int			fd;
 
-	if (s->is_finished)
-		return;
-	if (s->is_ours && (fd = openat(s->dir_fd, ".", O_RDONLY | O_DIRECTORY | O_CLOEXEC)) >= 0)
+	if (s->is_ours && !s->is_finished && (fd = openat(s->dir_fd, ".", O_RDONLY | O_DIRECTORY | O_CLOEXEC)) >= 0)
 		unlink_tree(fd, 0);
 	for (size_t i = 0; i < n; i++)
 	{
@@ -478,9 +530,11 @@ millm_store_remove(MillmStore *s, const MillmHubFile *const *files, size_t n)
 			snprintf(name, sizeof(name), "%s%s", partial, suffixes[k]);
 			unlinkat(s->dir_fd, name, 0);
 		}
-		unlinkat(s->dir_fd, files[i]->path, 0);
+		if (!s->is_finished)
+			unlinkat(s->dir_fd, files[i]->path, 0);
 	}
-	(void) rmdir(s->path);		/* stays when somebody put something else there */
+	if (!s->is_finished)
+		(void) rmdir(s->path);		/* stays when somebody put something else there */
 }
 
 void

@@ -21,6 +21,7 @@ char	   *millm_hf_endpoint;
 char	   *millm_hf_token_file;
 char	   *millm_hf_token;
 int			millm_download_connections;
+char	   *millm_hf_cache_dir;
 char	   *millm_auto_load_model;
 char	   *millm_device;
 int			millm_threads;
@@ -48,6 +49,12 @@ check_absolute(char **value, void **extra, GucSource source)
 		return true;
 	GUC_check_errdetail("The path must be absolute.");
 	return false;
+}
+
+static bool
+check_hf_cache_dir(char **value, void **extra, GucSource source)
+{
+	return strcmp(*value, "none") == 0 || check_absolute(value, extra, source);
 }
 
 static const char *
@@ -80,6 +87,9 @@ millm_define_settings(void)
 							   &millm_hf_token, "", PGC_SIGHUP, hidden, NULL, NULL, show_token);
 	DefineCustomIntVariable("millm.download_connections", "Connections over which a large file is downloaded.", NULL,
 							&millm_download_connections, 4, 1, 16, PGC_SIGHUP, 0, NULL, NULL, NULL);
+	DefineCustomStringVariable("millm.hf_cache_dir", "HuggingFace cache of the server's user, from which files are taken that it has.",
+							   "Empty: the environment's HF_HUB_CACHE, else hub under HF_HOME, else .cache/huggingface/hub under the server user's home. none: no such cache.",
+							   &millm_hf_cache_dir, "", PGC_SIGHUP, GUC_SUPERUSER_ONLY, check_hf_cache_dir, NULL, NULL);
 	DefineCustomStringVariable("millm.auto_load_model", "Model, by name or id, that a starting server loads.",
 							   "Empty: the environment's AUTO_LOAD_MODEL, else none.",
 							   &millm_auto_load_model, "", PGC_SIGHUP, 0, NULL, NULL, NULL);
@@ -113,14 +123,32 @@ first_set(const char *setting, const char *variable, const char *fallback)
 	return fallback ? pstrdup(fallback) : NULL;
 }
 
+/* getpwuid, not $HOME: the server is often started with somebody else's environment */
+static const char *
+server_home(void)
+{
+	struct passwd *pw = getpwuid(geteuid());
+
+	return pw && pw->pw_dir ? pw->pw_dir : "/tmp";
+}
+
 char *
 millm_effective_cache_dir(void)
 {
-	/* getpwuid, not $HOME: the server is often started with somebody else's environment */
-	struct passwd *pw = getpwuid(geteuid());
 	char	   *dir = first_set(millm_cache_dir, "MODEL_CACHE_DIR", NULL);
 
-	return dir ? dir : psprintf("%s/.cache/millm", pw && pw->pw_dir ? pw->pw_dir : "/tmp");
+	return dir ? dir : psprintf("%s/.cache/millm", server_home());
+}
+
+char *
+millm_effective_hf_cache_dir(void)
+{
+	char	   *dir = first_set(millm_hf_cache_dir, "HF_HUB_CACHE", NULL);
+	char	   *home = first_set(NULL, "HF_HOME", NULL);
+
+	if (!dir)
+		dir = home ? psprintf("%s/hub", home) : psprintf("%s/.cache/huggingface/hub", server_home());
+	return strcmp(dir, "none") == 0 ? NULL : dir;
 }
 
 char *

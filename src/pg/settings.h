@@ -16,6 +16,7 @@ extern char *millm_hf_endpoint;
 extern char *millm_hf_token_file;
 extern char *millm_hf_token;
 extern int	millm_download_connections;
+extern char *millm_hf_cache_dir;
 extern char *millm_auto_load_model;
 extern char *millm_device;
 extern int	millm_threads;
@@ -30,6 +31,7 @@ extern void millm_define_settings(void);
 /* The setting, else the environment's variable, else the default.  palloc'd. */
 extern char *millm_effective_cache_dir(void);
 extern char *millm_effective_endpoint(void);
+extern char *millm_effective_hf_cache_dir(void);	/* or NULL: none is to be used */
 extern char *millm_effective_auto_load(void);	/* or NULL */
 /* The server's own access token (file, setting, environment), or NULL.  palloc'd; WARNING when the file cannot be used. */
 extern char *millm_effective_token(void);

@@ -517,7 +517,8 @@ begin_job(void)
 	StringInfoData request;
 	MillmError	err;
 	char	   *token = NULL,
-			   *endpoint = millm_effective_endpoint();
+			   *endpoint = millm_effective_endpoint(),
+			   *hf_cache_dir;
 
 	LWLockAcquire(millm_shared->lock, LW_EXCLUSIVE);
 	job->state = MILLM_JOB_RUNNING;
@@ -542,12 +543,15 @@ begin_job(void)
 		append_field(&request, "revision", job->revision);
 		appendStringInfo(&request, ",\"trust_remote_code\":%s", job->trust_remote_code ? "true" : "false");
 		token = job_token(job->uuid);
+		if ((hf_cache_dir = millm_effective_hf_cache_dir()) != NULL)
+			append_field(&request, "hf_cache_dir", hf_cache_dir);
 	}
 	append_field(&request, "quantization", job->quantization);
 	append_field(&request, "cache_dir", millm_shared->cache_dir);
 	append_field(&request, "directory", job->directory);
 	append_field(&request, "model_uuid", job->uuid);
 	append_field(&request, "owner_id", job->owner);
+	append_field(&request, "cluster", psprintf(UINT64_FORMAT, GetSystemIdentifier()));
 	appendStringInfo(&request, ",\"model_id\":" INT64_FORMAT ",\"connections\":%d", job->model_id, millm_download_connections);
 	if (token)
 		append_field(&request, "token", token);

@@ -85,7 +85,7 @@ set_up(void)
 	MillmError	err;
 
 	check(mkdtemp(dir) != NULL);
-	check(millm_store_open(dir, "fuzz", "00000000-0000-0000-0000-000000000000", &store, &err) == MILLM_OK);
+	check(millm_store_open(dir, "fuzz", "00000000-0000-0000-0000-000000000000", NULL, NULL, &store, &err) == MILLM_OK);
 	atexit(clean_up);
 }
 

@@ -798,3 +798,150 @@ def test_unfinished_is_removed_by_its_uuid_only(hub, tmp_path, serve):
             serve("remove", cache_dir=str(tmp_path), directory=directory, model_uuid=UUID).result()
         with pytest.raises(HelperError, match="INVALID_ARGUMENT"):
             serve("download", **(job(hub, tmp_path, TINY) | {"directory": directory})).result()
+
+
+# --- files that are here already
+
+
+def hf_cache(cache, repo, links=True, commit="0" * 40):
+    """What the genuine client would have left of a repository."""
+    d = cache / ("models--" + repo.replace("/", "--"))
+    (d / "blobs").mkdir(parents=True)
+    (d / "snapshots" / commit).mkdir(parents=True)
+    for f in (HUB_ROOT / repo).iterdir():
+        blob = hub_module.Blob(f)
+        name = blob.sha256 if blob.lfs else blob.sha1
+        if links:
+            shutil.copy(f, d / "blobs" / name)
+            (d / "snapshots" / commit / f.name).symlink_to(f"../../blobs/{name}")
+        else:
+            shutil.copy(f, d / "snapshots" / commit / f.name)
+    return d
+
+
+def fetched(hub):
+    return sorted({r["path"].split("?")[0].rsplit("/", 1)[1] for r in hub.log if r["method"] == "GET" and ("/resolve" in r["path"] or r["port"] == "cdn")})
+
+
+def cached(hub, tmp_path, repo=TINY, *more):
+    faults(hub)
+    done = run(hub, "download", repo, tmp_path / "cache", None, "--hf-cache", tmp_path / "hf", *more)
+    assert done.returncode == 0, done.stderr
+    return done.stderr
+
+
+@pytest.mark.parametrize("links", [True, False])
+def test_huggingface_cache(hub, tmp_path, links):
+    """Files of the user's cache are linked, not fetched; only what the plan is made of is read from the Hub."""
+    commit = json.loads(run(hub, "validate", TINY).stdout)["commit"]
+    d = hf_cache(tmp_path / "hf", TINY, links, commit)
+    said = cached(hub, tmp_path)
+    assert fetched(hub) == ["config.json"] and "is taken from" in said
+    same_files(tmp_path / "cache", TINY)
+    ours = model_dir(tmp_path / "cache", TINY) / "model.safetensors"
+    assert any(f.stat().st_ino == ours.stat().st_ino for f in (d / "blobs").iterdir()) == links
+    assert any(f.stat().st_ino == ours.stat().st_ino for f in (d / "snapshots" / commit).iterdir())
+
+
+def test_huggingface_cache_quantized(hub, tmp_path):
+    """The quantizer reads from there what it would have read from the Hub."""
+    hf_cache(tmp_path / "hf", SMOL)
+    cached(hub, tmp_path, SMOL, "--quantization", "Q4")
+    assert fetched(hub) == ["config.json"]
+    other = tmp_path / "other"
+    assert run(hub, "download", SMOL, other, None, "--quantization", "Q4").returncode == 0
+    for f in (other / "huggingface" / (SMOL.replace("/", "--") + "--Q4")).iterdir():
+        if f.name != ".millm_meta.json":
+            assert f.read_bytes() == (tmp_path / "cache/huggingface" / f.parent.name / f.name).read_bytes(), f.name
+
+
+def test_huggingface_cache_is_not_believed(hub, tmp_path):
+    """A damaged blob, one of another length, links that lead elsewhere, a FIFO: the Hub has the file too."""
+    d = hf_cache(tmp_path / "hf", TINY)
+    weights = d / "blobs" / hub_module.Blob(HUB_ROOT / TINY / "model.safetensors").sha256
+    data = weights.read_bytes()
+    weights.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
+    said = cached(hub, tmp_path)
+    assert fetched(hub) == ["config.json", "model.safetensors"] and "WARNING" in said and "is damaged in" in said
+    same_files(tmp_path / "cache", TINY)
+    for form in ("FP16", "Q4"):
+        shutil.rmtree(tmp_path / "cache")
+        weights.write_bytes(b"\0" * len(data))
+        cached(hub, tmp_path, TINY, "--quantization", form)
+        assert "model.safetensors" in fetched(hub)
+    outside = tmp_path / "outside"
+    outside.write_bytes(data)
+
+    def short():
+        weights.write_bytes(data[:-1])
+
+    def link():
+        weights.symlink_to(outside)
+
+    def fifo():
+        os.mkfifo(weights)
+
+    def linked_directory():
+        weights.write_bytes(data)
+        (d / "blobs").rename(tmp_path / "blobs")
+        (d / "blobs").symlink_to(tmp_path / "blobs")
+
+    for damage in (short, link, fifo, linked_directory):
+        shutil.rmtree(tmp_path / "cache")
+        weights.unlink()
+        damage()
+        cached(hub, tmp_path)
+        assert "model.safetensors" in fetched(hub), damage
+        same_files(tmp_path / "cache", TINY)
+
+
+def test_huggingface_cache_of_another_device(hub, tmp_path):
+    """Where no link is possible a copy is made; a file that others could change is copied too."""
+    d = hf_cache(tmp_path / "hf", TINY)
+    for f in (d / "blobs").iterdir():
+        f.chmod(0o666)
+    cached(hub, tmp_path)
+    assert fetched(hub) == ["config.json"]
+    same_files(tmp_path / "cache", TINY)
+    inodes = {f.stat().st_ino for f in (d / "blobs").iterdir()}
+    assert not any(f.stat().st_ino in inodes for f in model_dir(tmp_path / "cache", TINY).iterdir())
+
+
+@pytest.mark.parametrize("form", ["FP16", "Q4"])
+def test_directory_of_a_model_that_is_gone(hub, tmp_path, serve, form):
+    """Taken over by the same registry or the same cluster, proved file by file; a stranger's stays a stranger's."""
+    from engine_client import HelperError
+
+    third = "77777777-89ab-cdef-0123-456789abcdef"
+    mine = job(hub, tmp_path, TINY) | {"cluster": "12345", "quantization": form}
+    serve("download", **mine).result()
+    d = model_dir(tmp_path, TINY)
+    ours = (d / "model.safetensors").stat()
+    for stranger in ({"owner_id": third, "cluster": "678"}, {"owner_id": third}):
+        with pytest.raises(HelperError, match="MODEL_ALREADY_EXISTS"):
+            serve("download", **(mine | {"cluster": None, "model_uuid": OTHER} | stranger)).result()
+    # a failure leaves it as it was
+    faults(hub, {"repo": TINY, "where": "resolve", "status": 404, "file": "tokenizer.json"})
+    damaged = (d / "tokenizer.json").read_bytes()
+    (d / "tokenizer.json").write_bytes(b"{}")
+    with pytest.raises(HelperError, match="MODEL_DOWNLOAD_FAILED"):
+        serve("download", **(mine | {"model_uuid": OTHER})).result()
+    assert json.loads((d / ".millm_meta.json").read_text())["uuid"] == UUID and not [n for n in leftovers(tmp_path, TINY) if n.startswith(".partial")]
+    # the same registry; then the same cluster with another registry: an extension that was dropped and created
+    for heir in ({"model_uuid": OTHER, "cluster": "678"}, {"model_uuid": third, "cluster": "678", "owner_id": third}):
+        faults(hub)
+        result = serve("download", **(mine | heir)).result()
+        assert json.loads((d / ".millm_meta.json").read_text())["uuid"] == heir["model_uuid"]
+        assert "model.safetensors" not in fetched(hub) and (d / "model.safetensors").stat().st_ino == ours.st_ino
+        assert (d / "tokenizer.json").read_bytes() == damaged and result["bytes"] < 400_000
+    # the old model's end is not its end
+    assert serve("remove", cache_dir=str(tmp_path), directory=mine["directory"], model_uuid=UUID).result() == {"removed": False}
+    assert serve("remove", cache_dir=str(tmp_path), directory=mine["directory"], model_uuid=third).result() == {"removed": True}
+
+
+def test_directory_of_the_command_line(hub, tmp_path, serve):
+    """What millm-hub has downloaded by itself is the server's when that wants it."""
+    assert run(hub, "download", TINY, tmp_path).returncode == 0
+    faults(hub)
+    assert serve("download", **job(hub, tmp_path, TINY)).result()["bytes"] == 0
+    assert fetched(hub) == ["config.json"]

@@ -1,6 +1,9 @@
 # The Hub from SQL: preview, what is said of tokens, and that a token stays out of the server's log.
 use strict;
 use warnings;
+use Cwd qw(abs_path);
+use Digest::SHA;
+use File::Copy qw(copy);
 use JSON::PP;
 use PostgreSQL::Test::Cluster;
 use PostgreSQL::Test::Utils;
@@ -75,6 +78,45 @@ for my $n (1, 3)
 	sql("SELECT millm.delete('SmolLM2-135M-Instruct')");
 }
 fails('ALTER SYSTEM SET millm.download_connections = 17', '22023');
+
+# --- files that are here already ----------------------------------------------------------------------------
+my $tiny = "$ENV{MILLM_FIXTURES}/hub/millm-test/tiny-llama";
+my $hf = abs_path($node->basedir) . '/hf';
+my $weights = Digest::SHA->new(256)->addfile("$tiny/model.safetensors")->hexdigest;
+mkdir $_ for $hf, "$hf/models--millm-test--tiny-llama", "$hf/models--millm-test--tiny-llama/blobs";
+copy("$tiny/model.safetensors", "$hf/models--millm-test--tiny-llama/blobs/$weights") or die;
+sub arrives
+{
+	my ($what, $expected) = @_;
+	$hub->faults;
+	sql("SELECT millm.download('millm-test/tiny-llama', 'FP16')");
+	is(sql("SELECT millm.wait('tiny-llama')"), 'ready', $what);
+	is(scalar(weights()), $expected, $expected ? 'its weights come from the Hub' : 'its weights are not fetched');
+	is(Digest::SHA->new(256)->addfile(sql("SELECT local_path FROM millm.models WHERE name = 'tiny-llama'") . '/model.safetensors')->hexdigest, $weights, 'and right');
+}
+sub gone
+{
+	my $dir = sql("SELECT local_path FROM millm.models WHERE name = 'tiny-llama'");
+	sql("SELECT millm.delete('tiny-llama')");
+	ok(wait_true(sub { !-e $dir }), 'deleted');
+}
+arrives('without such a cache', 1);
+gone();
+sql("ALTER SYSTEM SET millm.hf_cache_dir = '$hf'");
+sql('SELECT pg_reload_conf()');
+arrives("from the user's HuggingFace cache", 0);
+ok($node->log_contains(qr/LOG: .*"model.safetensors" of "millm-test\/tiny-llama" is taken from "\Q$hf\E"/), 'the log says so');
+gone();
+ok(-e "$hf/models--millm-test--tiny-llama/blobs/$weights", 'what is deleted is not the user\'s');
+sql("ALTER SYSTEM SET millm.hf_cache_dir = 'none'");
+sql('SELECT pg_reload_conf()');
+arrives('without it again', 1);
+fails("ALTER SYSTEM SET millm.hf_cache_dir = 'here'", '22023', qr/must be absolute/);
+# the extension forgets, the directory stays, a new registry in the same cluster takes it over
+sql('DROP EXTENSION millm; CREATE EXTENSION millm');
+arrives('a directory that the dropped extension has left', 0);
+ok($node->log_contains(qr/LOG: .*was left behind by the model [0-9a-f-]{36}/), 'the log says so');
+gone();
 
 # --- who may --------------------------------------------------------------------------------------------
 sql("CREATE ROLE looker LOGIN; CREATE ROLE manager LOGIN; SELECT millm.grant_user('looker'), millm.grant_admin('manager')");

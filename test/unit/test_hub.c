@@ -295,10 +295,10 @@ directories(void **state)
 	(void) state;
 	for (size_t i = 0; i < sizeof(wrong) / sizeof(*wrong); i++)
 	{
-		assert_int_equal(millm_store_open(cache, wrong[i], UUID, &s, NULL), MILLM_E_INVALID_ARGUMENT);
+		assert_int_equal(millm_store_open(cache, wrong[i], UUID, NULL, NULL, &s, NULL), MILLM_E_INVALID_ARGUMENT);
 		assert_int_equal(millm_store_trash(cache, wrong[i], UUID, &removed, NULL), MILLM_E_INVALID_ARGUMENT);
 	}
-	assert_int_equal(millm_store_open(cache, "h/m", "../../etc", &s, NULL), MILLM_E_INVALID_ARGUMENT);
+	assert_int_equal(millm_store_open(cache, "h/m", "../../etc", NULL, NULL, &s, NULL), MILLM_E_INVALID_ARGUMENT);
 	assert_int_equal(millm_store_trash(cache, "h/m", "../../etc", &removed, NULL), MILLM_E_INVALID_ARGUMENT);
 	assert_false(is_there("h"));
 	/* a link on the way is not followed */
@@ -307,7 +307,7 @@ directories(void **state)
 
 		snprintf(link, sizeof(link), "%s/h", cache);
 		assert_int_equal(symlink("/tmp", link), 0);
-		assert_int_equal(millm_store_open(cache, "h/m", UUID, &s, NULL), MILLM_E_MODEL_DOWNLOAD_FAILED);
+		assert_int_equal(millm_store_open(cache, "h/m", UUID, NULL, NULL, &s, NULL), MILLM_E_MODEL_DOWNLOAD_FAILED);
 		assert_int_equal(unlink(link), 0);
 	}
 }
@@ -509,7 +509,7 @@ possession(void **state)
 
 	(void) state;
 	/* unfinished: known by its uuid, removed whole */
-	assert_int_equal(millm_store_open(cache, "h/m", UUID, &s, NULL), MILLM_OK);
+	assert_int_equal(millm_store_open(cache, "h/m", UUID, NULL, NULL, &s, NULL), MILLM_OK);
 	write_file(s, "a.json", "{}");
 	millm_store_close(s);
 	millm_store_remove_unfinished(cache, "h/m", OTHER);
@@ -519,7 +519,7 @@ possession(void **state)
 	millm_store_remove_unfinished(cache, "h/m", UUID);
 	assert_false(is_there("h/m"));
 	/* finished: stays whatever a later attempt does, and another model may not have it */
-	assert_int_equal(millm_store_open(cache, "h/m", UUID, &s, NULL), MILLM_OK);
+	assert_int_equal(millm_store_open(cache, "h/m", UUID, NULL, NULL, &s, NULL), MILLM_OK);
 	write_file(s, "a.json", "{}");
 	assert_int_equal(millm_store_complete(s, meta, strlen(meta), NULL), MILLM_OK);
 	millm_store_remove(s, NULL, 0);
@@ -527,8 +527,8 @@ possession(void **state)
 	assert_true(is_there("h/m/a.json"));
 	assert_false(is_there("h/m/.partial-owner"));
 	millm_store_remove_unfinished(cache, "h/m", UUID);
-	assert_int_equal(millm_store_open(cache, "h/m", OTHER, &s, NULL), MILLM_E_MODEL_ALREADY_EXISTS);
-	assert_int_equal(millm_store_open(cache, "h/m", UUID, &s, NULL), MILLM_OK);
+	assert_int_equal(millm_store_open(cache, "h/m", OTHER, NULL, NULL, &s, NULL), MILLM_E_MODEL_ALREADY_EXISTS);
+	assert_int_equal(millm_store_open(cache, "h/m", UUID, NULL, NULL, &s, NULL), MILLM_OK);
 	millm_store_remove(s, NULL, 0);
 	millm_store_close(s);
 	assert_true(is_there("h/m/a.json"));
