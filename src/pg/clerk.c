@@ -394,7 +394,8 @@ write_outcomes(void)
 		place->state = MILLM_JOB_WRITTEN;
 		place->not_before = GetCurrentTimestamp();
 		if (outcome.job.error.code == MILLM_OK)
-			millm_push_event("{\"event\":\"model:download:complete\",\"model_id\":" INT64_FORMAT "}", outcome.job.model_id);
+			millm_push_event("{\"event\":\"model:download:complete\",\"model_id\":" INT64_FORMAT ",\"bytes_downloaded\":" INT64_FORMAT
+							 ",\"total_bytes\":" INT64_FORMAT "}", outcome.job.model_id, outcome.job.fetched_bytes, outcome.job.total_bytes);
 		else
 			millm_push_error_event("download", outcome.job.model_id, &outcome.job.error);
 		for (int t = 0; t < MILLM_MAX_TOKENS; t++)

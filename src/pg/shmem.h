@@ -70,6 +70,7 @@ typedef struct MillmJob
 	char		license[64];
 	int64		params;			/* < 0: unknown */
 	int64		disk_bytes;
+	int64		fetched_bytes;	/* over the network; what was here already did not come */
 } MillmJob;
 
 typedef enum MillmCommandKind {MILLM_LOAD, MILLM_UNLOAD} MillmCommandKind;

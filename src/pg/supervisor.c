@@ -723,6 +723,7 @@ poll_job(void)
 				copy_field(object, "quantization", job->quantization, sizeof(job->quantization));
 			job->params = millm_json_get_int(object, "params", &n) ? n : -1;
 			job->disk_bytes = millm_json_get_int(object, "disk_bytes", &n) ? n : -1;
+			job->fetched_bytes = millm_json_get_int(object, "bytes", &n) ? n : 0;
 			job->percent = 100;
 			LWLockRelease(millm_shared->lock);
 			job_done(job, NULL);

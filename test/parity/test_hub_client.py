@@ -742,7 +742,7 @@ OTHER = "99999999-89ab-cdef-0123-456789abcdef"
 
 
 def test_another_models_directory_is_safe(hub, tmp_path, serve):
-    """A finished directory belongs to its uuid: neither the download of another model of that name nor its failure touches it."""
+    """A finished directory belongs to its uuid: neither the download of another registry's model of that name nor its failure touches it."""
     from engine_client import HelperError
 
     for i in range(20):  # a download that has been answered is no longer in the way of the next
@@ -750,7 +750,7 @@ def test_another_models_directory_is_safe(hub, tmp_path, serve):
     serve("download", **job(hub, tmp_path, TINY)).result()
     before = {n: (model_dir(tmp_path, TINY) / n).stat().st_mtime_ns for n in leftovers(tmp_path, TINY)}
     with pytest.raises(HelperError, match="MODEL_ALREADY_EXISTS"):
-        serve("download", **(job(hub, tmp_path, TINY) | {"model_uuid": OTHER})).result()
+        serve("download", **(job(hub, tmp_path, TINY) | {"model_uuid": OTHER, "owner_id": OTHER})).result()
     # nor does a failure of its own second attempt
     faults(hub, {"repo": TINY, "where": "info", "status": 404, "code": "RepoNotFound"})
     with pytest.raises(HelperError, match="REPO_NOT_FOUND"):

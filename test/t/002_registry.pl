@@ -55,6 +55,7 @@ wait_true(sub {
 	return grep { $_->{event} eq 'model:download:complete' } @events;
 });
 is($events[-1]{event}, 'model:download:complete', 'the last event is the end');
+is($events[-1]{bytes_downloaded}, $events[-1]{total_bytes}, 'all came over the network');
 my @progress = grep { $_->{event} eq 'model:download:progress' } @events;
 cmp_ok(scalar @progress, '>=', 3, 'after some of the progress');
 is(join(' ', map { $_->{progress} } @progress), join(' ', sort { $a <=> $b } map { $_->{progress} } @progress), 'which never went back');
