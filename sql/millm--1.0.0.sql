@@ -128,6 +128,38 @@ AS 'MODULE_PATHNAME', 'millm_status'
 LANGUAGE C VOLATILE STRICT PARALLEL RESTRICTED;
 COMMENT ON FUNCTION millm.status() IS 'The helper programs and the loaded model, now; null is not known';
 
+CREATE FUNCTION millm.memory(OUT device text, OUT name text, OUT total_bytes bigint, OUT free_bytes bigint, OUT used_bytes bigint)
+RETURNS SETOF record
+AS 'MODULE_PATHNAME', 'millm_memory'
+LANGUAGE C VOLATILE STRICT PARALLEL RESTRICTED ROWS 1;
+COMMENT ON FUNCTION millm.memory() IS 'Each device: its memory, what of it is free, what the loaded model has of it';
+
+CREATE FUNCTION millm.cache_usage(OUT model_id bigint, OUT model text, OUT quantization text, OUT directory text, OUT bytes bigint, OUT free_bytes bigint)
+RETURNS SETOF record
+AS 'MODULE_PATHNAME', 'millm_cache_usage'
+LANGUAGE C VOLATILE STRICT PARALLEL UNSAFE COST 10000 ROWS 10;
+COMMENT ON FUNCTION millm.cache_usage() IS 'The model cache: first all of it and what is free beside it, then what each model takes';
+
+CREATE FUNCTION millm.estimate_memory(model text, INOUT quantization text DEFAULT NULL, INOUT context_length integer DEFAULT NULL,
+	OUT weights_bytes bigint, OUT kv_cache_bytes bigint, OUT workspace_bytes bigint, OUT total_bytes bigint, OUT saved_bytes bigint,
+	OUT available_bytes bigint, OUT fits boolean)
+RETURNS record
+AS 'MODULE_PATHNAME', 'millm_estimate_memory_name' LANGUAGE C VOLATILE PARALLEL UNSAFE COST 100000;
+CREATE FUNCTION millm.estimate_memory(model bigint, INOUT quantization text DEFAULT NULL, INOUT context_length integer DEFAULT NULL,
+	OUT weights_bytes bigint, OUT kv_cache_bytes bigint, OUT workspace_bytes bigint, OUT total_bytes bigint, OUT saved_bytes bigint,
+	OUT available_bytes bigint, OUT fits boolean)
+RETURNS record
+AS 'MODULE_PATHNAME', 'millm_estimate_memory_id' LANGUAGE C VOLATILE PARALLEL UNSAFE COST 100000;
+COMMENT ON FUNCTION millm.estimate_memory(text, text, integer) IS 'What a load of a model would take, as it is or quantized otherwise, and what that saves against FP16';
+COMMENT ON FUNCTION millm.estimate_memory(bigint, text, integer) IS 'What a load of a model would take, as it is or quantized otherwise, and what that saves against FP16';
+
+CREATE FUNCTION millm.architecture(model text) RETURNS jsonb
+AS 'MODULE_PATHNAME', 'millm_architecture_name' LANGUAGE C VOLATILE STRICT PARALLEL UNSAFE COST 100000;
+CREATE FUNCTION millm.architecture(model bigint) RETURNS jsonb
+AS 'MODULE_PATHNAME', 'millm_architecture_id' LANGUAGE C VOLATILE STRICT PARALLEL UNSAFE COST 100000;
+COMMENT ON FUNCTION millm.architecture(text) IS 'What a model is made of: type, sizes, hook points';
+COMMENT ON FUNCTION millm.architecture(bigint) IS 'What a model is made of: type, sizes, hook points';
+
 -- ----------------------------------------------------------------------------------------------------------------
 -- Managing.  download, register_local, retry and delete follow the transaction; load, unload and cancel act at once.
 -- ----------------------------------------------------------------------------------------------------------------

@@ -15,6 +15,7 @@
  */
 #include "engine.h"
 
+#include <malloc.h>
 #include <pthread.h>
 #include <stdlib.h>
 #include <string.h>
@@ -22,6 +23,7 @@
 
 #include "generation.h"
 #include "load.h"
+#include "memory.h"
 
 #define PAUSE_POLL_MS		20		/* only while some reader is behind */
 #define DRAIN_REPORT_MS		250		/* of an unload that waits */
@@ -335,6 +337,7 @@ run_load(MillmEngine *e)
 		free_model(e);
 		millm_loaded_release(loaded);
 		loaded = NULL;
+		(void) malloc_trim(0);
 	}
 
 	pthread_mutex_lock(&e->lock);
@@ -349,11 +352,22 @@ run_load(MillmEngine *e)
 		sink.failed(sink.arg, &err);
 }
 
+/* What was freed goes back to the kernel, not to the allocator's stock: another program may need it. */
+static int64_t
+private_bytes(void)
+{
+	malloc_trim(0);
+	return millm_memory_private();
+}
+
 static void
 finish_unload(MillmEngine *e)
 {
 	MillmLoadSink sink = e->sink;
 	const MillmLoaded *loaded;
+	const int64_t before = private_bytes();
+	char	   *name;
+	int64_t		after;
 
 	free_model(e);
 	pthread_mutex_lock(&e->lock);
@@ -363,8 +377,11 @@ finish_unload(MillmEngine *e)
 	atomic_store(&e->cancels_all, atomic_load(&e->is_ending));
 	pthread_mutex_unlock(&e->lock);
 	publish(e);
-	sink.unloaded(sink.arg, loaded->name, loaded->private_bytes);
+	name = strdup(loaded->name);
 	millm_loaded_release(loaded);
+	after = private_bytes();
+	sink.unloaded(sink.arg, name ? name : "", before < 0 || after < 0 ? -1 : before > after ? before - after : 0);
+	free(name);
 }
 
 /* ---- the thread ---------------------------------------------------------------------------- */
@@ -601,6 +618,26 @@ millm_engine_load(MillmEngine *e, const MillmLoadOptions *options, const MillmLo
 	if (rc != MILLM_OK)
 		free_load_strings(&copy);
 	return rc;
+}
+
+MillmCode
+millm_engine_plan(MillmEngine *e, const MillmLoadOptions *options, const char *quantization, bool must_fit, MillmLoadPlan *out, MillmError *err)
+{
+	MillmEngineStatus now;
+	int64_t		releasable = 0;
+
+	/* of what the loaded model has reserved, that which it has touched */
+	millm_engine_status(e, &now);
+	if (now.loaded)
+	{
+		releasable = millm_memory_private();
+		if (releasable > now.loaded->private_bytes)
+			releasable = now.loaded->private_bytes;
+		if (releasable < 0)
+			releasable = 0;
+	}
+	millm_loaded_release(now.loaded);
+	return plan_load(options, quantization, must_fit, releasable, out, err);
 }
 
 /* Fill err for a state in which the loaded model cannot be asked for anything.  Under the lock. */

@@ -38,10 +38,31 @@ typedef struct MillmLoadOptions
 	int64_t		kv_cache_bytes;	/* 0: max_sequences x context, at most a quarter of the available memory */
 	int			stream_stall_timeout_ms;
 	bool		deterministic;
+	bool		force;			/* try it although the memory seems not to be there; a warning has the figures */
 } MillmLoadOptions;
 
 /* 16 sequences, 64 in the queue, 30 s; everything else chosen. */
 extern void millm_load_options_init(MillmLoadOptions *options);
+
+/* What a load takes; bytes. */
+typedef struct MillmLoadPlan
+{
+	int64_t		weights_bytes;	/* mapped files */
+	int64_t		kv_bytes;
+	int64_t		workspace_bytes;
+	int64_t		fp16_weights_bytes;	/* what the weights take, or took, with 16 bits */
+	int64_t		available_bytes;	/* -1: not known */
+	int			context_length;
+	const char *quantization;	/* "FP16", "Q4" or "Q8": of the weights that were reckoned with */
+} MillmLoadPlan;
+
+/*
+ * What a load with these options would take and whether it would fit, in place of what is loaded now; nothing is loaded or changed.
+ * quantization "FP16", "Q4" or "Q8": as if the weights were so; NULL: as they are.  Any thread.  With must_fit, INSUFFICIENT_MEMORY with
+ * the figures and what would fit; the errors of millm_model_open(), INVALID_ARGUMENT for a context length.
+ */
+extern MillmCode millm_engine_plan(MillmEngine *engine, const MillmLoadOptions *options, const char *quantization, bool must_fit,
+								   MillmLoadPlan *out, MillmError *err);
 
 typedef struct MillmLoaded
 {
@@ -62,7 +83,7 @@ typedef struct MillmLoaded
 	int64_t		private_bytes;	/* the KV cache and the workspace: what is ours alone, not the page cache's */
 	int64_t		loaded_at;		/* unix seconds */
 	double		load_ms;
-	char		warnings[10][256];
+	char		warnings[11][256];
 	int			n_warnings;
 } MillmLoaded;
 
@@ -70,7 +91,7 @@ typedef struct MillmLoadSink
 {
 	void		(*progress) (void *arg, int n);	/* load: percent; unload: requests still pending */
 	void		(*loaded) (void *arg, const MillmLoaded *loaded);
-	void		(*unloaded) (void *arg, const char *name, int64_t freed_bytes);
+	void		(*unloaded) (void *arg, const char *name, int64_t freed_bytes);	/* private memory, measured; -1: not known */
 	void		(*failed) (void *arg, const MillmError *err);
 	void	   *arg;
 } MillmLoadSink;

@@ -107,32 +107,90 @@ open_tokenizer(void *arg)
 	return NULL;
 }
 
+/* The memory of model's load, and the forward pass it is for; releasable_bytes will be given back before. */
+static MillmCode
+plan_memory(const MillmModel *model, const MillmLoadOptions *options, int64_t weights_bytes, int64_t releasable_bytes,
+			MillmMemoryPlan *plan, MillmForwardOptions *fo, MillmError *err)
+{
+	MillmCode	rc;
+
+	*fo = (MillmForwardOptions) {.n_threads = options->threads, .deterministic = options->deterministic, .kernels = options->kernels};
+	*plan = (MillmMemoryPlan) {.page_tokens = MILLM_KV_PAGE_TOKENS, .max_sequences = options->max_sequences,
+		.kv_cache_bytes = options->kv_cache_bytes, .weights_bytes = weights_bytes};
+	if ((rc = choose_context(options, &model->config, &plan->context_length, err)) != MILLM_OK)
+		return rc;
+	fo->max_batch_tokens = options->max_sequences > MIN_BATCH_TOKENS ? options->max_sequences : MIN_BATCH_TOKENS;
+	plan->page_bytes = millm_kv_page_bytes(model, fo);
+	if (plan->page_bytes < 0)
+	{
+		MillmForward *none;
+
+		return millm_forward_create(model, fo, &none, err);	/* no such kernels: it says which there are */
+	}
+	plan->workspace_bytes = millm_forward_workspace_bytes(model, fo);
+	plan->available_bytes = millm_memory_available();
+	if (plan->available_bytes >= 0)
+		plan->available_bytes += releasable_bytes;
+	if ((rc = millm_memory_plan(plan, err)) == MILLM_OK)
+		fo->n_pages = plan->n_pages;
+	return rc;
+}
+
+/* What the weights would take as Q4; -1 when they are quantized. */
+static int64_t
+q4_bytes(const MillmModel *model)
+{
+	return model->quantization ? -1 : millm_model_weights_bytes_as(model, "Q4");
+}
+
+MillmCode
+plan_load(const MillmLoadOptions *options, const char *quantization, bool must_fit, int64_t releasable_bytes, MillmLoadPlan *out,
+		  MillmError *err)
+{
+	MillmModel *model;
+	MillmMemoryPlan plan;
+	MillmForwardOptions fo;
+	MillmCode	rc = millm_model_open(options->path, &model, err);
+
+	if (rc != MILLM_OK)
+		return rc;
+	out->quantization = quantization ? quantization : millm_model_quantization(model);
+	rc = plan_memory(model, options, millm_model_weights_bytes_as(model, out->quantization), releasable_bytes, &plan, &fo, err);
+	if (rc == MILLM_OK && must_fit)
+		rc = millm_memory_check(&plan, q4_bytes(model), err);
+	out->weights_bytes = plan.weights_bytes;
+	out->kv_bytes = plan.kv_bytes;
+	out->workspace_bytes = plan.workspace_bytes;
+	out->available_bytes = plan.available_bytes;
+	out->context_length = plan.context_length;
+	out->fp16_weights_bytes = millm_model_weights_bytes_as(model, "FP16");
+	millm_model_close(model);
+	return rc;
+}
+
 /* Open, plan, reserve all but the tokenizer; loaded and keeps what it got when this fails. */
 static MillmCode
 open_model(MillmLoaded *loaded, const MillmLoadOptions *options, void (*progress) (void *arg, int percent), void *arg,
 	 MillmForward **fw, MillmError *err)
 {
-	MillmForwardOptions fo = {.n_threads = options->threads, .deterministic = options->deterministic,
-		.kernels = options->kernels};
-	MillmMemoryPlan plan = {.page_tokens = MILLM_KV_PAGE_TOKENS, .max_sequences = options->max_sequences,
-		.kv_cache_bytes = options->kv_cache_bytes};
+	MillmForwardOptions fo;
+	MillmMemoryPlan plan;
+	MillmError	short_of;
 	MillmCode	rc;
 
 	if ((rc = millm_model_open(options->path, &loaded->model, err)) != MILLM_OK ||
-		(rc = choose_context(options, &loaded->model->config, &loaded->context_length, err)) != MILLM_OK)
+		(rc = plan_memory(loaded->model, options, (int64_t) loaded->model->weights_bytes, 0, &plan, &fo, err)) != MILLM_OK)
 		return rc;
-
-	fo.max_batch_tokens = options->max_sequences > MIN_BATCH_TOKENS ? options->max_sequences : MIN_BATCH_TOKENS;
-	plan.page_bytes = millm_kv_page_bytes(loaded->model, &fo);
-	if (plan.page_bytes < 0)
-		return millm_forward_create(loaded->model, &fo, fw, err);	/* no such kernels: it says which there are */
-	plan.context_length = loaded->context_length;
-	plan.weights_bytes = (int64_t) loaded->model->weights_bytes;
-	plan.workspace_bytes = millm_forward_workspace_bytes(loaded->model, &fo);
-	plan.available_bytes = millm_memory_available();
-	if ((rc = millm_memory_plan(&plan, err)) != MILLM_OK)
-		return rc;
-	fo.n_pages = plan.n_pages;
+	if ((rc = millm_memory_check(&plan, q4_bytes(loaded->model), &short_of)) != MILLM_OK)
+	{
+		if (!options->force)
+		{
+			*err = short_of;
+			return rc;
+		}
+		snprintf(loaded->warnings[loaded->n_warnings++], sizeof(loaded->warnings[0]), "the load was forced: %.230s", short_of.detail);
+	}
+	loaded->context_length = plan.context_length;
 
 	millm_model_populate(loaded->model, progress, arg);
 	if ((rc = millm_forward_create(loaded->model, &fo, fw, err)) != MILLM_OK)
@@ -145,8 +203,8 @@ open_model(MillmLoaded *loaded, const MillmLoadOptions *options, void (*progress
 	snprintf(loaded->kernels, sizeof(loaded->kernels), "%s", millm_forward_kernels(*fw));
 	loaded->threads = millm_forward_threads(*fw);
 	loaded->pages_total = plan.n_pages;
-	loaded->kv_bytes = plan.n_pages * plan.page_bytes;
-	loaded->private_bytes = loaded->kv_bytes + plan.workspace_bytes;
+	loaded->kv_bytes = plan.kv_bytes;
+	loaded->private_bytes = plan.kv_bytes + plan.workspace_bytes;
 	collect_warnings(loaded);
 	return MILLM_OK;
 }

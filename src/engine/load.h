@@ -14,4 +14,8 @@
 extern MillmCode load_model(const MillmLoadOptions *options, void (*progress) (void *arg, int percent), void *arg,
 							const MillmLoaded **out, MillmForward **fw, MillmError *err);
 
+/* millm_engine_plan(), when releasable_bytes of memory are given back before the load. */
+extern MillmCode plan_load(const MillmLoadOptions *options, const char *quantization, bool must_fit, int64_t releasable_bytes,
+						   MillmLoadPlan *out, MillmError *err);
+
 #endif

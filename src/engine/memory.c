@@ -10,21 +10,35 @@
 #include <inttypes.h>
 #include <stdio.h>
 
+#define SHOWN_TOKENS	256			/* context lengths that we propose are multiples of it */
 
-int64_t
-millm_memory_available(void)
+/* A line of figures in kB of one of /proc's files, in bytes; -1 when it is not there. */
+static int64_t
+proc_bytes(const char *path, const char *format)
 {
-	FILE	   *f = fopen("/proc/meminfo", "re");
+	FILE	   *f = fopen(path, "re");
 	char		line[256];
 	int64_t		kb = -1;
 
 	if (!f)
 		return -1;
 	while (kb < 0 && fgets(line, sizeof(line), f))
-		if (sscanf(line, "MemAvailable: %" SCNd64 " kB", &kb) != 1)
+		if (sscanf(line, format, &kb) != 1)
 			kb = -1;
 	fclose(f);
 	return kb < 0 ? -1 : kb * 1024;
+}
+
+int64_t
+millm_memory_available(void)
+{
+	return proc_bytes("/proc/meminfo", "MemAvailable: %" SCNd64 " kB");
+}
+
+int64_t
+millm_memory_private(void)
+{
+	return proc_bytes("/proc/self/status", "RssAnon: %" SCNd64 " kB");
 }
 
 static double
@@ -33,42 +47,73 @@ mb(int64_t bytes)
 	return (double) bytes / 1e6;
 }
 
+static int64_t
+context_pages(const MillmMemoryPlan *plan)
+{
+	return ((int64_t) plan->context_length + plan->page_tokens - 1) / plan->page_tokens;
+}
+
+/* Pages that fit beside weights_bytes of weights; negative: not even these fit. */
+static int64_t
+fitting_pages(const MillmMemoryPlan *plan, int64_t weights_bytes)
+{
+	int64_t		left = plan->available_bytes - weights_bytes - plan->workspace_bytes;
+
+	return left < 0 ? -1 : left / plan->page_bytes;
+}
+
+static int64_t
+smaller(int64_t a, int64_t b)
+{
+	return a < b ? a : b;
+}
+
 MillmCode
 millm_memory_plan(MillmMemoryPlan *plan, MillmError *err)
 {
-	int64_t		context_pages = ((int64_t) plan->context_length + plan->page_tokens - 1) / plan->page_tokens;
-	int64_t		pages = plan->max_sequences * context_pages;
-	int64_t		kv_bytes;
-	int64_t		total;
+	const int64_t least = context_pages(plan);
+	int64_t		pages = plan->max_sequences * least;
 
 	if (plan->kv_cache_bytes > 0)
 	{
 		pages = plan->kv_cache_bytes / plan->page_bytes;
-		if (pages < context_pages)
+		if (pages < least)
 		{
 			millm_fail(err, MILLM_E_INVALID_ARGUMENT, "the KV cache is too small for one context");
 			millm_detail(err, "A context of %d tokens needs %.1f MB; kv_cache_bytes is %.1f MB.", plan->context_length,
-						 mb(context_pages * plan->page_bytes), mb(plan->kv_cache_bytes));
+						 mb(least * plan->page_bytes), mb(plan->kv_cache_bytes));
 			return MILLM_E_INVALID_ARGUMENT;
 		}
 	}
-	else if (plan->available_bytes >= 0 && pages > plan->available_bytes / 4 / plan->page_bytes)
-		pages = plan->available_bytes / 4 / plan->page_bytes;
-	if (pages < context_pages)
-		pages = context_pages;
+	else if (plan->available_bytes >= 0)
+		pages = smaller(pages, smaller(plan->available_bytes / 4 / plan->page_bytes, fitting_pages(plan, plan->weights_bytes)));
+	plan->n_pages = pages < least ? least : pages;
 
-	if (__builtin_mul_overflow(pages, plan->page_bytes, &kv_bytes) ||
-		__builtin_add_overflow(kv_bytes, plan->workspace_bytes, &total) ||
-		__builtin_add_overflow(total, plan->weights_bytes, &total) ||
-		(plan->available_bytes >= 0 && total > plan->available_bytes))
-	{
-		millm_fail(err, MILLM_E_INSUFFICIENT_MEMORY, "insufficient memory to load the model");
-		millm_detail(err, "Weights take %.1f MB, the KV cache of %d tokens per sequence %.1f MB and the workspace %.1f MB; %.1f MB are available.",
-					 mb(plan->weights_bytes), plan->context_length, (double) pages * mb(plan->page_bytes), mb(plan->workspace_bytes),
-					 mb(plan->available_bytes));
-		millm_hint(err, "Load it with a smaller context length or KV cache, or free memory.");
-		return MILLM_E_INSUFFICIENT_MEMORY;
-	}
-	plan->n_pages = pages;
+	if (__builtin_mul_overflow(plan->n_pages, plan->page_bytes, &plan->kv_bytes) ||
+		__builtin_add_overflow(plan->kv_bytes, plan->workspace_bytes, &plan->total_bytes) ||
+		__builtin_add_overflow(plan->total_bytes, plan->weights_bytes, &plan->total_bytes))
+		return millm_fail(err, MILLM_E_INSUFFICIENT_MEMORY, "no machine has the memory for a context of %d tokens", plan->context_length);
 	return MILLM_OK;
+}
+
+MillmCode
+millm_memory_check(const MillmMemoryPlan *plan, int64_t q4_weights_bytes, MillmError *err)
+{
+	const int64_t fits = fitting_pages(plan, plan->weights_bytes) * plan->page_tokens / SHOWN_TOKENS * SHOWN_TOKENS;
+
+	if (plan->available_bytes < 0 || plan->total_bytes <= plan->available_bytes)
+		return MILLM_OK;
+	millm_fail(err, MILLM_E_INSUFFICIENT_MEMORY, "insufficient memory to load the model");
+	millm_detail(err, "It needs %.1f MB (weights %.1f MB, a KV cache for contexts of %d tokens %.1f MB, workspace %.1f MB), only %.1f MB are available.",
+				 mb(plan->total_bytes), mb(plan->weights_bytes), plan->context_length, mb(plan->kv_bytes), mb(plan->workspace_bytes),
+				 mb(plan->available_bytes));
+	if (fits >= SHOWN_TOKENS)
+		millm_hint(err, "A context length of %" PRId64 " would fit%s.", smaller(fits, plan->context_length),
+				   plan->kv_cache_bytes > 0 ? ", with a KV cache no larger than that needs" : "");
+	else if (q4_weights_bytes >= 0 && fitting_pages(plan, q4_weights_bytes) * plan->page_tokens >= SHOWN_TOKENS)
+		millm_hint(err, "As Q4 its weights would take %.1f MB, which would fit with a context length of %" PRId64 ".", mb(q4_weights_bytes),
+				   smaller(fitting_pages(plan, q4_weights_bytes) * plan->page_tokens / SHOWN_TOKENS * SHOWN_TOKENS, plan->context_length));
+	else
+		millm_hint(err, "No shorter context would fit%s. Free memory, or use a smaller model.", q4_weights_bytes >= 0 ? ", nor would Q4" : "");
+	return MILLM_E_INSUFFICIENT_MEMORY;
 }

@@ -11,6 +11,9 @@
 /* MemAvailable of /proc/meminfo in bytes, or -1 when it cannot be read. */
 extern int64_t millm_memory_available(void);
 
+/* What this process has to itself, in bytes: neither files nor the page cache.  -1 when it cannot be read. */
+extern int64_t millm_memory_private(void);
+
 typedef struct MillmMemoryPlan
 {
 	/* given */
@@ -24,13 +27,20 @@ typedef struct MillmMemoryPlan
 	int64_t		available_bytes;	/* -1: not known; then nothing is refused for it */
 	/* found */
 	int64_t		n_pages;
+	int64_t		kv_bytes;			/* of these pages */
+	int64_t		total_bytes;		/* weights, KV cache and workspace */
 } MillmMemoryPlan;
 
 /*
- * Choose n_pages: max_sequences x context, at most a quarter of what is available, at least one full context.
- * INVALID_ARGUMENT when kv_cache_bytes does not hold one context, INSUFFICIENT_MEMORY with the figures when weights, KV cache and
- * workspace together do not fit what is available.
+ * Choose n_pages: max_sequences x context, at most a quarter of what is available and no more than the rest leaves, at least one full
+ * context.  INVALID_ARGUMENT when kv_cache_bytes does not hold one context.
  */
 extern MillmCode millm_memory_plan(MillmMemoryPlan *plan, MillmError *err);
+
+/*
+ * INSUFFICIENT_MEMORY when the plan takes more than what is available, with the figures and what would fit: a shorter context, or the
+ * weights quantized (q4_weights_bytes; -1 when they are already, or cannot be).
+ */
+extern MillmCode millm_memory_check(const MillmMemoryPlan *plan, int64_t q4_weights_bytes, MillmError *err);
 
 #endif

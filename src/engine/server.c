@@ -47,7 +47,10 @@ typedef struct Call
 	bool		add_special;
 	bool		counts;			/* count_tokens: the number, not the ids */
 	bool		streams;		/* generate */
-	char	   *name;			/* load, unload: for the log */
+	char	   *name;			/* load, unload: for the log; plan, inspect: the path */
+	MillmLoadOptions load;		/* plan, with the two below */
+	const char *quantization;	/* static, or NULL */
+	bool		must_fit;
 } Call;
 
 static void
@@ -132,7 +135,7 @@ end_with_result(Call *call, json_t *result)
 static void
 too_many_texts(MillmError *err)
 {
-	millm_fail(err, MILLM_E_SERVER_BUSY, "too many long texts are waiting to be tokenized");
+	millm_fail(err, MILLM_E_SERVER_BUSY, "too many texts and questions are waiting for the engine's worker");
 	millm_detail(err, "At most %d may wait.", MAX_QUEUED_TEXTS);
 }
 
@@ -252,7 +255,7 @@ static void
 unload_done(void *arg, const char *name, int64_t freed_bytes)
 {
 	millm_log("LOG", "unloaded model \"%s\"", name);
-	end_with_result(arg, json_pack("{s:o, s:I}", "model", string_or_null(name), "freed_bytes", (json_int_t) freed_bytes));
+	end_with_result(arg, json_pack("{s:o, s:o}", "model", string_or_null(name), "freed_bytes", integer_or_null(freed_bytes >= 0, freed_bytes)));
 }
 
 static void
@@ -272,6 +275,26 @@ check_device(const char *device, MillmError *err)
 	return MILLM_E_UNSUPPORTED;
 }
 
+/* What load and plan have in common: which model, and the options that decide how much memory it takes. */
+typedef struct LoadFields
+{
+	int64_t		context_length;
+	int64_t		max_sequences;
+} LoadFields;
+
+static void
+read_load_fields(MillmFields *f, MillmLoadOptions *o, LoadFields *n)
+{
+	*n = (LoadFields) {.max_sequences = o->max_sequences};
+	millm_field_string(f, "path", &o->path);
+	millm_field_string(f, "model", &o->model);
+	millm_field_int(f, "context_length", 0, MILLM_MAX_POSITIONS, &n->context_length);
+	millm_field_int(f, "max_sequences", 1, 1024, &n->max_sequences);
+	millm_field_int(f, "kv_cache_bytes", 0, INT64_MAX, &o->kv_cache_bytes);
+	o->context_length = (int) n->context_length;
+	o->max_sequences = (int) n->max_sequences;
+}
+
 static void
 op_load(EngineServer *server, MillmConn *conn, json_t *request)
 {
@@ -279,33 +302,26 @@ op_load(EngineServer *server, MillmConn *conn, json_t *request)
 	MillmLoadSink sink = {.progress = load_progress, .loaded = load_done, .failed = load_failed};
 	MillmFields f;
 	MillmError	err;
+	LoadFields	n;
 	const char *device = "auto";
 	int64_t		threads = 0;
-	int64_t		context_length = 0;
-	int64_t		max_sequences;
 	int64_t		max_queue;
 	int64_t		stall_ms;
 	Call	   *call;
 
 	millm_load_options_init(&o);
-	max_sequences = o.max_sequences;
 	max_queue = o.max_queue;
 	stall_ms = o.stream_stall_timeout_ms;
 	begin_fields(&f, request, &err);
-	millm_field_string(&f, "path", &o.path);
-	millm_field_string(&f, "model", &o.model);
+	read_load_fields(&f, &o, &n);
 	millm_field_string(&f, "model_uuid", &o.model_uuid);
 	millm_field_string(&f, "device", &device);
 	millm_field_int(&f, "threads", 0, 1024, &threads);
-	millm_field_int(&f, "context_length", 0, MILLM_MAX_POSITIONS, &context_length);
-	millm_field_int(&f, "max_sequences", 1, 1024, &max_sequences);
 	millm_field_int(&f, "max_queue", 0, 65536, &max_queue);
-	millm_field_int(&f, "kv_cache_bytes", 0, INT64_MAX, &o.kv_cache_bytes);
 	millm_field_int(&f, "stream_stall_timeout_ms", 1, MAX_TIMEOUT_MS, &stall_ms);
 	millm_field_bool(&f, "deterministic", &o.deterministic);
+	millm_field_bool(&f, "force", &o.force);
 	o.threads = (int) threads;
-	o.context_length = (int) context_length;
-	o.max_sequences = (int) max_sequences;
 	o.max_queue = (int) max_queue;
 	o.stream_stall_timeout_ms = (int) stall_ms;
 	if (millm_fields_end(&f) != MILLM_OK || check_device(device, &err) != MILLM_OK)
@@ -666,6 +682,96 @@ op_text(EngineServer *server, MillmConn *conn, json_t *request, bool decodes, bo
 	}
 }
 
+/* ---- plan, inspect: a model that lies there, loaded or not --------------------------------- */
+
+/* On the worker: opening a model takes longer than the loop may stand still. */
+static void
+plan(void *arg, bool is_ending)
+{
+	Call	   *call = arg;
+	MillmLoadPlan p;
+	MillmError	err;
+
+	if (is_unwanted(call, is_ending))
+		return;
+	if (millm_engine_plan(call->server->engine, &call->load, call->quantization, call->must_fit, &p, &err) != MILLM_OK)
+		end_with_error(call, &err);
+	else
+		end_with_result(call, json_pack("{s:s, s:I, s:I, s:I, s:I, s:o, s:i}", "quantization", p.quantization,
+										"weights_bytes", (json_int_t) p.weights_bytes, "kv_bytes", (json_int_t) p.kv_bytes,
+										"workspace_bytes", (json_int_t) p.workspace_bytes, "fp16_weights_bytes", (json_int_t) p.fp16_weights_bytes,
+										"available_bytes", integer_or_null(p.available_bytes >= 0, p.available_bytes),
+										"context_length", p.context_length));
+}
+
+/* One of ours, for a name that somebody sent; NULL: there is none of that name. */
+static const char *
+quantization_name(const char *name)
+{
+	static const char *const names[] = {"FP16", "Q4", "Q8"};
+
+	for (size_t i = 0; i < sizeof(names) / sizeof(names[0]); i++)
+		if (strcmp(name, names[i]) == 0)
+			return names[i];
+	return NULL;
+}
+
+static void
+inspect(void *arg, bool is_ending)
+{
+	Call	   *call = arg;
+	MillmModel *model;
+	MillmError	err;
+
+	if (is_unwanted(call, is_ending))
+		return;
+	if (millm_model_open(call->name, &model, &err) != MILLM_OK)
+	{
+		end_with_error(call, &err);
+		return;
+	}
+	end_with_result(call, millm_model_inspect_json(model));
+	millm_model_close(model);
+}
+
+static void
+op_plan(EngineServer *server, MillmConn *conn, json_t *request, bool inspects)
+{
+	Call	   *call = new_call(server, conn);
+	MillmFields f;
+	MillmError	err;
+	LoadFields	n;
+	const char *quantization = NULL;
+
+	if (!call)
+		return;
+	millm_load_options_init(&call->load);
+	begin_fields(&f, request, &err);
+	if (inspects)
+		millm_field_string(&f, "path", &call->load.path);
+	else
+	{
+		read_load_fields(&f, &call->load, &n);
+		millm_field_string(&f, "quantization", &quantization);
+		millm_field_bool(&f, "must_fit", &call->must_fit);
+	}
+	if (millm_fields_end(&f) == MILLM_OK && !call->load.path)
+		f.code = millm_fail(&err, MILLM_E_INVALID_ARGUMENT, "field \"path\" is missing");
+	if (f.code == MILLM_OK && quantization && !(call->quantization = quantization_name(quantization)))
+		f.code = millm_fail(&err, MILLM_E_INVALID_ARGUMENT, "there is no quantization \"%.20s\"", quantization);
+	if (f.code == MILLM_OK && !(call->name = strdup(call->load.path)))
+		f.code = millm_fail(&err, MILLM_E_INTERNAL, "out of memory");
+	call->load.path = call->name;
+	call->load.model = NULL;
+	if (f.code == MILLM_OK && !millm_worker_post(server->worker, inspects ? inspect : plan, call))
+	{
+		too_many_texts(&err);
+		f.code = err.code;
+	}
+	if (f.code != MILLM_OK)
+		end_with_error(call, &err);
+}
+
 /* ---- the service --------------------------------------------------------------------------- */
 
 static void
@@ -681,6 +787,10 @@ on_request(void *arg, MillmConn *conn, json_t *request)
 		return op_status(server, conn, request);
 	else if (strcmp(op, "load") == 0)
 		return op_load(server, conn, request);
+	else if (strcmp(op, "plan") == 0)
+		return op_plan(server, conn, request, false);
+	else if (strcmp(op, "inspect") == 0)
+		return op_plan(server, conn, request, true);
 	else if (strcmp(op, "unload") == 0)
 		return op_unload(server, conn, request);
 	else if (strcmp(op, "generate") == 0)
@@ -694,7 +804,7 @@ on_request(void *arg, MillmConn *conn, json_t *request)
 	else
 	{
 		millm_fail(&err, MILLM_E_INVALID_ARGUMENT, "unrecognized op \"%.50s\"", op);
-		millm_hint(&err, "The ops are: status, load, unload, generate, tokenize, count_tokens, detokenize, shutdown.");
+		millm_hint(&err, "The ops are: status, plan, inspect, load, unload, generate, tokenize, count_tokens, detokenize, shutdown.");
 	}
 	millm_conn_error(conn, &err);
 }

@@ -25,6 +25,7 @@
 #include "half.h"
 #include "quant.h"
 #include "safetensors.h"
+#include "screen.h"
 #include "screening.h"
 #include "shown.h"
 
@@ -841,6 +842,108 @@ millm_model_populate(const MillmModel *m, void (*progress) (void *arg, int perce
 	}
 }
 
+/* --- As if it were quantized otherwise ------------------------------------------------------------------- */
+
+const char *
+millm_model_quantization(const MillmModel *m)
+{
+	return !m->quantization ? "FP16" : strcmp(m->quantization, "int8") == 0 ? "Q8" : "Q4";
+}
+
+/* Of a Linear in a block: its weight, or what a quantization stores beside it. */
+static bool
+is_of_linear(const MillmStTensor *t)
+{
+	return millm_quant_is_quantized(t->name, t->n_dims) || strstr(t->name, ".weight.") || ends_with(t->name, ".SCB") ||
+		ends_with(t->name, ".weight_format");
+}
+
+static int64_t
+linear_bytes(const MillmWeight *w, const char *quantization)
+{
+	MillmQuantPart parts[MILLM_QUANT_MAX_PARTS];
+	int64_t		bytes = 0;
+	int			n = 0;
+
+	if (!w->data)
+		return 0;
+	if (strcmp(quantization, "FP16") == 0)
+		return w->n_out * w->n_in * 2;
+	/* sizes that cannot be are no open model's */
+	(void) millm_quant_layout(strcmp(quantization, "Q4") == 0 ? MILLM_QUANT_NF4 : MILLM_QUANT_INT8, MILLM_BF16, w->n_out, w->n_in, parts, &n, NULL);
+	for (int i = 0; i < n; i++)
+		bytes += (int64_t) parts[i].bytes;
+	return bytes;
+}
+
+int64_t
+millm_model_weights_bytes_as(const MillmModel *m, const char *quantization)
+{
+	const int64_t screen = millm_screen_file_bytes(m->head.n_out, m->head.n_in);
+	int64_t		bytes = (int64_t) m->weights_bytes;
+
+	if (strcmp(quantization, millm_model_quantization(m)) == 0)
+		return bytes;
+	for (size_t i = 0; i < m->files->n_entries; i++)
+		if (m->files->entries[i].used && is_of_linear(m->files->entries[i].tensor))
+			bytes -= (int64_t) m->files->entries[i].tensor->bytes;
+	for (int i = 0; i < m->config.n_layers; i++)
+	{
+		const MillmLayer *l = &m->layers[i];
+		const MillmWeight *const linears[] = {&l->q, &l->k, &l->v, &l->o, &l->gate, &l->up, &l->down};
+
+		for (size_t k = 0; k < sizeof(linears) / sizeof(linears[0]); k++)
+			bytes += linear_bytes(linears[k], quantization);
+	}
+	bytes -= m->screen.codes.data && screen > 0 ? screen : 0;
+	bytes += strcmp(quantization, "FP16") != 0 && screen > 0 ? screen : 0;
+	return bytes;
+}
+
+/* Where activations can be seen, in the order of the forward pass; {i} stands for every layer. */
+static json_t *
+hook_points(const MillmConfig *c)
+{
+	const struct
+	{
+		const char *name;
+		bool		is_there;
+	}			points[] = {
+		{"model.hook_embed", true},
+		{"model.hook_pos_embed", c->position == MILLM_POS_LEARNED},
+		{"model.layers.{i}.hook_resid_pre", true},
+		{"model.layers.{i}.ln1.hook_normalized", true},
+		{"model.layers.{i}.attn.hook_q", true},
+		{"model.layers.{i}.attn.hook_k", true},
+		{"model.layers.{i}.attn.hook_v", true},
+		{"model.layers.{i}.attn.hook_rot_q", c->position == MILLM_POS_ROPE},
+		{"model.layers.{i}.attn.hook_rot_k", c->position == MILLM_POS_ROPE},
+		{"model.layers.{i}.attn.hook_z", true},
+		{"model.layers.{i}.hook_attn_out", true},
+		{"model.layers.{i}.hook_resid_mid", true},
+		{"model.layers.{i}.ln2.hook_normalized", true},
+		{"model.layers.{i}.mlp.hook_pre", true},
+		{"model.layers.{i}.mlp.hook_pre_linear", c->mlp_gated},
+		{"model.layers.{i}.mlp.hook_post", true},
+		{"model.layers.{i}.hook_mlp_out", true},
+		{"model.layers.{i}.hook_resid_post", true},
+		{"model.ln_final.hook_normalized", true},
+	};
+	json_t	   *names = json_array();
+
+	for (size_t i = 0; i < sizeof(points) / sizeof(points[0]); i++)
+		if (points[i].is_there)
+			json_array_append_new(names, json_string(points[i].name));
+	return names;
+}
+
+/* As torch calls it. */
+static const char *
+torch_dtype(const char *dtype)
+{
+	return strcmp(dtype, "BF16") == 0 ? "bfloat16" : strcmp(dtype, "F16") == 0 ? "float16" : "float32";
+}
+
 json_t *
 millm_model_inspect_json(const MillmModel *m)
 {
@@ -854,11 +957,12 @@ millm_model_inspect_json(const MillmModel *m)
 
 		json_array_append_new(files, json_string(slash ? slash + 1 : path));
 	}
-	return json_pack("{s:s, s:s, s:i, s:i, s:i, s:i, s:i, s:i, s:i, s:i, s:b, s:s, s:s?, s:I, s:I, s:o}",
+	return json_pack("{s:s, s:s, s:i, s:i, s:i, s:i, s:i, s:i, s:i, s:i, s:b, s:s, s:s?, s:I, s:I, s:o, s:o}",
 					 "model_type", c->model_type, "architecture", c->architecture, "hidden_size", c->hidden_size,
 					 "intermediate_size", c->intermediate_size, "num_hidden_layers", c->n_layers, "num_attention_heads", c->n_heads,
 					 "num_key_value_heads", c->n_kv_heads, "head_dim", c->head_dim, "vocab_size", c->vocab_size,
-					 "max_position_embeddings", c->max_positions, "tie_word_embeddings", c->tied, "dtype", m->dtype,
+					 "max_position_embeddings", c->max_positions, "tie_word_embeddings", c->tied, "torch_dtype", torch_dtype(m->dtype),
 					 "quantization", m->quantization,
-					 "params", (json_int_t) m->n_params, "weights_bytes", (json_int_t) m->weights_bytes, "files", files);
+					 "params", (json_int_t) m->n_params, "weights_bytes", (json_int_t) m->weights_bytes, "files", files,
+					 "hook_points", hook_points(c));
 }

@@ -138,8 +138,16 @@ extern void millm_model_close(MillmModel *model);	/* NULL is fine */
 /* Ask the kernel to read the mapped weights into the page cache now; reports 0..100. */
 extern void millm_model_populate(const MillmModel *model, void (*progress) (void *arg, int percent), void *arg);
 
+/* "FP16" (not quantized), "Q4" or "Q8"; static. */
+extern const char *millm_model_quantization(const MillmModel *model);
 /*
- * What `millm-engine inspect` and register_local report: type, sizes, dtype, quantization, params, weights_bytes, files.  A new
+ * weights_bytes as that quantization; exact for the model's own.  Others are of its shapes: Linears as millm-hub would write them (or
+ * with 16 bits), a screening copy where there would be one, everything else as it is.
+ */
+extern int64_t millm_model_weights_bytes_as(const MillmModel *model, const char *quantization);
+
+/*
+ * What millm.architecture() shows: type, sizes as resolved, torch_dtype, quantization, params, weights_bytes, files, hook_points.  A new
  * reference, or NULL when memory is out.
  */
 extern struct json_t *millm_model_inspect_json(const MillmModel *model);

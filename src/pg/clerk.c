@@ -553,7 +553,7 @@ auto_load(void)
 	else if (load.n_found > 1)
 		ereport(LOG, (errmsg("millm.auto_load_model is \"%s\", which is the name of several models", load.wanted),
 					  errhint("Set it to a model's id.")));
-	else if (millm_command_load(&load.model, load.path, &number, &err) != MILLM_OK)
+	else if (millm_command_load(&load.model, load.path, false, &number, &err) != MILLM_OK)
 		ereport(LOG, (errmsg("could not load millm.auto_load_model: %s", err.message)));
 	return true;
 }

@@ -43,7 +43,7 @@ put_command(MillmCommandKind kind)
 }
 
 MillmCode
-millm_command_load(const MillmLoadedModel *model, const char *path, uint64 *number, MillmError *err)
+millm_command_load(const MillmLoadedModel *model, const char *path, bool force, uint64 *number, MillmError *err)
 {
 	MillmCommand *c = &millm_shared->command;
 	MillmCode	code = MILLM_OK;
@@ -68,6 +68,7 @@ millm_command_load(const MillmLoadedModel *model, const char *path, uint64 *numb
 		*number = put_command(MILLM_LOAD);
 		c->model = *model;
 		strlcpy(c->path, path, sizeof(c->path));
+		c->force = force;
 	}
 	LWLockRelease(millm_shared->lock);
 	millm_wake_supervisor();

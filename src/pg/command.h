@@ -10,7 +10,7 @@
  * Leave a command; *number names it.  timeout_ms < 0: millm.unload_timeout.  A load of what is being loaded joins that load.
  * MODEL_BUSY: another command is under way, or a transaction deletes the model; MODEL_ALREADY_LOADED; MODEL_NOT_LOADED.
  */
-extern MillmCode millm_command_load(const MillmLoadedModel *model, const char *path, uint64 *number, MillmError *err);
+extern MillmCode millm_command_load(const MillmLoadedModel *model, const char *path, bool force, uint64 *number, MillmError *err);
 extern MillmCode millm_command_unload(int timeout_ms, uint64 *number, MillmError *err);
 
 /* Wait, interruptibly, for its end.  ereports its error; its warnings are raised as WARNINGs. */

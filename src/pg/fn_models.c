@@ -103,28 +103,6 @@ check_repo_id(const char *repo_id)
 	return name;
 }
 
-/* "FP16", "Q4" or "Q8": the registry's and the hub's only names. */
-static const char *
-canonical_quantization(const char *quantization)
-{
-	static const struct
-	{
-		const char *alias;
-		const char *name;
-	}			names[] = {
-		{"FP16", "FP16"}, {"none", "FP16"},
-		{"Q4", "Q4"}, {"nf4", "Q4"}, {"bnb-4bit", "Q4"},
-		{"Q8", "Q8"}, {"int8", "Q8"}, {"bnb-8bit", "Q8"},
-	};
-
-	for (int i = 0; i < (int) lengthof(names); i++)
-		if (pg_strcasecmp(quantization, names[i].alias) == 0)
-			return names[i].name;
-	refuse(MILLM_E_INVALID_ARGUMENT, psprintf("invalid quantization \"%s\"", quantization), NULL,
-		   "There are FP16 (also called none), Q4 (nf4, bnb-4bit) and Q8 (int8, bnb-8bit).");
-	return NULL;
-}
-
 static void
 check_name(const char *name)
 {
@@ -456,7 +434,7 @@ millm_download(PG_FUNCTION_ARGS)
 	token = optional_token(fcinfo, 2);
 	millm_check_ready();
 	check_repo_id(repo_id);
-	quantization = canonical_quantization(quantization);
+	quantization = millm_canonical_quantization(quantization);
 	check_revision(revision);
 	if (name)
 		check_name(name);
@@ -533,7 +511,7 @@ millm_register_local(PG_FUNCTION_ARGS)
 		ereport(ERROR,
 				(errcode(ERRCODE_INSUFFICIENT_PRIVILEGE), errmsg("permission denied to register a model of the server's file system"),
 				 errdetail("Only roles with privileges of the role \"pg_read_server_files\" may do that.")));
-	quantization = canonical_quantization(quantization);
+	quantization = millm_canonical_quantization(quantization);
 	if (path[0] != '/')
 		refuse(MILLM_E_INVALID_LOCAL_PATH, psprintf("path \"%s\" is not absolute", path), NULL, NULL);
 	if (strlen(path) >= MILLM_PATH_BYTES)

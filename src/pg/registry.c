@@ -204,6 +204,29 @@ millm_registry_lock(const char *what, LOCKMODE mode)
 }
 
 const char *
+millm_canonical_quantization(const char *quantization)
+{
+	static const struct
+	{
+		const char *alias;
+		const char *name;
+	}			names[] = {
+		{"FP16", "FP16"}, {"none", "FP16"},
+		{"Q4", "Q4"}, {"nf4", "Q4"}, {"bnb-4bit", "Q4"},
+		{"Q8", "Q8"}, {"int8", "Q8"}, {"bnb-8bit", "Q8"},
+	};
+	MillmError	err;
+
+	for (int i = 0; i < (int) lengthof(names); i++)
+		if (pg_strcasecmp(quantization, names[i].alias) == 0)
+			return names[i].name;
+	millm_fail(&err, MILLM_E_INVALID_ARGUMENT, "invalid quantization \"%s\"", quantization);
+	millm_hint(&err, "There are FP16 (also called none), Q4 (nf4, bnb-4bit) and Q8 (int8, bnb-8bit).");
+	millm_ereport(ERROR, &err);
+	return NULL;
+}
+
+const char *
 millm_model_work(const MillmModel *m)
 {
 	return strcmp(m->source, "local") == 0 ? "quantization" : "download";

@@ -66,6 +66,9 @@ extern MillmModel *millm_model_require(MillmModelKey key);
  */
 extern void millm_registry_lock(const char *what, LOCKMODE mode);
 
+/* "FP16", "Q4" or "Q8", the registry's and the helpers' only names, for what people write; INVALID_ARGUMENT lists that.  Static. */
+extern const char *millm_canonical_quantization(const char *quantization);
+
 /* What makes it ready, for messages: "download", or "quantization" of a local directory. */
 extern const char *millm_model_work(const MillmModel *m);
 

@@ -85,6 +85,7 @@ typedef struct MillmCommand
 	int			timeout_ms;		/* of an unload; < 0: millm.unload_timeout */
 	MillmLoadedModel model;		/* to be loaded */
 	char		path[MILLM_PATH_BYTES];
+	bool		force;			/* although the memory seems not to be there */
 	char		stage[24];
 	int			percent;
 	int64		pending;		/* requests that an unload waits for */
@@ -122,7 +123,7 @@ typedef struct MillmShared
 	bool		is_loaded;
 	MillmLoadedModel loaded;
 	TimestampTz loaded_at;
-	int64		loaded_bytes;	/* weights and KV cache; < 0: unknown */
+	int64		loaded_bytes;	/* weights, KV cache and workspace; < 0: unknown */
 	MillmCommand command;
 	MillmJob	jobs[MILLM_MAX_JOBS];
 	MillmToken	tokens[MILLM_MAX_TOKENS];

@@ -259,9 +259,9 @@ begin_load(void)
 	append_field(&request, "model_uuid", c->model.uuid);
 	append_field(&request, "device", millm_device);
 	appendStringInfo(&request, ",\"threads\":%d,\"context_length\":%d,\"max_sequences\":%d,\"max_queue\":%d,\"kv_cache_bytes\":" INT64_FORMAT
-					 ",\"stream_stall_timeout_ms\":%d,\"deterministic\":%s}",
+					 ",\"stream_stall_timeout_ms\":%d,\"deterministic\":%s,\"force\":%s}",
 					 millm_threads, millm_context_length, millm_max_sequences, millm_max_queue, (int64) millm_kv_cache_size << 20,
-					 millm_stream_stall_timeout, millm_deterministic ? "true" : "false");
+					 millm_stream_stall_timeout, millm_deterministic ? "true" : "false", c->force ? "true" : "false");
 	command_step = MILLM_LOAD;
 	command_client = try_open(command_context, MILLM_ENGINE, request.data, &err);
 	pfree(request.data);
@@ -283,14 +283,14 @@ static void
 set_loaded(MillmJson answer)
 {
 	int64		weights;
-	int64		kv;
-	bool		known = millm_json_get_int(answer, "weights_bytes", &weights) && millm_json_get_int(answer, "kv_bytes", &kv);
+	int64		reserved;
+	bool		known = millm_json_get_int(answer, "weights_bytes", &weights) && millm_json_get_int(answer, "private_bytes", &reserved);
 
 	LWLockAcquire(millm_shared->lock, LW_EXCLUSIVE);
 	millm_shared->is_loaded = true;
 	millm_shared->loaded = millm_shared->command.model;
 	millm_shared->loaded_at = GetCurrentTimestamp();
-	millm_shared->loaded_bytes = known ? weights + kv : -1;
+	millm_shared->loaded_bytes = known ? weights + reserved : -1;
 	LWLockRelease(millm_shared->lock);
 	millm_broadcast();
 }

@@ -1,0 +1,124 @@
+# What a model takes: estimates against what loads really take, refusals with what would fit, force; the disk; what a model is made of.
+use strict;
+use warnings;
+use Cwd qw(abs_path);
+use JSON::PP;
+use PostgreSQL::Test::Utils;
+use Test::More;
+use MillmTest;
+
+my $MB = 1 << 20;
+my $node = new_server('memory', '# one thread', 'millm.threads = 1');
+my $cache = abs_path($node->basedir) . '/cache';
+my $fixtures = $ENV{MILLM_FIXTURES};
+
+sub sql { my ($sql) = @_; return $node->safe_psql('postgres', $sql); }
+sub fails { my ($sql, $state, $what) = @_; my ($got, $error) = sqlstate($node, $sql); is($got, $state, $what) or diag $error; return $error; }
+sub engine { return sql('SELECT engine_pid FROM millm.status()'); }
+
+# Bytes that the engine has mapped: of files in dir, and of no file (what it has reserved, touched or not)
+sub mapped
+{
+	my ($dir) = @_;
+	my ($files, $private) = (0, 0);
+	for (split /\n/, slurp_file('/proc/' . engine() . '/maps'))
+	{
+		my ($from, $to, $mode, $path) = /^(\w+)-(\w+) (\S+) \S+ \S+ \d+\s*(.*)$/ or next;
+		my $bytes = hex($to) - hex($from);
+		$private += $bytes if $mode =~ /^rw.p/ && $path !~ /^\//;
+		$files += $bytes if $dir && index($path, "$dir/") == 0;
+	}
+	return ($files, $private);
+}
+sub resident { return slurp_file('/proc/' . engine() . '/status') =~ /RssAnon:\s+(\d+) kB/ ? 1024 * $1 : die; }
+# 5 % or 16 MB, the larger
+sub near { my ($got, $expected, $what) = @_; my $limit = 0.05 * $expected > 16 * $MB ? 0.05 * $expected : 16 * $MB;
+	cmp_ok(abs($got - $expected), '<=', $limit, sprintf('%s: %.1f MB, expected %.1f MB', $what, $got / 1e6, $expected / 1e6)); }
+
+# --- Estimates and loads -------------------------------------------------------------------------------------
+load_model($node, 'tiny');	# what the first load of an engine's life leaves behind is no model's
+sql('SELECT millm.unload()');
+my %model = ('llama' => "$fixtures/tiny/llama-bf16", 'gpt2' => "$fixtures/tiny/gpt2", 'sharded' => "$fixtures/tiny/llama-sharded", 'nf4' => "$fixtures/tiny-bnb/nf4",
+	'fp4-gpt2' => "$fixtures/tiny-bnb/fp4-gpt2", 'int8' => "$fixtures/tiny-bnb/int8", 'smol' => "$fixtures/SmolLM2-135M-Instruct", 'smol-q8' => "$fixtures/SmolLM2-135M-Instruct-int8");
+my @made = ([ 'llama', 'Q4' ], [ 'llama', 'Q8' ], [ 'gpt2', 'Q4' ], [ 'gpt2', 'Q8' ], [ 'smol', 'Q4' ]);
+sql("SELECT millm.register_local('$model{$_}', name => '$_')") for sort keys %model;
+sql("SELECT millm.register_local('$model{$_->[0]}', '$_->[1]', name => '$_->[0]-$_->[1]')") for @made;
+sql("SELECT millm.wait('$_->[0]-$_->[1]')") for @made;
+for my $name (sort keys %model, map { "$_->[0]-$_->[1]" } @made)
+{
+	my ($weights, $kv, $workspace, $total) = split /\|/, sql("SELECT weights_bytes, kv_cache_bytes, workspace_bytes, total_bytes FROM millm.estimate_memory('$name')");
+	is($total, $weights + $kv + $workspace, "$name: the parts are the whole");
+	my ($none, $before) = mapped();
+	my $resident = resident();
+	sql("SELECT millm.load('$name')");
+	my $dir = abs_path(sql("SELECT coalesce('$cache/' || directory, local_path) FROM millm.registry WHERE name = '$name'"));
+	my ($files, $private) = mapped($dir);
+	near($files, $weights, "$name: weights");
+	near($private - $before, $kv + $workspace, "$name: private memory");
+	is(sql('SELECT used_bytes FROM millm.memory()'), $total, "$name: memory() shows it");
+	sql('SELECT millm.unload()');
+	cmp_ok(resident() - $resident, '<=', 4 * $MB, "$name: the unload gives it back");
+}
+is(sql('SELECT used_bytes FROM millm.memory()'), 0, 'no model, no memory');
+is(sql('SELECT device, name, total_bytes > free_bytes, free_bytes > 0 FROM millm.memory()'), 'cpu|RAM|t|t', 'RAM');
+
+# As if it were quantized otherwise: what it then really takes
+for (@made)
+{
+	my ($name, $quantization) = @$_;
+	my $made = sql("SELECT weights_bytes FROM millm.estimate_memory('$name-$quantization')");
+	my ($guess, $saved) = split /\|/, sql("SELECT weights_bytes, saved_bytes FROM millm.estimate_memory('$name', '$quantization')");
+	# F32 fixtures stay F32 here and become 16-bit there
+	near($guess, $made, "$name as $quantization");
+	is(sql("SELECT weights_bytes + saved_bytes FROM millm.estimate_memory('$name')") - $saved, $guess, 'saves what it says') if $name ne 'gpt2';
+}
+near(sql(q(SELECT weights_bytes FROM millm.estimate_memory('smol-Q4', 'none'))), sql(q(SELECT weights_bytes FROM millm.estimate_memory('smol'))), 'and back');
+is(sql(q(SELECT quantization, context_length, fits FROM millm.estimate_memory('smol', context_length => 1000))), 'FP16|1000|t', 'of any context length');
+my ($long, $short) = map { sql("SELECT kv_cache_bytes FROM millm.estimate_memory('smol', context_length => $_)") } 2048, 1024;
+cmp_ok($long, '>=', $short, 'which is what the KV cache depends on');
+fails(q(SELECT millm.estimate_memory('smol', 'Q5')), '22023', 'no such quantization');
+fails(q(SELECT millm.estimate_memory('smol', context_length => 0)), '22023', 'no context');
+like(fails(q(SELECT millm.estimate_memory('smol', context_length => 100000)), '22023', 'more context than the model knows'), qr/It is 100000; the model knows 8192 positions/, 'which it says');
+fails(q(SELECT millm.estimate_memory('nobody')), 'ML001', 'no model');
+
+# --- What does not fit is refused before anything is touched -----------------------------------------------------
+sub setting { my ($name, $value) = @_; $node->append_conf('postgresql.conf', "$name = $value"); $node->reload; ok(wait_true(sub { sql("SHOW $name") eq $value }), "$name = $value"); }
+load_model($node, 'tiny');
+my $ram = int(sql('SELECT total_bytes FROM millm.memory()') / $MB);
+setting('millm.kv_cache_size', ($ram + 1024) . 'MB');
+my $error = fails(q(SELECT millm.load('smol')), 'ML009', 'a KV cache larger than the machine');
+like($error, qr/DETAIL:  It needs [\d.]+ MB \(weights 26\d\.\d MB, a KV cache for contexts of 8192 tokens [\d.]+ MB, workspace [\d.]+ MB\), only [\d.]+ MB are available\./, 'with figures') or diag $error;
+like($error, qr/HINT:  A context length of \d+ would fit, with a KV cache no larger than that needs\./, 'and what would fit');
+is(sql('SELECT model FROM millm.status()'), 'tiny', 'the loaded model is not touched');
+is(sql(q(SELECT fits FROM millm.estimate_memory('smol'))), 'f', 'which could be known before');
+# More than there is at all: force gets as far as the kernel, and leaves nothing behind
+my $resident = resident();
+like(fails(q(SELECT millm.load('smol', force => true)), 'ML009', 'force => true, and the kernel says no'), qr/DETAIL:  Need [\d.]+ MB: Cannot allocate memory/, 'which it says');
+cmp_ok(resident() - $resident, '<=', 4 * $MB, 'the memory is back');
+is(sql('SELECT model IS NULL, engine_state FROM millm.status()'), 't|ready', 'the engine is well, without a model');
+# More than is free, but nobody uses it
+setting('millm.kv_cache_size', ($ram - 64) . 'MB');
+my ($rc, $out, $err) = $node->psql('postgres', q(SELECT millm.load('smol', force => true)));
+is($out, 'loaded', 'force => true tries it all the same');
+like($err, qr/WARNING:  the load was forced: It needs [\d.]+ MB .*only [\d.]+ MB are available/, 'with a warning') or diag $err;
+is(sql(q(SELECT millm.generate('The capital of France is', raw => true, temperature => 0, max_tokens => 8) LIKE '%Paris%')), 't', 'and it works while nobody needs that memory');
+sql('SELECT millm.unload()');
+setting('millm.kv_cache_size', '0');
+
+# --- The disk ------------------------------------------------------------------------------------------------------
+is(sql('SELECT count(*) FROM millm.cache_usage()'), 1 + @made, 'the whole and what was made in it');
+my @first = split /\|/, sql('SELECT model_id IS NULL, directory, bytes, free_bytes > 0 FROM millm.cache_usage() LIMIT 1');
+is("@first[0, 1, 3]", "t $cache t", 'first the cache');
+cmp_ok(sql('SELECT sum(bytes) FROM millm.cache_usage() WHERE model_id IS NOT NULL'), '<=', $first[2], 'the models are in it');
+is(sql(q(SELECT u.bytes = r.disk_bytes OR abs(u.bytes - r.disk_bytes) < 4096 FROM millm.cache_usage() u JOIN millm.registry r ON r.id = u.model_id WHERE r.name = 'smol-Q4')), 't', 'as large as the registry says');
+
+# --- What it is made of --------------------------------------------------------------------------------------------
+my $smol = decode_json(sql(q(SELECT millm.architecture('smol'))));
+is("@$smol{qw(model_type hidden_size num_hidden_layers num_attention_heads num_key_value_heads vocab_size max_position_embeddings torch_dtype)}",
+	'llama 576 30 9 3 49152 8192 bfloat16', 'sizes');
+ok((grep { $_ eq 'model.layers.{i}.hook_resid_post' } @{ $smol->{hook_points} }) && (grep { $_ eq 'model.layers.{i}.mlp.hook_pre_linear' } @{ $smol->{hook_points} }), 'hook points');
+my $gpt2 = decode_json(sql(q(SELECT millm.architecture('gpt2-Q4'))));
+is("$gpt2->{model_type} $gpt2->{quantization}", 'gpt2 nf4', 'of a quantized one');
+is(join(' ', grep { /pos_embed|rot_q|pre_linear/ } @{ $gpt2->{hook_points} }), 'model.hook_pos_embed', 'as its family has them');
+$node->stop;
+done_testing();
