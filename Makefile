@@ -60,7 +60,7 @@ $(BUILD)/module/%.o: src/%.c
 	$(Q)$(CC) $(CFLAGS) $(CFLAGS_SL) $(CPPFLAGS) -MMD -MP -c -o $@ $<
 
 # --- The helper programs: every other room ------------------------------------------------------
-ENGINE_ROOMS  = base wire serve token quant kernel model hub engine
+ENGINE_ROOMS  = base wire serve token chat quant kernel model hub engine
 DEPS_PKG      = libcurl jansson libpcre2-8 libutf8proc libcrypto libevent libevent_pthreads
 ENGINE_CFLAGS = -std=c11 -D_GNU_SOURCE $(if $(DEBUG),-O1 -DMILLM_DEBUG,-O2) -g -fno-omit-frame-pointer -Wall -Wextra -Wvla \
                 $(ENGINE_ROOMS:%=-Isrc/%) $(shell pkg-config --cflags $(DEPS_PKG)) $(SAN_FLAGS)
