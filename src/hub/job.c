@@ -3,7 +3,7 @@
  *
  * A download, in order: info and tree at one commit; config.json, so that an architecture we cannot run is refused before any weight
  * moves; the choice of files; room on the disk; the files, small ones first, weights through the sink that gives them their form; the meta
- * file, last.  A directory of this machine goes the same way, read instead of fetched.
+ * file, last.  A PyTorch checkpoint, whose directory is at its end, is fetched whole, converted through that sink, and removed.  A directory of this machine goes the same way, read instead of fetched.
  */
 #include "job.h"
 
@@ -15,6 +15,7 @@
 #include <time.h>
 #include <unistd.h>
 
+#include "convert.h"
 #include "hfcache.h"
 #include "plan.h"
 #include "screen.h"
@@ -118,14 +119,32 @@ advance(void *arg, int64_t delta, bool is_fetched)
 
 /* --- Download --------------------------------------------------------------------------------------- */
 
+/* What a file of the store takes; -1 when it is not there. */
+static int64_t
+bytes_of(const MillmStore *store, const char *name)
+{
+	struct stat sb;
+
+	return fstatat(millm_store_dir(store), name, &sb, AT_SYMLINK_NOFOLLOW) == 0 ? (int64_t) sb.st_size : -1;
+}
+
 static MillmCode
 check_disk(const MillmStore *store, const MillmPlan *p, MillmError *err)
 {
-	int64_t		need = p->disk_bytes, available;
+	int64_t		need = p->disk_bytes, largest = 0, available;
 	MillmCode	rc;
 
 	for (size_t i = 0; i < p->choice.n; i++)
-		need -= millm_store_have(store, p->choice.files[i]);
+	{
+		const MillmHubFile *f = p->choice.files[i], *stored = millm_choice_stored(&p->choice, i);
+		int64_t		converted = stored != f ? bytes_of(store, stored->path) : -1;
+
+		need -= millm_store_have(store, f) + (converted > 0 ? converted : 0);
+		/* a checkpoint is here beside what it becomes, one at a time */
+		if (p->http && stored != f && converted < 0 && f->size > largest)
+			largest = f->size;
+	}
+	need += largest;
 	if ((rc = millm_store_free_bytes(store, &available, err)) != MILLM_OK)
 		return rc;
 	if (need <= 0 || need <= available - DISK_MARGIN)
@@ -134,15 +153,6 @@ check_disk(const MillmStore *store, const MillmPlan *p, MillmError *err)
 	millm_detail(err, "Need %.1f GB in the model cache, only %.1f GB available.", ((double) need + (double) DISK_MARGIN) / 1e9, (double) available / 1e9);
 	millm_hint(err, "Free space or point millm.cache_dir at a larger file system.");
 	return MILLM_E_INSUFFICIENT_DISK;
-}
-
-/* What a file of the store takes; -1 when it is not there. */
-static int64_t
-bytes_of(const MillmStore *store, const char *name)
-{
-	struct stat sb;
-
-	return fstatat(millm_store_dir(store), name, &sb, AT_SYMLINK_NOFOLLOW) == 0 ? (int64_t) sb.st_size : -1;
 }
 
 /* The last file to be written: whose directory it is, and where all of it comes from. */
@@ -158,8 +168,9 @@ write_meta(MillmStore *store, const MillmPlan *p, int64_t *disk_bytes, MillmErro
 	*disk_bytes = screen > 0 ? screen : 0;
 	for (size_t i = 0; i < p->choice.n; i++)
 	{
-		const MillmHubFile *f = p->choice.files[i];
-		int64_t		bytes = bytes_of(store, f->path);
+		const MillmHubFile *f = p->choice.files[i], *stored = millm_choice_stored(&p->choice, i);
+		int64_t		bytes = bytes_of(store, stored->path);
+		json_t	   *file;
 
 		*disk_bytes += bytes > 0 ? bytes : 0;
 		if (millm_is_weights(f))
@@ -167,7 +178,10 @@ write_meta(MillmStore *store, const MillmPlan *p, int64_t *disk_bytes, MillmErro
 			original += f->size;
 			now += bytes;
 		}
-		json_object_set_new(files, f->path, json_pack("{s:I, s:o, s:o}", "size", (json_int_t) f->size, "hash", maybe_text(f->hash), "bytes", maybe(bytes)));
+		file = json_pack("{s:I, s:o, s:o}", "size", (json_int_t) f->size, "hash", maybe_text(f->hash), "bytes", maybe(bytes));
+		if (stored != f)
+			json_object_set_new(file, "stored_as", json_string(stored->path));
+		json_object_set_new(files, f->path, file);
 	}
 	meta = json_pack("{s:s, s:s?, s:s?, s:o, s:s, s:s?, s:I, s:s, s:s, s:s?, s:I, s:I, s:I, s:o}", "millm_version", MILLM_VERSION,
 					 "repo_id", p->http ? p->repo->id : NULL, "source_path", spec->source_path, "commit", maybe_text(p->repo->commit),
@@ -258,6 +272,59 @@ bring(MillmPlan *p, const MillmHubFile *f, MillmStore *store, bool is_plain, Mil
 	return rc != MILLM_OK || taken ? rc : millm_hub_fetch(p->http, p->repo, f, p->spec->n_connections, sink, advance, m, err);
 }
 
+/* How far a conversion is: of a local checkpoint that is all there is to be seen, one of the Hub has come already. */
+typedef struct Conversion
+{
+	Meter	   *meter;
+	int64_t		begin, size;	/* size 0: nothing advances */
+} Conversion;
+
+static void
+converted(void *arg, int64_t bytes, int64_t total)
+{
+	Conversion *c = arg;
+	int64_t		to = c->begin + (int64_t) ((double) bytes / (double) total * (double) c->size);
+
+	c->meter->fetched += to - c->meter->bytes;
+	c->meter->bytes = to;
+	report(c->meter, false);
+}
+
+/* Bring PyTorch checkpoint i of the plan, as safetensors. */
+static MillmCode
+fetch_bin(MillmPlan *p, size_t i, MillmStore *store, MillmRecast *recast, Meter *m, atomic_bool *stop, MillmError *err)
+{
+	const MillmHubFile *f = p->choice.files[i];
+	Conversion	c = {.meter = m, .size = p->http ? 0 : f->size};
+	MillmCode	rc = MILLM_OK;
+	int			fd;
+
+	if (millm_recast_is_done(recast, &p->choice.converted[i]))
+		advance(m, f->size, false);
+	else
+	{
+		if (p->http && millm_store_is_proved(store, f, stop))
+			advance(m, f->size, false);
+		else if (p->http && (rc = bring(p, f, store, true, millm_store_sink(store), m, stop, err)) != MILLM_OK)
+			return rc;
+		if (!p->http)
+			rc = millm_plan_open_local(p->spec->source_path, f->path, &fd, err);
+		else if ((fd = openat(millm_store_dir(store), f->path, O_RDONLY | O_NOFOLLOW | O_CLOEXEC)) < 0)
+			rc = millm_store_error(err, "open", f->path);
+		if (rc != MILLM_OK)
+			return rc;
+		m->progress.stage = "converting";
+		report(m, true);
+		c.begin = m->bytes;
+		rc = millm_convert(fd, f->path, &p->config, &p->choice.converted[i], millm_recast_sink(recast), stop, converted, &c, err);
+		close(fd);
+	}
+	/* what is refused would be refused again */
+	if (p->http && (rc == MILLM_OK || rc == MILLM_E_INVALID_MODEL_FILE || rc == MILLM_E_UNSUPPORTED))
+		(void) unlinkat(millm_store_dir(store), f->path, 0);
+	return rc;
+}
+
 static MillmCode
 fetch_all(MillmPlan *p, MillmStore *store, MillmRecast *recast, Meter *m, atomic_bool *stop, MillmError *err)
 {
@@ -279,7 +346,13 @@ fetch_all(MillmPlan *p, MillmStore *store, MillmRecast *recast, Meter *m, atomic
 		m->progress.file = f->path;
 		report(m, i == 0);
 		if (is_recast)
-			weights[n_weights++] = f;
+			weights[n_weights++] = millm_choice_stored(&p->choice, i);
+		if (is_recast && p->choice.is_bin)
+		{
+			if ((rc = fetch_bin(p, i, store, recast, m, stop, err)) != MILLM_OK)
+				return rc;
+			continue;
+		}
 		if (is_recast ? millm_recast_is_done(recast, f) : millm_store_is_proved(store, f, stop))
 		{
 			advance(m, f->size, false);	/* an earlier attempt's, or another installation's of the same model */
@@ -291,7 +364,28 @@ fetch_all(MillmPlan *p, MillmStore *store, MillmRecast *recast, Meter *m, atomic
 	m->progress.stage = "verifying";
 	m->progress.file = "";
 	report(m, true);
+	/* of a checkpoint's dtypes nobody told before */
+	if (p->choice.is_bin)
+		p->is_f32 = millm_recast_has_converted(recast);
 	return recast ? millm_recast_complete(recast, weights, n_weights, err) : MILLM_OK;
+}
+
+/* After a failure: what came, and what it became. */
+static void
+remove_files(MillmStore *store, const MillmChoice *c)
+{
+	const MillmHubFile *all[2 * MILLM_HUB_MAX_FILES];
+	size_t		n = 0;
+
+	for (size_t i = 0; i < c->n; i++)
+	{
+		const MillmHubFile *stored = millm_choice_stored(c, i);
+
+		all[n++] = c->files[i];
+		if (stored != c->files[i])
+			all[n++] = stored;
+	}
+	millm_store_remove(store, all, n);
 }
 
 MillmCode
@@ -319,7 +413,7 @@ millm_job_download(const MillmJobSpec *spec, atomic_bool *stop, atomic_bool *kee
 						 "params", (json_int_t) model->n_params, "license", maybe_text(p.repo->license), "config", p.config_json,
 						 "quantization", p.quantization, "disk_bytes", (json_int_t) disk_bytes);
 	else if (store && !atomic_load(keep))
-		millm_store_remove(store, p.choice.files, p.choice.n);
+		remove_files(store, &p.choice);
 	else if (!atomic_load(keep))
 		millm_store_remove_unfinished(spec->cache_dir, spec->directory, spec->model_uuid);
 	/* here HUB_UNAVAILABLE would mean the helper, not the network */
@@ -329,6 +423,15 @@ millm_job_download(const MillmJobSpec *spec, atomic_bool *stop, atomic_bool *kee
 	millm_store_close(store);
 	millm_plan_free(&p);
 	return rc;
+}
+
+/* Is a file of that name in the directory? */
+static bool
+has_file(const char *path, const char *name)
+{
+	char		file[4096];
+
+	return (size_t) snprintf(file, sizeof(file), "%s/%s", path, name) < sizeof(file) && access(file, F_OK) == 0;
 }
 
 MillmCode
@@ -346,7 +449,15 @@ millm_job_inspect(const char *path, json_t **out, MillmError *err)
 		millm_hint(err, "Give the absolute path of an existing directory with config.json, the weights and tokenizer.json.");
 		return MILLM_E_INVALID_LOCAL_PATH;
 	}
-	if ((rc = millm_model_open(path, &model, err)) != MILLM_OK)
+	rc = millm_model_open(path, &model, err);
+	if (rc == MILLM_E_MODEL_FILES_MISSING && has_file(path, "config.json") && (has_file(path, "pytorch_model.bin") || has_file(path, "pytorch_model.bin.index.json")))
+	{
+		millm_fail(err, MILLM_E_INVALID_LOCAL_PATH, "the weights in \"%.300s\" are a PyTorch checkpoint, which cannot be used where it lies", path);
+		millm_detail(err, "The engine reads safetensors files; a checkpoint becomes one when it is downloaded or quantized.");
+		millm_hint(err, "Register it as Q4 or Q8, or convert it first: millm-hub quantize DIR --quantization FP16 --output DIR2.");
+		return MILLM_E_INVALID_LOCAL_PATH;
+	}
+	if (rc != MILLM_OK)
 		return rc == MILLM_E_MODEL_FILES_MISSING ? (err->code = MILLM_E_INVALID_LOCAL_PATH) : rc;
 	config = json_load_file(file, 0, NULL);
 	*out = json_pack("{s:s, s:s, s:I, s:I, s:s?, s:s, s:o}", "model_type", model->config.model_type, "architecture", model->config.architecture,

@@ -34,7 +34,7 @@ typedef struct MillmJobSpec
 
 typedef struct MillmProgress
 {
-	const char *stage;			/* "resolving", "downloading", "verifying" */
+	const char *stage;			/* "resolving", "downloading", "converting" (a PyTorch checkpoint), "verifying" */
 	const char *file;			/* "" */
 	int64_t		bytes, total_bytes;	/* total_bytes 0: not known yet */
 	double		bytes_per_second;	/* < 0: not measured yet */

@@ -44,6 +44,14 @@ open_local(const char *path, const char *name, struct stat *sb)
 	return fd;
 }
 
+MillmCode
+millm_plan_open_local(const char *path, const char *name, int *fd, MillmError *err)
+{
+	struct stat sb;
+
+	return (*fd = open_local(path, name, &sb)) < 0 ? local_error(path, name, err) : MILLM_OK;
+}
+
 static MillmCode
 read_small(void *arg, const char *name, size_t max, char **out, size_t *len, MillmError *err)
 {
@@ -338,6 +346,7 @@ millm_plan_make(const MillmJobSpec *spec, MillmPatience patience, int deadline_m
 	if (rc != MILLM_OK || (rc = check_config(p, err)) != MILLM_OK || (rc = choose_form(p, err)) != MILLM_OK ||
 		(rc = millm_choose_files(p->repo, read_small, p, &p->choice, err)) != MILLM_OK)
 		return rc;
+	p->is_recast = p->is_recast || p->choice.is_bin;
 	p->disk_bytes = millm_plan_disk_bytes(p, p->target);
 	return MILLM_OK;
 }

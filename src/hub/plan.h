@@ -29,7 +29,7 @@ typedef struct MillmPlan
 	const char *prequantized;	/* "nf4", "fp4" or "int8": what they are; NULL: floats */
 	MillmRecastTarget target;
 	bool		is_f32;			/* most of them; becomes 16-bit */
-	bool		is_recast;		/* they change on the way */
+	bool		is_recast;		/* they change on the way, if only from a PyTorch checkpoint to safetensors */
 	int64_t		disk_bytes;		/* what all files will take, about */
 } MillmPlan;
 
@@ -53,6 +53,8 @@ extern int64_t millm_plan_disk_bytes(const MillmPlan *p, MillmRecastTarget targe
  */
 extern MillmCode millm_pour(int fd, const MillmHubFile *file, MillmHash *hash, MillmSink *sink, atomic_bool *stop, bool is_fetched,
 							MillmAdvance advance, void *arg, MillmError *err);
+/* Open a file of the local directory path for reading.  INVALID_LOCAL_PATH. */
+extern MillmCode millm_plan_open_local(const char *path, const char *name, int *fd, MillmError *err);
 /* Push a file of the local directory path through a sink; fills in its sha256. */
 extern MillmCode millm_plan_copy(const char *path, MillmHubFile *file, MillmSink *sink, atomic_bool *stop, MillmAdvance advance, void *arg, MillmError *err);
 

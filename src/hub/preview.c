@@ -4,7 +4,6 @@
  * Reads the Hub's info and list of files, config.json, a shard index; where the Hub has not counted the parameters, the first bytes of each
  * weight file too.  A repository that this engine cannot run, or whose files the Hub keeps from us, is no error: the answer says so.
  */
-#include <fnmatch.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -76,7 +75,6 @@ count_params(const MillmPlan *p, int64_t *out, MillmError *err)
 {
 	int64_t		n_params = 0;
 	int			n_files = 0;
-	bool		has_headers = true;
 	MillmCode	rc = MILLM_OK;
 
 	*out = -1;
@@ -86,12 +84,8 @@ count_params(const MillmPlan *p, int64_t *out, MillmError *err)
 		return MILLM_OK;
 	}
 	for (size_t i = 0; i < p->choice.n; i++)
-		if (millm_is_weights(p->choice.files[i]))
-		{
-			n_files++;
-			has_headers = has_headers && fnmatch("*.safetensors", p->choice.files[i]->path, 0) == 0;	/* a PyTorch checkpoint has none */
-		}
-	if (n_files > MAX_HEADERS || !has_headers)
+		n_files += millm_is_weights(p->choice.files[i]);
+	if (n_files > MAX_HEADERS || p->choice.is_bin)	/* a PyTorch checkpoint has no header */
 		return MILLM_OK;
 	for (size_t i = 0; rc == MILLM_OK && i < p->choice.n; i++)
 		if (millm_is_weights(p->choice.files[i]))

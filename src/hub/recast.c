@@ -1080,6 +1080,12 @@ millm_recast_free(MillmRecast *r)
 }
 
 bool
+millm_recast_has_converted(const MillmRecast *r)
+{
+	return r->has_converted;
+}
+
+bool
 millm_recast_is_done(MillmRecast *r, const MillmHubFile *file)
 {
 	char		path[4096], form[64];

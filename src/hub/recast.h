@@ -30,6 +30,9 @@ extern MillmCode millm_recast_create(MillmStore *store, MillmRecastTarget target
 									 MillmRecast **out, MillmError *err);
 extern void millm_recast_free(MillmRecast *r);	/* NULL is fine */
 
+/* Has any of the files so far been F32? */
+extern bool millm_recast_has_converted(const MillmRecast *r);
+
 /*
  * The sink of one weight file after the other.  Besides the errors of a disk: INVALID_MODEL_FILE for a damaged header, for NaN and infinity in
  * what is converted or quantized, for what overflows F16 on the way to INT8, naming the tensor.

@@ -120,7 +120,7 @@ REFUSALS = [
     ("millm-test/private", "hf_nogrant", "REPO_NOT_FOUND"), ("millm-test/gated", None, "GATED_MODEL_NO_TOKEN"),
     ("millm-test/gated", "hf_nogrant", "GATED_MODEL_NO_TOKEN"), ("millm-test/gated", "hf_bad", "INVALID_HF_TOKEN"), (TINY, "hf_bad", "INVALID_HF_TOKEN"),
     ("millm-test/disabled", None, "MODEL_DOWNLOAD_FAILED"), ("millm-test/unknown-arch", None, "UNSUPPORTED_ARCHITECTURE"),
-    ("millm-test/remote-code", None, "TRUST_REMOTE_CODE_REQUIRED"), ("millm-test/bin-only", None, "MODEL_DOWNLOAD_FAILED"),
+    ("millm-test/remote-code", None, "TRUST_REMOTE_CODE_REQUIRED"), ("millm-test/no-weights", None, "MODEL_DOWNLOAD_FAILED"),
     ("millm-test/no-config", None, "MODEL_DOWNLOAD_FAILED"), ("a/../b", None, "INVALID_REPO_ID"), ("a//b", None, "INVALID_REPO_ID"),
     ("x--y", None, "INVALID_REPO_ID"), (".a/b", None, "INVALID_REPO_ID"), ("a/b.git", None, "INVALID_REPO_ID"), ("é/b", None, "INVALID_REPO_ID"),
 ]

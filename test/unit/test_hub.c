@@ -220,7 +220,8 @@ shards(const MillmRepo *r, const char *text, MillmChoice *c)
 static void
 indexes(void **state)
 {
-	static const char *const wrong[] = {"", "{}", "[]", "{\"weight_map\":{}}", "{\"weight_map\":{\"t\":\"c.safetensors\"}}", "{\"weight_map\":{\"t\":\"../a.safetensors\"}}",
+	/* an index of safetensors names nothing else */
+	static const char *const wrong[] = {"{\"weight_map\":{\"t\":\"a.bin\"}}", "", "{}", "[]", "{\"weight_map\":{}}", "{\"weight_map\":{\"t\":\"c.safetensors\"}}", "{\"weight_map\":{\"t\":\"../a.safetensors\"}}",
 		"{\"weight_map\":{\"t\":\"d/x.safetensors\"}}", "{\"weight_map\":{\"t\":7}}", "{\"weight_map\":{\"t\":\"a.safetensors\",\"u\":\"/etc/passwd\"}}"};
 	MillmRepo	r = {.id = "a/b"};
 	MillmChoice c;
@@ -229,6 +230,7 @@ indexes(void **state)
 	add(&r, "b.safetensors", 3);
 	add(&r, "a.safetensors", 4);
 	add(&r, "d/x.safetensors", 5);
+	add(&r, "a.bin", 6);
 	assert_int_equal(shards(&r, "{\"weight_map\":{\"t\":\"b.safetensors\",\"u\":\"a.safetensors\",\"v\":\"b.safetensors\"}}", &c), MILLM_OK);
 	assert_int_equal(c.n, 2);
 	assert_string_equal(c.files[0]->path, "a.safetensors");
@@ -240,9 +242,9 @@ indexes(void **state)
 		millm_choice_free(&c);
 	}
 	/* sizes whose sum does not fit */
-	add(&r, "huge1", INT64_MAX);
-	add(&r, "huge2", INT64_MAX);
-	assert_int_equal(shards(&r, "{\"weight_map\":{\"t\":\"huge1\",\"u\":\"huge2\"}}", &c), MILLM_E_MODEL_DOWNLOAD_FAILED);
+	add(&r, "huge1.safetensors", INT64_MAX);
+	add(&r, "huge2.safetensors", INT64_MAX);
+	assert_int_equal(shards(&r, "{\"weight_map\":{\"t\":\"huge1.safetensors\",\"u\":\"huge2.safetensors\"}}", &c), MILLM_E_MODEL_DOWNLOAD_FAILED);
 	millm_choice_free(&c);
 	free(r.files);
 }
