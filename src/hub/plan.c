@@ -189,9 +189,10 @@ millm_plan_copy(const char *path, MillmHubFile *file, MillmSink *sink, atomic_bo
 	millm_hash_begin(&hash, sha256, file->size);
 	if ((rc = millm_pour(fd, file, &hash, sink, stop, true, advance, arg, err)) == MILLM_OK)
 	{
-		millm_hash_hex(&hash, file->hash);
 		if ((rc = sink->finish(sink->arg, err)) != MILLM_OK)
 			sink->abandon(sink->arg);
+		/* the sink knew the file without a hash, to its end: its header has no room for one */
+		millm_hash_hex(&hash, file->hash);
 	}
 	close(fd);
 	return rc;
