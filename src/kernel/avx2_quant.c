@@ -432,7 +432,9 @@ panel_rows(const MillmMatmul *m, const float *panel, int64_t o, int64_t n_rows, 
 
 		for (; r + PANEL_ROWS <= n_rows; r += PANEL_ROWS)
 			panel_tile(sums + r, row + r * n, n, PANEL_ROWS, x + i * 4, m->x_stride, n_tokens, depth);
-		for (; r < n_rows; r++)
+		if (n_rows - r == 2)
+			panel_tile(sums + r, row + r * n, n, 2, x + i * 4, m->x_stride, n_tokens, depth);
+		else if (n_rows - r == 1)
 			panel_tile(sums + r, row + r * n, n, 1, x + i * 4, m->x_stride, n_tokens, depth);
 	}
 	for (int64_t r = 0; r < n_rows; r++)
@@ -477,6 +479,8 @@ matmul_4bit(const MillmMatmul *m, int64_t begin, int64_t end)
 		return;
 	}
 	n_rows = n_rows < MAX_PANEL_ROWS ? n_rows : MAX_PANEL_ROWS;
+	if (n_rows > PANEL_ROWS)
+		n_rows -= n_rows % PANEL_ROWS;
 	for (int64_t o = begin; o < end; o += n_rows)
 	{
 		n_rows = end - o < n_rows ? end - o : n_rows;
