@@ -78,7 +78,8 @@ REVOKE ALL ON millm.registry, millm.trash, millm.owner FROM PUBLIC;
 -- ----------------------------------------------------------------------------------------------------------------
 
 CREATE FUNCTION millm.live(OUT uuid uuid, OUT status text, OUT stage text, OUT progress integer, OUT bytes bigint, OUT total_bytes bigint,
-	OUT bytes_per_second float8, OUT file text, OUT loaded_at timestamptz, OUT memory_bytes bigint)
+	OUT bytes_per_second float8, OUT file text, OUT loaded_at timestamptz, OUT memory_bytes bigint,
+	OUT error_code text, OUT error_message text)
 RETURNS SETOF record
 AS 'MODULE_PATHNAME', 'millm_live'
 LANGUAGE C VOLATILE STRICT PARALLEL RESTRICTED COST 10 ROWS 2;
@@ -97,9 +98,10 @@ SELECT r.id, r.name, r.source, r.repo_id, r.revision, r.local_path,
 		THEN l.status ELSE r.status END AS status,
 	CASE WHEN r.status = 'ready' AND r.directory IS NOT NULL THEN 100
 		WHEN r.status = 'pending' THEN CASE WHEN l.status = 'downloading' THEN l.progress ELSE 0 END END AS download_progress,
-	r.error_code, r.error_message, r.trust_remote_code, r.license, r.config, r.created_at, r.updated_at, l.loaded_at
+	coalesce(r.error_code, l.error_code) AS error_code, coalesce(r.error_message, l.error_message) AS error_message, r.trust_remote_code, r.license, r.config, r.created_at, r.updated_at, l.loaded_at
 FROM millm.registry r LEFT JOIN millm.live() l ON l.uuid = r.uuid;
 COMMENT ON VIEW millm.models IS 'Every model with its state: pending, downloading, ready, loading, loaded or error';
+COMMENT ON COLUMN millm.models.error_code IS 'Why a download has failed, or the last load of a model that is ready';
 COMMENT ON COLUMN millm.models.disk_size_mb IS 'What it takes on disk; an estimate until it is ready, null where there is none';
 COMMENT ON COLUMN millm.models.estimated_memory_mb IS 'What its weights need; once it is loaded, what the engine holds for it, the KV cache too';
 

@@ -48,6 +48,7 @@ struct MillmEngine
 	int64_t		pages_free;
 
 	atomic_bool is_ending;			/* the process shuts down */
+	atomic_bool stops_load;
 	atomic_bool cancels_all;		/* nobody may go on: shutdown, or an unload whose time is over */
 
 	/* the model thread's */
@@ -322,13 +323,23 @@ set_up_steps(MillmEngine *e, const MillmLoaded *loaded, MillmError *err)
 	return millm_fail(err, MILLM_E_INTERNAL, "out of memory");
 }
 
+static bool
+report_load(void *arg, int percent)
+{
+	MillmEngine *e = arg;
+
+	if (e->sink.progress)
+		e->sink.progress(e->sink.arg, percent);
+	return !atomic_load(&e->stops_load) && !atomic_load(&e->is_ending);
+}
+
 static void
 run_load(MillmEngine *e)
 {
 	MillmLoadSink sink = e->sink;
 	const MillmLoaded *loaded = NULL;
 	MillmError	err;
-	MillmCode	rc = load_model(&e->load, sink.progress, sink.arg, &loaded, &e->fw, &err);
+	MillmCode	rc = load_model(&e->load, report_load, e, &loaded, &e->fw, &err);
 
 	if (rc == MILLM_OK)
 		rc = set_up_steps(e, loaded, &err);
@@ -610,6 +621,7 @@ millm_engine_load(MillmEngine *e, const MillmLoadOptions *options, const MillmLo
 	else
 	{
 		e->state = MILLM_LOADING;
+		atomic_store(&e->stops_load, false);
 		e->load = copy;
 		e->sink = *sink;
 		wake_thread(e);
@@ -657,6 +669,12 @@ not_loaded(MillmEngine *e, MillmError *err)
 		millm_hint(err, "Load one first.");
 	}
 	return MILLM_E_MODEL_NOT_LOADED;
+}
+
+void
+millm_engine_cancel_load(MillmEngine *e)
+{
+	atomic_store(&e->stops_load, true);
 }
 
 MillmCode

@@ -102,6 +102,8 @@ typedef struct MillmLoadSink
  * not called.  The load goes through millm_model_open()'s errors, INVALID_ARGUMENT and INSUFFICIENT_MEMORY with figures.
  */
 extern MillmCode millm_engine_load(MillmEngine *engine, const MillmLoadOptions *options, const MillmLoadSink *sink, MillmError *err);
+/* Make the load that is under way, if any, fail with CANCELED soon; one that is nearly done may still succeed. */
+extern void millm_engine_cancel_load(MillmEngine *engine);
 /* Take no new requests, wait so long for those there are, cancel the rest. */
 extern MillmCode millm_engine_unload(MillmEngine *engine, int timeout_ms, const MillmLoadSink *sink, MillmError *err);
 

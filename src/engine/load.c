@@ -170,7 +170,7 @@ plan_load(const MillmLoadOptions *options, const char *quantization, bool must_f
 
 /* Open, plan, reserve all but the tokenizer; loaded and keeps what it got when this fails. */
 static MillmCode
-open_model(MillmLoaded *loaded, const MillmLoadOptions *options, void (*progress) (void *arg, int percent), void *arg,
+open_model(MillmLoaded *loaded, const MillmLoadOptions *options, bool (*progress) (void *arg, int percent), void *arg,
 	 MillmForward **fw, MillmError *err)
 {
 	MillmForwardOptions fo;
@@ -192,7 +192,8 @@ open_model(MillmLoaded *loaded, const MillmLoadOptions *options, void (*progress
 	}
 	loaded->context_length = plan.context_length;
 
-	millm_model_populate(loaded->model, progress, arg);
+	if (!millm_model_populate(loaded->model, progress, arg))
+		return millm_fail(err, MILLM_E_CANCELED, "the load was canceled");
 	if ((rc = millm_forward_create(loaded->model, &fo, fw, err)) != MILLM_OK)
 		return rc;
 
@@ -211,7 +212,7 @@ open_model(MillmLoaded *loaded, const MillmLoadOptions *options, void (*progress
 
 /* loaded is zeroed, and keeps what it got when this fails. */
 static MillmCode
-fill(MillmLoaded *loaded, const MillmLoadOptions *options, void (*progress) (void *arg, int percent), void *arg,
+fill(MillmLoaded *loaded, const MillmLoadOptions *options, bool (*progress) (void *arg, int percent), void *arg,
 	 MillmForward **fw, MillmError *err)
 {
 	Opening		tokenizer = {.loaded = loaded};
@@ -243,7 +244,7 @@ fill(MillmLoaded *loaded, const MillmLoadOptions *options, void (*progress) (voi
 }
 
 MillmCode
-load_model(const MillmLoadOptions *options, void (*progress) (void *arg, int percent), void *arg,
+load_model(const MillmLoadOptions *options, bool (*progress) (void *arg, int percent), void *arg,
 		   const MillmLoaded **out, MillmForward **fw, MillmError *err)
 {
 	Counted    *c = calloc(1, sizeof(*c));

@@ -9,9 +9,9 @@
 
 /*
  * Open the model and its tokenizer, decide and reserve memory.  On MILLM_OK the caller owns *out (one reference,
- * millm_loaded_release()) and *fw, which must be freed first.  progress may be NULL.
+ * millm_loaded_release()) and *fw, which must be freed first.  progress may be NULL; false: stop, CANCELED.
  */
-extern MillmCode load_model(const MillmLoadOptions *options, void (*progress) (void *arg, int percent), void *arg,
+extern MillmCode load_model(const MillmLoadOptions *options, bool (*progress) (void *arg, int percent), void *arg,
 							const MillmLoaded **out, MillmForward **fw, MillmError *err);
 
 /* millm_engine_plan(), when releasable_bytes of memory are given back before the load. */

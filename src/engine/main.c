@@ -490,7 +490,7 @@ command_bench(int argc, char **argv)
 	{
 		if (model->screen_refused[0])
 			fprintf(stderr, "millm-engine: warning: %s\n", model->screen_refused);
-		millm_model_populate(model, NULL, NULL);
+		(void) millm_model_populate(model, NULL, NULL);
 		rc = millm_bench_run(model, &bench, &r, &err);
 	}
 	if (rc == MILLM_OK && as_json)

@@ -374,6 +374,22 @@ op_unload(EngineServer *server, MillmConn *conn, json_t *request)
 		end_with_error(call, &err);
 }
 
+static void
+op_cancel_load(EngineServer *server, MillmConn *conn, json_t *request)
+{
+	MillmFields f;
+	MillmError	err;
+
+	begin_fields(&f, request, &err);
+	if (millm_fields_end(&f) != MILLM_OK)
+	{
+		millm_conn_error(conn, &err);
+		return;
+	}
+	millm_engine_cancel_load(server->engine);
+	millm_conn_result(conn, json_object());
+}
+
 /* ---- generate ------------------------------------------------------------------------------ */
 
 static void
@@ -791,6 +807,8 @@ on_request(void *arg, MillmConn *conn, json_t *request)
 		return op_plan(server, conn, request, false);
 	else if (strcmp(op, "inspect") == 0)
 		return op_plan(server, conn, request, true);
+	else if (strcmp(op, "cancel_load") == 0)
+		return op_cancel_load(server, conn, request);
 	else if (strcmp(op, "unload") == 0)
 		return op_unload(server, conn, request);
 	else if (strcmp(op, "generate") == 0)
@@ -804,7 +822,7 @@ on_request(void *arg, MillmConn *conn, json_t *request)
 	else
 	{
 		millm_fail(&err, MILLM_E_INVALID_ARGUMENT, "unrecognized op \"%.50s\"", op);
-		millm_hint(&err, "The ops are: status, plan, inspect, load, unload, generate, tokenize, count_tokens, detokenize, shutdown.");
+		millm_hint(&err, "The ops are: status, plan, inspect, load, cancel_load, unload, generate, tokenize, count_tokens, detokenize, shutdown.");
 	}
 	millm_conn_error(conn, &err);
 }

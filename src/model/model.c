@@ -808,8 +808,8 @@ millm_model_close(MillmModel *m)
 	free(m);
 }
 
-void
-millm_model_populate(const MillmModel *m, void (*progress) (void *arg, int percent), void *arg)
+bool
+millm_model_populate(const MillmModel *m, bool (*progress) (void *arg, int percent), void *arg)
 {
 	const size_t piece = 64 << 20;
 	size_t		total = 0, done = 0;
@@ -836,10 +836,11 @@ millm_model_populate(const MillmModel *m, void (*progress) (void *arg, int perce
 #endif
 				(void) madvise(p, n, MADV_WILLNEED);	/* only a hint: reads fault pages in later */
 			done += n;
-			if (progress)
-				progress(arg, (int) (done * 100 / total));
+			if (progress && !progress(arg, (int) (done * 100 / total)))
+				return false;
 		}
 	}
+	return true;
 }
 
 /* --- As if it were quantized otherwise ------------------------------------------------------------------- */

@@ -135,8 +135,8 @@ typedef struct MillmModel
 extern MillmCode millm_model_open(const char *dir, MillmModel **out, MillmError *err);
 extern void millm_model_close(MillmModel *model);	/* NULL is fine */
 
-/* Ask the kernel to read the mapped weights into the page cache now; reports 0..100. */
-extern void millm_model_populate(const MillmModel *model, void (*progress) (void *arg, int percent), void *arg);
+/* Ask the kernel to read the mapped weights into the page cache now; reports 0..100.  False: progress, which may be NULL, has said stop. */
+extern bool millm_model_populate(const MillmModel *model, bool (*progress) (void *arg, int percent), void *arg);
 
 /* "FP16" (not quantized), "Q4" or "Q8"; static. */
 extern const char *millm_model_quantization(const MillmModel *model);

@@ -38,6 +38,7 @@ put_command(MillmCommandKind kind)
 	memset(c, 0, sizeof(*c));
 	c->number = number;
 	c->kind = kind;
+	c->freed_bytes = -1;
 	c->state = MILLM_COMMAND_REQUESTED;
 	return number;
 }
@@ -82,7 +83,12 @@ millm_command_unload(int timeout_ms, uint64 *number, MillmError *err)
 	MillmCode	code = MILLM_OK;
 
 	LWLockAcquire(millm_shared->lock, LW_EXCLUSIVE);
-	if (under_way(c))
+	if (under_way(c) && c->kind == MILLM_LOAD)
+	{
+		c->canceled = true;
+		*number = c->number;
+	}
+	else if (under_way(c))
 		code = busy(c, err);
 	else if (!millm_shared->is_loaded)
 		code = millm_fail(err, MILLM_E_MODEL_NOT_LOADED, "no model is loaded");
@@ -112,18 +118,22 @@ raise_warnings(char *lines)
 	}
 }
 
-void
-millm_command_wait(uint64 number)
+MillmCode
+millm_command_wait(uint64 number, bool is_unload)
 {
 	const MillmCommand *c = &millm_shared->command;
 	MillmError	err = {MILLM_OK};
 	char		warnings[sizeof(c->warnings)] = "";
 	int			alone_ms = 0;
+	int64		told = 0;
+	int64		freed = -1;
 	bool		done = false;
 
 	ConditionVariablePrepareToSleep(&millm_shared->changed);
 	for (;;)
 	{
+		int64		pending = 0;
+
 		LWLockAcquire(millm_shared->lock, LW_SHARED);
 		if (c->number != number)
 		{
@@ -136,11 +146,19 @@ millm_command_wait(uint64 number)
 		{
 			err = c->error;
 			strlcpy(warnings, c->warnings, sizeof(warnings));
+			freed = c->freed_bytes;
 			done = true;
 		}
+		else
+			pending = c->pending;
 		LWLockRelease(millm_shared->lock);
 		if (done)
 			break;
+		/* once for each new number, so that people see it go down */
+		if (pending > 0 && pending != told)
+			ereport(NOTICE, (errmsg_plural("Waiting for " INT64_FORMAT " pending request...", "Waiting for " INT64_FORMAT " pending requests...",
+										   (unsigned long) pending, pending)));
+		told = pending;
 		if (ConditionVariableTimedSleep(&millm_shared->changed, LOOK_MS, PG_WAIT_EXTENSION))
 		{
 			alone_ms = millm_shared->supervisor ? 0 : alone_ms + LOOK_MS;
@@ -153,7 +171,10 @@ millm_command_wait(uint64 number)
 		}
 	}
 	ConditionVariableCancelSleep();
-	if (err.code != MILLM_OK)
+	if (err.code != MILLM_OK && !(is_unload && err.code == MILLM_E_CANCELED))
 		millm_ereport(ERROR, &err);
 	raise_warnings(warnings);
+	if (is_unload && freed >= 0)
+		ereport(NOTICE, (errmsg("%.1f MB of private memory are free again", freed / 1e6)));
+	return err.code;
 }

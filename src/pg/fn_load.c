@@ -39,7 +39,7 @@ load(MillmModelKey key, bool force, bool wait)
 		millm_ereport(ERROR, &err);
 	if (!wait)
 		return CStringGetTextDatum("loading");
-	millm_command_wait(number);
+	(void) millm_command_wait(number, false);
 	return CStringGetTextDatum("loaded");
 }
 
@@ -66,6 +66,6 @@ millm_unload(PG_FUNCTION_ARGS)
 	millm_check_ready();
 	if (millm_command_unload(PG_ARGISNULL(0) ? -1 : millm_interval_ms(PG_GETARG_INTERVAL_P(0)), &number, &err) != MILLM_OK)
 		millm_ereport(ERROR, &err);
-	millm_command_wait(number);
+	(void) millm_command_wait(number, true);
 	PG_RETURN_VOID();
 }

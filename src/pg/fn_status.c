@@ -165,7 +165,7 @@ millm_status(PG_FUNCTION_ARGS)
 enum
 {
 	LIVE_UUID, LIVE_STATUS, LIVE_STAGE, LIVE_PROGRESS, LIVE_BYTES, LIVE_TOTAL_BYTES, LIVE_BYTES_PER_SECOND, LIVE_FILE, LIVE_LOADED_AT,
-	LIVE_MEMORY_BYTES, LIVE_COLUMNS
+	LIVE_MEMORY_BYTES, LIVE_ERROR_CODE, LIVE_ERROR_MESSAGE, LIVE_COLUMNS
 };
 
 static void
@@ -182,6 +182,18 @@ put_big(Row row, int column, int64 value, bool known)
 {
 	row.nulls[column] = !known;
 	row.values[column] = Int64GetDatum(value);
+}
+
+/* Whether there is a row of this model that tells more than its last failure. */
+static bool
+is_at_work(const MillmShared *now, const char *uuid)
+{
+	bool		is = (now->is_loaded && strcmp(now->loaded.uuid, uuid) == 0) ||
+		(now->command.state != MILLM_COMMAND_DONE && strcmp(now->command.model.uuid, uuid) == 0);
+
+	for (int i = 0; i < MILLM_MAX_JOBS && !is; i++)
+		is = (now->jobs[i].state == MILLM_JOB_RUNNING || now->jobs[i].state == MILLM_JOB_DONE) && strcmp(now->jobs[i].uuid, uuid) == 0;
+	return is;
 }
 
 /* millm.live() RETURNS SETOF record: at most one row a model. */
@@ -216,6 +228,13 @@ millm_live(PG_FUNCTION_ARGS)
 		put_text(row, LIVE_STAGE, now->command.stage);
 		values[LIVE_PROGRESS] = Int32GetDatum(now->command.percent);
 		nulls[LIVE_PROGRESS] = false;
+		tuplestore_putvalues(rsinfo->setResult, rsinfo->setDesc, values, nulls);
+	}
+	if (now->failed.uuid[0] && !is_at_work(now, now->failed.uuid))
+	{
+		begin_live(row, now->failed.uuid, NULL);
+		put_text(row, LIVE_ERROR_CODE, millm_code_name(now->failure.code));
+		put_text(row, LIVE_ERROR_MESSAGE, psprintf("%s%s%s", now->failure.message, now->failure.detail[0] ? ": " : "", now->failure.detail));
 		tuplestore_putvalues(rsinfo->setResult, rsinfo->setDesc, values, nulls);
 	}
 	for (int i = 0; i < MILLM_MAX_JOBS; i++)

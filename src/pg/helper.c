@@ -344,6 +344,7 @@ notice_end(MillmChild *child)
 		close(child->control_fd);
 	child->log_fd = child->control_fd = -1;
 	child->pid = 0;
+	child->ready = false;
 	if (now - child->started > STABLE_MS * INT64CONST(1000))
 		child->delay_ms = RESTART_MIN_MS;
 	child->restart_at = now + child->delay_ms * INT64CONST(1000);

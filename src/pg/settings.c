@@ -30,6 +30,7 @@ int			millm_kv_cache_size;
 int			millm_unload_timeout;
 int			millm_stream_stall_timeout;
 bool		millm_deterministic;
+bool		millm_reload_after_crash;
 
 #define DEFAULT_ENDPOINT "https://huggingface.co"
 
@@ -106,6 +107,8 @@ millm_define_settings(void)
 							&millm_unload_timeout, 30000, 0, 3600000, PGC_SIGHUP, GUC_UNIT_MS, NULL, NULL, NULL);
 	DefineCustomIntVariable("millm.stream_stall_timeout", "How long a stream may wait for a reader that does not read.", NULL,
 							&millm_stream_stall_timeout, 30000, 100, 3600000, PGC_SIGHUP, GUC_UNIT_MS, NULL, NULL, NULL);
+	DefineCustomBoolVariable("millm.reload_after_crash", "Load the model again by itself after the engine has crashed.", NULL,
+							 &millm_reload_after_crash, false, PGC_SIGHUP, 0, NULL, NULL, NULL);
 	DefineCustomBoolVariable("millm.deterministic", "Make a result independent of what else the engine computes at the time.", NULL,
 							 &millm_deterministic, false, PGC_SIGHUP, 0, NULL, NULL, NULL);
 	MarkGUCPrefixReserved("millm");

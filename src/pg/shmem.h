@@ -88,7 +88,9 @@ typedef struct MillmCommand
 	bool		force;			/* although the memory seems not to be there */
 	char		stage[24];
 	int			percent;
+	bool		canceled;		/* a load: millm.unload() has stopped it */
 	int64		pending;		/* requests that an unload waits for */
+	int64		freed_bytes;	/* by an unload; < 0: not known */
 	MillmError	error;			/* DONE: code MILLM_OK is success */
 	char		warnings[1024];
 } MillmCommand;
@@ -122,8 +124,11 @@ typedef struct MillmShared
 	char		cache_problem[256];
 	bool		is_loaded;
 	MillmLoadedModel loaded;
+	char		loaded_path[MILLM_PATH_BYTES];
 	TimestampTz loaded_at;
 	int64		loaded_bytes;	/* weights, KV cache and workspace; < 0: unknown */
+	MillmLoadedModel failed;	/* the model whose last load failed, and why; uuid "": none */
+	MillmError	failure;
 	MillmCommand command;
 	MillmJob	jobs[MILLM_MAX_JOBS];
 	MillmToken	tokens[MILLM_MAX_TOKENS];

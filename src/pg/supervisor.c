@@ -33,6 +33,7 @@
 #include "utils/memutils.h"
 #include "utils/resowner.h"
 
+#include "command.h"
 #include "compat.h"
 #include "helper.h"
 #include "json.h"
@@ -52,6 +53,7 @@ static TimestampTz cache_retry_at;
 
 /* The connection that carries out the command, and what it is doing right now. */
 static MillmClient *command_client;
+static MillmClient *stop_client;	/* tells the engine to stop the load; NULL: nothing to tell */
 static MillmCommandKind command_step;	/* a load begins with an unload when another model is there */
 static MemoryContext command_context;
 static TimestampTz command_begin_by;	/* until then a command waits for an engine that is starting; 0: none waits */
@@ -207,6 +209,19 @@ append_field(StringInfo buf, const char *name, const char *value)
 
 /* --- The command: load and unload ----------------------------------------------------------------- */
 
+/* With the lock held: what a look at that model shall say of its last load. */
+static void
+remember_failure(const MillmLoadedModel *model, const MillmError *error)
+{
+	if (error && error->code != MILLM_E_CANCELED)
+	{
+		millm_shared->failed = *model;
+		millm_shared->failure = *error;
+	}
+	else if (strcmp(millm_shared->failed.uuid, model->uuid) == 0)
+		millm_shared->failed.uuid[0] = '\0';
+}
+
 static void
 command_done(const MillmError *error)
 {
@@ -219,13 +234,17 @@ command_done(const MillmError *error)
 		c->error.code = MILLM_OK;
 	c->state = MILLM_COMMAND_DONE;
 	command_begin_by = 0;
+	if (c->kind == MILLM_LOAD)
+		remember_failure(&c->model, error);
 	if (error)
 		millm_push_error_event(c->kind == MILLM_LOAD ? "load" : "unload", c->model.id, error);
-	else
-		millm_push_event("{\"event\":\"model:%s:complete\",\"model_id\":" INT64_FORMAT "}", c->kind == MILLM_LOAD ? "load" : "unload", c->model.id);
+	else if (c->kind == MILLM_LOAD)
+		millm_push_event("{\"event\":\"model:load:complete\",\"model_id\":" INT64_FORMAT "}", c->model.id);
 	LWLockRelease(millm_shared->lock);
 	millm_client_close(command_client);
 	command_client = NULL;
+	millm_client_close(stop_client);
+	stop_client = NULL;
 	MemoryContextReset(command_context);
 	millm_broadcast();
 	millm_wake_clerk();
@@ -289,6 +308,7 @@ set_loaded(MillmJson answer)
 	LWLockAcquire(millm_shared->lock, LW_EXCLUSIVE);
 	millm_shared->is_loaded = true;
 	millm_shared->loaded = millm_shared->command.model;
+	strlcpy(millm_shared->loaded_path, millm_shared->command.path, sizeof(millm_shared->loaded_path));
 	millm_shared->loaded_at = GetCurrentTimestamp();
 	millm_shared->loaded_bytes = known ? weights + reserved : -1;
 	LWLockRelease(millm_shared->lock);
@@ -313,6 +333,15 @@ copy_warnings(MillmJson array, char *dst, size_t size)
 	pfree(buf.data);
 }
 
+static void
+load_canceled(void)
+{
+	MillmError	err;
+
+	millm_fail(&err, MILLM_E_CANCELED, "the load of model \"%s\" was canceled", millm_shared->command.model.name);
+	command_done(&err);
+}
+
 /* An engine that is only starting is waited for, not very long. */
 static void
 begin_command(void)
@@ -321,6 +350,11 @@ begin_command(void)
 	MillmHelperStatus engine;
 	MillmError	err;
 
+	if (c->canceled)
+	{
+		load_canceled();
+		return;
+	}
 	if (!children[MILLM_ENGINE].ready)
 	{
 		millm_helper_status(MILLM_ENGINE, &engine);
@@ -347,6 +381,40 @@ begin_command(void)
 		begin_load();
 }
 
+/* An unload has ended: the command's, or the first half of a load. */
+static void
+unload_done(MillmJson answer)
+{
+	MillmCommand *c = &millm_shared->command;
+	int64		freed;
+
+	LWLockAcquire(millm_shared->lock, LW_EXCLUSIVE);
+	c->pending = 0;
+	if (c->kind == MILLM_UNLOAD && millm_json_get_int(answer, "freed_bytes", &freed))
+		c->freed_bytes = freed;
+	if (millm_shared->is_loaded)
+		millm_push_event("{\"event\":\"model:unload:complete\",\"model_id\":" INT64_FORMAT "}", millm_shared->loaded.id);
+	LWLockRelease(millm_shared->lock);
+	set_unloaded();
+	if (c->kind == MILLM_UNLOAD)
+		command_done(NULL);
+	else if (c->canceled)
+		load_canceled();
+	else
+		begin_load();
+}
+
+/* millm.unload() came while the load was under way. */
+static void
+stop_load(void)
+{
+	MillmError	err;
+
+	stop_client = try_open(command_context, MILLM_ENGINE, "{\"op\":\"cancel_load\"}", &err);
+	if (!stop_client)
+		ereport(LOG, (errmsg("could not stop the load of model \"%s\": %s", millm_shared->command.model.name, err.message)));
+}
+
 static void
 tend_command(void)
 {
@@ -359,6 +427,8 @@ tend_command(void)
 		begin_command();
 	if (!command_client)
 		return;
+	if (c->canceled && command_step == MILLM_LOAD && !stop_client)
+		stop_load();
 	initStringInfo(&payload);
 	while (command_client && (kind = millm_client_poll(command_client, &payload, &err)) != 0)
 	{
@@ -380,7 +450,11 @@ tend_command(void)
 										 c->model.id, c->stage, (int) n);
 					c->percent = Max(c->percent, (int) n);
 				}
-				c->pending = millm_json_get_int(object, "pending", &n) ? n : 0;
+				n = millm_json_get_int(object, "pending", &n) ? n : 0;
+				if (n > 0 && n != c->pending)
+					millm_push_event("{\"event\":\"model:unload:progress\",\"model_id\":" INT64_FORMAT ",\"pending\":" INT64_FORMAT "}",
+									 millm_shared->loaded.id, n);
+				c->pending = n;
 				LWLockRelease(millm_shared->lock);
 				millm_broadcast();
 				millm_wake_clerk();
@@ -390,41 +464,48 @@ tend_command(void)
 				command_client = NULL;
 				if (command_step == MILLM_UNLOAD)
 				{
-					set_unloaded();
-					if (c->kind == MILLM_LOAD)
-					{
-						begin_load();
-						break;
-					}
+					unload_done(object);
+					break;
 				}
+				if (millm_json_get(object, "warnings", &warnings))
+					copy_warnings(warnings, c->warnings, sizeof(c->warnings));
+				set_loaded(object);
+				if (c->canceled)
+					begin_unload();	/* it was too late to stop it */
 				else
-				{
-					if (millm_json_get(object, "warnings", &warnings))
-						copy_warnings(warnings, c->warnings, sizeof(c->warnings));
-					set_loaded(object);
-				}
-				command_done(NULL);
+					command_done(NULL);
 				break;
 			case WIRE_ERROR:
 				millm_client_close(command_client);
 				command_client = NULL;
 				/* somebody else's unload came first */
 				if (command_step == MILLM_UNLOAD && err.code == MILLM_E_MODEL_NOT_LOADED)
-				{
-					set_unloaded();
-					if (c->kind == MILLM_LOAD)
-					{
-						begin_load();
-						break;
-					}
-				}
-				command_done(&err);
+					unload_done(object);
+				else
+					command_done(&err);
 				break;
 			default:
 				break;
 		}
 	}
 	pfree(payload.data);
+}
+
+/* The engine is no more, and with it the model; a new one is started, and loads it again if the setting says so. */
+static void
+engine_ended(void)
+{
+	const MillmLoadedModel model = millm_shared->loaded;
+	const bool	was_loaded = millm_shared->is_loaded;
+	uint64		number;
+	MillmError	err;
+
+	set_unloaded();
+	if (!was_loaded || !millm_reload_after_crash)
+		return;
+	/* an engine that dies while it loads has nothing loaded: it is not tried again and again */
+	if (millm_command_load(&model, millm_shared->loaded_path, false, &number, &err) != MILLM_OK)
+		ereport(LOG, (errmsg("could not load model \"%s\" again: %s", model.name, err.message)));
 }
 
 /* --- The download ----------------------------------------------------------------------------------- */
@@ -851,9 +932,9 @@ millm_supervisor_main(Datum arg)
 		}
 		if (cache_lock_fd < 0 && GetCurrentTimestamp() >= cache_retry_at)
 			own_cache();
-		for (int i = 0; i < 2; i++)
-			if (millm_child_tend(&children[i]) && i == MILLM_ENGINE)
-				set_unloaded();
+		(void) millm_child_tend(&children[MILLM_HUB]);
+		if (millm_child_tend(&children[MILLM_ENGINE]))
+			engine_ended();
 		tend_command();
 		tend_job();
 		wait_for_something();

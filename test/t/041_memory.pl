@@ -95,10 +95,12 @@ is(sql(q(SELECT fits FROM millm.estimate_memory('smol'))), 'f', 'which could be 
 my $resident = resident();
 like(fails(q(SELECT millm.load('smol', force => true)), 'ML009', 'force => true, and the kernel says no'), qr/DETAIL:  Need [\d.]+ MB: Cannot allocate memory/, 'which it says');
 cmp_ok(resident() - $resident, '<=', 4 * $MB, 'the memory is back');
+is(sql(q(SELECT status, error_code, error_message LIKE '%Cannot allocate memory%' FROM millm.models WHERE name = 'smol')), 'ready|INSUFFICIENT_MEMORY|t', 'the row says why');
 is(sql('SELECT model IS NULL, engine_state FROM millm.status()'), 't|ready', 'the engine is well, without a model');
 # More than is free, but nobody uses it
 setting('millm.kv_cache_size', ($ram - 64) . 'MB');
 my ($rc, $out, $err) = $node->psql('postgres', q(SELECT millm.load('smol', force => true)));
+is(sql(q(SELECT status, error_code FROM millm.models WHERE name = 'smol')), 'loaded|', 'and the row is clean');
 is($out, 'loaded', 'force => true tries it all the same');
 like($err, qr/WARNING:  the load was forced: It needs [\d.]+ MB .*only [\d.]+ MB are available/, 'with a warning') or diag $err;
 is(sql(q(SELECT millm.generate('The capital of France is', raw => true, temperature => 0, max_tokens => 8) LIKE '%Paris%')), 't', 'and it works while nobody needs that memory');

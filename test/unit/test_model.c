@@ -342,6 +342,47 @@ generation_config(void **state)
 	must_fail(MILLM_E_INVALID_MODEL_FILE, "not valid JSON");
 }
 
+static bool
+stop_after(void *arg, int percent)
+{
+	(void) percent;
+	return --*(int *) arg > 0;
+}
+
+static void
+populate_stops(void **state)
+{
+	MillmModel *m;
+	int			calls = 1;
+
+	(void) state;
+	write_llama("");
+	m = must_open();
+	assert_false(millm_model_populate(m, stop_after, &calls));
+	assert_int_equal(calls, 0);
+	calls = 100;
+	assert_true(millm_model_populate(m, stop_after, &calls));
+	assert_true(calls < 100);
+	assert_true(millm_model_populate(m, NULL, NULL));
+	millm_model_close(m);
+}
+
+/* As another quantization its Linears have other sizes; everything else and what it is itself do not change. */
+static void
+weights_as(void **state)
+{
+	MillmModel *m;
+
+	(void) state;
+	write_llama("");
+	m = must_open();
+	assert_string_equal(millm_model_quantization(m), "FP16");
+	assert_int_equal(millm_model_weights_bytes_as(m, "FP16"), m->weights_bytes);
+	assert_int_not_equal(millm_model_weights_bytes_as(m, "Q4"), m->weights_bytes);
+	assert_int_not_equal(millm_model_weights_bytes_as(m, "Q8"), millm_model_weights_bytes_as(m, "Q4"));
+	millm_model_close(m);
+}
+
 static void
 inspect(void **state)
 {
@@ -355,18 +396,21 @@ inspect(void **state)
 	assert_string_equal(json_string_value(json_object_get(json, "model_type")), "llama");
 	assert_int_equal(json_integer_value(json_object_get(json, "params")), m->n_params);
 	assert_int_equal(json_integer_value(json_object_get(json, "num_hidden_layers")), 2);
+	assert_non_null(json_object_get(json, "torch_dtype"));
+	assert_true(json_array_size(json_object_get(json, "hook_points")) > 10);
 	assert_string_equal(json_string_value(json_array_get(json_object_get(json, "files"), 0)), "model.safetensors");
 	json_decref(json);
 	millm_model_close(m);
 }
 
-static void
+static bool
 note_percent(void *arg, int percent)
 {
 	int		   *last = arg;
 
 	assert_true(percent >= *last && percent <= 100);
 	*last = percent;
+	return true;
 }
 
 /* --- shards ----------------------------------------------------------------------------------- */
@@ -392,7 +436,7 @@ shards(void **state)
 	assert_non_null(json = millm_model_inspect_json(m));
 	assert_int_equal(json_array_size(json_object_get(json, "files")), 2);
 	json_decref(json);
-	millm_model_populate(m, note_percent, &percent);
+	assert_true(millm_model_populate(m, note_percent, &percent));
 	assert_int_equal(percent, 100);
 	millm_model_populate(m, NULL, NULL);
 	millm_model_close(m);
@@ -892,7 +936,7 @@ main(void)
 #define TEST(f) cmocka_unit_test_setup_teardown(f, setup, teardown)
 	const struct CMUnitTest tests[] = {
 		TEST(binds_llama), TEST(binds_gpt2), TEST(no_prefix), TEST(tied), TEST(mixed_dtypes), TEST(biases), TEST(ignored_buffers),
-		TEST(generation_config), TEST(inspect), TEST(shards), TEST(bad_index), TEST(too_many_shards), TEST(missing_files), TEST(config_too_large),
+		TEST(generation_config), TEST(inspect), TEST(populate_stops), TEST(weights_as), TEST(shards), TEST(bad_index), TEST(too_many_shards), TEST(missing_files), TEST(config_too_large),
 		TEST(each_tensor), TEST(extra_tensors), TEST(config_and_files), TEST(long_path),
 		TEST(binds_quantized), TEST(binds_quantized_gpt2), TEST(each_part), TEST(quantized_embedding), TEST(mutations),
 	};
