@@ -20,7 +20,7 @@
 
 #include "interval.h"
 #include "json.h"
-#include "registry.h"
+#include "ready.h"
 #include "settings.h"
 #include "shmem.h"
 #include "transaction.h"
@@ -705,7 +705,7 @@ millm_cancel_name(PG_FUNCTION_ARGS)
 	PG_RETURN_VOID();
 }
 
-/* millm.retry(model, hf_token) RETURNS void */
+/* millm.retry(model, hf_token) RETURNS void: of what has failed, and of what was ready here or elsewhere and whose files are gone. */
 static void
 retry(MillmModelKey key, FunctionCallInfo fcinfo)
 {
@@ -713,8 +713,9 @@ retry(MillmModelKey key, FunctionCallInfo fcinfo)
 	const char *token;
 	MillmModel *m;
 	MillmRegistry r;
-	Oid			type = UUIDOID;
-	Datum		uuid;
+	Oid			types[] = {UUIDOID, TEXTOID};
+	Datum		values[lengthof(types)];
+	bool		is_missing;
 	uint64		n;
 
 	millm_hide_statement(&secret, !PG_ARGISNULL(1));
@@ -727,10 +728,12 @@ retry(MillmModelKey key, FunctionCallInfo fcinfo)
 	PreventCommandIfReadOnly("millm.retry()");
 	lock_files(m->directory, m->local_path);
 	millm_transaction_touch();
-	uuid = DirectFunctionCall1(uuid_in, CStringGetDatum(m->uuid));
+	is_missing = m->directory && strcmp(m->status, "ready") == 0 && millm_model_is_missing(m);
+	values[0] = DirectFunctionCall1(uuid_in, CStringGetDatum(m->uuid));
+	values[1] = CStringGetTextDatum(is_missing ? "ready" : "error");
 	millm_registry_begin(&r);
 	n = millm_registry_execute("UPDATE millm.registry SET status = 'pending', attempt = attempt + 1, error_code = NULL, error_message = NULL, "
-							   "updated_at = pg_catalog.clock_timestamp() WHERE uuid = $1 AND status = 'error'", 1, &type, &uuid, NULL);
+							   "updated_at = pg_catalog.clock_timestamp() WHERE uuid = $1 AND status = $2", lengthof(types), types, values, NULL);
 	millm_registry_end(&r);
 	if (n == 0)
 		refuse(MILLM_E_INVALID_ARGUMENT, psprintf("model \"%s\" has not failed", m->name), psprintf("Its status is %s.", m->status), NULL);

@@ -58,17 +58,27 @@ check_status(const MillmModel *m)
 	millm_ereport(ERROR, &err);
 }
 
+static char *
+directory_of(const MillmModel *m)
+{
+	return m->directory ? psprintf("%s/%s", millm_shared->cache_dir, m->directory) : m->local_path;
+}
+
+bool
+millm_model_is_missing(const MillmModel *m)
+{
+	struct stat sb;
+
+	return stat(psprintf("%s/config.json", directory_of(m)), &sb) != 0 && (errno == ENOENT || errno == ENOTDIR);
+}
+
 char *
 millm_model_directory(const MillmModel *m)
 {
-	char	   *directory;
-	struct stat sb;
-
 	check_status(m);
-	directory = m->directory ? psprintf("%s/%s", millm_shared->cache_dir, m->directory) : m->local_path;
-	if (stat(psprintf("%s/config.json", directory), &sb) != 0 && (errno == ENOENT || errno == ENOTDIR))
-		refuse_missing(m, directory);
-	return directory;
+	if (millm_model_is_missing(m))
+		refuse_missing(m, directory_of(m));
+	return directory_of(m);
 }
 
 void

@@ -12,6 +12,9 @@
  */
 extern char *millm_model_directory(const MillmModel *m);
 
+/* Whether nothing lies where the files of this row, which is ready, should be. */
+extern bool millm_model_is_missing(const MillmModel *m);
+
 typedef struct MillmEstimate
 {
 	char	   *quantization;	/* that was reckoned with */
