@@ -7,6 +7,7 @@
 #include "postgres.h"
 
 #include <sys/stat.h>
+#include <sys/statvfs.h>
 
 #include "catalog/pg_authid.h"
 #include "catalog/pg_type.h"
@@ -380,6 +381,25 @@ check_cache(void)
 	millm_ereport(ERROR, &err);
 }
 
+/* Refuse at once what millm-hub would refuse later, when its turn comes; unknown sizes it finds out itself. */
+static void
+check_disk(const char *source, const char *quantization, int64 bytes)
+{
+	struct statvfs fs;
+	int64		available;
+	MillmError	err;
+
+	if (bytes < 0 || statvfs(millm_shared->cache_dir, &fs) != 0)
+		return;
+	available = (int64) fs.f_bavail * (int64) fs.f_frsize;
+	if (bytes <= available)
+		return;
+	millm_fail(&err, MILLM_E_INSUFFICIENT_DISK, "insufficient disk space for \"%s\" as %s", source, quantization);
+	millm_detail(&err, "Need %.1f GB in the model cache, only %.1f GB available.", bytes / 1e9, available / 1e9);
+	millm_hint(&err, "Free space or point millm.cache_dir at a larger file system.");
+	millm_ereport(ERROR, &err);
+}
+
 /* "huggingface/owner--name--FP16" */
 static char *
 repo_directory(const char *repo_id, const char *quantization)
@@ -466,6 +486,7 @@ millm_download(PG_FUNCTION_ARGS)
 		check_name(name);
 	}
 	quantization = effective_quantization(facts.repo_id, quantization, &facts);
+	check_disk(facts.repo_id, quantization, facts.disk_bytes);
 	id = insert_model(name, !PG_ARGISNULL(4), "huggingface", revision, quantization, repo_directory(facts.repo_id, quantization), NULL, trust, &facts, &uuid);
 	if (token)
 		millm_transaction_token(uuid, token);
@@ -536,6 +557,7 @@ millm_register_local(PG_FUNCTION_ARGS)
 		directory = local_directory(path, quantization);
 		ask_about_directory("validate", "source_path", path, quantization, &buf);
 		read_facts(&buf, &facts);
+		check_disk(path, quantization, facts.disk_bytes);
 	}
 	id = insert_model(name, !PG_ARGISNULL(2), "local", NULL, quantization, directory, path, false, &facts, &uuid);
 	tell_changes(path, quantization, &facts);
