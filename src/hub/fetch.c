@@ -442,6 +442,13 @@ fetch(Fetch *f)
 			refetched = true;
 			continue;
 		}
+		if (failed == MILLM_E_INVALID_MODEL_FILE && !refetched)
+		{
+			/* the sink saw it before the hash could: damaged on the way, unless it comes so again */
+			refetched = true;
+			rc = start_over(f);
+			continue;
+		}
 		if (verdict == VERDICT_GOOD)
 			return failed;
 		f->n_connections = 1;	/* it has disobeyed */

@@ -166,10 +166,15 @@ millm_hub_error(MillmHttp *http, const char *repo_id, const char *what, const Mi
 	if (r->foreign)
 		goto failed;			/* a CDN's refusal says nothing about the repository */
 	if (strcmp(r->error_code, "RevisionNotFound") == 0)
-		return millm_fail(err, MILLM_E_REPO_NOT_FOUND, "repository \"%s\" has no such revision", repo_id);
+	{
+		millm_fail(err, MILLM_E_REPO_NOT_FOUND, "repository \"%s\" has no such revision", repo_id);
+		millm_hint(err, "Give the name of a branch or tag, or a commit of 40 digits; the usual one is \"main\".");
+		return MILLM_E_REPO_NOT_FOUND;
+	}
 	if (strcmp(r->error_code, "EntryNotFound") == 0)
 	{
 		millm_fail(err, MILLM_E_MODEL_DOWNLOAD_FAILED, "repository \"%s\" has no file \"%s\"", repo_id, what);
+		millm_hint(err, "It may have changed meanwhile: retry.");
 		return MILLM_E_MODEL_DOWNLOAD_FAILED;
 	}
 	if (strcmp(r->error_message, "Access to this resource is disabled.") == 0)

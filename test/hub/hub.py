@@ -40,7 +40,7 @@ KINDS = {"truncate": BODY, "reset": BODY, "stall": BODY, "ignore_range": BODY, "
          "wrong_size": RESOLVE, "wrong_etag": RESOLVE, "no_size": RESOLVE, "no_commit": RESOLVE, "wrong_commit": RESOLVE, "expired": RESOLVE, "brief": RESOLVE,
          "absolute": RESOLVE,
          "loop": HUB, "elsewhere": HUB, "html": set(PLACES), "close": set(PLACES)}
-FIELDS = {"repo": str, "file": str, "method": str, "where": str, "times": int, "status": int, "code": (str, type(None)), "message": str, "retry_after": int,
+FIELDS = {"repo": str, "file": str, "method": str, "where": str, "times": int, "every": int, "status": int, "code": (str, type(None)), "message": str, "retry_after": int,
           "delay": (int, float), "bytes_per_second": (int, float), "kind": str, "after": int, "seconds": (int, float)}
 
 
@@ -59,6 +59,8 @@ def complaint(fault):
         return f"there is no kind {kind}"
     if kind in ("truncate", "reset", "stall") and "after" not in fault:
         return f"{kind} needs `after`, in bytes"
+    if fault.get("every", 1) < 1:
+        return "every must be positive"
     if fault.get("bytes_per_second", 1) <= 0 or not 0 <= fault.get("delay", 0) <= 30 or not 0 <= fault.get("seconds", 0) <= 3600:
         return "bytes_per_second must be positive, delay at most 30 and seconds at most 3600"
     return None
@@ -136,7 +138,7 @@ class Hub:
         self.root = root
         self.endpoint = self.cdn = None
         self.log, self.faults, self.lock = collections.deque(maxlen=MAX_LOG), [], threading.Lock()
-        self.throttles = {}  # by the id of a fault
+        self.throttles, self.n_met = {}, {}  # by the id of a fault
         self.n_requests = itertools.count(1)
         self.tokens = {"hf_good": "somebody", "hf_nogrant": "stranger", "hf_pending": "applicant"}  # hf_good may read gated and private repos
 
@@ -168,6 +170,10 @@ class Hub:
                     continue
                 if f.get("file") and not (path or "").endswith(f["file"]):
                     continue
+                if every := f.get("every"):
+                    self.n_met[id(f)] = n = self.n_met.get(id(f), 0) + 1
+                    if n % every:
+                        continue
                 if f.get("times") is not None:
                     if f["times"] <= 0:
                         continue
@@ -304,7 +310,7 @@ class Handler(BaseHTTPRequestHandler):
                 faults = value if isinstance(value, list) else [value] if value else []
                 if wrong := next(filter(None, map(complaint, faults)), None):
                     return self.answer(400, {"error": wrong})
-                hub.faults = faults
+                hub.faults, hub.n_met = faults, {}
                 hub.throttles = {id(f): Throttle(f["bytes_per_second"]) for f in faults if "bytes_per_second" in f}
                 hub.log.clear()
                 return self.answer(200, hub.faults)
