@@ -1,4 +1,4 @@
--- generate, generate_stream, tokenize, detokenize, count_tokens: what they are declared, and what they refuse
+-- generate, chat, their streams, apply_chat_template, tokenize, detokenize, count_tokens: what they are declared, and what they refuse
 -- before any model is there.  What they return is test/t/010_generate.pl's.
 
 -- Volatility, cost, strictness, parallel safety, and who may execute
@@ -7,20 +7,24 @@ SELECT p.proname, pg_get_function_result(p.oid) AS result, p.provolatile AS vola
 	obj_description(p.oid) IS NOT NULL AS described
 FROM pg_proc p
 WHERE p.pronamespace = 'millm'::regnamespace
-	AND p.proname IN ('generate', 'generate_stream', 'tokenize', 'detokenize', 'count_tokens')
+	AND p.proname IN ('generate', 'generate_stream', 'chat', 'chat_stream', 'apply_chat_template', 'tokenize', 'detokenize', 'count_tokens')
 ORDER BY p.proname;
 
 SELECT regexp_split_to_table(pg_get_function_arguments(oid), ', ') AS argument FROM pg_proc
 WHERE pronamespace = 'millm'::regnamespace AND proname = 'generate';
 SELECT count(DISTINCT pg_get_function_arguments(oid)) FROM pg_proc WHERE pronamespace = 'millm'::regnamespace AND proname IN ('generate', 'generate_stream');
+SELECT count(DISTINCT pg_get_function_arguments(oid)) FROM pg_proc WHERE pronamespace = 'millm'::regnamespace AND proname IN ('chat', 'chat_stream');
+SELECT regexp_split_to_table(pg_get_function_arguments(oid), ', ') AS argument FROM pg_proc
+WHERE pronamespace = 'millm'::regnamespace AND proname = 'chat';
 
 -- NULL is no call
 SELECT millm.generate(NULL);
 SELECT millm.generate_stream(NULL);
+SELECT millm.chat(NULL), millm.apply_chat_template(NULL);
+SELECT millm.chat_stream(NULL);
 SELECT millm.tokenize(NULL), millm.detokenize(NULL), millm.count_tokens(NULL);
 
 -- Refused before the engine is asked
-SELECT millm.generate('x', system => 'Be brief.');
 SELECT millm.generate('x', raw => true, system => 'Be brief.');
 SELECT millm.generate('x', raw => true, temperature => 'NaN');
 SELECT millm.generate('x', raw => true, top_p => '-Infinity');
@@ -28,6 +32,8 @@ SELECT millm.generate('x', raw => true, stop => ARRAY['a', NULL]);
 SELECT millm.generate_stream('x', raw => true, stop => ARRAY['a', NULL]);
 SELECT millm.generate('x', raw => true, model => 'nobody');
 SELECT millm.generate('x', raw => true, model => '12345');
+SELECT millm.chat('[]', stop => ARRAY['a', NULL]);
+SELECT millm.apply_chat_template('[]', model => 'nobody');
 SELECT millm.detokenize(ARRAY[1, NULL]);
 SELECT millm.generate(repeat('x', 17000000), raw => true);
 -- A set has no place here
@@ -37,6 +43,10 @@ SELECT CASE WHEN true THEN millm.generate_stream('x') END;
 \set VERBOSITY sqlstate
 SELECT millm.generate('x', raw => true);
 SELECT millm.generate_stream('x', raw => true);
+SELECT millm.generate('x', system => 'Be brief.');
+SELECT millm.chat('[]');
+SELECT millm.chat_stream('[]');
+SELECT millm.apply_chat_template('[]');
 SELECT millm.tokenize('x');
 SELECT millm.detokenize('{1}');
 SELECT millm.count_tokens('x');

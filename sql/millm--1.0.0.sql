@@ -250,6 +250,35 @@ LANGUAGE C VOLATILE PARALLEL RESTRICTED COST 1000000;
 COMMENT ON FUNCTION millm.generate_stream(text, text, boolean, integer, float8, float8, integer, float8, float8, float8, float8, bigint, text[], text) IS
 	'The text of generate(), piece by piece, as it is written';
 
+-- tools and documents are json, not jsonb: models were trained on the order of their keys.
+CREATE FUNCTION millm.chat(messages jsonb, tools json DEFAULT NULL, template_kwargs jsonb DEFAULT NULL, max_tokens integer DEFAULT NULL,
+	temperature float8 DEFAULT NULL, top_p float8 DEFAULT NULL, top_k integer DEFAULT NULL, min_p float8 DEFAULT NULL,
+	repetition_penalty float8 DEFAULT NULL, frequency_penalty float8 DEFAULT NULL, presence_penalty float8 DEFAULT NULL,
+	seed bigint DEFAULT NULL, stop text[] DEFAULT NULL, model text DEFAULT NULL, documents json DEFAULT NULL, chat_template text DEFAULT NULL)
+RETURNS jsonb
+AS 'MODULE_PATHNAME', 'millm_chat'
+LANGUAGE C VOLATILE PARALLEL RESTRICTED COST 1000000;
+COMMENT ON FUNCTION millm.chat(jsonb, json, jsonb, integer, float8, float8, integer, float8, float8, float8, float8, bigint, text[], text, json, text) IS
+	'The loaded model''s answer in a conversation: text, finish_reason, usage, seed';
+
+CREATE FUNCTION millm.chat_stream(messages jsonb, tools json DEFAULT NULL, template_kwargs jsonb DEFAULT NULL, max_tokens integer DEFAULT NULL,
+	temperature float8 DEFAULT NULL, top_p float8 DEFAULT NULL, top_k integer DEFAULT NULL, min_p float8 DEFAULT NULL,
+	repetition_penalty float8 DEFAULT NULL, frequency_penalty float8 DEFAULT NULL, presence_penalty float8 DEFAULT NULL,
+	seed bigint DEFAULT NULL, stop text[] DEFAULT NULL, model text DEFAULT NULL, documents json DEFAULT NULL, chat_template text DEFAULT NULL)
+RETURNS SETOF jsonb
+AS 'MODULE_PATHNAME', 'millm_chat_stream'
+LANGUAGE C VOLATILE PARALLEL RESTRICTED COST 1000000;
+COMMENT ON FUNCTION millm.chat_stream(jsonb, json, jsonb, integer, float8, float8, integer, float8, float8, float8, float8, bigint, text[], text, json, text) IS
+	'The text of chat(), piece by piece, and at the end finish_reason, usage, seed';
+
+CREATE FUNCTION millm.apply_chat_template(messages jsonb, tools json DEFAULT NULL, template_kwargs jsonb DEFAULT NULL,
+	add_generation_prompt boolean DEFAULT true, documents json DEFAULT NULL, chat_template text DEFAULT NULL, model text DEFAULT NULL)
+RETURNS text
+AS 'MODULE_PATHNAME', 'millm_apply_chat_template'
+LANGUAGE C STABLE PARALLEL RESTRICTED COST 10000;
+COMMENT ON FUNCTION millm.apply_chat_template(jsonb, json, jsonb, boolean, json, text, text) IS
+	'A conversation as the loaded model''s chat template writes it';
+
 CREATE FUNCTION millm.tokenize(text text, add_special boolean DEFAULT true) RETURNS integer[]
 AS 'MODULE_PATHNAME', 'millm_tokenize' LANGUAGE C STABLE STRICT PARALLEL RESTRICTED COST 10000;
 COMMENT ON FUNCTION millm.tokenize(text, boolean) IS 'Token ids of a text, by the loaded model''s tokenizer';

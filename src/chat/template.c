@@ -15,7 +15,7 @@
 #define MAX_RENDER_BYTES (128u << 20)
 #define MAX_OUTPUT_BYTES (16u << 20)
 #define FREE_STEPS 2000000
-#define STEPS_PER_BYTE 50
+#define STEPS_PER_BYTE 20
 
 static MillmCode
 parse(MillmTemplate *t, const char *source, size_t n)

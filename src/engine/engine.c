@@ -750,7 +750,7 @@ millm_engine_accept(MillmEngine *e, MillmRequest *r, MillmError *err)
 }
 
 void
-millm_engine_submit(MillmEngine *e, MillmRequest *r, const char *prompt, size_t len)
+millm_engine_submit(MillmEngine *e, MillmRequest *r, const MillmPrompt *prompt)
 {
 	MillmError	err;
 
@@ -760,7 +760,7 @@ millm_engine_submit(MillmEngine *e, MillmRequest *r, const char *prompt, size_t 
 		end_request(e, r, &err);
 		return;
 	}
-	if (generation_begin(r, prompt, len, &err) != MILLM_OK)
+	if (generation_begin(r, prompt, &err) != MILLM_OK)
 	{
 		end_request(e, r, &err);
 		return;

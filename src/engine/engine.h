@@ -14,6 +14,7 @@
 #include "error.h"
 #include "model.h"
 #include "request.h"
+#include "templates.h"
 #include "token.h"
 
 typedef struct MillmEngine MillmEngine;
@@ -71,6 +72,7 @@ typedef struct MillmLoaded
 	char	   *uuid;			/* NULL: none */
 	MillmModel *model;
 	MillmTokenizer *tokenizer;
+	MillmTemplates *templates;	/* NULL: the model has none */
 	int			context_length;
 	int			max_sequences;
 	int			max_queue;
@@ -83,7 +85,7 @@ typedef struct MillmLoaded
 	int64_t		private_bytes;	/* the KV cache and the workspace: what is ours alone, not the page cache's */
 	int64_t		loaded_at;		/* unix seconds */
 	double		load_ms;
-	char		warnings[11][256];
+	char		warnings[12][256];
 	int			n_warnings;
 } MillmLoaded;
 
@@ -166,8 +168,19 @@ extern void millm_request_unref(MillmRequest *r);		/* NULL is fine */
  * with done() or failed().
  */
 extern MillmCode millm_engine_accept(MillmEngine *engine, MillmRequest *r, MillmError *err);
+/*
+ * What a request continues.  Raw (origins NULL): special tokens may be written in it, and it gets what the tokenizer adds.  Rendered
+ * by a chat template: nothing is added, for the template wrote it all, and special tokens are only what the template wrote.
+ */
+typedef struct MillmPrompt
+{
+	const char *text;
+	size_t		len;
+	const uint8_t *origins;
+} MillmPrompt;
+
 /* Encode the prompt and hand the accepted request to the model thread; any thread but that one; failed() may be called here. */
-extern void millm_engine_submit(MillmEngine *engine, MillmRequest *r, const char *prompt, size_t len);
+extern void millm_engine_submit(MillmEngine *engine, MillmRequest *r, const MillmPrompt *prompt);
 /* Instead of submitting it: end an accepted request with this error. */
 extern void millm_engine_refuse(MillmEngine *engine, MillmRequest *r, const MillmError *err);
 /* Nobody wants the answer any more: its pages come back within milliseconds.  Any thread, any time. */

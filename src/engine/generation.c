@@ -71,13 +71,12 @@ millm_request_unref(MillmRequest *r)
 }
 
 MillmCode
-generation_begin(MillmRequest *r, const char *prompt, size_t len, MillmError *err)
+generation_begin(MillmRequest *r, const MillmPrompt *prompt, MillmError *err)
 {
-	/* A raw prompt: special tokens may be written in it, and it gets what the post-processor adds. */
-	MillmEncodeOptions options = {.add_special = true, .parse_special = true};
+	MillmEncodeOptions options = {.add_special = !prompt->origins, .parse_special = true, .origins = prompt->origins};
 	MillmIds	ids = {0};
 	int			vocab = r->loaded->model->config.vocab_size;
-	MillmCode	rc = millm_encode(r->loaded->tokenizer, prompt, len, options, 0, &ids, err);
+	MillmCode	rc = millm_encode(r->loaded->tokenizer, prompt->text, prompt->len, options, 0, &ids, err);
 
 	if (rc == MILLM_OK)
 		rc = millm_max_tokens_resolve(&r->options, (int64_t) ids.n, r->loaded->context_length, &r->max_tokens, err);

@@ -40,7 +40,7 @@ struct MillmRequest
 };
 
 /* Encode the prompt into tokens and resolve what depends on its length.  Errors of millm_encode(), millm_max_tokens_resolve(). */
-extern MillmCode generation_begin(MillmRequest *r, const char *prompt, size_t len, MillmError *err);
+extern MillmCode generation_begin(MillmRequest *r, const MillmPrompt *prompt, MillmError *err);
 /* Which logits its next choice needs; valid until generation_take(). */
 extern MillmTop generation_needs(const MillmRequest *r);
 /* Choose the next token from logits [vocab_size] and show what text it completes; may finish the request. */

@@ -42,6 +42,7 @@ millm_loaded_release(const MillmLoaded *loaded)
 	if (!c || atomic_fetch_sub(&c->refs, 1) != 1)
 		return;
 	millm_tokenizer_close(c->loaded.tokenizer);
+	millm_templates_free(c->loaded.templates);
 	millm_model_close(c->loaded.model);
 	free(c->loaded.path);
 	free(c->loaded.name);
@@ -96,6 +97,7 @@ typedef struct Opening
 	MillmLoaded *loaded;
 	MillmCode	rc;
 	MillmError	err;
+	MillmError	complaint;		/* about a chat template; its code is MILLM_OK when there is none */
 } Opening;
 
 static void *
@@ -104,6 +106,8 @@ open_tokenizer(void *arg)
 	Opening    *o = arg;
 
 	o->rc = millm_tokenizer_open(o->loaded->path, &o->loaded->tokenizer, &o->err);
+	if (o->rc == MILLM_OK)
+		o->rc = millm_templates_open(o->loaded->path, &o->loaded->templates, &o->complaint, &o->err);
 	return NULL;
 }
 
@@ -238,6 +242,8 @@ fill(MillmLoaded *loaded, const MillmLoadOptions *options, bool (*progress) (voi
 		millm_forward_free(*fw);
 		*fw = NULL;
 	}
+	if (rc == MILLM_OK && tokenizer.complaint.code != MILLM_OK)
+		snprintf(loaded->warnings[loaded->n_warnings++], sizeof(loaded->warnings[0]), "%.250s", tokenizer.complaint.message);
 	loaded->loaded_at = (int64_t) time(NULL);
 	loaded->load_ms = now_ms() - start;
 	return rc;

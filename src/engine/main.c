@@ -322,7 +322,7 @@ generate(MillmEngine *engine, const MillmLoadOptions *load, const MillmGenerateO
 		return false;
 	rc = millm_engine_accept(engine, r, &w->err);
 	if (rc == MILLM_OK)
-		millm_engine_submit(engine, r, prompt, strlen(prompt));
+		millm_engine_submit(engine, r, &(MillmPrompt) {.text = prompt, .len = strlen(prompt)});
 	millm_request_unref(r);
 	return rc == MILLM_OK && wait_for(w);
 }

@@ -39,7 +39,8 @@ typedef struct Call
 	EngineServer *server;
 	MillmConn  *conn;			/* a reference */
 	MillmRequest *generation;	/* a reference; generate only */
-	const MillmLoaded *loaded;	/* a reference; text ops only */
+	const MillmLoaded *loaded;	/* a reference; text ops, and a chat that has to be rendered */
+	json_t	   *chat;			/* ours alone: the fields of a conversation */
 	char	   *text;			/* a prompt, or what to encode; a copy, for jansson's objects stay on the loop's thread */
 	size_t		len;
 	int32_t    *ids;			/* what to decode */
@@ -59,6 +60,7 @@ free_call(Call *call)
 	millm_conn_unref(call->conn);
 	millm_request_unref(call->generation);
 	millm_loaded_release(call->loaded);
+	json_decref(call->chat);
 	free(call->text);
 	free(call->ids);
 	free(call->name);
@@ -390,6 +392,56 @@ op_cancel_load(EngineServer *server, MillmConn *conn, json_t *request)
 	millm_conn_result(conn, json_object());
 }
 
+/* ---- chat: fields of a conversation, rendered on the worker --------------------------------- */
+
+/* Read them; what is not there stays out of the object that keep_chat() makes. */
+typedef struct ChatFields
+{
+	json_t	   *messages;
+	json_t	   *tools;
+	json_t	   *documents;
+	json_t	   *kwargs;
+	const char *template_name;
+	bool		add_generation_prompt;
+} ChatFields;
+
+static void
+read_chat(MillmFields *f, ChatFields *c)
+{
+	c->add_generation_prompt = true;
+	millm_field_array(f, "messages", &c->messages);
+	millm_field_array(f, "tools", &c->tools);
+	millm_field_array(f, "documents", &c->documents);
+	millm_field_object(f, "template_kwargs", &c->kwargs);
+	millm_field_string(f, "chat_template", &c->template_name);
+}
+
+/* A copy, for the request's own objects stay on the loop's thread. */
+static MillmCode
+keep_chat(Call *call, const MillmLoaded *loaded, const ChatFields *c, MillmError *err)
+{
+	call->chat = json_pack("{s:o, s:o*, s:o*, s:o*, s:s*, s:b}", "messages", json_deep_copy(c->messages), "tools", json_deep_copy(c->tools),
+						   "documents", json_deep_copy(c->documents), "template_kwargs", json_deep_copy(c->kwargs),
+						   "chat_template", c->template_name, "add_generation_prompt", c->add_generation_prompt);
+	call->loaded = millm_loaded_ref(loaded);
+	return call->chat ? MILLM_OK : millm_fail(err, MILLM_E_INTERNAL, "out of memory");
+}
+
+static MillmCode
+render(const Call *call, MillmRendering *out, MillmError *err)
+{
+	MillmChatOptions o = {
+		.template_name = json_string_value(json_object_get(call->chat, "chat_template")),
+		.messages = json_object_get(call->chat, "messages"),
+		.tools = json_object_get(call->chat, "tools"),
+		.documents = json_object_get(call->chat, "documents"),
+		.kwargs = json_object_get(call->chat, "template_kwargs"),
+		.add_generation_prompt = json_is_true(json_object_get(call->chat, "add_generation_prompt")),
+	};
+
+	return millm_templates_apply(call->loaded->templates, &o, time(NULL), out, err);
+}
+
 /* ---- generate ------------------------------------------------------------------------------ */
 
 static void
@@ -432,15 +484,27 @@ static void
 submit(void *arg, bool is_ending)
 {
 	Call	   *call = arg;
-
-	char	   *prompt = call->text;
+	char	   *text = call->text;
+	MillmPrompt prompt = {.text = text, .len = call->len};
+	MillmRendering rendering = {0};
+	MillmError	err;
 
 	call->text = NULL;
 	if (is_ending)
 		millm_engine_cancel(call->server->engine, call->generation);
+	else if (call->chat)
+	{
+		if (render(call, &rendering, &err) != MILLM_OK)
+		{
+			millm_engine_refuse(call->server->engine, call->generation, &err);
+			return;
+		}
+		prompt = (MillmPrompt) {rendering.text, rendering.n, rendering.origins};
+	}
 	/* The call may be gone when this returns. */
-	millm_engine_submit(call->server->engine, call->generation, prompt, call->len);
-	free(prompt);
+	millm_engine_submit(call->server->engine, call->generation, &prompt);
+	millm_rendering_free(&rendering);
+	free(text);
 }
 
 /* Is the loaded model the one that the request names? */
@@ -455,14 +519,34 @@ check_model(const MillmLoaded *loaded, const char *uuid, MillmError *err)
 	return MILLM_E_MODEL_NOT_LOADED;
 }
 
+/*
+ * A prompt that is not raw is a user's message if the model knows messages; what it knows only as text is continued as it is,
+ * and cannot have a system message.
+ */
 static MillmCode
-check_raw(const MillmLoaded *loaded, bool raw, MillmError *err)
+keep_prompt(Call *call, const MillmLoaded *loaded, const char *prompt, size_t len, const char *system, size_t system_len, bool raw, MillmError *err)
 {
-	if (raw || !millm_tokenizer_has_chat_template(loaded->tokenizer))
-		return MILLM_OK;
-	millm_fail(err, MILLM_E_UNSUPPORTED, "the chat template of model \"%s\" cannot be applied yet", loaded->name);
-	millm_hint(err, "Use raw => true to continue the text as it is.");
-	return MILLM_E_UNSUPPORTED;
+	json_t	   *messages;
+
+	if (raw || !loaded->templates)
+	{
+		if (system && raw)
+			return millm_fail(err, MILLM_E_INVALID_ARGUMENT, "a raw prompt has no system message");
+		if (system)
+		{
+			millm_fail(err, MILLM_E_UNSUPPORTED, "model \"%s\" has no chat template, so it knows no system message", loaded->name);
+			millm_hint(err, "Write the instructions into the prompt.");
+			return MILLM_E_UNSUPPORTED;
+		}
+		return keep_text(call, prompt, len, err);
+	}
+	messages = json_array();
+	if (system)
+		json_array_append_new(messages, json_pack("{s:s, s:s%}", "role", "system", "content", system, system_len));
+	json_array_append_new(messages, json_pack("{s:s, s:s%}", "role", "user", "content", prompt, len));
+	call->chat = json_pack("{s:o, s:b}", "messages", messages, "add_generation_prompt", true);
+	call->loaded = millm_loaded_ref(loaded);
+	return call->chat ? MILLM_OK : millm_fail(err, MILLM_E_INTERNAL, "out of memory");
 }
 
 static MillmCode
@@ -520,9 +604,12 @@ op_generate(EngineServer *server, MillmConn *conn, json_t *request)
 	MillmSink	sink = {.done = generate_done, .failed = generate_failed, .is_behind = generate_is_behind};
 	MillmFields f;
 	MillmError	err;
+	ChatFields	chat = {0};
 	const char *uuid = NULL;
 	const char *prompt = NULL;
+	const char *system = NULL;
 	size_t		len = 0;
+	size_t		system_len = 0;
 	bool		raw = true;
 	bool		stream = false;
 	json_t	   *stops = NULL;
@@ -533,6 +620,8 @@ op_generate(EngineServer *server, MillmConn *conn, json_t *request)
 	millm_generate_options_init(&o);
 	begin_fields(&f, request, &err);
 	millm_field_text(&f, "prompt", &prompt, &len);
+	millm_field_text(&f, "system", &system, &system_len);
+	read_chat(&f, &chat);
 	millm_field_string(&f, "model_uuid", &uuid);
 	millm_field_bool(&f, "raw", &raw);
 	millm_field_bool(&f, "stream", &stream);
@@ -550,13 +639,16 @@ op_generate(EngineServer *server, MillmConn *conn, json_t *request)
 	sink.arg = call;
 	sink.text = stream ? generate_text : NULL;
 
-	if (!prompt)
-		millm_fail(&err, MILLM_E_INVALID_ARGUMENT, "field \"prompt\" is missing");
-	else if (keep_text(call, prompt, len, &err) == MILLM_OK &&
-			 read_stops(stops, &o, &err) == MILLM_OK &&
+	if (!prompt == !chat.messages)
+		millm_fail(&err, MILLM_E_INVALID_ARGUMENT, "one of the fields \"prompt\" and \"messages\" must be there");
+	else if (prompt && (chat.tools || chat.documents || chat.kwargs || chat.template_name))
+		millm_fail(&err, MILLM_E_INVALID_ARGUMENT, "tools and the like need \"messages\"");
+	else if (chat.messages && system)
+		millm_fail(&err, MILLM_E_INVALID_ARGUMENT, "field \"system\" goes with \"prompt\" only");
+	else if (read_stops(stops, &o, &err) == MILLM_OK &&
 			 millm_engine_loaded(server->engine, &loaded, &err) == MILLM_OK &&
 			 check_model(loaded, uuid, &err) == MILLM_OK &&
-			 check_raw(loaded, raw, &err) == MILLM_OK &&
+			 (prompt ? keep_prompt(call, loaded, prompt, len, system, system_len, raw, &err) : keep_chat(call, loaded, &chat, &err)) == MILLM_OK &&
 			 millm_request_create(loaded, &o, &sink, &call->generation, &err) == MILLM_OK &&
 			 millm_engine_accept(server->engine, call->generation, &err) == MILLM_OK)
 	{
@@ -564,7 +656,7 @@ op_generate(EngineServer *server, MillmConn *conn, json_t *request)
 		millm_loaded_release(loaded);
 		r = millm_request_ref(call->generation);
 		millm_conn_set_data(conn, r);
-		if (len <= QUICK_TEXT_BYTES)
+		if (!call->chat && len <= QUICK_TEXT_BYTES)
 			submit(call, false);
 		else if (!millm_worker_post(server->worker, submit, call))
 		{
@@ -698,6 +790,55 @@ op_text(EngineServer *server, MillmConn *conn, json_t *request, bool decodes, bo
 	}
 }
 
+/* ---- apply_chat_template -------------------------------------------------------------------- */
+
+static void
+apply_template(void *arg, bool is_ending)
+{
+	Call	   *call = arg;
+	MillmRendering rendering = {0};
+	MillmError	err;
+
+	if (is_unwanted(call, is_ending))
+		return;
+	if (render(call, &rendering, &err) != MILLM_OK)
+		end_with_error(call, &err);
+	else
+		end_with_result(call, json_pack("{s:s%}", "text", rendering.text, rendering.n));
+	millm_rendering_free(&rendering);
+}
+
+static void
+op_apply_chat_template(EngineServer *server, MillmConn *conn, json_t *request)
+{
+	Call	   *call = new_call(server, conn);
+	const MillmLoaded *loaded = NULL;
+	const char *uuid = NULL;
+	ChatFields	chat = {0};
+	MillmFields f;
+	MillmError	err;
+
+	if (!call)
+		return;
+	begin_fields(&f, request, &err);
+	read_chat(&f, &chat);
+	millm_field_bool(&f, "add_generation_prompt", &chat.add_generation_prompt);
+	millm_field_string(&f, "model_uuid", &uuid);
+	if (millm_fields_end(&f) == MILLM_OK && !chat.messages)
+		f.code = millm_fail(&err, MILLM_E_INVALID_ARGUMENT, "field \"messages\" is missing");
+	if (f.code != MILLM_OK ||
+		millm_engine_loaded(server->engine, &loaded, &err) != MILLM_OK ||
+		check_model(loaded, uuid, &err) != MILLM_OK ||
+		keep_chat(call, loaded, &chat, &err) != MILLM_OK)
+		end_with_error(call, &err);
+	else if (!millm_worker_post(server->worker, apply_template, call))
+	{
+		too_many_texts(&err);
+		end_with_error(call, &err);
+	}
+	millm_loaded_release(loaded);
+}
+
 /* ---- plan, inspect: a model that lies there, loaded or not --------------------------------- */
 
 /* On the worker: opening a model takes longer than the loop may stand still. */
@@ -813,6 +954,8 @@ on_request(void *arg, MillmConn *conn, json_t *request)
 		return op_unload(server, conn, request);
 	else if (strcmp(op, "generate") == 0)
 		return op_generate(server, conn, request);
+	else if (strcmp(op, "apply_chat_template") == 0)
+		return op_apply_chat_template(server, conn, request);
 	else if (strcmp(op, "tokenize") == 0)
 		return op_text(server, conn, request, false, false);
 	else if (strcmp(op, "count_tokens") == 0)
@@ -822,7 +965,7 @@ on_request(void *arg, MillmConn *conn, json_t *request)
 	else
 	{
 		millm_fail(&err, MILLM_E_INVALID_ARGUMENT, "unrecognized op \"%.50s\"", op);
-		millm_hint(&err, "The ops are: status, plan, inspect, load, cancel_load, unload, generate, tokenize, count_tokens, detokenize, shutdown.");
+		millm_hint(&err, "The ops are: status, plan, inspect, load, cancel_load, unload, generate, apply_chat_template, tokenize, count_tokens, detokenize, shutdown.");
 	}
 	millm_conn_error(conn, &err);
 }

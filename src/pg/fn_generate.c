@@ -1,7 +1,7 @@
 /*
- * fn_generate.c -- text from the loaded model: generate() whole, generate_stream() piece by piece.
+ * fn_generate.c -- text from the loaded model: generate() and chat() whole, generate_stream() and chat_stream() piece by piece.
  *
- * Both are VOLATILE and not STRICT.  Whatever ends the query ends the generation inside the engine, because it closes
+ * All are VOLATILE and not STRICT.  chat()'s values are the engine's replies, which are JSON already.  Whatever ends the query ends the generation inside the engine, because it closes
  * the connection (client.h).  The stream is a value-per-call function: in a SELECT list each row leaves for the client before
  * we wait for the next.
  */
@@ -12,8 +12,11 @@
 #include "catalog/pg_type.h"
 #include "fmgr.h"
 #include "funcapi.h"
+#include "mb/pg_wchar.h"
 #include "utils/array.h"
 #include "utils/builtins.h"
+#include "utils/fmgrprotos.h"
+#include "utils/jsonb.h"
 #include "utils/memutils.h"
 
 #include "client.h"
@@ -21,12 +24,27 @@
 
 PG_FUNCTION_INFO_V1(millm_generate);
 PG_FUNCTION_INFO_V1(millm_generate_stream);
+PG_FUNCTION_INFO_V1(millm_chat);
+PG_FUNCTION_INFO_V1(millm_chat_stream);
+PG_FUNCTION_INFO_V1(millm_apply_chat_template);
 
-/* The arguments of both functions, in the order of the SQL script. */
+/* The arguments of generate and generate_stream, in the order of the SQL script. */
 enum
 {
 	ARG_PROMPT, ARG_SYSTEM, ARG_RAW, ARG_MAX_TOKENS, ARG_TEMPERATURE, ARG_TOP_P, ARG_TOP_K, ARG_MIN_P, ARG_REPETITION_PENALTY,
 	ARG_FREQUENCY_PENALTY, ARG_PRESENCE_PENALTY, ARG_SEED, ARG_STOP, ARG_MODEL
+};
+
+/* Those of chat and chat_stream: from max_tokens to model they are the same. */
+enum
+{
+	ARG_MESSAGES, ARG_TOOLS, ARG_TEMPLATE_KWARGS, ARG_DOCUMENTS = ARG_MODEL + 1, ARG_CHAT_TEMPLATE
+};
+
+/* And those of apply_chat_template: the same up to template_kwargs. */
+enum
+{
+	ARG_ADD_GENERATION_PROMPT = ARG_TEMPLATE_KWARGS + 1, ARG_APPLY_DOCUMENTS, ARG_APPLY_CHAT_TEMPLATE, ARG_APPLY_MODEL
 };
 
 /* The numeric options; NULL leaves the choice to the engine, which also knows each range. */
@@ -130,6 +148,21 @@ loaded_uuid(const text *wanted)
 	return NULL;
 }
 
+/* The options that generate and chat have in common, and the end of the REQUEST. */
+static void
+append_options(StringInfo request, FunctionCallInfo fcinfo, bool stream)
+{
+	appendStringInfo(request, ",\"stream\":%s", stream ? "true" : "false");
+	for (int i = 0; i < (int) lengthof(numbers); i++)
+		if (!PG_ARGISNULL(numbers[i].arg))
+			append_number(request, numbers[i].name, numbers[i].type, PG_GETARG_DATUM(numbers[i].arg));
+	if (!PG_ARGISNULL(ARG_STOP))
+		append_stop(request, PG_GETARG_ARRAYTYPE_P(ARG_STOP));
+	if (!PG_ARGISNULL(ARG_MODEL))
+		appendStringInfo(request, ",\"model_uuid\":\"%s\"", loaded_uuid(PG_GETARG_TEXT_PP(ARG_MODEL)));
+	appendStringInfoChar(request, '}');
+}
+
 /* The REQUEST of a call whose prompt is not NULL. */
 static char *
 generate_request(FunctionCallInfo fcinfo, bool stream)
@@ -137,23 +170,72 @@ generate_request(FunctionCallInfo fcinfo, bool stream)
 	bool		raw = !PG_ARGISNULL(ARG_RAW) && PG_GETARG_BOOL(ARG_RAW);
 	StringInfoData request;
 
-	if (!PG_ARGISNULL(ARG_SYSTEM))
-		refuse(raw ? MILLM_E_INVALID_ARGUMENT : MILLM_E_UNSUPPORTED,
-			   raw ? "a raw prompt has no system message" : "system messages need a chat template, which this version does not apply",
-			   "Write the instructions into the prompt, with raw => true.");
 	initStringInfo(&request);
 	appendStringInfoString(&request, "{\"op\":\"generate\",\"prompt\":");
 	millm_append_text(&request, PG_GETARG_TEXT_PP(ARG_PROMPT));
-	appendStringInfo(&request, ",\"raw\":%s,\"stream\":%s", raw ? "true" : "false", stream ? "true" : "false");
-	for (int i = 0; i < (int) lengthof(numbers); i++)
-		if (!PG_ARGISNULL(numbers[i].arg))
-			append_number(&request, numbers[i].name, numbers[i].type, PG_GETARG_DATUM(numbers[i].arg));
-	if (!PG_ARGISNULL(ARG_STOP))
-		append_stop(&request, PG_GETARG_ARRAYTYPE_P(ARG_STOP));
-	if (!PG_ARGISNULL(ARG_MODEL))
-		appendStringInfo(&request, ",\"model_uuid\":\"%s\"", loaded_uuid(PG_GETARG_TEXT_PP(ARG_MODEL)));
-	appendStringInfoChar(&request, '}');
+	if (!PG_ARGISNULL(ARG_SYSTEM))
+	{
+		if (raw)
+			refuse(MILLM_E_INVALID_ARGUMENT, "a raw prompt has no system message", "Write the instructions into the prompt.");
+		appendStringInfoString(&request, ",\"system\":");
+		millm_append_text(&request, PG_GETARG_TEXT_PP(ARG_SYSTEM));
+	}
+	appendStringInfo(&request, ",\"raw\":%s", raw ? "true" : "false");
+	append_options(&request, fcinfo, stream);
 	return request.data;
+}
+
+/* JSON that is an argument, in UTF-8. */
+static void
+append_json(StringInfo request, const char *name, const char *json)
+{
+	int			len = strlen(json);
+
+	appendStringInfo(request, ",\"%s\":", name);
+	appendStringInfoString(request, pg_server_to_any(json, len, PG_UTF8));
+}
+
+static char *
+jsonb_text(Jsonb *value)
+{
+	return JsonbToCString(NULL, &value->root, VARSIZE(value));
+}
+
+/* The beginning of a REQUEST about a conversation, with what chat and apply_chat_template have in common. */
+static void
+append_conversation(StringInfo request, FunctionCallInfo fcinfo, const char *op, int arg_documents, int arg_chat_template)
+{
+	appendStringInfo(request, "{\"op\":\"%s\"", op);
+	append_json(request, "messages", jsonb_text(PG_GETARG_JSONB_P(ARG_MESSAGES)));
+	if (!PG_ARGISNULL(ARG_TOOLS))
+		append_json(request, "tools", text_to_cstring(PG_GETARG_TEXT_PP(ARG_TOOLS)));
+	if (!PG_ARGISNULL(ARG_TEMPLATE_KWARGS))
+		append_json(request, "template_kwargs", jsonb_text(PG_GETARG_JSONB_P(ARG_TEMPLATE_KWARGS)));
+	if (!PG_ARGISNULL(arg_documents))
+		append_json(request, "documents", text_to_cstring(PG_GETARG_TEXT_PP(arg_documents)));
+	if (!PG_ARGISNULL(arg_chat_template))
+	{
+		appendStringInfoString(request, ",\"chat_template\":");
+		millm_append_text(request, PG_GETARG_TEXT_PP(arg_chat_template));
+	}
+}
+
+static char *
+chat_request(FunctionCallInfo fcinfo, bool stream)
+{
+	StringInfoData request;
+
+	initStringInfo(&request);
+	append_conversation(&request, fcinfo, "generate", ARG_DOCUMENTS, ARG_CHAT_TEMPLATE);
+	append_options(&request, fcinfo, stream);
+	return request.data;
+}
+
+/* A whole reply as jsonb, in the database's encoding. */
+static Datum
+reply_jsonb(StringInfo reply)
+{
+	return DirectFunctionCall1(jsonb_in, CStringGetDatum(pg_any_to_server(reply->data, reply->len, PG_UTF8)));
 }
 
 /* millm.generate(prompt, system, raw, ...) RETURNS text; a NULL prompt gives NULL without a call. */
@@ -170,14 +252,49 @@ millm_generate(PG_FUNCTION_ARGS)
 	PG_RETURN_TEXT_P(millm_reply_text(&reply, "text"));
 }
 
+/* millm.chat(messages, tools, ...) RETURNS jsonb; NULL messages give NULL without a call. */
+Datum
+millm_chat(PG_FUNCTION_ARGS)
+{
+	StringInfoData reply;
+
+	millm_check_ready();
+	if (PG_ARGISNULL(ARG_MESSAGES))
+		PG_RETURN_NULL();
+	initStringInfo(&reply);
+	millm_client_call(MILLM_ENGINE, chat_request(fcinfo, false), &reply, -1);
+	return reply_jsonb(&reply);
+}
+
+/* millm.apply_chat_template(messages, tools, ...) RETURNS text: what chat() would have the model continue. */
+Datum
+millm_apply_chat_template(PG_FUNCTION_ARGS)
+{
+	StringInfoData buf;
+
+	millm_check_ready();
+	if (PG_ARGISNULL(ARG_MESSAGES))
+		PG_RETURN_NULL();
+	initStringInfo(&buf);
+	append_conversation(&buf, fcinfo, "apply_chat_template", ARG_APPLY_DOCUMENTS, ARG_APPLY_CHAT_TEMPLATE);
+	if (!PG_ARGISNULL(ARG_ADD_GENERATION_PROMPT))
+		appendStringInfo(&buf, ",\"add_generation_prompt\":%s", PG_GETARG_BOOL(ARG_ADD_GENERATION_PROMPT) ? "true" : "false");
+	if (!PG_ARGISNULL(ARG_APPLY_MODEL))
+		appendStringInfo(&buf, ",\"model_uuid\":\"%s\"", loaded_uuid(PG_GETARG_TEXT_PP(ARG_APPLY_MODEL)));
+	appendStringInfoChar(&buf, '}');
+	millm_client_call(MILLM_ENGINE, buf.data, &buf, -1);
+	PG_RETURN_TEXT_P(millm_reply_text(&buf, "text"));
+}
+
 /*
- * millm.generate_stream(the same arguments) RETURNS SETOF text; no rows for a NULL prompt.
+ * millm.generate_stream(as generate) RETURNS SETOF text, millm.chat_stream(as chat) RETURNS SETOF jsonb: a row for each piece, of
+ * the latter also one for the end.  No rows for a NULL prompt.
  *
  * The connection lives in the call's multi-call context, which dies with the executor node (LIMIT, a closed cursor) and with
  * the (sub)transaction (error, ROLLBACK TO).
  */
-Datum
-millm_generate_stream(PG_FUNCTION_ARGS)
+static Datum
+stream(FunctionCallInfo fcinfo, bool is_chat)
 {
 	FuncCallContext *call;
 	MillmClient *client;
@@ -190,7 +307,7 @@ millm_generate_stream(PG_FUNCTION_ARGS)
 		call = SRF_FIRSTCALL_INIT();
 		old = MemoryContextSwitchTo(call->multi_call_memory_ctx);
 		if (!PG_ARGISNULL(ARG_PROMPT))
-			call->user_fctx = millm_client_open(MILLM_ENGINE, generate_request(fcinfo, true), -1);
+			call->user_fctx = millm_client_open(MILLM_ENGINE, is_chat ? chat_request(fcinfo, true) : generate_request(fcinfo, true), -1);
 		MemoryContextSwitchTo(old);
 	}
 	call = SRF_PERCALL_SETUP();
@@ -204,10 +321,25 @@ millm_generate_stream(PG_FUNCTION_ARGS)
 		millm_client_flush_rows(client);
 		kind = millm_client_receive(client, &piece, -1);
 		if (kind == WIRE_TEXT)
-			SRF_RETURN_NEXT(call, PointerGetDatum(millm_reply_text(&piece, "text")));
+			SRF_RETURN_NEXT(call, is_chat ? reply_jsonb(&piece) : PointerGetDatum(millm_reply_text(&piece, "text")));
 		millm_client_close(client);
 		if (kind != WIRE_RESULT)
 			millm_reply_invalid("text");
+		call->user_fctx = NULL;
+		if (is_chat)
+			SRF_RETURN_NEXT(call, reply_jsonb(&piece));
 	}
 	SRF_RETURN_DONE(call);
+}
+
+Datum
+millm_generate_stream(PG_FUNCTION_ARGS)
+{
+	return stream(fcinfo, false);
+}
+
+Datum
+millm_chat_stream(PG_FUNCTION_ARGS)
+{
+	return stream(fcinfo, true);
 }

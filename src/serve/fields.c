@@ -145,6 +145,19 @@ millm_field_array(MillmFields *f, const char *name, json_t **out)
 		wrong_type(f, name, "an array");
 }
 
+void
+millm_field_object(MillmFields *f, const char *name, json_t **out)
+{
+	json_t	   *value = find(f, name);
+
+	if (!value)
+		return;
+	if (json_is_object(value))
+		*out = value;
+	else
+		wrong_type(f, name, "an object");
+}
+
 MillmCode
 millm_fields_end(MillmFields *f)
 {

@@ -88,6 +88,7 @@ extern void millm_field_int(MillmFields *f, const char *name, int64_t min, int64
 extern void millm_field_double(MillmFields *f, const char *name, double min, double max, double *out);
 extern void millm_field_bool(MillmFields *f, const char *name, bool *out);
 extern void millm_field_array(MillmFields *f, const char *name, json_t **out);			/* borrowed */
+extern void millm_field_object(MillmFields *f, const char *name, json_t **out);			/* borrowed */
 extern MillmCode millm_fields_end(MillmFields *f);
 
 /* One line to the supervisor's log: "LEVEL text".  level is "LOG", "WARNING", "ERROR" or "DEBUG". */

@@ -27,6 +27,11 @@ typedef struct Run
 	BpeScratch	bpe;
 	PatternScratch pattern;
 	Bytes		normalized[2];
+	const char *text;			/* all of it */
+	const char *segment;		/* of the text: what was normalized last */
+	size_t		segment_n;
+	bool		is_rewritten;	/* by the normalizer: positions in it are not those in the text */
+	size_t	   *seen;			/* [n_added] of each token: the segment is searched up to here; NULL before it is needed */
 	Bytes		rewritten[MAX_STAGES];	/* by the pre-tokenizer of that number */
 } Run;
 
@@ -266,6 +271,30 @@ is_part_of_word(const char *text, size_t n, size_t start, size_t end)
 	return false;
 }
 
+/*
+ * Are all bytes of this special token, found at text + start, the template's?  Where the normalizer rewrote the text, the nth
+ * match of a token in it is the nth in the segment, and none when the segment has not so many.
+ */
+static bool
+is_of_template(Run *run, uint32_t token, const char *text, size_t start, size_t n)
+{
+	const uint8_t *origins = run->options.origins;
+	Span		content = run->tok->added[token].content;
+	const char *found = text + start;
+
+	if (run->is_rewritten)
+	{
+		size_t	   *seen = &run->seen[token];
+
+		found = memmem(run->segment + *seen, run->segment_n - *seen, run->tok->contents.keys.data + content.offset, content.n);
+		if (!found)
+			return false;
+		n = content.n;
+		*seen = (size_t) (found - run->segment) + n;
+	}
+	return memchr(origins + (found - run->text), 1, n) == NULL;
+}
+
 typedef MillmCode (*SegmentHandler) (Run *run, const char *text, size_t n, bool is_origin);
 
 /* Cut text at the added tokens of a set; what is between them goes to next. */
@@ -293,7 +322,8 @@ extract(Run *run, const AddedSet *set, const char *text, size_t n, bool is_origi
 		}
 		i = end = start + match->n;
 		token = &run->tok->added[match->token];
-		if (token->special && !run->options.parse_special)
+		if (token->special && (!run->options.parse_special ||
+							   (run->options.origins && !is_of_template(run, match->token, text, start, match->n))))
 			continue;
 		if (token->single_word && is_part_of_word(text, n, start, end))
 			continue;
@@ -343,14 +373,26 @@ normalize_segment(Run *run, const char *text, size_t n, bool is_origin)
 	rc = millm_normalize(run->tok, &run->pattern, text, n, run->normalized, &normal, &normal_n, run->err);
 	if (rc != MILLM_OK)
 		return rc;
-	return extract(run, &run->tok->normalized, normal, normal_n, is_origin, encode_segment);
+	run->is_rewritten = normal != text;
+	if (run->is_rewritten && run->options.origins && run->tok->normalized.n > 0)
+	{
+		run->segment = text;
+		run->segment_n = n;
+		free(run->seen);
+		run->seen = calloc(run->tok->n_added, sizeof(*run->seen));
+		if (!run->seen)
+			return out_of_memory(run);
+	}
+	rc = extract(run, &run->tok->normalized, normal, normal_n, is_origin, encode_segment);
+	run->is_rewritten = false;
+	return rc;
 }
 
 MillmCode
 millm_encode(const MillmTokenizer *tok, const char *text, size_t len, MillmEncodeOptions options,
 			 size_t max_tokens, MillmIds *out, MillmError *err)
 {
-	Run			run = {.tok = tok, .options = options, .max_tokens = max_tokens, .out = out, .err = err};
+	Run			run = {.tok = tok, .options = options, .max_tokens = max_tokens, .out = out, .err = err, .text = text};
 	size_t		n_before = out->n;
 	size_t		bad;
 	MillmCode	rc = MILLM_OK;
@@ -379,6 +421,7 @@ millm_encode(const MillmTokenizer *tok, const char *text, size_t len, MillmEncod
 	millm_pattern_scratch_free(&run.pattern);
 	millm_bytes_free(&run.normalized[0]);
 	millm_bytes_free(&run.normalized[1]);
+	free(run.seen);
 	for (int i = 0; i < tok->n_pre; i++)
 		millm_bytes_free(&run.rewritten[i]);
 	return rc;

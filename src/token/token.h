@@ -36,6 +36,8 @@ typedef struct MillmEncodeOptions
 {
 	bool		add_special;	/* what the post-processor adds: BOS, say */
 	bool		parse_special;	/* special tokens written in the text are themselves */
+	const uint8_t *origins;		/* with parse_special: one of these bytes for each of the text; a special token is itself only where
+								 * all its bytes have 0 (the template wrote them); NULL: everywhere */
 } MillmEncodeOptions;
 
 /*

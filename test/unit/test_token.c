@@ -54,6 +54,24 @@ assert_ids(const MillmTokenizer *tok, const char *text, MillmEncodeOptions optio
 	millm_ids_free(&ids);
 }
 
+/* A normalizer that makes positions move, and a special token that is looked for behind it. */
+static void
+test_origins_behind_a_normalizer(void **state)
+{
+	static const char json[] = "{\"version\":\"1.0\",\"added_tokens\":[{\"id\":2,\"content\":\"<s>\",\"special\":true,\"normalized\":true}],"
+		"\"normalizer\":{\"type\":\"Replace\",\"pattern\":{\"String\":\" \"},\"content\":\"___\"},"
+		"\"model\":{\"type\":\"BPE\",\"vocab\":{\"a\":0,\"_\":1,\"<s>\":2,\"<\":3,\"s\":4,\">\":5},\"merges\":[]}}";
+	MillmTokenizer *tok = open_text(json, NULL);
+
+	(void) state;
+	assert_ids(tok, "a <s> <s>", (MillmEncodeOptions) {.parse_special = true}, "0 1 1 1 2 1 1 1 2");
+	assert_ids(tok, "a <s> <s>", (MillmEncodeOptions) {.parse_special = true, .origins = (const uint8_t *) "\1\1\1\1\1\1\0\0\0"},
+			   "0 1 1 1 3 4 5 1 1 1 2");
+	assert_ids(tok, "a <s> <s>", (MillmEncodeOptions) {.parse_special = true, .origins = (const uint8_t *) "\1\1\0\0\0\1\1\1\1"},
+			   "0 1 1 1 2 1 1 1 3 4 5");
+	millm_tokenizer_close(tok);
+}
+
 static void
 test_merges(void **state)
 {
@@ -69,6 +87,10 @@ test_merges(void **state)
 	assert_ids(tok, "azb", parse, "3");			/* an unknown byte is dropped, and its neighbours meet */
 	assert_ids(tok, "a<s>b", parse, "0 8 1");
 	assert_ids(tok, "a<s>b", (MillmEncodeOptions) {0}, "0 1");
+	/* what a person wrote is text, and so is what he finishes */
+	assert_ids(tok, "a<s>b<s>", (MillmEncodeOptions) {.parse_special = true, .origins = (const uint8_t *) "\0\1\1\1\1\0\0\0"}, "0 1 8");
+	assert_ids(tok, "a<s>b<s>", (MillmEncodeOptions) {.parse_special = true, .origins = (const uint8_t *) "\0\0\0\1\0\0\0\0"}, "0 1 8");
+	assert_ids(tok, "a<s>b<s>", (MillmEncodeOptions) {.parse_special = true, .origins = (const uint8_t *) "\1\0\0\0\1\1\1\1"}, "0 8 1");
 	assert_int_equal(millm_tokenizer_n_ids(tok), 10);
 	assert_true(millm_token_is_special(tok, 8));
 	assert_false(millm_token_is_special(tok, 3));
@@ -524,6 +546,7 @@ main(void)
 {
 	const struct CMUnitTest tests[] = {
 		cmocka_unit_test(test_merges),
+		cmocka_unit_test(test_origins_behind_a_normalizer),
 		cmocka_unit_test(test_long_word),
 		cmocka_unit_test(test_limits),
 		cmocka_unit_test(test_stream),
