@@ -50,6 +50,7 @@ struct Filter
 	const char *params;			/* NULL: the function wants all as they are */
 	int			n_required;
 	Value		(*function) (Run *run, Value v, const Value *arg, const Arguments *all);
+	bool		is_lazy;		/* makes a generator, whose elements, and errors, come when it is iterated */
 };
 
 struct Test

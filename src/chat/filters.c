@@ -800,17 +800,19 @@ want_name(Run *run, const Arguments *all, int i, const char *what)
 	return *all->values[i].str;
 }
 
-/* select, reject, and the same by attribute. */
+/* select, reject, and the same by attribute.  Of what is false, none for example, nothing is chosen and nothing is checked. */
 static Value
 choose(Run *run, Value v, const Arguments *all, bool by_attribute, bool wanted)
 {
-	const List *items = millm_value_iterate(&run->w, v);
+	const List *items;
 	Value		out = millm_value_list(&run->w, V_GENERATOR, 0);
 	Value		absent = {.kind = V_ABSENT};
 	Value		path = absent;
 	const Test *test = NULL;
 	Arguments	rest = *all;
 
+	if (!millm_value_is_true(v))
+		return out;
 	if (by_attribute)
 	{
 		if (all->n == 0)
@@ -827,6 +829,7 @@ choose(Run *run, Value v, const Arguments *all, bool by_attribute, bool wanted)
 			millm_work_fail(&run->w, MILLM_E_INVALID_ARGUMENT, "there is no test '%.*s'", name.n < 60 ? (int) name.n : 60, name.data);
 		rest = millm_arguments_skip(&rest, 1);
 	}
+	items = millm_value_iterate(&run->w, v);
 	for (size_t i = 0; i < items->n; i++)
 	{
 		Value		item = by_attribute ? by_path(run, items->items[i], path, absent) : items->items[i];
@@ -876,10 +879,10 @@ filter_map(Run *run, Value v, const Value *arg, const Arguments *all)
 	Arguments	rest = {0};
 
 	UNUSED(arg);
+	if (!millm_value_is_true(v))
+		return out;
 	if (all->n == 0)
-	{
 		millm_arguments_bind(run, millm_str("map"), "attribute default", 1, all, bound);
-	}
 	else
 	{
 		Str			name = want_name(run, all, 0, "map");
@@ -961,53 +964,53 @@ const Filter *
 millm_filter_by_name(Str name)
 {
 	static const Filter filters[] = {
-		{"abs", "", 0, filter_abs},
-		{"attr", "name", 1, filter_attr},
-		{"batch", "linecount fill_with", 1, filter_batch},
-		{"capitalize", "", 0, filter_capitalize},
-		{"center", "width", 0, filter_center},
-		{"count", "", 0, filter_length},
-		{"d", "default_value boolean", 0, filter_default},
-		{"default", "default_value boolean", 0, filter_default},
-		{"dictsort", "case_sensitive by reverse", 0, filter_dictsort},
-		{"e", "", 0, filter_escape},
-		{"escape", "", 0, filter_escape},
-		{"first", "", 0, filter_first},
-		{"float", "default", 0, filter_float},
-		{"groupby", "attribute default case_sensitive", 1, filter_groupby},
-		{"indent", "width first blank", 0, filter_indent},
-		{"int", "default base", 0, filter_int},
-		{"items", "", 0, filter_items},
-		{"join", "d attribute", 0, filter_join},
-		{"last", "", 0, filter_last},
-		{"length", "", 0, filter_length},
-		{"list", "", 0, filter_list},
-		{"lower", "", 0, filter_lower},
-		{"map", NULL, 0, filter_map},
-		{"max", "case_sensitive attribute", 0, filter_max},
-		{"min", "case_sensitive attribute", 0, filter_min},
-		{"reject", NULL, 0, filter_reject},
-		{"rejectattr", NULL, 0, filter_rejectattr},
-		{"replace", "old new count", 2, filter_replace},
-		{"reverse", "", 0, filter_reverse},
-		{"round", "precision method", 0, filter_round},
-		{"safe", "", 0, filter_safe},
-		{"select", NULL, 0, filter_select},
-		{"selectattr", NULL, 0, filter_selectattr},
-		{"slice", "slices fill_with", 1, filter_slice},
-		{"sort", "reverse case_sensitive attribute", 0, filter_sort},
-		{"string", "", 0, filter_string},
-		{"sum", "attribute start", 0, filter_sum},
-		{"title", "", 0, filter_title},
-		{"tojson", "ensure_ascii indent separators sort_keys", 0, filter_tojson},
-		{"trim", "chars", 0, filter_trim},
-		{"unique", "case_sensitive attribute", 0, filter_unique},
-		{"upper", "", 0, filter_upper},
-		{"wordcount", "", 0, filter_wordcount},
-		{"filesizeformat", NULL, 0, filter_unsupported}, {"forceescape", NULL, 0, filter_unsupported},
-		{"format", NULL, 0, filter_unsupported}, {"pprint", NULL, 0, filter_unsupported}, {"random", NULL, 0, filter_unsupported},
-		{"striptags", NULL, 0, filter_unsupported}, {"truncate", NULL, 0, filter_unsupported}, {"urlencode", NULL, 0, filter_unsupported},
-		{"urlize", NULL, 0, filter_unsupported}, {"wordwrap", NULL, 0, filter_unsupported}, {"xmlattr", NULL, 0, filter_unsupported},
+		{"abs", "", 0, filter_abs, false},
+		{"attr", "name", 1, filter_attr, false},
+		{"batch", "linecount fill_with", 1, filter_batch, true},
+		{"capitalize", "", 0, filter_capitalize, false},
+		{"center", "width", 0, filter_center, false},
+		{"count", "", 0, filter_length, false},
+		{"d", "default_value boolean", 0, filter_default, false},
+		{"default", "default_value boolean", 0, filter_default, false},
+		{"dictsort", "case_sensitive by reverse", 0, filter_dictsort, false},
+		{"e", "", 0, filter_escape, false},
+		{"escape", "", 0, filter_escape, false},
+		{"first", "", 0, filter_first, false},
+		{"float", "default", 0, filter_float, false},
+		{"groupby", "attribute default case_sensitive", 1, filter_groupby, false},
+		{"indent", "width first blank", 0, filter_indent, false},
+		{"int", "default base", 0, filter_int, false},
+		{"items", "", 0, filter_items, true},
+		{"join", "d attribute", 0, filter_join, false},
+		{"last", "", 0, filter_last, false},
+		{"length", "", 0, filter_length, false},
+		{"list", "", 0, filter_list, false},
+		{"lower", "", 0, filter_lower, false},
+		{"map", NULL, 0, filter_map, true},
+		{"max", "case_sensitive attribute", 0, filter_max, false},
+		{"min", "case_sensitive attribute", 0, filter_min, false},
+		{"reject", NULL, 0, filter_reject, true},
+		{"rejectattr", NULL, 0, filter_rejectattr, true},
+		{"replace", "old new count", 2, filter_replace, false},
+		{"reverse", "", 0, filter_reverse, false},
+		{"round", "precision method", 0, filter_round, false},
+		{"safe", "", 0, filter_safe, false},
+		{"select", NULL, 0, filter_select, true},
+		{"selectattr", NULL, 0, filter_selectattr, true},
+		{"slice", "slices fill_with", 1, filter_slice, true},
+		{"sort", "reverse case_sensitive attribute", 0, filter_sort, false},
+		{"string", "", 0, filter_string, false},
+		{"sum", "attribute start", 0, filter_sum, false},
+		{"title", "", 0, filter_title, false},
+		{"tojson", "ensure_ascii indent separators sort_keys", 0, filter_tojson, false},
+		{"trim", "chars", 0, filter_trim, false},
+		{"unique", "case_sensitive attribute", 0, filter_unique, true},
+		{"upper", "", 0, filter_upper, false},
+		{"wordcount", "", 0, filter_wordcount, false},
+		{"filesizeformat", NULL, 0, filter_unsupported, false}, {"forceescape", NULL, 0, filter_unsupported, false},
+		{"format", NULL, 0, filter_unsupported, false}, {"pprint", NULL, 0, filter_unsupported, false}, {"random", NULL, 0, filter_unsupported, false},
+		{"striptags", NULL, 0, filter_unsupported, false}, {"truncate", NULL, 0, filter_unsupported, false}, {"urlencode", NULL, 0, filter_unsupported, false},
+		{"urlize", NULL, 0, filter_unsupported, false}, {"wordwrap", NULL, 0, filter_unsupported, false}, {"xmlattr", NULL, 0, filter_unsupported, false},
 	};
 
 	for (size_t i = 0; i < sizeof(filters) / sizeof(filters[0]); i++)
@@ -1016,13 +1019,46 @@ millm_filter_by_name(Str name)
 	return NULL;
 }
 
+/* A lazy filter that has been called and not been iterated. */
+typedef struct PendingFilter
+{
+	Pending		pending;
+	const Filter *filter;
+	Value		v;
+	Value		arg[MAX_PARAMETERS];
+	Arguments	args;
+} PendingFilter;
+
+static List *
+compute_pending(Work *w, const Pending *pending)
+{
+	const PendingFilter *p = (const PendingFilter *) pending;
+	List	   *list;
+
+	millm_work_enter(w);		/* chains of generators call each other */
+	list = p->filter->function((Run *) w, p->v, p->arg, &p->args).list;	/* filters are run by Runs, which begin with their Work */
+	millm_work_leave(w);
+	return list;
+}
+
 Value
 millm_filter_apply(Run *run, const Filter *filter, Value v, const Arguments *args)
 {
 	Value		arg[MAX_PARAMETERS] = {{0}};
+	PendingFilter *p;
 
 	millm_work_pay(&run->w, 1);
 	if (filter->params)
 		millm_arguments_bind(run, millm_str(filter->name), filter->params, filter->n_required, args, arg);
-	return filter->function(run, v, arg, args);
+	if (!filter->is_lazy)
+		return filter->function(run, v, arg, args);
+	p = millm_work_array(&run->w, 1, sizeof(*p));
+	p->pending.compute = compute_pending;
+	p->filter = filter;
+	p->v = v;
+	p->args = *args;
+	memcpy(p->arg, arg, sizeof(arg));
+	v = millm_value_list(&run->w, V_GENERATOR, 0);
+	v.list->pending = &p->pending;
+	return v;
 }

@@ -661,6 +661,17 @@ millm_value_compare(Work *w, Value a, Value b)
 	return c;
 }
 
+/* Compute what a generator has pending.  It may be asked for itself meanwhile, and then is empty. */
+static void
+settle(Work *w, List *list)
+{
+	const Pending *pending = list->pending;
+
+	list->pending = NULL;
+	if (pending)
+		*list = *pending->compute(w, pending);
+}
+
 bool
 millm_value_contains(Work *w, Value container, Value v)
 {
@@ -685,6 +696,7 @@ millm_value_contains(Work *w, Value container, Value v)
 		case V_RANGE:
 			break;
 		case V_GENERATOR:		/* looking spends it up to what is found */
+			settle(w, container.list);
 			while (container.list->n > 0)
 			{
 				bool		found = millm_value_equal(w, *container.list->items, v);
@@ -713,6 +725,7 @@ List *
 millm_value_iterate(Work *w, Value v)
 {
 	List	   *list;
+	Str			chars;
 
 	switch (v.kind)
 	{
@@ -720,6 +733,7 @@ millm_value_iterate(Work *w, Value v)
 		case V_TUPLE:
 			return v.list;
 		case V_GENERATOR:
+			settle(w, v.list);
 			list = millm_work_alloc(w, sizeof(*list));
 			*list = *v.list;
 			*v.list = (List) {0};
@@ -732,7 +746,9 @@ millm_value_iterate(Work *w, Value v)
 			{
 				for (end = at + 1; end < v.str->n && ((unsigned char) v.str->data[end] & 0xC0) == 0x80;)
 					end++;
-				millm_list_add(w, list, millm_value_string(w, millm_str_cut(*v.str, at, end)));
+				chars = millm_str_cut(*v.str, at, end);
+				chars.is_markup = false;	/* Python's iterator knows only str */
+				millm_list_add(w, list, millm_value_string(w, chars));
 			}
 			return list;
 		case V_DICT:

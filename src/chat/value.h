@@ -39,7 +39,7 @@ typedef enum ValueKind
 	V_STRING,
 	V_LIST,
 	V_TUPLE,
-	V_GENERATOR,				/* a list that can be iterated once */
+	V_GENERATOR,				/* a list that can be iterated once, and may not be computed before that */
 	V_DICT,
 	V_VIEW,						/* a dict's keys(), values(), items() */
 	V_RANGE,
@@ -60,6 +60,7 @@ typedef struct Method Method;
 typedef struct Loop Loop;
 typedef struct Macro Macro;
 typedef struct Function Function;
+typedef struct Pending Pending;
 
 struct Value
 {
@@ -87,6 +88,13 @@ struct List
 	Value	   *items;
 	size_t		n;
 	size_t		capacity;
+	const Pending *pending;		/* a generator's: not NULL until its elements are computed */
+};
+
+/* How to compute the elements of a generator; the first member of whatever that takes. */
+struct Pending
+{
+	List	   *(*compute) (Work *w, const Pending *pending);
 };
 
 typedef struct Entry
