@@ -280,6 +280,7 @@ typedef struct NormLoop
 	MillmNorm	kind;
 	const MillmVector *weight, *bias;
 	float		eps;
+	int			n_parts;
 } NormLoop;
 
 static void
@@ -288,20 +289,21 @@ norm_rows(void *arg, int64_t begin_row, int64_t end_row)
 	NormLoop   *l = arg;
 
 	for (int64_t t = begin_row; t < end_row; t++)
-		if (l->kind == MILLM_NORM_RMS)
-			l->c->k.rms_norm(row(l->y, t), row(l->x, t), l->weight->data, l->eps, l->x->n_columns);
-		else
-			l->c->k.layer_norm(row(l->y, t), row(l->x, t), l->weight->data, l->bias->data, l->eps, l->x->n_columns);
+		for (int64_t i = 0; i < l->n_parts * l->weight->n; i += l->weight->n)
+			if (l->kind == MILLM_NORM_RMS)
+				l->c->k.rms_norm(row(l->y, t) + i, row(l->x, t) + i, l->weight->data, l->eps, l->weight->n);
+			else
+				l->c->k.layer_norm(row(l->y, t) + i, row(l->x, t) + i, l->weight->data, l->bias->data, l->eps, l->weight->n);
 }
 
 static void
 norm(MillmBackend *be, MillmBuffer *y, MillmBuffer *x, MillmNorm kind, const MillmVector *weight, const MillmVector *bias,
-	 float eps, int n)
+	 float eps, int n_parts, int n)
 {
-	NormLoop	l = {cpu(be), y, x, kind, weight, bias, eps};
+	NormLoop	l = {cpu(be), y, x, kind, weight, bias, eps, n_parts};
 
 	y->n_packed = 0;
-	run_rows(l.c, norm_rows, &l, n, x->n_columns * 2);
+	run_rows(l.c, norm_rows, &l, n, n_parts * weight->n * 2);
 }
 
 typedef struct PackLoop

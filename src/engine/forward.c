@@ -10,7 +10,7 @@
  * canceled or fails has not happened.
  *
  *	 x = embedding                                   [n, hidden]
- *	 each layer:  x += o(attention(rope(qkv(norm(x)))))
+ *	 each layer:  x += o(attention(rope(head norms(qkv(norm(x))))))
  *	              x += down(act(gate(norm(x))) * up(norm(x)))
  *	 logits = head(norm(x of the wanted rows))       [n_wanted, vocab]
  */
@@ -293,13 +293,17 @@ run_layer(MillmForward *fw, int i, int n)
 	const MillmProjection up_gate[] = {{fw->up, &l->up, &l->up_bias, false}, {fw->gate, &l->gate, &l->gate_bias, false}};
 	const MillmProjection down = {fw->x, &l->down, &l->down_bias, true};
 
-	be->norm(be, fw->h, fw->x, c->norm, &l->attn_norm, c->norm_bias ? &l->attn_norm_bias : &none, c->norm_eps, n);
+	be->norm(be, fw->h, fw->x, c->norm, &l->attn_norm, c->norm_bias ? &l->attn_norm_bias : &none, c->norm_eps, 1, n);
 	be->matmul(be, qkv, 3, fw->h, n);
+	if (l->q_norm.data)
+		be->norm(be, fw->q, fw->q, c->norm, &l->q_norm, &none, c->norm_eps, l->n_heads, n);
+	if (l->k_norm.data)
+		be->norm(be, fw->k, fw->k, c->norm, &l->k_norm, &none, c->norm_eps, l->n_kv_heads, n);
 	be->rope_and_store(be, &attention, fw->q, fw->k, fw->v, n);
 	be->attention(be, &attention, fw->a, fw->q, n);
 	be->matmul(be, &o, 1, fw->a, n);
 
-	be->norm(be, fw->h, fw->x, c->norm, &l->mlp_norm, c->norm_bias ? &l->mlp_norm_bias : &none, c->norm_eps, n);
+	be->norm(be, fw->h, fw->x, c->norm, &l->mlp_norm, c->norm_bias ? &l->mlp_norm_bias : &none, c->norm_eps, 1, n);
 	be->matmul(be, up_gate, c->mlp_gated ? 2 : 1, fw->h, n);
 	if (c->mlp_gated)
 		be->activation(be, fw->up, c->act, fw->gate, fw->up, l->up.n_out, n);
@@ -375,7 +379,7 @@ run_step(MillmForward *fw, int n, int n_wanted, bool (*should_stop) (void *arg),
 		static const MillmVector none;
 
 		be->select(be, fw->h, fw->x, fw->wanted, n_wanted);
-		be->norm(be, fw->h, fw->h, c->norm, &model->final_norm, c->norm_bias ? &model->final_norm_bias : &none, c->norm_eps, n_wanted);
+		be->norm(be, fw->h, fw->h, c->norm, &model->final_norm, c->norm_bias ? &model->final_norm_bias : &none, c->norm_eps, 1, n_wanted);
 		return run_head(fw, n_wanted, err);
 	}
 	return MILLM_OK;

@@ -6,6 +6,24 @@
 #include <stddef.h>
 #include <string.h>
 
+/* What the families that descend from Llama share, in pieces that a row takes or not. */
+#define LLAMA_KEYS \
+	.hidden_size = {"hidden_size"}, .intermediate_size = {"intermediate_size"}, .n_layers = {"num_hidden_layers"}, \
+	.n_heads = {"num_attention_heads"}, .n_kv_heads = {"num_key_value_heads"}, .head_dim = {"head_dim"}, \
+	.max_positions = {"max_position_embeddings"}, .norm_eps = {"rms_norm_eps"}
+#define LLAMA_BLOCK \
+	.norm = MILLM_NORM_RMS, .position = MILLM_POS_ROPE, .mlp_gated = true, .ignored = {".rotary_emb.inv_freq"}
+#define LLAMA_NAMES \
+	.prefix = "model.", .embedding = "embed_tokens", .final_norm = "norm", .head = "lm_head", .attn_norm = "layers.{i}.input_layernorm", \
+	.o = "layers.{i}.self_attn.o_proj", .down = "layers.{i}.mlp.down_proj"
+#define LLAMA_QKV \
+	.q = "layers.{i}.self_attn.q_proj", .k = "layers.{i}.self_attn.k_proj", .v = "layers.{i}.self_attn.v_proj"
+#define LLAMA_MLP_NORM .mlp_norm = "layers.{i}.post_attention_layernorm"
+#define LLAMA_GATE_UP .gate = "layers.{i}.mlp.gate_proj", .up = "layers.{i}.mlp.up_proj"
+#define HEAD_NORMS .q_norm = "layers.{i}.self_attn.q_norm", .k_norm = "layers.{i}.self_attn.k_norm"
+#define QWEN_SLIDING \
+	.sliding = {.possible = true, .default_window = 4096, .switch_key = "use_sliding_window", .first_key = "max_window_layers", .default_first = 28}
+
 static const MillmArch archs[] = {
 	{
 		/* GPT-2, DistilGPT2: learned positions, LayerNorm, Conv1D weights stored [in, out], one fused c_attn */
@@ -26,18 +44,38 @@ static const MillmArch archs[] = {
 	{
 		/* Llama 2 and 3, SmolLM, TinyLlama, R1-Distill-Llama, Vicuna, Yi */
 		.model_type = "llama",
-		.hidden_size = {"hidden_size"}, .intermediate_size = {"intermediate_size"}, .n_layers = {"num_hidden_layers"},
-		.n_heads = {"num_attention_heads"}, .n_kv_heads = {"num_key_value_heads"}, .head_dim = {"head_dim"}, .max_positions = {"max_position_embeddings"},
-		.norm_eps = {"rms_norm_eps"}, .act = {"hidden_act"},
+		LLAMA_KEYS, LLAMA_BLOCK, LLAMA_NAMES, LLAMA_QKV, LLAMA_MLP_NORM, LLAMA_GATE_UP, .act = {"hidden_act"},
 		.default_norm_eps = 1e-6, .default_rope_theta = 10000.0, .default_max_positions = 2048, .default_act = "silu",
-		.norm = MILLM_NORM_RMS, .position = MILLM_POS_ROPE, .mlp_gated = true,
 		.qkv_bias = {.key = "attention_bias"}, .o_bias = {.key = "attention_bias"}, .mlp_bias = {.key = "mlp_bias"},
-		.prefix = "model.", .embedding = "embed_tokens", .final_norm = "norm", .head = "lm_head",
-		.attn_norm = "layers.{i}.input_layernorm", .mlp_norm = "layers.{i}.post_attention_layernorm",
-		.q = "layers.{i}.self_attn.q_proj", .k = "layers.{i}.self_attn.k_proj", .v = "layers.{i}.self_attn.v_proj",
-		.o = "layers.{i}.self_attn.o_proj",
-		.gate = "layers.{i}.mlp.gate_proj", .up = "layers.{i}.mlp.up_proj", .down = "layers.{i}.mlp.down_proj",
-		.ignored = {".rotary_emb.inv_freq"},
+	},
+	{
+		/* Mistral 7B, Nemo, Small: a window in all layers, or in none */
+		.model_type = "mistral",
+		LLAMA_KEYS, LLAMA_BLOCK, LLAMA_NAMES, LLAMA_QKV, LLAMA_MLP_NORM, LLAMA_GATE_UP, .act = {"hidden_act"},
+		.default_norm_eps = 1e-6, .default_rope_theta = 10000.0, .default_max_positions = 131072, .default_act = "silu",
+		.sliding = {.possible = true, .default_window = 4096},
+	},
+	{
+		/* Phi-3, 3.5, 4: q, k, v in one tensor, gate and up in another */
+		.model_type = "phi3",
+		LLAMA_KEYS, LLAMA_BLOCK, LLAMA_NAMES, LLAMA_MLP_NORM, .act = {"hidden_act"},
+		.default_norm_eps = 1e-5, .default_rope_theta = 10000.0, .default_max_positions = 4096, .default_act = "silu",
+		.yarn_is_longrope = true, .sliding = {.possible = true},
+		.qkv = "layers.{i}.self_attn.qkv_proj", .gate_up = "layers.{i}.mlp.gate_up_proj",
+	},
+	{
+		/* Qwen1.5, 2, 2.5, R1-Distill-Qwen: biases on q, k, v and nowhere else */
+		.model_type = "qwen2",
+		LLAMA_KEYS, LLAMA_BLOCK, LLAMA_NAMES, LLAMA_QKV, LLAMA_MLP_NORM, LLAMA_GATE_UP, .act = {"hidden_act"},
+		.default_norm_eps = 1e-6, .default_rope_theta = 10000.0, .default_max_positions = 32768, .default_act = "silu",
+		.qkv_bias = {.always = true}, QWEN_SLIDING,
+	},
+	{
+		/* Qwen3: norms of the heads of q and k */
+		.model_type = "qwen3",
+		LLAMA_KEYS, LLAMA_BLOCK, LLAMA_NAMES, LLAMA_QKV, LLAMA_MLP_NORM, LLAMA_GATE_UP, .act = {"hidden_act"},
+		.default_norm_eps = 1e-6, .default_rope_theta = 10000.0, .default_max_positions = 32768, .default_act = "silu", .default_head_dim = 128,
+		.qkv_bias = {.key = "attention_bias"}, .o_bias = {.key = "attention_bias"}, QWEN_SLIDING, HEAD_NORMS,
 	},
 };
 
@@ -53,5 +91,5 @@ millm_arch_find(const char *model_type)
 const char *
 millm_supported_model_types(void)
 {
-	return "gpt2, llama";
+	return "gpt2, llama, mistral, phi3, qwen2, qwen3";
 }

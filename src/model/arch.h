@@ -22,6 +22,21 @@ typedef struct MillmWhen
 /* Spellings of one config key, the first one found counts. */
 typedef const char *MillmKeys[4];
 
+/*
+ * The layers that see only a window of the last keys.  layer_types of the config tells them; where it is absent, layer i slides unless
+ * i < first, or (i + 1) % every == 0.  All zeros: the family has no windows.
+ */
+typedef struct MillmSliding
+{
+	bool		possible;
+	int			default_window;		/* when "sliding_window" is absent; 0: no layer slides then.  null in the file: none does */
+	const char *switch_key;			/* boolean key, false by default, without which no layer slides; NULL: no such key */
+	const char *first_key;
+	int			default_first;
+	MillmKeys	every_key;
+	int			default_every;		/* 0: no layer is full for its number */
+} MillmSliding;
+
 typedef struct MillmArch
 {
 	const char *model_type;
@@ -31,6 +46,7 @@ typedef struct MillmArch
 	double		default_norm_eps;
 	double		default_rope_theta;
 	int			default_max_positions;
+	int			default_head_dim;		/* 0: hidden size over heads */
 	const char *default_act;
 	int			default_ffn_mult;		/* intermediate size when null: this times hidden size; 0: required */
 	bool		default_tied;
@@ -40,9 +56,11 @@ typedef struct MillmArch
 	bool		norm_bias;
 	MillmPosition position;
 	bool		rope_interleaved;
+	bool		yarn_is_longrope;		/* old files say "su" or "yarn" and mean "longrope" */
 	bool		mlp_gated;
 	bool		in_out;					/* Linears are stored [in, out] */
 	MillmWhen	qkv_bias, o_bias, mlp_bias;
+	MillmSliding sliding;
 	const char *scale_switch;			/* boolean key: false means attention_scale 1; NULL: no such key */
 	const char *layer_inv_scale_switch;	/* boolean key: divide the scale by layer + 1 */
 
@@ -52,10 +70,14 @@ typedef struct MillmArch
 	const char *attn_norm, *mlp_norm;
 	const char *q, *k, *v;				/* separate, or */
 	const char *qkv;					/* q, k and v concatenated along the output */
-	const char *o, *gate, *up, *down;
+	const char *o;
+	const char *q_norm, *k_norm;		/* of each head, before rope; NULL: none */
+	const char *gate, *up;				/* separate, or */
+	const char *gate_up;				/* gate and up concatenated along the output */
+	const char *down;
 	const char *ignored[6];				/* suffixes of buffers that old files carry */
 
-	/* boolean keys that must be false, or absent, for this engine */
+	/* keys that must be false, null or absent for this engine */
 	const char *refused[4];
 } MillmArch;
 

@@ -171,6 +171,8 @@ resolve_rope(json_t *json, const MillmArch *arch, MillmConfig *c, MillmError *er
 			if (!json_is_string(t))
 				return bad_value(err, "rope_type", t, "a string");
 			type = json_string_value(t);
+			if (arch->yarn_is_longrope && (strcmp(type, "yarn") == 0 || strcmp(type, "su") == 0))
+				type = "longrope";
 		}
 		if ((rc = get_double(scaling, "rope_theta", MIN_ROPE_THETA, 1e12, &theta, err)) != MILLM_OK ||
 			(rc = get_double(scaling, "partial_rotary_factor", 0.01, 1.0, &partial, err)) != MILLM_OK ||
@@ -296,10 +298,7 @@ static MillmCode
 refuse_flags(json_t *json, const MillmArch *arch, MillmError *err)
 {
 	static const char *const everywhere[] = {"is_encoder_decoder", "use_bidirectional_attention", NULL};
-	json_t	   *layer_types = get(json, "layer_types");
 	json_t	   *quantization = get(json, "quantization_config");
-	json_t	   *entry;
-	size_t		i;
 	bool		flag = false;
 	MillmCode	rc;
 
@@ -322,21 +321,68 @@ refuse_flags(json_t *json, const MillmArch *arch, MillmError *err)
 		if (flag)
 			return unsupported_flag(err, arch->model_type, *key, "true");
 	}
-	for (i = 0; i < 4 && arch->refused[i]; i++)
+	for (size_t i = 0; i < 4 && arch->refused[i]; i++)
 	{
-		if ((rc = get_bool(json, arch->refused[i], &flag, err)) != MILLM_OK)
-			return rc;
-		if (flag)
-			return unsupported_flag(err, arch->model_type, arch->refused[i], "true");
+		json_t	   *value = get(json, arch->refused[i]);
+		char	   *text = value && !json_is_false(value) ? json_dumps(value, JSON_ENCODE_ANY) : NULL;
+
+		if (!value || json_is_false(value))
+			continue;
+		unsupported_flag(err, arch->model_type, arch->refused[i], text ? text : "set");
+		free(text);
+		return MILLM_E_UNSUPPORTED_ARCHITECTURE;
 	}
-	if (layer_types && !json_is_array(layer_types))
-		return bad_value(err, "layer_types", layer_types, "a list");
-	json_array_foreach(layer_types, i, entry)
+	return MILLM_OK;
+}
+
+/* Which layers slide, and how far those see.  c->n_layers is known. */
+static MillmCode
+resolve_sliding(json_t *json, const MillmArch *arch, MillmConfig *c, MillmError *err)
+{
+	const MillmSliding *s = &arch->sliding;
+	json_t	   *types = get(json, "layer_types"), *entry;
+	int			window = s->default_window, first = s->default_first, every = s->default_every;
+	bool		on = !s->switch_key;
+	size_t		i;
+	MillmCode	rc;
+
+	if (types && !json_is_array(types))
+		return bad_value(err, "layer_types", types, "a list");
+	json_array_foreach(types, i, entry)
 	{
 		const char *type = json_string_value(entry);
+		bool		slides = type && s->possible && strcmp(type, "sliding_attention") == 0;
 
-		if (!type || strcmp(type, "full_attention") != 0)
+		if (!type || (!slides && strcmp(type, "full_attention") != 0))
 			return unsupported_flag(err, arch->model_type, "layer_types", type ? type : "a value that is not a string");
+		if (i < (size_t) c->n_layers)
+			c->slides[i] = slides;
+	}
+	if (!s->possible)
+		return MILLM_OK;
+	if (types && json_array_size(types) != (size_t) c->n_layers)
+	{
+		millm_fail(err, MILLM_E_INVALID_MODEL_FILE, "invalid value of \"layer_types\" in config.json");
+		millm_detail(err, "It has %zu entries; there are %d layers.", json_array_size(types), c->n_layers);
+		return MILLM_E_INVALID_MODEL_FILE;
+	}
+	if (json_is_null(json_object_get(json, "sliding_window")))
+		window = 0;
+	if ((rc = get_int(json, (const MillmKeys) {"sliding_window"}, 1, MILLM_MAX_POSITIONS, &window, err)) != MILLM_OK ||
+		(s->switch_key && (rc = get_bool(json, s->switch_key, &on, err)) != MILLM_OK) ||
+		(s->first_key && (rc = get_int(json, (const MillmKeys) {s->first_key}, 0, INT_MAX, &first, err)) != MILLM_OK) ||
+		(rc = get_int(json, s->every_key, 1, INT_MAX, &every, err)) != MILLM_OK)
+		return rc;
+	if (!on)
+		window = 0;
+	for (int l = 0; l < c->n_layers; l++)
+	{
+		if (!types)
+			c->slides[l] = (window > 0 || every > 0) && l >= first && (every == 0 || (l + 1) % every != 0);
+		if (c->slides[l] && window == 0)
+			return bad_value(err, "sliding_window", NULL, "a number, for there are layers that slide");
+		if (c->slides[l])
+			c->window = window;
 	}
 	return MILLM_OK;
 }
@@ -364,6 +410,7 @@ resolve(json_t *json, const MillmArch *arch, MillmConfig *c, MillmError *err)
 	snprintf(c->architecture, sizeof(c->architecture), "%s", json_is_string(v) ? shown(json_string_value(v)).text : "");
 
 	c->max_positions = arch->default_max_positions;
+	c->head_dim = arch->default_head_dim;
 	if ((rc = get_int(json, arch->hidden_size, 1, MILLM_MAX_HIDDEN, &c->hidden_size, err)) != MILLM_OK ||
 		(rc = get_int(json, arch->n_layers, 1, MILLM_MAX_LAYERS, &c->n_layers, err)) != MILLM_OK ||
 		(rc = get_int(json, arch->n_heads, 1, MILLM_MAX_HEADS, &c->n_heads, err)) != MILLM_OK ||
@@ -430,6 +477,8 @@ resolve(json_t *json, const MillmArch *arch, MillmConfig *c, MillmError *err)
 		act = json_string_value(v);
 	}
 	if ((rc = parse_act(arch->act[0], act, c, &c->act, err)) != MILLM_OK)
+		return rc;
+	if ((rc = resolve_sliding(json, arch, c, err)) != MILLM_OK)
 		return rc;
 	if (c->position == MILLM_POS_ROPE && (rc = resolve_rope(json, arch, c, err)) != MILLM_OK)
 		return rc;

@@ -575,6 +575,28 @@ bind_qkv(Binder *b, int i, MillmLayer *l)
 }
 
 static MillmCode
+bind_gate_up(Binder *b, int i, MillmLayer *l)
+{
+	const MillmArch *a = b->arch;
+	int64_t		h = b->model->config.hidden_size, ffn = b->model->config.intermediate_size;
+	MillmWeight fused = {.data = NULL};
+	MillmCode	rc;
+
+	if (!a->gate_up)
+	{
+		if (b->model->config.mlp_gated && (rc = bind_matrix(b, b->prefix, a->gate, i, ffn, h, a->in_out, &l->gate)) != MILLM_OK)
+			return rc;
+		return bind_matrix(b, b->prefix, a->up, i, ffn, h, a->in_out, &l->up);
+	}
+	if ((rc = bind_matrix(b, b->prefix, a->gate_up, i, 2 * ffn, h, a->in_out, &fused)) == MILLM_OK && fused.data)
+	{
+		l->gate = slice(&fused, 0, ffn);
+		l->up = slice(&fused, ffn, ffn);
+	}
+	return rc;
+}
+
+static MillmCode
 bind_layer(Binder *b, int i, MillmLayer *l)
 {
 	const MillmArch *a = b->arch;
@@ -585,13 +607,15 @@ bind_layer(Binder *b, int i, MillmLayer *l)
 	l->n_heads = c->n_heads;
 	l->n_kv_heads = c->n_kv_heads;
 	l->head_dim = c->head_dim;
+	l->window = c->slides[i] ? c->window : 0;
 	if ((rc = bind_norm(b, a->attn_norm, i, &l->attn_norm, &l->attn_norm_bias)) != MILLM_OK ||
 		(rc = bind_qkv(b, i, l)) != MILLM_OK ||
+		(a->q_norm && (rc = bind_vector(b, a->q_norm, i, ".weight", l->head_dim, &l->q_norm)) != MILLM_OK) ||
+		(a->k_norm && (rc = bind_vector(b, a->k_norm, i, ".weight", l->head_dim, &l->k_norm)) != MILLM_OK) ||
 		(rc = bind_matrix(b, b->prefix, a->o, i, h, (int64_t) l->n_heads * l->head_dim, a->in_out, &l->o)) != MILLM_OK ||
 		(c->o_bias && (rc = bind_vector(b, a->o, i, ".bias", h, &l->o_bias)) != MILLM_OK) ||
 		(rc = bind_norm(b, a->mlp_norm, i, &l->mlp_norm, &l->mlp_norm_bias)) != MILLM_OK ||
-		(c->mlp_gated && (rc = bind_matrix(b, b->prefix, a->gate, i, ffn, h, a->in_out, &l->gate)) != MILLM_OK) ||
-		(rc = bind_matrix(b, b->prefix, a->up, i, ffn, h, a->in_out, &l->up)) != MILLM_OK ||
+		(rc = bind_gate_up(b, i, l)) != MILLM_OK ||
 		(rc = bind_matrix(b, b->prefix, a->down, i, h, ffn, a->in_out, &l->down)) != MILLM_OK || !c->mlp_bias)
 		return rc;
 	if ((c->mlp_gated && (rc = bind_vector(b, a->gate, i, ".bias", ffn, &l->gate_bias)) != MILLM_OK) ||
@@ -781,7 +805,7 @@ millm_model_close(MillmModel *m)
 	for (int i = 0; m->layers && i < m->config.n_layers; i++)
 	{
 		MillmLayer *l = &m->layers[i];
-		MillmVector *vectors[] = {&l->attn_norm, &l->attn_norm_bias, &l->q_bias, &l->k_bias, &l->v_bias, &l->o_bias,
+		MillmVector *vectors[] = {&l->attn_norm, &l->attn_norm_bias, &l->q_bias, &l->k_bias, &l->v_bias, &l->o_bias, &l->q_norm, &l->k_norm,
 		&l->mlp_norm, &l->mlp_norm_bias, &l->gate_bias, &l->up_bias, &l->down_bias};
 
 		for (size_t k = 0; k < sizeof(vectors) / sizeof(vectors[0]); k++)

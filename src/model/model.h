@@ -54,6 +54,8 @@ typedef struct MillmConfig
 	/* attention and block */
 	float		attention_scale;	/* multiplies q.k; layer_inv_scale divides it by (layer + 1) */
 	bool		layer_inv_scale;
+	int			window;				/* keys that a query sees in a layer that slides, itself included; 0: none slides */
+	bool		slides[MILLM_MAX_LAYERS];
 	MillmAct	act;
 	bool		mlp_gated;
 	bool		qkv_bias, o_bias, mlp_bias;
@@ -93,6 +95,7 @@ typedef struct MillmLayer
 	MillmVector attn_norm, attn_norm_bias;
 	MillmWeight q, k, v, o;
 	MillmVector q_bias, k_bias, v_bias, o_bias;
+	MillmVector q_norm, k_norm;	/* [head_dim], of each head before rope; optional */
 	MillmVector mlp_norm, mlp_norm_bias;
 	MillmWeight gate, up, down;	/* gate is absent without mlp_gated */
 	MillmVector gate_bias, up_bias, down_bias;

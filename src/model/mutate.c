@@ -60,6 +60,17 @@ head(MillmModel *m)
 	m->screen.codes.data = NULL;	/* it was the other head's */
 }
 
+/* The layers before those that slide do. */
+static void
+slides(MillmModel *m)
+{
+	int			last = m->layers[m->config.n_layers - 1].window;
+
+	for (int i = m->config.n_layers - 1; i > 0; i--)
+		m->layers[i].window = m->layers[i - 1].window;
+	m->layers[0].window = last;
+}
+
 static void final_norm_bias(MillmModel *m) { drop(&m->final_norm_bias); }
 
 static void
@@ -70,6 +81,9 @@ inv_freq(MillmModel *m)
 }
 
 static void l_window(MillmLayer *l) { l->window = 5; }
+static void l_window_wider(MillmLayer *l) { l->window += l->window > 0; }
+static void l_q_norm(MillmLayer *l) { drop(&l->q_norm); }
+static void l_k_norm(MillmLayer *l) { drop(&l->k_norm); }
 static void l_attn_norm_bias(MillmLayer *l) { drop(&l->attn_norm_bias); }
 static void l_mlp_norm_bias(MillmLayer *l) { drop(&l->mlp_norm_bias); }
 static void l_q_bias(MillmLayer *l) { drop(&l->q_bias); }
@@ -127,7 +141,8 @@ static const struct
 	{"inv_freq", inv_freq, NULL}, {"rope_attention_factor", rope_attention_factor, NULL}, {"attention_scale", attention_scale, NULL},
 	{"layer_inv_scale", layer_inv_scale, NULL}, {"act", act, NULL}, {"position_embedding", position_embedding, NULL},
 	{"final_norm_bias", final_norm_bias, NULL}, {"head", head, NULL}, {"n_kv_heads", NULL, l_n_kv_heads},
-	{"window", NULL, l_window}, {"attn_norm_bias", NULL, l_attn_norm_bias}, {"mlp_norm_bias", NULL, l_mlp_norm_bias}, {"q_bias", NULL, l_q_bias},
+	{"window", NULL, l_window}, {"window_wider", NULL, l_window_wider}, {"slides", slides, NULL}, {"q_norm", NULL, l_q_norm}, {"k_norm", NULL, l_k_norm},
+	{"attn_norm_bias", NULL, l_attn_norm_bias}, {"mlp_norm_bias", NULL, l_mlp_norm_bias}, {"q_bias", NULL, l_q_bias},
 	{"k_bias", NULL, l_k_bias}, {"v_bias", NULL, l_v_bias}, {"o_bias", NULL, l_o_bias}, {"gate_bias", NULL, l_gate_bias}, {"up_bias", NULL, l_up_bias},
 	{"down_bias", NULL, l_down_bias}, {"mlp_gated", NULL, l_mlp_gated}, {"qkv_order", NULL, l_qkv_order}, {"in_out", NULL, l_in_out},
 	{"quant_first", NULL, l_quant_first}, {"quant_codebook", NULL, l_quant_codebook}, {"quant_block_size", NULL, l_quant_block_size},

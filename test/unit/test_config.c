@@ -14,6 +14,8 @@
 #define LLAMA "\"model_type\": \"llama\", \"architectures\": [\"LlamaForCausalLM\"], \"hidden_size\": 64, \"intermediate_size\": 172," \
 	" \"num_hidden_layers\": 4, \"num_attention_heads\": 4, \"num_key_value_heads\": 2, \"vocab_size\": 509," \
 	" \"max_position_embeddings\": 128, \"rms_norm_eps\": 1e-5, \"hidden_act\": \"silu\", \"eos_token_id\": [2, 3]"
+#define FAMILY(type) "\"model_type\": \"" type "\", \"hidden_size\": 64, \"intermediate_size\": 172, \"num_hidden_layers\": 4," \
+	" \"num_attention_heads\": 4, \"num_key_value_heads\": 2, \"vocab_size\": 509"
 #define GPT2 "\"model_type\": \"gpt2\", \"n_embd\": 32, \"n_layer\": 5, \"n_head\": 4, \"n_positions\": 128, \"vocab_size\": 509"
 
 /* The object of base with the members of change in place of its own; a member that is "-" is taken away. */
@@ -113,6 +115,64 @@ llama(void **state)
 	millm_config_free(&c);
 	must_parse(LLAMA, "\"mlp_bias\": true, \"layer_types\": [\"full_attention\", \"full_attention\"], \"unknown_key\": {\"a\": [1]}", &c);
 	assert_true(!c.qkv_bias && !c.o_bias && c.mlp_bias);
+	millm_config_free(&c);
+}
+
+/* The layers that slide, "f" for a full one and "s" for a sliding one, and their window. */
+static void
+must_slide(const char *base, const char *change, const char *layers, int window)
+{
+	MillmConfig c;
+
+	must_parse(base, change, &c);
+	assert_int_equal(c.n_layers, strlen(layers));
+	for (int i = 0; i < c.n_layers; i++)
+		if (c.slides[i] != (layers[i] == 's'))
+			fail_msg("%s %s: layer %d", base, change, i);
+	assert_int_equal(c.window, window);
+	millm_config_free(&c);
+}
+
+static void
+sliding(void **state)
+{
+	(void) state;
+	must_slide(LLAMA, "\"sliding_window\": 8", "ffff", 0);
+	must_slide(FAMILY("mistral"), "", "ssss", 4096);
+	must_slide(FAMILY("mistral"), "\"sliding_window\": null", "ffff", 0);
+	must_slide(FAMILY("mistral"), "\"sliding_window\": 8", "ssss", 8);
+	must_slide(FAMILY("mistral"), "\"layer_types\": [\"sliding_attention\", \"full_attention\", \"full_attention\", \"sliding_attention\"]", "sffs", 4096);
+	must_slide(FAMILY("phi3"), "", "ffff", 0);
+	must_slide(FAMILY("phi3"), "\"sliding_window\": 2047", "ssss", 2047);
+	must_slide(FAMILY("qwen2"), "\"sliding_window\": 8, \"max_window_layers\": 2", "ffff", 0);
+	must_slide(FAMILY("qwen2"), "\"use_sliding_window\": true, \"sliding_window\": 8, \"max_window_layers\": 2", "ffss", 8);
+	must_slide(FAMILY("qwen2"), "\"use_sliding_window\": true", "ffff", 0);
+	must_slide(FAMILY("qwen3"), "\"use_sliding_window\": true, \"max_window_layers\": 0", "ssss", 4096);
+}
+
+/* What a family has when its file does not say. */
+static void
+families(void **state)
+{
+	MillmConfig c;
+
+	(void) state;
+	must_parse(FAMILY("qwen2"), "\"attention_bias\": true", &c);
+	assert_true(c.qkv_bias && !c.o_bias && !c.mlp_bias && !c.tied);
+	assert_int_equal(c.head_dim, 16);
+	assert_int_equal(c.max_positions, 32768);
+	millm_config_free(&c);
+	must_parse(FAMILY("qwen3"), "", &c);
+	assert_true(!c.qkv_bias && !c.o_bias && !c.tied);
+	assert_int_equal(c.head_dim, 128);
+	millm_config_free(&c);
+	must_parse(FAMILY("mistral"), "\"attention_bias\": true, \"head_dim\": 24", &c);
+	assert_true(!c.qkv_bias && !c.o_bias);
+	assert_int_equal(c.head_dim, 24);
+	millm_config_free(&c);
+	must_parse(FAMILY("phi3"), "\"partial_rotary_factor\": 0.75", &c);
+	assert_int_equal(c.rotary_dim, 12);
+	assert_near(c.norm_eps, 1e-5f);
 	millm_config_free(&c);
 }
 
@@ -309,6 +369,16 @@ refused(void **state)
 		{LLAMA, "\"is_encoder_decoder\": \"yes\"", MILLM_E_INVALID_MODEL_FILE, "\"is_encoder_decoder\""},
 		{LLAMA, "\"use_bidirectional_attention\": true", MILLM_E_UNSUPPORTED_ARCHITECTURE, "\"use_bidirectional_attention\""},
 		{LLAMA, "\"layer_types\": [\"full_attention\", \"sliding_attention\"]", MILLM_E_UNSUPPORTED_ARCHITECTURE, "\"layer_types\": sliding_attention"},
+		{FAMILY("mistral"), "\"layer_types\": [\"sliding_attention\", \"full_attention\"]", MILLM_E_INVALID_MODEL_FILE, "It has 2 entries; there are 4 layers"},
+		{FAMILY("qwen2"), "\"layer_types\": [\"sliding_attention\", \"full_attention\", \"full_attention\", \"full_attention\"]", MILLM_E_INVALID_MODEL_FILE,
+		"\"sliding_window\""},
+		{FAMILY("qwen3"), "\"layer_types\": [\"full_attention\", \"linear_attention\", \"full_attention\", \"full_attention\"]", MILLM_E_UNSUPPORTED_ARCHITECTURE,
+		"\"layer_types\": linear_attention"},
+		{FAMILY("mistral"), "\"sliding_window\": 0", MILLM_E_INVALID_MODEL_FILE, "\"sliding_window\""},
+		{FAMILY("qwen2"), "\"use_sliding_window\": 1", MILLM_E_INVALID_MODEL_FILE, "\"use_sliding_window\""},
+		{FAMILY("qwen2"), "\"max_window_layers\": -1", MILLM_E_INVALID_MODEL_FILE, "\"max_window_layers\""},
+		{FAMILY("phi3"), "\"rope_scaling\": {\"type\": \"yarn\", \"factor\": 2}", MILLM_E_UNSUPPORTED_ARCHITECTURE, "\"rope_type\": longrope"},
+		{FAMILY("phi3"), "\"rope_scaling\": {\"type\": \"su\"}", MILLM_E_UNSUPPORTED_ARCHITECTURE, "\"rope_type\": longrope"},
 		{LLAMA, "\"layer_types\": [4]", MILLM_E_UNSUPPORTED_ARCHITECTURE, "not a string"},
 		{LLAMA, "\"layer_types\": \"full_attention\"", MILLM_E_INVALID_MODEL_FILE, "\"layer_types\""},
 		{LLAMA, "\"quantization_config\": {\"quant_method\": \"gptq\", \"bits\": 4}", MILLM_E_UNSUPPORTED, "quant_method \"gptq\""},
@@ -506,6 +576,8 @@ main(void)
 {
 	const struct CMUnitTest tests[] = {
 		cmocka_unit_test(llama),
+		cmocka_unit_test(sliding),
+		cmocka_unit_test(families),
 		cmocka_unit_test(gpt2),
 		cmocka_unit_test(two_spellings),
 		cmocka_unit_test(rope),
