@@ -29,6 +29,8 @@ typedef struct MillmAttention
 	int			head_dim;
 	int			window;			/* keys a query sees, itself included; 0: all */
 	float		scale;
+	float		softcap;		/* of the scores; 0: none */
+	bool		local;			/* rotates by the model's local_rope, if it has one */
 } MillmAttention;
 
 /* One of the matmuls that share an input: y (+)= x w^T + bias */
@@ -55,8 +57,8 @@ struct MillmBackend
 	/* Begin a step of n tokens: where each is, and the page table of its sequence (borrowed for the step). */
 	void		(*begin) (MillmBackend *be, const int32_t *positions, const int32_t *const *pages, int n);
 
-	/* y[t] (+)= table[rows[t]] */
-	void		(*embed) (MillmBackend *be, MillmBuffer *y, const MillmWeight *table, const int32_t *rows, bool add, int n);
+	/* y[t] = table[rows[t]], times scale unless it is 0; or y[t] += table[rows[t]] */
+	void		(*embed) (MillmBackend *be, MillmBuffer *y, const MillmWeight *table, const int32_t *rows, float scale, bool add, int n);
 	/* Each of the first n_parts parts of a row, weight->n values, is normed by itself: the row, or its heads.  y may be x */
 	void		(*norm) (MillmBackend *be, MillmBuffer *y, MillmBuffer *x, MillmNorm kind, const MillmVector *weight,
 						 const MillmVector *bias, float eps, int n_parts, int n);
@@ -74,6 +76,9 @@ struct MillmBackend
 	void		(*attention) (MillmBackend *be, const MillmAttention *a, MillmBuffer *y, MillmBuffer *q, int n);
 	/* y = act(x), times up unless NULL; y may be x */
 	void		(*activation) (MillmBackend *be, MillmBuffer *y, MillmAct act, MillmBuffer *x, MillmBuffer *up, int64_t n_columns, int n);
+	void		(*add) (MillmBackend *be, MillmBuffer *y, MillmBuffer *x, int n);	/* y += x */
+	/* x = cap tanh(x / cap) */
+	void		(*softcap) (MillmBackend *be, MillmBuffer *x, float cap, int n);
 	void		(*select) (MillmBackend *be, MillmBuffer *y, MillmBuffer *x, const int32_t *rows, int n);	/* y[t] = x[rows[t]] */
 	bool		(*is_finite) (MillmBackend *be, MillmBuffer *x, int n);
 

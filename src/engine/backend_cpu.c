@@ -78,8 +78,9 @@ typedef struct CpuBackend
 	const int32_t *positions;
 	const int32_t *const *pages;
 	int			n_pairs;		/* rotary_dim / 2, 0 without rope */
-	float	   *cosine,			/* [max_tokens, n_pairs] */
+	float	   *cosine,			/* [max_tokens, n_pairs]; behind them, the local rope's */
 			   *sine;
+	int64_t		local_angles;	/* where these begin; 0: there is none */
 	/* the shortlist of a row of logits, when the model has a screening copy */
 	float	   *lower;			/* [vocab] */
 	float	   *heap;			/* [vocab / SHORTLIST_SHARE] */
@@ -163,7 +164,7 @@ millm_backend_cpu_own_bytes(const MillmModel *model, int max_tokens)
 {
 	int64_t		n = model->screen.codes.data ? model->head.n_out : 0;
 
-	return ((int64_t) max_tokens * model->config.rotary_dim + n + 2 * (n / SHORTLIST_SHARE)) * (int64_t) sizeof(float);
+	return ((int64_t) max_tokens * model->config.rotary_dim * (model->config.local_rope.inv_freq ? 2 : 1) + n + 2 * (n / SHORTLIST_SHARE)) * (int64_t) sizeof(float);
 }
 
 /* Zeroed memory that is not touched before it is used. */
@@ -247,30 +248,42 @@ copy_page(MillmBackend *be, int32_t dst, int32_t src)
 
 /* ---- the step ---- */
 
+/* cosine and sine from element `at` on */
 static void
-begin(MillmBackend *be, const int32_t *positions, const int32_t *const *pages, int n)
+compute_angles(CpuBackend *c, const MillmRope *rope, int64_t at, int n)
 {
-	CpuBackend *c = cpu(be);
-	const MillmConfig *config = &c->model->config;
-
-	c->positions = positions;
-	c->pages = pages;
 	for (int t = 0; t < n; t++)
-		for (int j = 0; j < c->n_pairs; j++)
+		for (int j = 0; j < c->n_pairs; j++, at++)
 		{
-			float		angle = (float) positions[t] * config->inv_freq[j];
+			float		angle = (float) c->positions[t] * rope->inv_freq[j];
 
-			c->cosine[(int64_t) t * c->n_pairs + j] = cosf(angle) * config->rope_attention_factor;
-			c->sine[(int64_t) t * c->n_pairs + j] = sinf(angle) * config->rope_attention_factor;
+			c->cosine[at] = cosf(angle) * rope->attention_factor;
+			c->sine[at] = sinf(angle) * rope->attention_factor;
 		}
 }
 
 static void
-embed(MillmBackend *be, MillmBuffer *y, const MillmWeight *table, const int32_t *rows, bool add, int n)
+begin(MillmBackend *be, const int32_t *positions, const int32_t *const *pages, int n)
+{
+	CpuBackend *c = cpu(be);
+
+	c->positions = positions;
+	c->pages = pages;
+	compute_angles(c, &c->model->config.rope, 0, n);
+	if (c->local_angles)
+		compute_angles(c, &c->model->config.local_rope, c->local_angles, n);
+}
+
+static void
+embed(MillmBackend *be, MillmBuffer *y, const MillmWeight *table, const int32_t *rows, float scale, bool add, int n)
 {
 	y->n_packed = 0;
 	for (int t = 0; t < n; t++)
+	{
 		cpu(be)->k.load_row(row(y, t), millm_weight_row(table, rows[t]), table->dtype, table->n_in, add);
+		for (int64_t i = 0; scale != 0 && i < table->n_in; i++)
+			row(y, t)[i] *= scale;
+	}
 }
 
 typedef struct NormLoop
@@ -541,6 +554,7 @@ attention_loop(MillmBackend *be, const MillmAttention *a)
 			.group = a->n_heads / a->n_kv_heads,
 			.window = a->window,
 			.scale = a->scale,
+			.softcap = a->softcap,
 		},
 	};
 }
@@ -558,8 +572,9 @@ rope_and_store_rows(void *arg, int64_t begin_row, int64_t end_row)
 
 		if (c->n_pairs > 0)
 		{
-			const float *cosine = c->cosine + t * c->n_pairs;
-			const float *sine = c->sine + t * c->n_pairs;
+			int64_t		at = (l->a->local ? c->local_angles : 0) + t * c->n_pairs;
+			const float *cosine = c->cosine + at;
+			const float *sine = c->sine + at;
 
 			c->k.rope(row(l->q, t), l->a->n_heads, l->a->head_dim, c->n_pairs, interleaved, cosine, sine);
 			c->k.rope(row(l->k, t), l->a->n_kv_heads, l->a->head_dim, c->n_pairs, interleaved, cosine, sine);
@@ -642,6 +657,50 @@ activation(MillmBackend *be, MillmBuffer *y, MillmAct act, MillmBuffer *x, Millm
 	run_rows(cpu(be), activation_rows, &l, n, n_columns * 4);
 }
 
+typedef struct PairLoop
+{
+	CpuBackend *c;
+	MillmBuffer *y, *x;
+	float		cap;
+} PairLoop;
+
+static void
+add_rows(void *arg, int64_t begin_row, int64_t end_row)
+{
+	PairLoop   *l = arg;
+
+	for (int64_t t = begin_row; t < end_row; t++)
+		for (int64_t i = 0; i < l->y->n_columns; i++)
+			row(l->y, t)[i] += row(l->x, t)[i];
+}
+
+static void
+add(MillmBackend *be, MillmBuffer *y, MillmBuffer *x, int n)
+{
+	PairLoop	l = {cpu(be), y, x, 0};
+
+	y->n_packed = 0;
+	run_rows(l.c, add_rows, &l, n, y->n_columns);
+}
+
+static void
+softcap_rows(void *arg, int64_t begin_row, int64_t end_row)
+{
+	PairLoop   *l = arg;
+
+	for (int64_t t = begin_row; t < end_row; t++)
+		l->c->k.softcap(row(l->x, t), l->cap, l->x->n_columns);
+}
+
+static void
+softcap(MillmBackend *be, MillmBuffer *x, float cap, int n)
+{
+	PairLoop	l = {cpu(be), NULL, x, cap};
+
+	x->n_packed = 0;
+	run_rows(l.c, softcap_rows, &l, n, x->n_columns * 4);
+}
+
 static void
 select_rows(MillmBackend *be, MillmBuffer *y, MillmBuffer *x, const int32_t *rows, int n)
 {
@@ -710,6 +769,8 @@ millm_backend_cpu_create(const MillmModel *model, const MillmBackendOptions *opt
 		.rope_and_store = rope_and_store,
 		.attention = attention,
 		.activation = activation,
+		.add = add,
+		.softcap = softcap,
 		.select = select_rows,
 		.is_finite = is_finite,
 		.copy_page = copy_page,
@@ -724,6 +785,11 @@ millm_backend_cpu_create(const MillmModel *model, const MillmBackendOptions *opt
 
 		c->n_pairs = model->config.rotary_dim / 2;
 		n = (size_t) options->max_tokens * (size_t) c->n_pairs;
+		if (model->config.local_rope.inv_freq)
+		{
+			c->local_angles = (int64_t) n;
+			n *= 2;
+		}
 		c->cosine = calloc(n, sizeof(float));
 		c->sine = calloc(n, sizeof(float));
 		if (!c->cosine || !c->sine)

@@ -12,7 +12,8 @@
  *	 x = embedding                                   [n, hidden]
  *	 each layer:  x += o(attention(rope(head norms(qkv(norm(x))))))
  *	              x += down(act(gate(norm(x))) * up(norm(x)))
- *	 logits = head(norm(x of the wanted rows))       [n_wanted, vocab]
+ *	              (some families norm what is added, too)
+ *	 logits = softcap(head(norm(x of the wanted rows)))  [n_wanted, vocab]
  */
 #include "forward.h"
 
@@ -154,7 +155,8 @@ millm_forward_create(const MillmModel *model, const MillmForwardOptions *options
 	fw->wanted = calloc((size_t) n, sizeof(*fw->wanted));
 	fw->tops = calloc((size_t) n, sizeof(*fw->tops));
 	fw->pages = calloc((size_t) n, sizeof(*fw->pages));
-	fw->is_screened = model->screen.codes.data && !options->full_head;
+	/* a sampler's margin is one of capped logits, which the copy knows nothing of */
+	fw->is_screened = model->screen.codes.data && !options->full_head && model->config.logit_softcap == 0;
 	if (!fw->tokens || !fw->positions || !fw->wanted || !fw->tops || !fw->pages)
 		rc = millm_fail(err, MILLM_E_INSUFFICIENT_MEMORY, "out of memory");
 	else if ((rc = millm_backend_cpu_create(model, &bo, &fw->be, err)) == MILLM_OK &&
@@ -273,6 +275,17 @@ take_batch(MillmForward *fw, const MillmBatchToken *batch, int n, int *n_wanted,
 	return MILLM_OK;
 }
 
+/* x += norm(h) */
+static void
+add_normed(MillmForward *fw, const MillmVector *weight, int n)
+{
+	static const MillmVector none;
+	const MillmConfig *c = &fw->model->config;
+
+	fw->be->norm(fw->be, fw->h, fw->h, c->norm, weight, &none, c->norm_eps, 1, n);
+	fw->be->add(fw->be, fw->x, fw->h, n);
+}
+
 static void
 run_layer(MillmForward *fw, int i, int n)
 {
@@ -287,11 +300,14 @@ run_layer(MillmForward *fw, int i, int n)
 		.head_dim = l->head_dim,
 		.window = l->window,
 		.scale = c->layer_inv_scale ? c->attention_scale / (float) (i + 1) : c->attention_scale,
+		.softcap = c->attention_softcap,
+		.local = l->window > 0 && c->local_rope.inv_freq,
 	};
 	const MillmProjection qkv[] = {{fw->q, &l->q, &l->q_bias, false}, {fw->k, &l->k, &l->k_bias, false}, {fw->v, &l->v, &l->v_bias, false}};
-	const MillmProjection o = {fw->x, &l->o, &l->o_bias, true};
+	/* what a norm stands before does not go into the residual at once */
+	const MillmProjection o = {l->attn_post_norm.data ? fw->h : fw->x, &l->o, &l->o_bias, !l->attn_post_norm.data};
 	const MillmProjection up_gate[] = {{fw->up, &l->up, &l->up_bias, false}, {fw->gate, &l->gate, &l->gate_bias, false}};
-	const MillmProjection down = {fw->x, &l->down, &l->down_bias, true};
+	const MillmProjection down = {l->mlp_post_norm.data ? fw->h : fw->x, &l->down, &l->down_bias, !l->mlp_post_norm.data};
 
 	be->norm(be, fw->h, fw->x, c->norm, &l->attn_norm, c->norm_bias ? &l->attn_norm_bias : &none, c->norm_eps, 1, n);
 	be->matmul(be, qkv, 3, fw->h, n);
@@ -302,6 +318,8 @@ run_layer(MillmForward *fw, int i, int n)
 	be->rope_and_store(be, &attention, fw->q, fw->k, fw->v, n);
 	be->attention(be, &attention, fw->a, fw->q, n);
 	be->matmul(be, &o, 1, fw->a, n);
+	if (l->attn_post_norm.data)
+		add_normed(fw, &l->attn_post_norm, n);
 
 	be->norm(be, fw->h, fw->x, c->norm, &l->mlp_norm, c->norm_bias ? &l->mlp_norm_bias : &none, c->norm_eps, 1, n);
 	be->matmul(be, up_gate, c->mlp_gated ? 2 : 1, fw->h, n);
@@ -310,6 +328,8 @@ run_layer(MillmForward *fw, int i, int n)
 	else
 		be->activation(be, fw->up, c->act, fw->up, NULL, l->up.n_out, n);
 	be->matmul(be, &down, 1, fw->up, n);
+	if (l->mlp_post_norm.data)
+		add_normed(fw, &l->mlp_post_norm, n);
 }
 
 static MillmCode
@@ -348,7 +368,11 @@ run_head(MillmForward *fw, int n, MillmError *err)
 		return MILLM_OK;
 	}
 	be->matmul(be, &head, 1, fw->h, n);
-	return be->is_finite(be, fw->logits, n) ? MILLM_OK : not_finite("the logits", -1, err);
+	if (!be->is_finite(be, fw->logits, n))	/* a softcap would make infinite ones finite */
+		return not_finite("the logits", -1, err);
+	if (model->config.logit_softcap > 0)
+		be->softcap(be, fw->logits, model->config.logit_softcap, n);
+	return MILLM_OK;
 }
 
 static MillmCode
@@ -359,9 +383,9 @@ run_step(MillmForward *fw, int n, int n_wanted, bool (*should_stop) (void *arg),
 	const MillmConfig *c = &model->config;
 
 	be->begin(be, fw->positions, fw->pages, n);
-	be->embed(be, fw->x, &model->embedding, fw->tokens, false, n);
+	be->embed(be, fw->x, &model->embedding, fw->tokens, c->embedding_scale, false, n);
 	if (c->position == MILLM_POS_LEARNED)
-		be->embed(be, fw->x, &model->position_embedding, fw->positions, true, n);
+		be->embed(be, fw->x, &model->position_embedding, fw->positions, 0, true, n);
 	if (!be->is_finite(be, fw->x, n))
 		return not_finite("the embedding", -1, err);
 

@@ -239,6 +239,26 @@ kv_store(const MillmKvLayer *kv, int32_t page, int slot, const float *k, const f
 		}
 }
 
+/* 1 / (1 + e^-x) */
+INLINE __m256
+sigmoid_8(__m256 x)
+{
+	/* where one is NaN, max and min give their second operand: it passes */
+	__m256		bounded = _mm256_max_ps(_mm256_set1_ps(-87), _mm256_sub_ps(_mm256_setzero_ps(), x));
+
+	bounded = _mm256_min_ps(_mm256_set1_ps(87), bounded);
+	return _mm256_div_ps(_mm256_set1_ps(1), _mm256_add_ps(_mm256_set1_ps(1), exp_8(bounded)));
+}
+
+/* cap tanh(x / cap), by tanh(z) = 2 sigmoid(2 z) - 1 */
+INLINE __m256
+softcap_8(__m256 x, float cap)
+{
+	__m256		s = sigmoid_8(_mm256_mul_ps(x, _mm256_set1_ps(2 / cap)));
+
+	return _mm256_fmsub_ps(_mm256_set1_ps(2 * cap), s, _mm256_set1_ps(cap));
+}
+
 /* Add the values of one page, weighted, to y [head_dim]: y = y * rescale + sum_s weight[s] v[s]. */
 static void
 add_values(float *y, const uint16_t *v, int hd, const float *weight, int from, int to, float rescale)
@@ -298,8 +318,10 @@ attention(float *y, const float *q, const MillmKvLayer *kv, const int32_t *pages
 				low = _mm256_fmadd_ps(qd, load_8(k, d * MILLM_KERNEL_PAGE, MILLM_F16), low);
 				high = _mm256_fmadd_ps(qd, load_8(k, d * MILLM_KERNEL_PAGE + 8, MILLM_F16), high);
 			}
-			_mm256_storeu_ps(score, _mm256_mul_ps(low, _mm256_set1_ps(kv->scale)));
-			_mm256_storeu_ps(score + 8, _mm256_mul_ps(high, _mm256_set1_ps(kv->scale)));
+			low = _mm256_mul_ps(low, _mm256_set1_ps(kv->scale));
+			high = _mm256_mul_ps(high, _mm256_set1_ps(kv->scale));
+			_mm256_storeu_ps(score, kv->softcap > 0 ? softcap_8(low, kv->softcap) : low);
+			_mm256_storeu_ps(score + 8, kv->softcap > 0 ? softcap_8(high, kv->softcap) : high);
 			for (int s = from; s <= to; s++)
 				if (!(score[s] <= page_max))	/* a NaN is taken along: it must reach the output */
 					page_max = score[s];
@@ -315,17 +337,6 @@ attention(float *y, const float *q, const MillmKvLayer *kv, const int32_t *pages
 		for (int d = 0; d < hd; d++)
 			yh[d] /= sum;
 	}
-}
-
-/* 1 / (1 + e^-x) */
-INLINE __m256
-sigmoid_8(__m256 x)
-{
-	/* where one is NaN, max and min give their second operand: it passes */
-	__m256		bounded = _mm256_max_ps(_mm256_set1_ps(-87), _mm256_sub_ps(_mm256_setzero_ps(), x));
-
-	bounded = _mm256_min_ps(_mm256_set1_ps(87), bounded);
-	return _mm256_div_ps(_mm256_set1_ps(1), _mm256_add_ps(_mm256_set1_ps(1), exp_8(bounded)));
 }
 
 INLINE __m256
@@ -367,6 +378,21 @@ name(float *y, const float *x, const float *up, int64_t n) \
 UNARY(silu)
 UNARY(gelu_tanh)
 
+static void
+softcap(float *x, float cap, int64_t n)
+{
+	float		tail[8] = {0};
+	int64_t		i;
+
+	for (i = 0; i + 8 <= n; i += 8)
+		_mm256_storeu_ps(x + i, softcap_8(_mm256_loadu_ps(x + i), cap));
+	if (i == n)
+		return;
+	memcpy(tail, x + i, sizeof(float) * (size_t) (n - i));
+	_mm256_storeu_ps(tail, softcap_8(_mm256_loadu_ps(tail), cap));
+	memcpy(x + i, tail, sizeof(float) * (size_t) (n - i));
+}
+
 void
 millm_kernels_avx2(MillmKernels *k)
 {
@@ -384,5 +410,6 @@ millm_kernels_avx2(MillmKernels *k)
 	k->attention = attention;
 	k->unary[MILLM_UNARY_SILU] = silu;
 	k->unary[MILLM_UNARY_GELU_TANH] = gelu_tanh;
+	k->softcap = softcap;
 }
 #endif

@@ -544,6 +544,26 @@ add_values(float *y, int n_heads, int d, int n_vectors, __mmask16 last, const Mi
 			_mm512_mask_storeu_ps(y + g * hd + d + 16 * u, u == n_vectors - 1 ? last : 0xFFFF, out[g][u]);
 }
 
+/* 1 / (1 + e^-x) */
+INLINE __m512
+sigmoid_16(__m512 x)
+{
+	/* where one is NaN, max and min give their second operand: it passes */
+	__m512		bounded = _mm512_max_ps(_mm512_set1_ps(-87), _mm512_sub_ps(_mm512_setzero_ps(), x));
+
+	bounded = _mm512_min_ps(_mm512_set1_ps(87), bounded);
+	return _mm512_div_ps(_mm512_set1_ps(1), _mm512_add_ps(_mm512_set1_ps(1), exp_16(bounded)));
+}
+
+/* cap tanh(x / cap), by tanh(z) = 2 sigmoid(2 z) - 1 */
+INLINE __m512
+softcap_16(__m512 x, float cap)
+{
+	__m512		s = sigmoid_16(_mm512_mul_ps(x, _mm512_set1_ps(2 / cap)));
+
+	return _mm512_fmsub_ps(_mm512_set1_ps(2 * cap), s, _mm512_set1_ps(cap));
+}
+
 /* Pages pages[0 .. n_pages), of which slots from (of the first) to (of the last) count. */
 INLINE void
 attention_block(float *y, const float *q, int n_heads, const MillmKvLayer *kv, const int32_t *pages, int n_pages, int from, int to,
@@ -588,7 +608,10 @@ attention_block(float *y, const float *q, int n_heads, const MillmKvLayer *kv, c
 		for (int p = 0; p < n_pages; p++)
 		{
 			counts[p] = (p == n_pages - 1 ? first_lanes(to + 1) : 0xFFFF) & (p == 0 ? ~first_lanes(from) : 0xFFFF);
-			score[g][p] = _mm512_mask_mul_ps(_mm512_set1_ps(-INFINITY), counts[p], score[g][p], _mm512_set1_ps(kv->scale));
+			score[g][p] = _mm512_mul_ps(score[g][p], _mm512_set1_ps(kv->scale));
+			if (kv->softcap > 0)
+				score[g][p] = softcap_16(score[g][p], kv->softcap);
+			score[g][p] = _mm512_mask_mov_ps(_mm512_set1_ps(-INFINITY), counts[p], score[g][p]);
 			max = _mm512_max_ps(max, score[g][p]);
 		}
 		block_max = _mm512_reduce_max_ps(max);
@@ -664,17 +687,6 @@ attention(float *y, const float *q, const MillmKvLayer *kv, const int32_t *pages
 	}
 }
 
-/* 1 / (1 + e^-x) */
-INLINE __m512
-sigmoid_16(__m512 x)
-{
-	/* where one is NaN, max and min give their second operand: it passes */
-	__m512		bounded = _mm512_max_ps(_mm512_set1_ps(-87), _mm512_sub_ps(_mm512_setzero_ps(), x));
-
-	bounded = _mm512_min_ps(_mm512_set1_ps(87), bounded);
-	return _mm512_div_ps(_mm512_set1_ps(1), _mm512_add_ps(_mm512_set1_ps(1), exp_16(bounded)));
-}
-
 INLINE __m512
 silu_16(__m512 x)
 {
@@ -706,6 +718,17 @@ name(float *y, const float *x, const float *up, int64_t n) \
 UNARY(silu)
 UNARY(gelu_tanh)
 
+static void
+softcap(float *x, float cap, int64_t n)
+{
+	for (int64_t i = 0; i < n; i += 16)
+	{
+		__mmask16	mask = first_lanes(n - i);
+
+		_mm512_mask_storeu_ps(x + i, mask, softcap_16(_mm512_maskz_loadu_ps(mask, x + i), cap));
+	}
+}
+
 void
 millm_kernels_avx512(MillmKernels *k, unsigned cpu)
 {
@@ -729,5 +752,6 @@ millm_kernels_avx512(MillmKernels *k, unsigned cpu)
 	k->attention = attention;
 	k->unary[MILLM_UNARY_SILU] = silu;
 	k->unary[MILLM_UNARY_GELU_TANH] = gelu_tanh;
+	k->softcap = softcap;
 }
 #endif

@@ -95,6 +95,7 @@ typedef struct MillmKvLayer
 	int			group;			/* query heads per KV head */
 	int			window;			/* keys a query sees, itself included; 0: all */
 	float		scale;			/* multiplies q.k */
+	float		softcap;		/* c: scaled scores become c tanh(score / c); 0: none */
 } MillmKvLayer;
 
 typedef enum MillmUnary {MILLM_UNARY_SILU, MILLM_UNARY_GELU_TANH, MILLM_UNARY_GELU_ERF, MILLM_UNARY_RELU, MILLM_N_UNARY} MillmUnary;
@@ -133,6 +134,8 @@ typedef struct MillmKernels
 							  int64_t position, int kv_head);
 	/* y[i] = f(x[i]), times up[i] unless up is NULL; y may be x */
 	void		(*unary[MILLM_N_UNARY]) (float *y, const float *x, const float *up, int64_t n);
+	/* x[i] = cap tanh(x[i] / cap) */
+	void		(*softcap) (float *x, float cap, int64_t n);
 	/* y[i] = w[i], or y[i] += w[i]: n stored values of a dtype to float32 */
 	void		(*load_row) (float *y, const void *w, MillmDtype dtype, int64_t n, bool add);
 	bool		(*is_finite) (const float *x, int64_t n);

@@ -334,6 +334,8 @@ attention(float *y, const float *q, const MillmKvLayer *kv, const int32_t *pages
 			for (int s = from; s <= to; s++)
 			{
 				score[s] *= kv->scale;
+				if (kv->softcap > 0)
+					score[s] = kv->softcap * tanhf(score[s] / kv->softcap);
 				if (!(score[s] <= page_max))	/* a NaN is taken along: it must reach the output */
 					page_max = score[s];
 			}
@@ -372,6 +374,13 @@ UNARY(silu, v / (1 + expf(-v)))
 UNARY(gelu_tanh, 0.5f * v * (1 + tanhf(0.7978845608f * (v + 0.044715f * v * v * v))))
 UNARY(gelu_erf, 0.5f * v * (1 + erff(v * 0.7071067812f)))
 UNARY(relu, v < 0 ? 0 : v)
+
+static void
+softcap(float *x, float cap, int64_t n)
+{
+	for (int64_t i = 0; i < n; i++)
+		x[i] = cap * tanhf(x[i] / cap);
+}
 
 static void
 load_row(float *y, const void *w, MillmDtype dtype, int64_t n, bool add)
@@ -417,6 +426,7 @@ millm_kernels_ref(MillmKernels *k)
 			[MILLM_UNARY_GELU_ERF] = gelu_erf,
 			[MILLM_UNARY_RELU] = relu,
 		},
+		.softcap = softcap,
 		.load_row = load_row,
 		.is_finite = is_finite,
 	};

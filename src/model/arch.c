@@ -20,6 +20,13 @@
 	.q = "layers.{i}.self_attn.q_proj", .k = "layers.{i}.self_attn.k_proj", .v = "layers.{i}.self_attn.v_proj"
 #define LLAMA_MLP_NORM .mlp_norm = "layers.{i}.post_attention_layernorm"
 #define LLAMA_GATE_UP .gate = "layers.{i}.mlp.gate_proj", .up = "layers.{i}.mlp.up_proj"
+#define GEMMA_BLOCK \
+	.norm = MILLM_NORM_RMS, .norm_plus_one = true, .embedding_scaled = true, .position = MILLM_POS_ROPE, .mlp_gated = true, \
+	.default_norm_eps = 1e-6, .default_act = "gelu_pytorch_tanh", .default_head_dim = 256, .default_tied = true, \
+	.qkv_bias = {.key = "attention_bias"}, .o_bias = {.key = "attention_bias"}
+#define SANDWICH_NORMS \
+	.attn_post_norm = "layers.{i}.post_attention_layernorm", .mlp_norm = "layers.{i}.pre_feedforward_layernorm", \
+	.mlp_post_norm = "layers.{i}.post_feedforward_layernorm"
 #define HEAD_NORMS .q_norm = "layers.{i}.self_attn.q_norm", .k_norm = "layers.{i}.self_attn.k_norm"
 #define QWEN_SLIDING \
 	.sliding = {.possible = true, .default_window = 4096, .switch_key = "use_sliding_window", .first_key = "max_window_layers", .default_first = 28}
@@ -40,6 +47,31 @@ static const MillmArch archs[] = {
 		.up = "h.{i}.mlp.c_fc", .down = "h.{i}.mlp.c_proj",
 		.ignored = {".attn.bias", ".attn.masked_bias"},
 		.refused = {"add_cross_attention"},
+	},
+	{
+		/* Gemma: old files say "gelu" and mean its approximation */
+		.model_type = "gemma",
+		LLAMA_KEYS, GEMMA_BLOCK, LLAMA_NAMES, LLAMA_QKV, LLAMA_MLP_NORM, LLAMA_GATE_UP, .act = {"hidden_activation", "hidden_act"},
+		.default_rope_theta = 10000.0, .default_max_positions = 8192, .legacy_gelu_is_tanh = true,
+	},
+	{
+		/* Gemma 2: norms before and after, softcaps, every other layer slides */
+		.model_type = "gemma2",
+		LLAMA_KEYS, GEMMA_BLOCK, LLAMA_NAMES, LLAMA_QKV, SANDWICH_NORMS, LLAMA_GATE_UP, .act = {"hidden_activation"},
+		.default_rope_theta = 10000.0, .default_max_positions = 8192,
+		.scale_key = "query_pre_attn_scalar", .default_scale_key = 256,
+		.attention_softcap_key = "attn_logit_softcapping", .default_attention_softcap = 50,
+		.logit_softcap_key = "final_logit_softcapping", .default_logit_softcap = 30,
+		.sliding = {.possible = true, .default_window = 4096, .default_every = 2},
+	},
+	{
+		/* Gemma 3's text model: norms of the heads, five layers of six slide and rotate faster.  transformers reads the softcap of scores, and ignores it */
+		.model_type = "gemma3_text",
+		LLAMA_KEYS, GEMMA_BLOCK, LLAMA_NAMES, LLAMA_QKV, SANDWICH_NORMS, LLAMA_GATE_UP, HEAD_NORMS, .act = {"hidden_activation"},
+		.default_rope_theta = 1000000.0, .local_theta_key = "rope_local_base_freq", .default_local_theta = 10000.0, .default_max_positions = 131072,
+		.scale_key = "query_pre_attn_scalar", .default_scale_key = 256, .logit_softcap_key = "final_logit_softcapping",
+		.sliding = {.possible = true, .default_window = 4096, .every_key = {"sliding_window_pattern", "_sliding_window_pattern"}, .default_every = 6},
+		.refused = {"attn_logit_softcapping"},
 	},
 	{
 		/* Llama 2 and 3, SmolLM, TinyLlama, R1-Distill-Llama, Vicuna, Yi */
@@ -91,5 +123,5 @@ millm_arch_find(const char *model_type)
 const char *
 millm_supported_model_types(void)
 {
-	return "gpt2, llama, mistral, phi3, qwen2, qwen3";
+	return "gemma, gemma2, gemma3_text, gpt2, llama, mistral, phi3, qwen2, qwen3";
 }

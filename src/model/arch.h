@@ -45,15 +45,20 @@ typedef struct MillmArch
 	MillmKeys	hidden_size, intermediate_size, n_layers, n_heads, n_kv_heads, head_dim, max_positions, norm_eps, act;
 	double		default_norm_eps;
 	double		default_rope_theta;
+	const char *local_theta_key;		/* layers that slide rotate by this theta, unscaled; NULL: as the others */
+	double		default_local_theta;
 	int			default_max_positions;
 	int			default_head_dim;		/* 0: hidden size over heads */
 	const char *default_act;
+	bool		legacy_gelu_is_tanh;	/* "gelu" under act's second spelling */
 	int			default_ffn_mult;		/* intermediate size when null: this times hidden size; 0: required */
 	bool		default_tied;
 
 	/* the block */
 	MillmNorm	norm;
 	bool		norm_bias;
+	bool		norm_plus_one;			/* weights of norms are stored less 1 */
+	bool		embedding_scaled;		/* by the root of the hidden size */
 	MillmPosition position;
 	bool		rope_interleaved;
 	bool		yarn_is_longrope;		/* old files say "su" or "yarn" and mean "longrope" */
@@ -61,6 +66,10 @@ typedef struct MillmArch
 	bool		in_out;					/* Linears are stored [in, out] */
 	MillmWhen	qkv_bias, o_bias, mlp_bias;
 	MillmSliding sliding;
+	const char *scale_key;				/* attention_scale is the inverse root of it; NULL: of head_dim */
+	double		default_scale_key;
+	const char *attention_softcap_key, *logit_softcap_key;	/* null in the file: none; NULL: no such key */
+	double		default_attention_softcap, default_logit_softcap;	/* 0: none */
 	const char *scale_switch;			/* boolean key: false means attention_scale 1; NULL: no such key */
 	const char *layer_inv_scale_switch;	/* boolean key: divide the scale by layer + 1 */
 
@@ -68,6 +77,7 @@ typedef struct MillmArch
 	const char *prefix;
 	const char *embedding, *position_embedding, *final_norm, *head;
 	const char *attn_norm, *mlp_norm;
+	const char *attn_post_norm, *mlp_post_norm;	/* of what is added to the residual; NULL: none */
 	const char *q, *k, *v;				/* separate, or */
 	const char *qkv;					/* q, k and v concatenated along the output */
 	const char *o;

@@ -106,6 +106,17 @@ get_when(json_t *c, MillmWhen when, bool *out, MillmError *err)
 	return when.key ? get_bool(c, when.key, out, err) : MILLM_OK;
 }
 
+/* A softcap: absent, the default; null or a row without the key, none (0). */
+static MillmCode
+get_softcap(json_t *c, const char *key, double by_default, float *out, MillmError *err)
+{
+	double		cap = key && !json_is_null(json_object_get(c, key)) ? by_default : 0;
+	MillmCode	rc = key ? get_double(c, key, 1e-3, 1e6, &cap, err) : MILLM_OK;
+
+	*out = (float) cap;
+	return rc;
+}
+
 static MillmCode
 unsupported_flag(MillmError *err, const char *model_type, const char *key, const char *value)
 {
@@ -136,30 +147,20 @@ parse_act(const char *key, const char *name, const MillmConfig *c, MillmAct *out
 }
 
 /*
- * The rotary frequencies, [r/2], and the attention factor.  Formulas: transformers' modeling_rope_utils.py; the
- * exponent's denominator is r, the number of dims that rotate.
+ * The rotary frequencies, [r/2], and the attention factor, by an object of parameters, or NULL for the default ones, whose theta and
+ * part of the head, unless it names them, are those given.  Formulas: transformers' modeling_rope_utils.py; the exponent's denominator is
+ * r, the number of dims that rotate, which all of a model's ropes share.
  */
 static MillmCode
-resolve_rope(json_t *json, const MillmArch *arch, MillmConfig *c, MillmError *err)
+resolve_one_rope(json_t *scaling, double theta, double partial, const MillmArch *arch, MillmConfig *c, MillmRope *rope, MillmError *err)
 {
-	json_t	   *scaling = get(json, "rope_scaling"), *value;	/* what transformers 4 wrote wins, as it does in 5 */
-	const char *type = "default", *spelling = "rope_scaling", *key;
-	double		theta = arch->default_rope_theta, partial = 1.0, factor = NAN, attention_factor = NAN;
+	const char *type = "default";
+	double		factor = NAN, attention_factor = NAN;
 	double		low = NAN, high = NAN, fast = 32.0, slow = 1.0, mscale = 0.0, mscale_all = 0.0;
 	int			original = c->max_positions, r;
 	bool		truncate = true;
 	MillmCode	rc;
 
-	if (!scaling || (json_is_object(scaling) && json_object_size(scaling) == 0))
-		scaling = get(json, spelling = "rope_parameters");
-	if (scaling && !json_is_object(scaling))
-		return bad_value(err, spelling, scaling, "an object");
-	json_object_foreach(scaling, key, value)
-		if (json_is_object(value))	/* one set of parameters for each of the layer_types */
-			return unsupported_flag(err, c->model_type, spelling, key);
-	if ((rc = get_double(json, "rope_theta", MIN_ROPE_THETA, 1e12, &theta, err)) != MILLM_OK ||
-		(rc = get_double(json, "partial_rotary_factor", 0.01, 1.0, &partial, err)) != MILLM_OK)
-		return rc;
 	if (scaling)
 	{
 		json_t	   *t = get(scaling, "rope_type");
@@ -196,13 +197,15 @@ resolve_rope(json_t *json, const MillmArch *arch, MillmConfig *c, MillmError *er
 		millm_detail(err, "partial_rotary_factor %g of head_dim %d gives %d; expected an even number of at least 2.", partial, c->head_dim, r);
 		return MILLM_E_INVALID_MODEL_FILE;
 	}
+	if (c->rotary_dim && c->rotary_dim != r)
+		return unsupported_flag(err, c->model_type, "partial_rotary_factor", "one for each of the layer_types");
 	c->rotary_dim = r;
-	c->rope_attention_factor = 1.0f;
-	c->inv_freq = calloc((size_t) r / 2, sizeof(float));
-	if (!c->inv_freq)
+	rope->attention_factor = 1.0f;
+	rope->inv_freq = calloc((size_t) r / 2, sizeof(float));
+	if (!rope->inv_freq)
 		return millm_fail(err, MILLM_E_INSUFFICIENT_MEMORY, "out of memory");
 	for (int j = 0; j < r / 2; j++)
-		c->inv_freq[j] = (float) (1.0 / pow(theta, 2.0 * j / r));
+		rope->inv_freq[j] = (float) (1.0 / pow(theta, 2.0 * j / r));
 
 	if (strcmp(type, "default") == 0)
 		return MILLM_OK;
@@ -211,7 +214,7 @@ resolve_rope(json_t *json, const MillmArch *arch, MillmConfig *c, MillmError *er
 		if (isnan(factor))
 			return bad_value(err, "factor", NULL, "a number, for rope_type \"linear\"");
 		for (int j = 0; j < r / 2; j++)
-			c->inv_freq[j] = (float) (c->inv_freq[j] / factor);
+			rope->inv_freq[j] = (float) (rope->inv_freq[j] / factor);
 		return MILLM_OK;
 	}
 	if (strcmp(type, "llama3") == 0)
@@ -224,14 +227,14 @@ resolve_rope(json_t *json, const MillmArch *arch, MillmConfig *c, MillmError *er
 			return bad_value(err, "high_freq_factor", get(scaling, "high_freq_factor"), "more than low_freq_factor");
 		for (int j = 0; j < r / 2; j++)
 		{
-			double		base = c->inv_freq[j];
+			double		base = rope->inv_freq[j];
 			double		wavelength = 2 * M_PI / base;
 			double		smooth = (original / wavelength - low) / (high - low);
 
 			if (wavelength > original / low)
-				c->inv_freq[j] = (float) (base / factor);
+				rope->inv_freq[j] = (float) (base / factor);
 			else if (wavelength >= original / high)
-				c->inv_freq[j] = (float) ((1 - smooth) * base / factor + smooth * base);
+				rope->inv_freq[j] = (float) ((1 - smooth) * base / factor + smooth * base);
 		}
 		return MILLM_OK;
 	}
@@ -258,19 +261,60 @@ resolve_rope(json_t *json, const MillmArch *arch, MillmConfig *c, MillmError *er
 		for (int j = 0; j < r / 2; j++)
 		{
 			double		ramp = fmin(fmax((j - lo) / (hi - lo), 0), 1);
-			double		base = c->inv_freq[j];
+			double		base = rope->inv_freq[j];
 
-			c->inv_freq[j] = (float) (base * (1 - ramp) + base / factor * ramp);
+			rope->inv_freq[j] = (float) (base * (1 - ramp) + base / factor * ramp);
 		}
 #define YARN_SCALE(s, m) ((s) <= 1 ? 1.0 : 0.1 * (m) * log(s) + 1.0)
 		if (isnan(attention_factor))
 			attention_factor = mscale != 0 && mscale_all != 0 ? YARN_SCALE(factor, mscale) / YARN_SCALE(factor, mscale_all)
 				: YARN_SCALE(factor, 1.0);
 #undef YARN_SCALE
-		c->rope_attention_factor = (float) attention_factor;
+		rope->attention_factor = (float) attention_factor;
 		return MILLM_OK;
 	}
 	return unsupported_flag(err, c->model_type, "rope_type", type);
+}
+
+/*
+ * transformers 4 has rope_theta, rope_scaling and, of the layers that slide, a theta of their own; 5 has rope_parameters, which hold an
+ * object for each of the layer_types where these differ.
+ */
+static MillmCode
+resolve_rope(json_t *json, const MillmArch *arch, MillmConfig *c, MillmError *err)
+{
+	json_t	   *scaling = get(json, "rope_scaling"), *local = NULL, *value;	/* what transformers 4 wrote wins, as it does in 5 */
+	const char *spelling = "rope_scaling", *key;
+	double		theta = arch->default_rope_theta, local_theta = arch->default_local_theta, partial = 1.0;
+	bool		is_nested = false;
+	MillmCode	rc;
+
+	if (!scaling || (json_is_object(scaling) && json_object_size(scaling) == 0))
+		scaling = get(json, spelling = "rope_parameters");
+	if (scaling && !json_is_object(scaling))
+		return bad_value(err, spelling, scaling, "an object");
+	json_object_foreach(scaling, key, value)
+		if (json_is_object(value))
+		{
+			if (!arch->local_theta_key || (strcmp(key, "full_attention") != 0 && strcmp(key, "sliding_attention") != 0))
+				return unsupported_flag(err, c->model_type, spelling, key);
+			is_nested = true;
+		}
+	if ((rc = get_double(json, "rope_theta", MIN_ROPE_THETA, 1e12, &theta, err)) != MILLM_OK ||
+		(rc = get_double(json, "partial_rotary_factor", 0.01, 1.0, &partial, err)) != MILLM_OK)
+		return rc;
+	if (is_nested)
+	{
+		local = get(scaling, "sliding_attention");
+		scaling = get(scaling, "full_attention");
+		if ((scaling && !json_is_object(scaling)) || (local && !json_is_object(local)))
+			return bad_value(err, spelling, get(json, spelling), "an object for each of the layer_types");
+	}
+	if ((rc = resolve_one_rope(scaling, theta, partial, arch, c, &c->rope, err)) != MILLM_OK || !arch->local_theta_key)
+		return rc;
+	if ((rc = get_double(json, arch->local_theta_key, MIN_ROPE_THETA, 1e12, &local_theta, err)) != MILLM_OK)
+		return rc;
+	return resolve_one_rope(local, local_theta, partial, arch, c, &c->local_rope, err);
 }
 
 /* Token ids that config.json and generation_config.json give as an int or a list. */
@@ -401,7 +445,7 @@ resolve(json_t *json, const MillmArch *arch, MillmConfig *c, MillmError *err)
 	json_t	   *v;
 	double		eps = arch->default_norm_eps;
 	bool		scaled = true;
-	const char *act = arch->default_act;
+	const char *act = arch->default_act, *act_key;
 	MillmCode	rc;
 
 	if ((rc = refuse_flags(json, arch, err)) != MILLM_OK)
@@ -455,6 +499,8 @@ resolve(json_t *json, const MillmArch *arch, MillmConfig *c, MillmError *err)
 
 	c->norm = arch->norm;
 	c->norm_bias = arch->norm_bias;
+	c->norm_plus_one = arch->norm_plus_one;
+	c->embedding_scale = arch->embedding_scaled ? sqrtf((float) c->hidden_size) : 0;
 	c->norm_eps = (float) eps;
 	c->position = arch->position;
 	c->rope_interleaved = arch->rope_interleaved;
@@ -467,16 +513,33 @@ resolve(json_t *json, const MillmArch *arch, MillmConfig *c, MillmError *err)
 		return rc;
 	if (arch->scale_switch && (rc = get_bool(json, arch->scale_switch, &scaled, err)) != MILLM_OK)
 		return rc;
-	c->attention_scale = scaled ? 1.0f / sqrtf((float) c->head_dim) : 1.0f;
+	if (arch->scale_key)
+	{
+		double		scalar = arch->default_scale_key;
+
+		if ((rc = get_double(json, arch->scale_key, 1e-3, 1e6, &scalar, err)) != MILLM_OK)
+			return rc;
+		c->attention_scale = (float) (1.0 / sqrt(scalar));
+	}
+	else
+		c->attention_scale = scaled ? 1.0f / sqrtf((float) c->head_dim) : 1.0f;
+	if ((rc = get_softcap(json, arch->attention_softcap_key, arch->default_attention_softcap, &c->attention_softcap, err)) != MILLM_OK ||
+		(rc = get_softcap(json, arch->logit_softcap_key, arch->default_logit_softcap, &c->logit_softcap, err)) != MILLM_OK)
+		return rc;
 	if (arch->layer_inv_scale_switch && (rc = get_bool(json, arch->layer_inv_scale_switch, &c->layer_inv_scale, err)) != MILLM_OK)
 		return rc;
-	if ((v = get(json, arch->act[0])))
+	act_key = arch->act[0];
+	if (!(v = get(json, act_key)) && arch->act[1])
+		v = get(json, act_key = arch->act[1]);
+	if (v)
 	{
 		if (!json_is_string(v))
-			return bad_value(err, arch->act[0], v, "a string");
+			return bad_value(err, act_key, v, "a string");
 		act = json_string_value(v);
+		if (arch->legacy_gelu_is_tanh && act_key == arch->act[1] && strcmp(act, "gelu") == 0)
+			act = "gelu_pytorch_tanh";
 	}
-	if ((rc = parse_act(arch->act[0], act, c, &c->act, err)) != MILLM_OK)
+	if ((rc = parse_act(act_key, act, c, &c->act, err)) != MILLM_OK)
 		return rc;
 	if ((rc = resolve_sliding(json, arch, c, err)) != MILLM_OK)
 		return rc;
@@ -538,6 +601,7 @@ millm_config_parse(const char *text, size_t len, MillmConfig *config, MillmError
 void
 millm_config_free(MillmConfig *config)
 {
-	free(config->inv_freq);
-	config->inv_freq = NULL;
+	free(config->rope.inv_freq);
+	free(config->local_rope.inv_freq);
+	config->rope.inv_freq = config->local_rope.inv_freq = NULL;
 }

@@ -513,11 +513,22 @@ bind_vector(Binder *b, const char *template, int layer, const char *suffix, int6
 	return MILLM_OK;
 }
 
+/* The weight of a norm of n values, whole. */
+static MillmCode
+bind_norm_weight(Binder *b, const char *template, int layer, int64_t n, MillmVector *weight)
+{
+	MillmCode	rc = bind_vector(b, template, layer, ".weight", n, weight);
+
+	for (int64_t i = 0; b->model->config.norm_plus_one && i < weight->n; i++)
+		weight->data[i] += 1;
+	return rc;
+}
+
 static MillmCode
 bind_norm(Binder *b, const char *template, int layer, MillmVector *weight, MillmVector *bias)
 {
 	const MillmConfig *c = &b->model->config;
-	MillmCode	rc = bind_vector(b, template, layer, ".weight", c->hidden_size, weight);
+	MillmCode	rc = bind_norm_weight(b, template, layer, c->hidden_size, weight);
 
 	if (rc == MILLM_OK && c->norm_bias)
 		rc = bind_vector(b, template, layer, ".bias", c->hidden_size, bias);
@@ -610,10 +621,12 @@ bind_layer(Binder *b, int i, MillmLayer *l)
 	l->window = c->slides[i] ? c->window : 0;
 	if ((rc = bind_norm(b, a->attn_norm, i, &l->attn_norm, &l->attn_norm_bias)) != MILLM_OK ||
 		(rc = bind_qkv(b, i, l)) != MILLM_OK ||
-		(a->q_norm && (rc = bind_vector(b, a->q_norm, i, ".weight", l->head_dim, &l->q_norm)) != MILLM_OK) ||
-		(a->k_norm && (rc = bind_vector(b, a->k_norm, i, ".weight", l->head_dim, &l->k_norm)) != MILLM_OK) ||
+		(a->q_norm && (rc = bind_norm_weight(b, a->q_norm, i, l->head_dim, &l->q_norm)) != MILLM_OK) ||
+		(a->k_norm && (rc = bind_norm_weight(b, a->k_norm, i, l->head_dim, &l->k_norm)) != MILLM_OK) ||
 		(rc = bind_matrix(b, b->prefix, a->o, i, h, (int64_t) l->n_heads * l->head_dim, a->in_out, &l->o)) != MILLM_OK ||
 		(c->o_bias && (rc = bind_vector(b, a->o, i, ".bias", h, &l->o_bias)) != MILLM_OK) ||
+		(a->attn_post_norm && (rc = bind_norm_weight(b, a->attn_post_norm, i, h, &l->attn_post_norm)) != MILLM_OK) ||
+		(a->mlp_post_norm && (rc = bind_norm_weight(b, a->mlp_post_norm, i, h, &l->mlp_post_norm)) != MILLM_OK) ||
 		(rc = bind_norm(b, a->mlp_norm, i, &l->mlp_norm, &l->mlp_norm_bias)) != MILLM_OK ||
 		(rc = bind_gate_up(b, i, l)) != MILLM_OK ||
 		(rc = bind_matrix(b, b->prefix, a->down, i, h, ffn, a->in_out, &l->down)) != MILLM_OK || !c->mlp_bias)
@@ -746,6 +759,10 @@ bind(Binder *b)
 			return rc;
 	if ((rc = check_complete(b)) != MILLM_OK)
 		return rc;
+	if (m->embedding.dtype == MILLM_BF16)
+		c->embedding_scale = millm_bf16_to_f32(millm_f32_to_bf16(c->embedding_scale));
+	else if (m->embedding.dtype == MILLM_F16)
+		c->embedding_scale = millm_f16_to_f32(millm_f32_to_f16(c->embedding_scale));
 	snprintf(m->dtype, sizeof(m->dtype), "%s", millm_dtype_name(m->embedding.dtype));
 	count(b);
 	return MILLM_OK;
@@ -806,6 +823,7 @@ millm_model_close(MillmModel *m)
 	{
 		MillmLayer *l = &m->layers[i];
 		MillmVector *vectors[] = {&l->attn_norm, &l->attn_norm_bias, &l->q_bias, &l->k_bias, &l->v_bias, &l->o_bias, &l->q_norm, &l->k_norm,
+		&l->attn_post_norm, &l->mlp_post_norm,
 		&l->mlp_norm, &l->mlp_norm_bias, &l->gate_bias, &l->up_bias, &l->down_bias};
 
 		for (size_t k = 0; k < sizeof(vectors) / sizeof(vectors[0]); k++)

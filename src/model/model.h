@@ -28,6 +28,13 @@ typedef enum MillmAct {MILLM_ACT_SILU, MILLM_ACT_GELU_TANH, MILLM_ACT_GELU_ERF, 
 #define MILLM_MAX_VOCAB			(4 << 20)
 #define MILLM_MAX_POSITIONS		(16 << 20)
 
+/* The angles of rope: position times these. */
+typedef struct MillmRope
+{
+	float	   *inv_freq;			/* [rotary_dim / 2], owned; NULL without rope */
+	float		attention_factor;	/* multiplies cosine and sine */
+} MillmRope;
+
 /* The resolved numbers and flags of one model: config.json, then aliases, then class defaults. */
 typedef struct MillmConfig
 {
@@ -41,19 +48,23 @@ typedef struct MillmConfig
 	int			head_dim;
 	int			vocab_size;			/* rows of the embedding */
 	int			max_positions;
+	float		embedding_scale;	/* 0: none.  Once open it is rounded to the embedding's dtype, as the library does */
 	/* norms */
 	MillmNorm	norm;
 	bool		norm_bias;
+	bool		norm_plus_one;		/* weights of norms are stored less 1; once open they are whole */
 	float		norm_eps;
 	/* positions */
 	MillmPosition position;
 	bool		rope_interleaved;	/* pairs (2j, 2j+1) instead of (j, j + r/2) */
 	int			rotary_dim;			/* r: dims of each head that rotate */
-	float	   *inv_freq;			/* [r/2], owned; NULL without rope */
-	float		rope_attention_factor;
+	MillmRope	rope;
+	MillmRope	local_rope;			/* of the layers that slide; inv_freq NULL: as the others */
 	/* attention and block */
 	float		attention_scale;	/* multiplies q.k; layer_inv_scale divides it by (layer + 1) */
 	bool		layer_inv_scale;
+	float		attention_softcap;	/* c: scores become c tanh(score / c); 0: none */
+	float		logit_softcap;		/* the same for the logits */
 	int			window;				/* keys that a query sees in a layer that slides, itself included; 0: none slides */
 	bool		slides[MILLM_MAX_LAYERS];
 	MillmAct	act;
@@ -93,6 +104,7 @@ typedef struct MillmLayer
 	int			head_dim;
 	int			window;			/* 0: full attention */
 	MillmVector attn_norm, attn_norm_bias;
+	MillmVector attn_post_norm, mlp_post_norm;	/* of what is added to the residual; optional */
 	MillmWeight q, k, v, o;
 	MillmVector q_bias, k_bias, v_bias, o_bias;
 	MillmVector q_norm, k_norm;	/* [head_dim], of each head before rope; optional */

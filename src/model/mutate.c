@@ -33,7 +33,10 @@ static void norm(MillmModel *m) { m->config.norm = m->config.norm == MILLM_NORM_
 static void norm_eps(MillmModel *m) { m->config.norm_eps *= 100; }
 static void rope_interleaved(MillmModel *m) { m->config.rope_interleaved = !m->config.rope_interleaved; }
 static void rotary_dim(MillmModel *m) { m->config.rotary_dim -= m->config.rotary_dim > 2 ? 2 : 0; }
-static void rope_attention_factor(MillmModel *m) { m->config.rope_attention_factor *= 1.1f; }
+static void rope_attention_factor(MillmModel *m) { m->config.rope.attention_factor *= 1.1f; }
+static void embedding_scale(MillmModel *m) { m->config.embedding_scale = 0; }
+static void attention_softcap(MillmModel *m) { m->config.attention_softcap = 0; }
+static void logit_softcap(MillmModel *m) { m->config.logit_softcap = 0; }
 static void attention_scale(MillmModel *m) { m->config.attention_scale *= 2; }
 static void layer_inv_scale(MillmModel *m) { m->config.layer_inv_scale = !m->config.layer_inv_scale; }
 static void act(MillmModel *m) { m->config.act = m->config.act == MILLM_ACT_GELU_TANH ? MILLM_ACT_GELU_ERF : MILLM_ACT_GELU_TANH; }
@@ -76,14 +79,41 @@ static void final_norm_bias(MillmModel *m) { drop(&m->final_norm_bias); }
 static void
 inv_freq(MillmModel *m)
 {
-	for (int j = 0; j < m->config.rotary_dim / 2 && m->config.inv_freq; j++)
-		m->config.inv_freq[j] *= 1.1f;
+	for (int j = 0; j < m->config.rotary_dim / 2 && m->config.rope.inv_freq; j++)
+		m->config.rope.inv_freq[j] *= 1.1f;
+}
+
+/* The layers that slide rotate as the others. */
+static void
+local_rope(MillmModel *m)
+{
+	free(m->config.local_rope.inv_freq);
+	m->config.local_rope.inv_freq = NULL;
+}
+
+/* The weights of the norms as they are stored. */
+static void
+norm_plus_one(MillmModel *m)
+{
+	for (int64_t i = 0; m->config.norm_plus_one && i < m->final_norm.n; i++)
+		m->final_norm.data[i] -= 1;
+	for (int l = 0; m->config.norm_plus_one && l < m->config.n_layers; l++)
+	{
+		MillmLayer *layer = &m->layers[l];
+		MillmVector *norms[] = {&layer->attn_norm, &layer->mlp_norm, &layer->q_norm, &layer->k_norm, &layer->attn_post_norm, &layer->mlp_post_norm};
+
+		for (size_t k = 0; k < sizeof(norms) / sizeof(norms[0]); k++)
+			for (int64_t i = 0; i < norms[k]->n; i++)
+				norms[k]->data[i] -= 1;
+	}
 }
 
 static void l_window(MillmLayer *l) { l->window = 5; }
 static void l_window_wider(MillmLayer *l) { l->window += l->window > 0; }
 static void l_q_norm(MillmLayer *l) { drop(&l->q_norm); }
 static void l_k_norm(MillmLayer *l) { drop(&l->k_norm); }
+static void l_attn_post_norm(MillmLayer *l) { drop(&l->attn_post_norm); }
+static void l_mlp_post_norm(MillmLayer *l) { drop(&l->mlp_post_norm); }
 static void l_attn_norm_bias(MillmLayer *l) { drop(&l->attn_norm_bias); }
 static void l_mlp_norm_bias(MillmLayer *l) { drop(&l->mlp_norm_bias); }
 static void l_q_bias(MillmLayer *l) { drop(&l->q_bias); }
@@ -141,7 +171,9 @@ static const struct
 	{"inv_freq", inv_freq, NULL}, {"rope_attention_factor", rope_attention_factor, NULL}, {"attention_scale", attention_scale, NULL},
 	{"layer_inv_scale", layer_inv_scale, NULL}, {"act", act, NULL}, {"position_embedding", position_embedding, NULL},
 	{"final_norm_bias", final_norm_bias, NULL}, {"head", head, NULL}, {"n_kv_heads", NULL, l_n_kv_heads},
-	{"window", NULL, l_window}, {"window_wider", NULL, l_window_wider}, {"slides", slides, NULL}, {"q_norm", NULL, l_q_norm}, {"k_norm", NULL, l_k_norm},
+	{"local_rope", local_rope, NULL}, {"norm_plus_one", norm_plus_one, NULL}, {"embedding_scale", embedding_scale, NULL},
+	{"attention_softcap", attention_softcap, NULL}, {"logit_softcap", logit_softcap, NULL}, {"attn_post_norm", NULL, l_attn_post_norm},
+	{"mlp_post_norm", NULL, l_mlp_post_norm}, {"window", NULL, l_window}, {"window_wider", NULL, l_window_wider}, {"slides", slides, NULL}, {"q_norm", NULL, l_q_norm}, {"k_norm", NULL, l_k_norm},
 	{"attn_norm_bias", NULL, l_attn_norm_bias}, {"mlp_norm_bias", NULL, l_mlp_norm_bias}, {"q_bias", NULL, l_q_bias},
 	{"k_bias", NULL, l_k_bias}, {"v_bias", NULL, l_v_bias}, {"o_bias", NULL, l_o_bias}, {"gate_bias", NULL, l_gate_bias}, {"up_bias", NULL, l_up_bias},
 	{"down_bias", NULL, l_down_bias}, {"mlp_gated", NULL, l_mlp_gated}, {"qkv_order", NULL, l_qkv_order}, {"in_out", NULL, l_in_out},

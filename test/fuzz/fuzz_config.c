@@ -59,12 +59,12 @@ LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
 	check(c.head_dim >= 1 && c.head_dim <= MILLM_MAX_HEAD_DIM && c.intermediate_size >= 1);
 	check(c.vocab_size >= 1 && c.vocab_size <= MILLM_MAX_VOCAB && c.max_positions >= 1 && c.max_positions <= MILLM_MAX_POSITIONS);
 	check(c.n_eos >= 0 && c.n_eos <= 32 && isfinite(c.norm_eps) && isfinite(c.attention_scale));
-	check((c.position == MILLM_POS_ROPE) == (c.inv_freq != NULL));
-	if (c.inv_freq)
+	check((c.position == MILLM_POS_ROPE) == (c.rope.inv_freq != NULL));
+	if (c.rope.inv_freq)
 	{
-		check(c.rotary_dim >= 2 && c.rotary_dim % 2 == 0 && c.rotary_dim <= c.head_dim && isfinite(c.rope_attention_factor));
+		check(c.rotary_dim >= 2 && c.rotary_dim % 2 == 0 && c.rotary_dim <= c.head_dim && isfinite(c.rope.attention_factor));
 		for (int j = 0; j < c.rotary_dim / 2; j++)
-			check(c.inv_freq[j] >= 0 && c.inv_freq[j] <= 1);
+			check(c.rope.inv_freq[j] >= 0 && c.rope.inv_freq[j] <= 1);
 	}
 	millm_config_free(&c);
 	return 0;

@@ -148,6 +148,10 @@ sliding(void **state)
 	must_slide(FAMILY("qwen2"), "\"use_sliding_window\": true, \"sliding_window\": 8, \"max_window_layers\": 2", "ffss", 8);
 	must_slide(FAMILY("qwen2"), "\"use_sliding_window\": true", "ffff", 0);
 	must_slide(FAMILY("qwen3"), "\"use_sliding_window\": true, \"max_window_layers\": 0", "ssss", 4096);
+	must_slide(FAMILY("gemma2"), "", "sfsf", 4096);
+	must_slide(FAMILY("gemma3_text"), "\"sliding_window\": 512", "ssss", 512);
+	must_slide(FAMILY("gemma3_text"), "\"sliding_window_pattern\": 3", "ssfs", 4096);
+	must_slide(FAMILY("gemma3_text"), "\"_sliding_window_pattern\": 2, \"num_hidden_layers\": 6", "sfsfsf", 4096);
 }
 
 /* What a family has when its file does not say. */
@@ -169,6 +173,39 @@ families(void **state)
 	must_parse(FAMILY("mistral"), "\"attention_bias\": true, \"head_dim\": 24", &c);
 	assert_true(!c.qkv_bias && !c.o_bias);
 	assert_int_equal(c.head_dim, 24);
+	millm_config_free(&c);
+	must_parse(FAMILY("gemma"), "\"hidden_act\": \"gelu\"", &c);
+	assert_int_equal(c.act, MILLM_ACT_GELU_TANH);
+	assert_int_equal(c.head_dim, 256);
+	assert_true(c.tied && c.norm_plus_one && c.attention_softcap == 0 && c.logit_softcap == 0);
+	assert_near(c.embedding_scale, 8);
+	millm_config_free(&c);
+	must_parse(FAMILY("gemma"), "\"hidden_act\": \"gelu\", \"hidden_activation\": \"gelu\"", &c);
+	assert_int_equal(c.act, MILLM_ACT_GELU_ERF);
+	millm_config_free(&c);
+	must_parse(FAMILY("gemma2"), "\"hidden_act\": \"gelu\"", &c);
+	assert_int_equal(c.act, MILLM_ACT_GELU_TANH);
+	assert_true(c.attention_softcap == 50 && c.logit_softcap == 30 && c.attention_scale == 1.0f / 16 && !c.local_rope.inv_freq);
+	millm_config_free(&c);
+	must_parse(FAMILY("gemma2"), "\"attn_logit_softcapping\": null, \"final_logit_softcapping\": null, \"query_pre_attn_scalar\": 144", &c);
+	assert_true(c.attention_softcap == 0 && c.logit_softcap == 0);
+	assert_near(c.attention_scale, 1.0 / 12);
+	millm_config_free(&c);
+	must_parse(FAMILY("gemma3_text"), "\"head_dim\": 16, \"attn_logit_softcapping\": null", &c);
+	assert_true(c.attention_softcap == 0 && c.logit_softcap == 0);
+	assert_near(c.rope.inv_freq[1], pow(1e6, -2.0 / 16));
+	assert_near(c.local_rope.inv_freq[1], pow(1e4, -2.0 / 16));
+	millm_config_free(&c);
+	/* as transformers 5 says it */
+	must_parse(FAMILY("gemma3_text"), "\"head_dim\": 16, \"rope_parameters\": {\"full_attention\": {\"rope_type\": \"linear\", \"factor\": 8.0, \"rope_theta\": 5e5},"
+			   " \"sliding_attention\": {\"rope_type\": \"default\", \"rope_theta\": 2e4}}", &c);
+	assert_near(c.rope.inv_freq[1], pow(5e5, -2.0 / 16) / 8);
+	assert_near(c.local_rope.inv_freq[1], pow(2e4, -2.0 / 16));
+	millm_config_free(&c);
+	/* as 4 does */
+	must_parse(FAMILY("gemma3_text"), "\"head_dim\": 16, \"rope_theta\": 5e5, \"rope_local_base_freq\": 2e4, \"rope_scaling\": {\"rope_type\": \"linear\", \"factor\": 8.0}", &c);
+	assert_near(c.rope.inv_freq[1], pow(5e5, -2.0 / 16) / 8);
+	assert_near(c.local_rope.inv_freq[1], pow(2e4, -2.0 / 16));
 	millm_config_free(&c);
 	must_parse(FAMILY("phi3"), "\"partial_rotary_factor\": 0.75", &c);
 	assert_int_equal(c.rotary_dim, 12);
@@ -193,7 +230,7 @@ gpt2(void **state)
 	assert_int_equal(c.norm, MILLM_NORM_LAYER);
 	assert_true(c.norm_bias && c.qkv_bias && c.o_bias && c.mlp_bias);
 	assert_int_equal(c.position, MILLM_POS_LEARNED);
-	assert_null(c.inv_freq);
+	assert_null(c.rope.inv_freq);
 	assert_int_equal(c.act, MILLM_ACT_GELU_TANH);
 	assert_false(c.mlp_gated);
 	assert_false(c.layer_inv_scale);
@@ -241,11 +278,11 @@ two_spellings(void **state)
 
 		must_parse(LLAMA, pairs[i][0], &a);
 		must_parse(LLAMA, pairs[i][1], &b);
-		fa = a.inv_freq;
-		fb = b.inv_freq;
+		fa = a.rope.inv_freq;
+		fb = b.rope.inv_freq;
 		assert_int_equal(a.rotary_dim, b.rotary_dim);
 		assert_memory_equal(fa, fb, (size_t) a.rotary_dim / 2 * sizeof(float));
-		a.inv_freq = b.inv_freq = NULL;
+		a.rope.inv_freq = b.rope.inv_freq = NULL;
 		assert_memory_equal(&a, &b, sizeof(a));
 		free(fa);
 		free(fb);
@@ -287,25 +324,25 @@ rope(void **state)
 	{
 		must_parse(LLAMA, cases[i].change, &c);
 		assert_int_equal(c.rotary_dim, 16);
-		assert_near(c.rope_attention_factor, cases[i].attention_factor);
+		assert_near(c.rope.attention_factor, cases[i].attention_factor);
 		for (int j = 0; j < 8; j++)
-			assert_near(c.inv_freq[j], cases[i].inv_freq[j]);
+			assert_near(c.rope.inv_freq[j], cases[i].inv_freq[j]);
 		millm_config_free(&c);
 	}
 	/* gpt_oss's: the ramp is from 8.09 to 17.40, or from 8 to 18 when truncated */
 	must_parse(LLAMA, "\"head_dim\": 64, \"rope_theta\": 150000, \"rope_scaling\": {\"rope_type\": \"yarn\", \"factor\": 32.0,"
 			   " \"original_max_position_embeddings\": 4096, \"truncate\": false}", &c);
-	assert_near(c.rope_attention_factor, 1.34657359);
-	assert_near(c.inv_freq[9], pow(150000, -18.0 / 64) * (1 - 0.09749566 * 31 / 32));
+	assert_near(c.rope.attention_factor, 1.34657359);
+	assert_near(c.rope.inv_freq[9], pow(150000, -18.0 / 64) * (1 - 0.09749566 * 31 / 32));
 	millm_config_free(&c);
 	must_parse(LLAMA, "\"head_dim\": 64, \"rope_theta\": 150000, \"rope_scaling\": {\"rope_type\": \"yarn\", \"factor\": 32.0,"
 			   " \"original_max_position_embeddings\": 4096}", &c);
-	assert_near(c.inv_freq[9], pow(150000, -18.0 / 64) * (1 - 0.1 * 31 / 32));
+	assert_near(c.rope.inv_freq[9], pow(150000, -18.0 / 64) * (1 - 0.1 * 31 / 32));
 	millm_config_free(&c);
 	/* partial: the denominator is r */
 	must_parse(LLAMA, "\"head_dim\": 32, \"partial_rotary_factor\": 0.5", &c);
 	assert_int_equal(c.rotary_dim, 16);
-	assert_near(c.inv_freq[1], .31622777);
+	assert_near(c.rope.inv_freq[1], .31622777);
 	millm_config_free(&c);
 }
 
@@ -374,6 +411,15 @@ refused(void **state)
 		"\"sliding_window\""},
 		{FAMILY("qwen3"), "\"layer_types\": [\"full_attention\", \"linear_attention\", \"full_attention\", \"full_attention\"]", MILLM_E_UNSUPPORTED_ARCHITECTURE,
 		"\"layer_types\": linear_attention"},
+		{FAMILY("gemma2"), "\"sliding_window\": null", MILLM_E_INVALID_MODEL_FILE, "\"sliding_window\""},
+		{FAMILY("gemma2"), "\"attn_logit_softcapping\": 0", MILLM_E_INVALID_MODEL_FILE, "\"attn_logit_softcapping\""},
+		{FAMILY("gemma2"), "\"query_pre_attn_scalar\": -1", MILLM_E_INVALID_MODEL_FILE, "\"query_pre_attn_scalar\""},
+		{FAMILY("gemma3_text"), "\"attn_logit_softcapping\": 50.0", MILLM_E_UNSUPPORTED_ARCHITECTURE, "\"attn_logit_softcapping\": 50.0"},
+		{FAMILY("gemma3_text"), "\"use_bidirectional_attention\": true", MILLM_E_UNSUPPORTED_ARCHITECTURE, "\"use_bidirectional_attention\""},
+		{FAMILY("gemma3_text"), "\"rope_parameters\": {\"full_attention\": {}, \"chunked_attention\": {}}", MILLM_E_UNSUPPORTED_ARCHITECTURE, "chunked_attention"},
+		{FAMILY("gemma3_text"), "\"rope_parameters\": {\"full_attention\": {}, \"sliding_attention\": 3}", MILLM_E_INVALID_MODEL_FILE, "\"rope_parameters\""},
+		{FAMILY("gemma3_text"), "\"rope_parameters\": {\"full_attention\": {\"partial_rotary_factor\": 0.5}, \"sliding_attention\": {}}",
+		MILLM_E_UNSUPPORTED_ARCHITECTURE, "partial_rotary_factor"},
 		{FAMILY("mistral"), "\"sliding_window\": 0", MILLM_E_INVALID_MODEL_FILE, "\"sliding_window\""},
 		{FAMILY("qwen2"), "\"use_sliding_window\": 1", MILLM_E_INVALID_MODEL_FILE, "\"use_sliding_window\""},
 		{FAMILY("qwen2"), "\"max_window_layers\": -1", MILLM_E_INVALID_MODEL_FILE, "\"max_window_layers\""},
@@ -429,7 +475,7 @@ refused(void **state)
 		if (rc == MILLM_OK)
 			fail_msg("accepted: %s", cases[i].change);
 		assert_failure(rc, &err, cases[i].code, cases[i].text);
-		assert_null(c.inv_freq);
+		assert_null(c.rope.inv_freq);
 	}
 }
 

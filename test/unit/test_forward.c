@@ -104,7 +104,7 @@ tiny(bool is_gpt2)
 		.hidden_size = HIDDEN, .intermediate_size = FFN, .n_layers = N_LAYERS, .n_heads = N_HEADS, .n_kv_heads = n_kv,
 		.head_dim = HEAD_DIM, .vocab_size = VOCAB, .max_positions = POSITIONS,
 		.norm = is_gpt2 ? MILLM_NORM_LAYER : MILLM_NORM_RMS, .norm_bias = is_gpt2, .norm_eps = 1e-5f,
-		.position = is_gpt2 ? MILLM_POS_LEARNED : MILLM_POS_ROPE, .rope_attention_factor = 1,
+		.position = is_gpt2 ? MILLM_POS_LEARNED : MILLM_POS_ROPE, .rope = {.attention_factor = 1},
 		.attention_scale = 0.35355339f, .act = is_gpt2 ? MILLM_ACT_GELU_ERF : MILLM_ACT_SILU, .mlp_gated = !is_gpt2, .tied = true,
 	};
 	if (is_gpt2)
@@ -112,9 +112,9 @@ tiny(bool is_gpt2)
 	else
 	{
 		c->rotary_dim = HEAD_DIM;
-		c->inv_freq = own(t, sizeof(float) * HEAD_DIM / 2);
+		c->rope.inv_freq = own(t, sizeof(float) * HEAD_DIM / 2);
 		for (int j = 0; j < HEAD_DIM / 2; j++)
-			c->inv_freq[j] = powf(1e4f, -2.0f * (float) j / HEAD_DIM);
+			c->rope.inv_freq[j] = powf(1e4f, -2.0f * (float) j / HEAD_DIM);
 	}
 	m->embedding = weight(t, dtype, false, VOCAB, HIDDEN);
 	m->head = m->embedding;

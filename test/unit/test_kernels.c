@@ -537,6 +537,11 @@ test_norms_and_activations(void **state)
 				ref.layer_norm(expected, x + 1, w + 1, b + 1, 1e-5f, n);
 				k[v].layer_norm(got, x + 1, w + 1, b + 1, 1e-5f, n);
 				compare("layer_norm", k[v].variant, n, got, expected, 1e-5, 2e-5);	/* x - mean cancels */
+				memcpy(expected, x + 1, sizeof(float) * (size_t) n);
+				memcpy(got, x + 1, sizeof(float) * (size_t) n);
+				ref.softcap(expected, 3, n);
+				k[v].softcap(got, 3, n);
+				compare("softcap", k[v].variant, n, got, expected, 2e-6, 2e-6);
 				for (int u = 0; u < MILLM_N_UNARY; u++)
 				{
 					for (int i = 0; i < n; i++)
@@ -553,7 +558,8 @@ test_norms_and_activations(void **state)
 
 /* Softmax attention in double over plain arrays, keys [position, head_dim]. */
 static void
-plain_attention(double *y, const float *q, const float *keys, const float *values, int hd, int64_t stride, int first, int last, float scale)
+plain_attention(double *y, const float *q, const float *keys, const float *values, int hd, int64_t stride, int first, int last, float scale,
+				float softcap)
 {
 	double		max = -INFINITY,
 				sum = 0;
@@ -564,6 +570,8 @@ plain_attention(double *y, const float *q, const float *keys, const float *value
 		for (int d = 0; d < hd; d++)
 			score[p] += (double) q[d] * keys[p * stride + d];
 		score[p] *= scale;
+		if (softcap > 0)
+			score[p] = softcap * tanh(score[p] / softcap);
 		max = score[p] > max ? score[p] : max;
 	}
 	memset(y, 0, sizeof(*y) * (size_t) hd);
@@ -613,6 +621,7 @@ test_attention(void **state)
 				for (int position = 0; position < N_POSITIONS; position += 6)
 				{
 					kv.window = windows[w];
+					kv.softcap = position % 4 == 0 ? 0 : 1.5f;
 					for (int h = 0; h < n_kv; h++)
 						k[v].attention(y, q, &kv, pages, position, h);
 					for (int h = 0; h < n_kv * group; h++)
@@ -620,7 +629,8 @@ test_attention(void **state)
 						double		expected[80];
 						int			first = windows[w] > 0 && position >= windows[w] ? position - windows[w] + 1 : 0;
 
-						plain_attention(expected, q + h * hd, keys + h / group * hd, values + h / group * hd, hd, n_kv * hd, first, position, 0.7f);
+						plain_attention(expected, q + h * hd, keys + h / group * hd, values + h / group * hd, hd, n_kv * hd, first, position, 0.7f,
+										kv.softcap);
 						for (int d = 0; d < hd; d++)
 							if (!(fabs(y[h * hd + d] - expected[d]) <= (k[v].kv_dtype == MILLM_F32 ? 2e-6 : 8 * EPSILON_F16)))
 								fail_msg("%s attention KV heads %d group %d head_dim %d window %d position %d: head %d [%d] = %.9g, expected %.9g",
