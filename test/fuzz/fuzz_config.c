@@ -66,6 +66,9 @@ LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
 		for (int j = 0; j < c.rotary_dim / 2; j++)
 			check(c.rope.inv_freq[j] >= 0 && c.rope.inv_freq[j] <= 1);
 	}
+	check(c.attention_softcap >= 0 && c.logit_softcap >= 0 && c.window >= 0 && c.window <= MILLM_MAX_POSITIONS);
+	for (int i = 0; i < c.n_layers; i++)
+		check(!c.slides[i] || c.window > 0);
 	millm_config_free(&c);
 	return 0;
 }

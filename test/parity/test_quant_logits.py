@@ -6,6 +6,7 @@ import functools
 import json
 import pydoc_data.topics
 import random
+import subprocess
 import tempfile
 from pathlib import Path
 
@@ -14,7 +15,7 @@ import pytest
 import torch
 from bitsandbytes.backends.default.ops import _dequantize_4bit_compute
 from bitsandbytes.functional import QuantState, dequantize_4bit, dequantize_blockwise
-from conftest import FIXTURES, SMOLLM2, engine_logits, error, reference_logits, run_engine, smollm2_ids
+from conftest import ENGINE, FIXTURES, SMOLLM2, engine_logits, error, reference_logits, run_engine, smollm2_ids
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
@@ -93,6 +94,22 @@ def test_tiny_ref(model, tmp_path):
     ours = engine_logits(TINY / model, ids, tmp_path)
     assert error(ours, theirs) <= TINY_TOLERANCE
     assert error(engine_logits(TINY / model, ids, tmp_path, chunk=5), theirs) <= TINY_TOLERANCE
+
+
+@pytest.mark.parametrize("quantization", ["Q4", "Q8"])
+@pytest.mark.parametrize("family", ["mistral", "phi3", "qwen2-sliding", "qwen3", "gemma", "gemma2", "gemma3"])
+def test_families(family, quantization, tmp_path):
+    """Every family as millm-hub quantizes it."""
+    made = tmp_path / "made"
+    done = subprocess.run([ENGINE.parent / "millm-hub", "quantize", FIXTURES / "tiny" / family, "--output", made, "--quantization", quantization],
+                          capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    model, ids = judge(made), some_ids(made, 24)
+    if family.startswith("gemma"):
+        # it scales the embedding by a number of the embedding's dtype, which is float32 here and bfloat16 in the file
+        scale = model.config.hidden_size**0.5
+        model.model.embed_tokens.register_forward_hook(lambda _, __, x: x * (float(torch.tensor(scale).bfloat16()) / scale))
+    assert error(engine_logits(made, ids, tmp_path), reference_logits(model, ids)) <= TINY_TOLERANCE
 
 
 def fast_kernels():
