@@ -10,6 +10,7 @@
 #include <string.h>
 #include <time.h>
 
+#include "machine.h"
 #include "memory.h"
 
 #define DEFAULT_CONTEXT_LENGTH 8192
@@ -132,7 +133,7 @@ plan_memory(const MillmModel *model, const MillmLoadOptions *options, int64_t we
 		return millm_forward_create(model, fo, &none, err);	/* no such kernels: it says which there are */
 	}
 	plan->workspace_bytes = millm_forward_workspace_bytes(model, fo);
-	plan->available_bytes = millm_memory_available();
+	plan->available_bytes = millm_machine_memory("").available_bytes;
 	if (plan->available_bytes >= 0)
 		plan->available_bytes += releasable_bytes;
 	if ((rc = millm_memory_plan(plan, err)) == MILLM_OK)

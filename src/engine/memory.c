@@ -2,7 +2,7 @@
  * memory.c -- the prediction of a load's memory.
  *
  * Weights are mapped, so they are the page cache's and can be evicted; but a model whose weights are read from disk
- * again for every token is of no use, so they must fit too.  MemAvailable counts what is cached as available, the
+ * again for every token is of no use, so they must fit too.  What is available (machine.h) counts what is cached, the
  * weights themselves included when they have been read before.
  */
 #include "memory.h"
@@ -12,33 +12,20 @@
 
 #define SHOWN_TOKENS	256			/* context lengths that we propose are multiples of it */
 
-/* A line of figures in kB of one of /proc's files, in bytes; -1 when it is not there. */
-static int64_t
-proc_bytes(const char *path, const char *format)
+int64_t
+millm_memory_private(void)
 {
-	FILE	   *f = fopen(path, "re");
+	FILE	   *f = fopen("/proc/self/status", "re");
 	char		line[256];
 	int64_t		kb = -1;
 
 	if (!f)
 		return -1;
 	while (kb < 0 && fgets(line, sizeof(line), f))
-		if (sscanf(line, format, &kb) != 1)
+		if (sscanf(line, "RssAnon: %" SCNd64 " kB", &kb) != 1)
 			kb = -1;
 	fclose(f);
 	return kb < 0 ? -1 : kb * 1024;
-}
-
-int64_t
-millm_memory_available(void)
-{
-	return proc_bytes("/proc/meminfo", "MemAvailable: %" SCNd64 " kB");
-}
-
-int64_t
-millm_memory_private(void)
-{
-	return proc_bytes("/proc/self/status", "RssAnon: %" SCNd64 " kB");
 }
 
 static double

@@ -8,9 +8,6 @@
 
 #include "error.h"
 
-/* MemAvailable of /proc/meminfo in bytes, or -1 when it cannot be read. */
-extern int64_t millm_memory_available(void);
-
 /* What this process has to itself, in bytes: neither files nor the page cache.  -1 when it cannot be read. */
 extern int64_t millm_memory_private(void);
 

@@ -20,6 +20,7 @@
 
 #include "compat.h"
 #include "json.h"
+#include "machine.h"
 #include "ready.h"
 #include "shmem.h"
 
@@ -98,23 +99,6 @@ millm_estimate_memory_name(PG_FUNCTION_ARGS)
 
 /* --- memory --------------------------------------------------------------------------------------- */
 
-/* A line of /proc/meminfo, in bytes; false when it does not have it. */
-static bool
-meminfo(const char *format, int64 *bytes)
-{
-	FILE	   *f = AllocateFile("/proc/meminfo", "r");
-	char		line[256];
-	long long	kb = -1;
-
-	while (f && kb < 0 && fgets(line, sizeof(line), f))
-		if (sscanf(line, format, &kb) != 1)
-			kb = -1;
-	if (f)
-		FreeFile(f);
-	*bytes = (int64) kb * 1024;
-	return kb >= 0;
-}
-
 /* millm.memory() RETURNS SETOF record (device, name, total_bytes, free_bytes, used_bytes): this version's one device. */
 Datum
 millm_memory(PG_FUNCTION_ARGS)
@@ -122,8 +106,7 @@ millm_memory(PG_FUNCTION_ARGS)
 	ReturnSetInfo *rsinfo = (ReturnSetInfo *) fcinfo->resultinfo;
 	Datum		values[5];
 	bool		nulls[5] = {false};
-	int64		total;
-	int64		free_bytes;
+	const MillmMachineMemory memory = millm_machine_memory("");
 	int64		used;
 
 	millm_check_registry();
@@ -131,13 +114,13 @@ millm_memory(PG_FUNCTION_ARGS)
 	LWLockAcquire(millm_shared->lock, LW_SHARED);
 	used = millm_shared->is_loaded ? millm_shared->loaded_bytes : 0;
 	LWLockRelease(millm_shared->lock);
-	nulls[2] = !meminfo("MemTotal: %lld kB", &total);
-	nulls[3] = !meminfo("MemAvailable: %lld kB", &free_bytes);
+	nulls[2] = memory.total_bytes < 0;
+	nulls[3] = memory.available_bytes < 0;
 	nulls[4] = used < 0;
 	values[0] = CStringGetTextDatum("cpu");
 	values[1] = CStringGetTextDatum("RAM");
-	values[2] = Int64GetDatum(total);
-	values[3] = Int64GetDatum(free_bytes);
+	values[2] = Int64GetDatum(memory.total_bytes);
+	values[3] = Int64GetDatum(memory.available_bytes);
 	values[4] = Int64GetDatum(used);
 	tuplestore_putvalues(rsinfo->setResult, rsinfo->setDesc, values, nulls);
 	return (Datum) 0;
