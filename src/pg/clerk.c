@@ -664,9 +664,9 @@ work(void)
 	bool		good = true;
 
 	LWLockAcquire(millm_shared->lock, LW_EXCLUSIVE);
-	if (millm_shared->registry_changed)
+	if (millm_shared->clerk_must_look)
 		next_scan = 0;
-	millm_shared->registry_changed = false;
+	millm_shared->clerk_must_look = false;
 	LWLockRelease(millm_shared->lock);
 
 	/* progress wakes us too, and is no reason to read tables */

@@ -116,7 +116,7 @@ typedef struct MillmShared
 	Latch	   *supervisor;		/* NULL: not running */
 	Latch	   *clerk;
 	bool		auto_load_done;
-	bool		registry_changed;	/* since the clerk last looked */
+	bool		clerk_must_look;	/* at the registry: it has changed, or what was waited for is there */
 	bool		no_database;	/* a clerk that connected to millm.database has failed: look before the next one tries */
 	MillmHelperStatus helpers[2];
 	bool		cache_owned;	/* the supervisor holds the cache's lock */

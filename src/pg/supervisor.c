@@ -817,8 +817,18 @@ poll_job(void)
 static void
 tend_job(void)
 {
+	static bool was_ready;
 	bool		hub_ready = children[MILLM_HUB].ready && (millm_shared->cache_owned || millm_shared->cache_problem[0]);
 
+	/* the clerk may have looked too early to empty the trash */
+	if (hub_ready && !was_ready)
+	{
+		LWLockAcquire(millm_shared->lock, LW_EXCLUSIVE);
+		millm_shared->clerk_must_look = true;
+		LWLockRelease(millm_shared->lock);
+		millm_wake_clerk();
+	}
+	was_ready = hub_ready;
 	if (!canceled && hub_ready && (canceled = next_canceled()) != NULL)
 		begin_cancel();
 	if (!job && hub_ready && (job = next_job(&next_job_at)) != NULL)

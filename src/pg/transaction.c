@@ -29,7 +29,7 @@ end_transaction(bool commit)
 	for (int i = 0; i < MILLM_MAX_DELETES; i++)
 		if (millm_shared->deletes[i].owner_pid == MyProcPid)
 			memset(&millm_shared->deletes[i], 0, sizeof(MillmDelete));
-	millm_shared->registry_changed |= commit;
+	millm_shared->clerk_must_look |= commit;
 	LWLockRelease(millm_shared->lock);
 	if (commit)
 		millm_wake_clerk();

@@ -17,7 +17,7 @@ use PostgreSQL::Test::Utils;
 use Test::More;
 use Time::HiRes qw(time sleep);
 
-our @EXPORT = qw(new_server load_model engine_pages wait_pages wait_true sqlstate $SMOLLM2 $LONG);
+our @EXPORT = qw(new_server load_model kill_server engine_pages wait_pages wait_true sqlstate $SMOLLM2 $LONG);
 
 our $SMOLLM2 = 'SmolLM2-135M-Instruct';
 # Arguments of a generation that goes on for longer than any test: thousands of tokens.
@@ -55,6 +55,29 @@ sub load_model
 	  unless $node->safe_psql($database, "SELECT 1 FROM millm.models WHERE name = '$name'");
 	$node->safe_psql($database, "SELECT millm.wait('$name')");
 	$node->safe_psql($database, "SELECT millm.load('$name')");
+}
+
+# A process and all below it.
+sub family
+{
+	my ($pid) = @_;
+	my %children;
+	for (glob('/proc/[0-9]*/stat')) { open(my $f, '<', $_) or next; push @{ $children{$2} }, $1 if (<$f> // '') =~ /^(\d+) \(.*\) \S (\d+)/; }
+	my @all = ($pid);
+	for (my $i = 0; $i < @all; $i++) { push @all, @{ $children{ $all[$i] } // [] }; }
+	return @all;
+}
+
+# kill -9 of the postmaster and of the other processes named, sub if there is one, and start another; the rest of the first must go by itself.
+sub kill_server
+{
+	my ($node, $sub, @others) = @_;
+	my @all = family(slurp_file($node->data_dir . '/postmaster.pid') =~ /^(\d+)/);
+	$node->kill9;
+	kill('KILL', @others);
+	wait_true(sub { !grep { kill(0, $_) } @all }) or die "processes of the killed server are still there\n";
+	$sub->() if $sub;
+	$node->start;
 }
 
 # The loaded model's directory.
