@@ -414,7 +414,8 @@ millm_job_download(const MillmJobSpec *spec, atomic_bool *stop, atomic_bool *kee
 						 "quantization", p.quantization, "disk_bytes", (json_int_t) disk_bytes);
 	else if (store && !atomic_load(keep))
 		remove_files(store, &p.choice);
-	else if (!atomic_load(keep))
+	/* what came with a token that a restart of the server has wiped stays for a retry with that token */
+	else if (!atomic_load(keep) && rc != MILLM_E_GATED_MODEL_NO_TOKEN)
 		millm_store_remove_unfinished(spec->cache_dir, spec->directory, spec->model_uuid);
 	/* here HUB_UNAVAILABLE would mean the helper, not the network */
 	if (rc == MILLM_E_HUB_UNAVAILABLE)

@@ -57,7 +57,7 @@ extern MillmCode millm_job_preview(const MillmJobSpec *spec, atomic_bool *stop, 
 
 /*
  * Bring a repository to the cache, its weights in the form that quantization says.  When it fails or is stopped, everything that it wrote is removed, unless *keep is true by then: then
- * whole files and partials stay for the next attempt.
+ * whole files and partials stay for the next attempt.  So does what an earlier attempt left when there is no way in for this one (GATED_MODEL_NO_TOKEN from the start).
  */
 extern MillmCode millm_job_download(const MillmJobSpec *spec, atomic_bool *stop, atomic_bool *keep, MillmReport report, void *arg,
 									json_t **out, MillmError *err);
