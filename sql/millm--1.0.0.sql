@@ -106,10 +106,12 @@ COMMENT ON COLUMN millm.models.disk_size_mb IS 'What it takes on disk; an estima
 COMMENT ON COLUMN millm.models.estimated_memory_mb IS 'What its weights need; once it is loaded, what the engine holds for it, the KV cache too';
 
 CREATE VIEW millm.progress AS
-SELECT r.id, r.name, l.status, l.stage, l.progress, l.bytes, l.total_bytes, l.bytes_per_second, l.file
+SELECT r.id, r.name, l.status, l.stage, l.progress, l.bytes, l.total_bytes, l.bytes_per_second, l.file,
+	CASE WHEN l.bytes_per_second >= 1000 THEN pg_catalog.make_interval(secs => pg_catalog.ceil((l.total_bytes - l.bytes) / l.bytes_per_second)) END AS time_left
 FROM millm.live() l JOIN millm.registry r ON l.uuid = r.uuid
 WHERE l.status IN ('downloading', 'loading');
 COMMENT ON VIEW millm.progress IS 'Downloads and loads that are under way';
+COMMENT ON COLUMN millm.progress.time_left IS 'Of a download, at the speed of its last seconds; null while that is not known, or as good as nothing';
 
 CREATE FUNCTION millm.error_list(OUT name text, OUT sqlstate text, OUT http_status integer)
 RETURNS SETOF record

@@ -102,6 +102,7 @@ slow();
 sql(q(SELECT millm.download('millm-test/sharded', 'FP16')));
 ok(under_way('sharded'), 'a download under way');
 like(sql('SELECT name, status, stage, total_bytes > 900000 FROM millm.progress'), qr/^sharded\|downloading\|\w+\|t$/, 'the view progress has it');
+ok(wait_true(sub { sql(q(SELECT time_left BETWEEN '1 s' AND '1 min' AND bytes_per_second > 0 AND file <> '' FROM millm.progress)) eq 't' }), 'with its speed, and when it will be here');
 fails(q(SELECT millm.load('sharded')), 'ML007', 'it cannot be loaded yet');
 is(sql(q(BEGIN; SELECT millm.cancel('sharded'); ROLLBACK)), '', 'cancel() acts at once, whatever the transaction does');
 is(sql(q(SELECT millm.wait('sharded'))), 'error', 'and ends it');

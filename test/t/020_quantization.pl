@@ -86,6 +86,21 @@ like(notices(q(SELECT millm.download('millm-test/tiny-gpt2'))), qr/is stored as 
 is(sql(q(SELECT millm.wait('tiny-gpt2'))), 'ready', 'GPT-2, whose weights lie the other way round');
 works('tiny-gpt2');
 
+# --- PyTorch checkpoints ------------------------------------------------------------------------------------
+for my $form ('FP16', 'Q4')
+{
+	sql("SELECT millm.download('millm-test/tiny-bin', '$form', name => 'bin-$form')");
+	is(sql("SELECT millm.wait('bin-$form')"), 'ready', "a .bin as $form");
+	ok(-f directory("bin-$form") . '/model.safetensors' && !glob(directory("bin-$form") . '/*.bin'), 'becomes safetensors');
+	cmp_ok(abs(disk_bytes("bin-$form") - du(directory("bin-$form"))), '<=', 4096, 'its size is what lies there');
+	works("bin-$form");
+}
+is(weights(directory('bin-FP16')), weights("$ENV{MILLM_FIXTURES}/hub/millm-test/tiny-llama"), 'the weights are the same');
+sql(q(SELECT millm.download('millm-test/evil-bin', name => 'evil')));
+is(sql(q(SELECT millm.wait('evil'))), 'error', 'one that would run a program');
+like(row('evil', 'error_code, error_message'), qr/^INVALID_MODEL_FILE\|.*the global posix\.system/, 'is refused by name');
+ok(!glob("$cache/huggingface/*evil*"), 'and leaves no file');
+
 # --- What is published quantized stays so --------------------------------------------------------------------------
 my %published = (nf4 => 'Q4', int8 => 'Q8');
 for my $kind (sort keys %published)

@@ -8,6 +8,7 @@ use JSON::PP;
 use PostgreSQL::Test::Cluster;
 use PostgreSQL::Test::Utils;
 use Test::More;
+use Time::HiRes qw(time);
 use MillmTest;
 use TestHub;
 
@@ -64,6 +65,20 @@ sql("SELECT millm.download('millm-test/gated', hf_token => 'hf_good')");
 is(sql("SELECT millm.wait('gated')"), 'ready', 'with access it arrives');
 fails("SELECT millm.retry('gated', 'hf_wrong_but_secret')", '22023');
 unlike(slurp_file($node->logfile), qr/hf_wrong|hf_nogrant|hf_good/, 'no statement with a token is in the log');
+
+# --- a hub that does not answer: download() does, within 2 s --------------------------------------------------
+$hub->faults({ where => 'info', delay => 20 });
+my @seconds;
+for (1 .. 3)
+{
+	my $start = time;
+	like((sqlstate($node, "BEGIN; SELECT millm.download('$smol', 'FP16'); ROLLBACK"))[1], qr/NOTICE: .*did not answer in time; the download is queued/, 'a deaf hub');
+	push @seconds, time - $start;
+}
+note sprintf 'download() took %s s', join ', ', map { sprintf '%.2f', $_ } @seconds;
+# the quickest: what else the machine does only adds
+cmp_ok((sort { $a <=> $b } @seconds)[0], '<', 2, 'download() answers within 2 s, psql included');
+$hub->faults;
 
 # --- connections of a large file ----------------------------------------------------------------------------
 sub weights { return grep { $_->{port} eq 'cdn' && $_->{path} =~ /model\.safetensors/ } $hub->requests; }

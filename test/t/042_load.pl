@@ -110,6 +110,18 @@ is(sql(q(SELECT millm.load('damaged'))), 'loaded', 'whole files load');
 is(sql(q(SELECT status, error_code FROM millm.models WHERE name = 'damaged')), 'loaded|', 'and the row forgets');
 
 # --- The engine dies ------------------------------------------------------------------------------------------------------
+load_model($node, $SMOLLM2);
+$request = long_request();
+my $unloader = MillmTest::Session->new($node)->send(q(SELECT millm.unload('20 s')));
+@events = events_until("model:unload:progress $smol");
+is($events[-1]{pending}, 1, 'an unload waits for a request');
+kill_engine();
+$result = $unloader->until_ready;
+is($result->{state}, 'ML019', 'the engine is killed: the unload fails') or diag $result->{message};
+is($request->until_ready->{state}, 'ML019', 'so does the request');
+@events = events_until("model:unload:error $smol");
+is($events[-1]{code}, 'ENGINE_UNAVAILABLE', 'which an event says');
+load_model($node, 'tiny');
 sub kill_engine { my $pid = sql('SELECT engine_pid FROM millm.status()'); kill('KILL', $pid); ok(wait_true(sub { sql("SELECT engine_pid <> $pid FROM millm.status()") eq 't' }), 'another engine after kill -9'); }
 kill_engine();
 is(sql(q(SELECT count(*) FROM millm.models WHERE status <> 'ready')), 0, 'every model is ready');
