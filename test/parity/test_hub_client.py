@@ -731,8 +731,15 @@ def test_breaker_and_downloads(hub, tmp_path, brief_serve):
 def test_breaker_under_way(big_hub, tmp_path, brief_serve):
     """Five failures of four connections open it in the midst of a file: the download waits for the next try, then goes on."""
     serve, log = brief_serve
-    faults(big_hub, {"where": "resolve", "status": 500, "method": "GET", "file": "model.safetensors", "times": 5})
-    serve("download", **job(big_hub, tmp_path, BIG)).result()
+    # until it is open: a success of one connection between the failures of the others would count them anew
+    faults(big_hub, {"where": "resolve", "status": 500, "method": "GET", "file": "model.safetensors"})
+    download = serve("download", **job(big_hub, tmp_path, BIG))
+    end = time.monotonic() + 60
+    while "have failed in a row" not in log.read_text():
+        assert time.monotonic() < end
+        time.sleep(0.01)
+    faults(big_hub)
+    download.result()
     assert "answers again" in log.read_text()
     assert same_big(big_hub, tmp_path)
     shutil.rmtree(tmp_path / "huggingface")

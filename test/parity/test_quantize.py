@@ -105,7 +105,7 @@ def test_meta(smol):
     meta = json.loads((smol / "Q4/.millm_meta.json").read_text())
     raw = (SOURCE / "model.safetensors").read_bytes()
     weights = meta["files"]["model.safetensors"]
-    assert meta["quantization"] == "Q4" and meta["source_path"] == str(SOURCE) and meta["millm_version"] and meta["commit"] is None
+    assert meta["quantization"] == "Q4" and Path(meta["source_path"]).resolve() == SOURCE.resolve() and meta["millm_version"] and meta["commit"] is None
     assert weights == {"size": len(raw), "hash": hashlib.sha256(raw).hexdigest(), "bytes": (smol / "Q4/model.safetensors").stat().st_size}
     assert meta["original_bytes"] == len(raw) and meta["quantized_bytes"] == weights["bytes"]
     on_disk = sum(p.stat().st_size for p in (smol / "Q4").iterdir() if p.name != ".millm_meta.json")
