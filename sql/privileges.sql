@@ -11,6 +11,31 @@ RESET ROLE;
 SELECT millm.grant_user('millm_user');
 SELECT millm.grant_admin('millm_admin');
 
+-- Settings: by whatever way, none
+CREATE TEMP TABLE settings AS SELECT name, s.ways
+	FROM (SELECT name FROM pg_catalog.pg_settings WHERE name LIKE 'millm.%' UNION ALL SELECT 'millm.hf_token') n,	-- which pg_settings does not list
+	LATERAL (SELECT ARRAY[format('SET %s = %L', name, '1'), format('ALTER ROLE millm_admin SET %s = %L', name, '1'),
+		format('SELECT set_config(%L, %L, true)', name, '1')] AS ways) s;
+GRANT SELECT ON settings TO millm_admin;
+SELECT count(*) FROM settings;
+SET ROLE millm_admin;
+DO $$
+DECLARE
+	way text;
+BEGIN
+	FOR way IN SELECT unnest(ways) FROM settings LOOP
+		BEGIN
+			EXECUTE way;
+			RAISE WARNING 'possible: %', way;
+		EXCEPTION WHEN insufficient_privilege OR cant_change_runtime_param THEN NULL;
+		END;
+	END LOOP;
+END $$;
+ALTER SYSTEM SET millm.cache_dir = '/tmp';
+ALTER DATABASE postgres SET millm.hf_token = 'x';
+RESET ROLE;
+DROP TABLE settings;
+
 -- A user looks and generates
 SET ROLE millm_user;
 SELECT count(*) FROM millm.models;

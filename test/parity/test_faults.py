@@ -13,15 +13,13 @@ import signal
 import struct
 import subprocess
 import threading
-import time
-import urllib.request
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 from engine_client import Conversation, HelperError
-from test_hub_client import FAULTS, HUB_ROOT, MILLM_HUB, TINY, UUID, faults, hub_module
+from test_hub_client import FAULTS, HUB_ROOT, MILLM_HUB, TINY, UUID, faults, hub_module, wait_for_socket
 
 N_AT_ONCE = 12
 FORMS = ("FP16", "Q4")
@@ -65,13 +63,7 @@ class Case:
         self.socket, self.log_path = directory / "s", directory / "log"
         with open(self.log_path, "w") as f:
             self.process = subprocess.Popen([MILLM_HUB, "serve", "--socket", self.socket, "--breaker-ms", "200"], stderr=f)
-        end = time.monotonic() + 20
-        while True:
-            try:
-                return Conversation(self.socket).close()
-            except OSError:
-                assert time.monotonic() < end, "millm-hub did not start"
-                time.sleep(0.01)
+        wait_for_socket(self.socket)
 
     def close(self):
         self.process.send_signal(signal.SIGTERM)

@@ -496,6 +496,19 @@ def test_links_are_not_followed(hub, tmp_path):
     assert victim.read_text() == "precious" and not (d / "config.json").is_symlink()
 
 
+def wait_for_socket(path):
+    """Until somebody listens there: a socket has its name before that."""
+    from engine_client import Conversation
+
+    end = time.monotonic() + 20
+    while True:
+        try:
+            return Conversation(path).close()
+        except OSError:
+            assert time.monotonic() < end, "millm-hub did not start"
+            time.sleep(0.01)
+
+
 @pytest.fixture
 def serve(tmp_path):
     """millm-hub as the supervisor runs it; returns a function that opens a conversation."""
@@ -503,9 +516,7 @@ def serve(tmp_path):
 
     sock = tmp_path / "hub.sock"
     p = subprocess.Popen([MILLM_HUB, "serve", "--socket", sock], stderr=subprocess.DEVNULL)
-    end = time.monotonic() + 20
-    while not sock.exists() and time.monotonic() < end:
-        time.sleep(0.01)
+    wait_for_socket(sock)
     yield lambda op, **fields: Conversation(sock, op, **fields)
     p.send_signal(signal.SIGTERM)
     assert p.wait(20) == 0
@@ -645,9 +656,7 @@ def brief_serve(tmp_path):
     sock, log = tmp_path / "brief.sock", tmp_path / "log"
     with open(log, "w") as f:
         p = subprocess.Popen([MILLM_HUB, "serve", "--socket", sock, "--breaker-ms", "2000"], stderr=f)
-    end = time.monotonic() + 20
-    while not sock.exists() and time.monotonic() < end:
-        time.sleep(0.01)
+    wait_for_socket(sock)
     yield (lambda op, **fields: Conversation(sock, op, **fields)), log
     p.send_signal(signal.SIGTERM)
     assert p.wait(20) == 0

@@ -194,6 +194,18 @@ ok(wait_true(sub { !glob("$cache/huggingface/*sharded*") }), 'DROP EXTENSION end
 sql('CREATE EXTENSION millm');
 ok(wait_true(sub { sql('SELECT model IS NULL FROM millm.status()') eq 't' }), 'and unloads the model');
 ok(-d "$cache/huggingface/millm-test--tiny-gpt2--FP16", 'files stay');
+# ... whoever owned it
+sql(q(DROP EXTENSION millm; CREATE ROLE keeper SUPERUSER; SET ROLE keeper; CREATE EXTENSION millm));
+sql("SELECT millm.register_local('$local', name => 'local'); SELECT millm.load('local')");
+slow();
+sql(q(SELECT millm.download('millm-test/sharded', 'FP16')));
+ok(under_way('sharded'), 'a download under way');
+sql('DROP OWNED BY keeper CASCADE; DROP ROLE keeper');
+ok(wait_true(sub { !glob("$cache/huggingface/*sharded*") }), 'DROP OWNED ends downloads, too');
+sql('CREATE EXTENSION millm');
+ok(wait_true(sub { sql('SELECT model IS NULL FROM millm.status()') eq 't' }), 'and unloads the model');
+ok(-f "$local/model.safetensors", 'whose files stay');
+is(sql('SELECT count(*) FROM millm.models'), 0, 'the next extension begins anew');
 my $log = slurp_file($node->logfile);
 unlike($log, qr/terminating any other active server processes|PANIC|TRAP/, 'no crash on the way');
 $node->stop;

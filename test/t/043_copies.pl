@@ -77,7 +77,11 @@ is((sqlstate($standby, q(SELECT millm.retry('tiny-llama'))))[0] =~ /^(25006|ML00
 is($standby->safe_psql('postgres', q(SELECT millm.load('away'))), 'loaded', 'a directory that both can see loads');
 is($standby->safe_psql('postgres', q(SELECT device, used_bytes > 0 FROM millm.memory())), 'cpu|t', 'memory() works there');
 is($standby->safe_psql('postgres', q(SELECT millm.architecture('away')->>'model_type')), 'llama', 'architecture() too');
+$node->stop;
+$standby->promote;
+ok(wait_true(sub { $standby->psql('postgres', q(SELECT millm.retry('tiny-llama'))) == 0 }), 'promoted, it may write');
+is($standby->safe_psql('postgres', q(SELECT millm.wait('tiny-llama'))), 'ready', 'and has the files again');
+is($standby->safe_psql('postgres', q(SELECT millm.load('tiny-llama'))), 'loaded', 'which load');
 $standby->stop;
 unlike(slurp_file($_->logfile), qr/PANIC|TRAP/, 'no crash on the way') for $node, $copy, $standby;
-$node->stop;
 done_testing();
