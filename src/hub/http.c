@@ -16,10 +16,11 @@
 
 #define MAX_HOPS			10
 #define CONNECT_TIMEOUT_S	10
-#define STALL_SECONDS		20
 #define MAX_URL				8192
 #define TICK_MS				200		/* so often a request looks at *stop */
 #define BEARER				"Authorization: Bearer "
+
+static int	stall_seconds = 20;
 
 struct MillmHttp
 {
@@ -31,6 +32,12 @@ struct MillmHttp
 	atomic_bool *stop;
 	int64_t		deadline_ms;	/* of now_ms(); 0: none */
 };
+
+void
+millm_http_set_stall_seconds(int seconds)
+{
+	stall_seconds = seconds;
+}
 
 static int64_t
 now_ms(void)
@@ -484,7 +491,7 @@ do_hop(Hop *hop, const char *url, int timeout_ms, MillmError *err)
 #endif
 	curl_easy_setopt(c, CURLOPT_CONNECTTIMEOUT, (long) CONNECT_TIMEOUT_S);
 	curl_easy_setopt(c, CURLOPT_LOW_SPEED_LIMIT, 1L);
-	curl_easy_setopt(c, CURLOPT_LOW_SPEED_TIME, (long) STALL_SECONDS);
+	curl_easy_setopt(c, CURLOPT_LOW_SPEED_TIME, (long) stall_seconds);
 	if (timeout_ms > 0)
 		curl_easy_setopt(c, CURLOPT_TIMEOUT_MS, (long) timeout_ms);
 	curl_easy_setopt(c, CURLOPT_ERRORBUFFER, message);

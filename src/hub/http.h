@@ -30,6 +30,9 @@ extern void millm_http_set_stop(MillmHttp *http, atomic_bool *stop);	/* from the
 /* From now on all requests together have so long; what is not done by then fails as a timeout does. */
 extern void millm_http_set_deadline(MillmHttp *http, int ms);
 
+/* For the process, before its first request: how long a transfer may stand still until it fails as a timeout does.  Default 20. */
+extern void millm_http_set_stall_seconds(int seconds);
+
 /* Another one for a thread of its own: same endpoint, token and deadline, its own connection. */
 extern MillmCode millm_http_twin(const MillmHttp *http, atomic_bool *stop, MillmHttp **out, MillmError *err);
 

@@ -458,7 +458,8 @@ usage(FILE *out, int status)
 		  "       millm-hub --version | help\n"
 		  "options: --endpoint URL (HF_ENDPOINT, " DEFAULT_ENDPOINT "), --revision REV (main), --token-file FILE, --trust-remote-code,\n"
 		  "         --quantization Q4|Q8|FP16 (Q4), --connections 1..16 (4; of a large file),\n"
-		  "         --hf-cache DIR (a HuggingFace cache to take files from); of serve: --breaker-ms N, how long a failing hub is first left alone (30000)\n", out);
+		  "         --hf-cache DIR (a HuggingFace cache to take files from); of serve: --breaker-ms N, how long a failing hub is first left alone (30000),\n"
+		  "         --stall-s N, how long a transfer may stand still (20)\n", out);
 	return status;
 }
 
@@ -526,7 +527,7 @@ main(int argc, char **argv)
 		{"endpoint", required_argument, NULL, 'e'}, {"revision", required_argument, NULL, 'r'}, {"token-file", required_argument, NULL, 't'},
 		{"cache-dir", required_argument, NULL, 'c'}, {"socket", required_argument, NULL, 's'}, {"trust-remote-code", no_argument, NULL, 'x'},
 		{"quantization", required_argument, NULL, 'q'}, {"output", required_argument, NULL, 'o'}, {"breaker-ms", required_argument, NULL, 'b'},
-		{"connections", required_argument, NULL, 'n'}, {"hf-cache", required_argument, NULL, 'h'}, {0}
+		{"connections", required_argument, NULL, 'n'}, {"hf-cache", required_argument, NULL, 'h'}, {"stall-s", required_argument, NULL, 'l'}, {0}
 	};
 	MillmService service = {.program = "millm-hub", .on_request = on_request, .on_close = on_close, .on_shutdown = on_shutdown};
 	MillmJobSpec spec = {.revision = "main", .quantization = "Q4", .owner_id = MILLM_NOBODY, .model_uuid = MILLM_NOBODY, .timeout_ms = 30000, .n_connections = CONNECTIONS, .endpoint = getenv("HF_ENDPOINT")};
@@ -536,7 +537,7 @@ main(int argc, char **argv)
 	MillmError	err = {0};
 	json_t	   *out = NULL;
 	MillmCode	rc;
-	int			opt, breaker_ms = 0;
+	int			opt, breaker_ms = 0, stall_s = 0;
 
 	if (strcmp(command, "--version") == 0)
 		return puts("millm-hub " MILLM_VERSION) < 0;
@@ -563,6 +564,10 @@ main(int argc, char **argv)
 				if ((breaker_ms = (int) strtol(optarg, NULL, 10)) <= 0 || strcmp(command, "serve") != 0)
 					return usage(stderr, 2);
 				break;
+			case 'l':
+				if ((stall_s = (int) strtol(optarg, NULL, 10)) <= 0 || strcmp(command, "serve") != 0)
+					return usage(stderr, 2);
+				break;
 			case 't':
 				if (!(spec.token = token = read_token(optarg)))
 				{
@@ -578,6 +583,8 @@ main(int argc, char **argv)
 
 		if (breaker_ms > 0)
 			millm_breaker_set_first_ms(breaker_ms);
+		if (stall_s > 0)
+			millm_http_set_stall_seconds(stall_s);
 		/* fd 3 is the supervisor's: nothing may be opened before */
 		curl_global_init(CURL_GLOBAL_DEFAULT);
 		status = millm_serve(&service, socket, false);

@@ -1,6 +1,6 @@
 """Every way in which a hub can fail, for FP16 and Q4, as the server sees it: millm-hub serves, and a download ends whole or leaves nothing.
 
-Each case has a process of its own and one of a few hubs to itself, and most of its time is waiting (for backoffs, for 20 s of standstill): so
+Each case has a process of its own and one of a few hubs to itself, and most of its time is waiting (for backoffs, for what stands still): so
 all cases that are asked for run at once, and each test reads how its own has ended.
 """
 import hashlib
@@ -21,7 +21,7 @@ import pytest
 from engine_client import Conversation, HelperError
 from test_hub_client import FAULTS, HUB_ROOT, MILLM_HUB, TINY, UUID, faults, hub_module, wait_for_socket
 
-N_AT_ONCE = 12
+N_AT_ONCE = 20
 FORMS = ("FP16", "Q4")
 F16, SHARDED, GATED, OLD_NAME = "millm-test/tiny-f16", "millm-test/sharded", "millm-test/gated", "millm-test/old-name"
 FAILED = "MODEL_DOWNLOAD_FAILED"
@@ -55,14 +55,14 @@ class Clean:
 
 
 class Case:
-    """One cache and one millm-hub, which leaves a failing hub alone only briefly."""
+    """One cache and one millm-hub, which leaves a failing hub alone only briefly and waits only 5 s for one that stands still."""
 
     def __init__(self, hub, directory, repo, form, token=None):
         self.hub, self.cache, self.repo, self.form, self.token = hub, directory / "cache", repo, form, token
         self.cache.mkdir(parents=True)
         self.socket, self.log_path = directory / "s", directory / "log"
         with open(self.log_path, "w") as f:
-            self.process = subprocess.Popen([MILLM_HUB, "serve", "--socket", self.socket, "--breaker-ms", "200"], stderr=f)
+            self.process = subprocess.Popen([MILLM_HUB, "serve", "--socket", self.socket, "--breaker-ms", "200", "--stall-s", "5"], stderr=f)
         wait_for_socket(self.socket)
 
     def close(self):
