@@ -12,7 +12,7 @@
  *	 x = embedding                                   [n, hidden]
  *	 each layer:  x += o(attention(rope(head norms(qkv(norm(x))))))
  *	              x += down(act(gate(norm(x))) * up(norm(x)))
- *	              (some families norm what is added, too)
+ *	              (some families norm what is added, too; in others, both read the same x: parallel)
  *	 logits = softcap(head(norm(x of the wanted rows)))  [n_wanted, vocab]
  */
 #include "forward.h"
@@ -155,8 +155,8 @@ millm_forward_create(const MillmModel *model, const MillmForwardOptions *options
 	fw->wanted = calloc((size_t) n, sizeof(*fw->wanted));
 	fw->tops = calloc((size_t) n, sizeof(*fw->tops));
 	fw->pages = calloc((size_t) n, sizeof(*fw->pages));
-	/* a sampler's margin is one of capped logits, which the copy knows nothing of */
-	fw->is_screened = model->screen.codes.data && !options->full_head && model->config.logit_softcap == 0;
+	/* a sampler's margin is one of capped logits, which the copy knows nothing of; nor of biases */
+	fw->is_screened = model->screen.codes.data && !options->full_head && model->config.logit_softcap == 0 && !model->head_bias.data;
 	if (!fw->tokens || !fw->positions || !fw->wanted || !fw->tops || !fw->pages)
 		rc = millm_fail(err, MILLM_E_INSUFFICIENT_MEMORY, "out of memory");
 	else if ((rc = millm_backend_cpu_create(model, &bo, &fw->be, err)) == MILLM_OK &&
@@ -275,21 +275,49 @@ take_batch(MillmForward *fw, const MillmBatchToken *batch, int n, int *n_wanted,
 	return MILLM_OK;
 }
 
-/* x += norm(h) */
 static void
-add_normed(MillmForward *fw, const MillmVector *weight, int n)
+norm(MillmForward *fw, MillmBuffer *y, MillmBuffer *x, const MillmVector *weight, const MillmVector *bias, int n)
 {
-	static const MillmVector none;
 	const MillmConfig *c = &fw->model->config;
 
-	fw->be->norm(fw->be, fw->h, fw->h, c->norm, weight, &none, c->norm_eps, 1, n);
+	fw->be->norm(fw->be, y, x, c->norm, weight, bias, c->norm_eps, 1, n);
+}
+
+/* x += in w^T + bias, through a norm if there is one: what stands before a norm does not go into the residual at once */
+static void
+add_branch(MillmForward *fw, const MillmWeight *w, const MillmVector *bias, const MillmVector *post_norm, MillmBuffer *in, int n)
+{
+	static const MillmVector none;
+	const bool	at_once = !post_norm->data;
+	const MillmProjection p = {at_once ? fw->x : fw->h, w, bias, at_once};
+
+	fw->be->matmul(fw->be, &p, 1, in, n);
+	if (at_once)
+		return;
+	norm(fw, fw->h, fw->h, post_norm, &none, n);
 	fw->be->add(fw->be, fw->x, fw->h, n);
+}
+
+/* up = act(gate(in)) * up(in), or act(up(in)); the MLP's norm comes before, in h: in is what has been normed last without one. */
+static void
+run_mlp(MillmForward *fw, const MillmLayer *l, int n)
+{
+	MillmBackend *be = fw->be;
+	const MillmConfig *c = &fw->model->config;
+	const MillmProjection up_gate[] = {{fw->up, &l->up, &l->up_bias, false}, {fw->gate, &l->gate, &l->gate_bias, false}};
+
+	if (l->mlp_norm.data)
+		norm(fw, fw->h, fw->x, &l->mlp_norm, &l->mlp_norm_bias, n);
+	be->matmul(be, up_gate, c->mlp_gated ? 2 : 1, fw->h, n);
+	if (c->mlp_gated)
+		be->activation(be, fw->up, c->act, fw->gate, fw->up, l->up.n_out, n);
+	else
+		be->activation(be, fw->up, c->act, fw->up, NULL, l->up.n_out, n);
 }
 
 static void
 run_layer(MillmForward *fw, int i, int n)
 {
-	static const MillmVector none;
 	MillmBackend *be = fw->be;
 	const MillmConfig *c = &fw->model->config;
 	const MillmLayer *l = &fw->model->layers[i];
@@ -304,32 +332,21 @@ run_layer(MillmForward *fw, int i, int n)
 		.local = l->window > 0 && c->local_rope.inv_freq,
 	};
 	const MillmProjection qkv[] = {{fw->q, &l->q, &l->q_bias, false}, {fw->k, &l->k, &l->k_bias, false}, {fw->v, &l->v, &l->v_bias, false}};
-	/* what a norm stands before does not go into the residual at once */
-	const MillmProjection o = {l->attn_post_norm.data ? fw->h : fw->x, &l->o, &l->o_bias, !l->attn_post_norm.data};
-	const MillmProjection up_gate[] = {{fw->up, &l->up, &l->up_bias, false}, {fw->gate, &l->gate, &l->gate_bias, false}};
-	const MillmProjection down = {l->mlp_post_norm.data ? fw->h : fw->x, &l->down, &l->down_bias, !l->mlp_post_norm.data};
 
-	be->norm(be, fw->h, fw->x, c->norm, &l->attn_norm, c->norm_bias ? &l->attn_norm_bias : &none, c->norm_eps, 1, n);
+	norm(fw, fw->h, fw->x, &l->attn_norm, &l->attn_norm_bias, n);
 	be->matmul(be, qkv, 3, fw->h, n);
+	if (c->parallel)
+		run_mlp(fw, l, n);
 	if (l->q_norm.data)
-		be->norm(be, fw->q, fw->q, c->norm, &l->q_norm, &none, c->norm_eps, l->n_heads, n);
+		be->norm(be, fw->q, fw->q, c->norm, &l->q_norm, &l->q_norm_bias, c->norm_eps, l->n_heads, n);
 	if (l->k_norm.data)
-		be->norm(be, fw->k, fw->k, c->norm, &l->k_norm, &none, c->norm_eps, l->n_kv_heads, n);
+		be->norm(be, fw->k, fw->k, c->norm, &l->k_norm, &l->k_norm_bias, c->norm_eps, l->n_kv_heads, n);
 	be->rope_and_store(be, &attention, fw->q, fw->k, fw->v, n);
 	be->attention(be, &attention, fw->a, fw->q, n);
-	be->matmul(be, &o, 1, fw->a, n);
-	if (l->attn_post_norm.data)
-		add_normed(fw, &l->attn_post_norm, n);
-
-	be->norm(be, fw->h, fw->x, c->norm, &l->mlp_norm, c->norm_bias ? &l->mlp_norm_bias : &none, c->norm_eps, 1, n);
-	be->matmul(be, up_gate, c->mlp_gated ? 2 : 1, fw->h, n);
-	if (c->mlp_gated)
-		be->activation(be, fw->up, c->act, fw->gate, fw->up, l->up.n_out, n);
-	else
-		be->activation(be, fw->up, c->act, fw->up, NULL, l->up.n_out, n);
-	be->matmul(be, &down, 1, fw->up, n);
-	if (l->mlp_post_norm.data)
-		add_normed(fw, &l->mlp_post_norm, n);
+	add_branch(fw, &l->o, &l->o_bias, &l->attn_post_norm, fw->a, n);
+	if (!c->parallel)
+		run_mlp(fw, l, n);
+	add_branch(fw, &l->down, &l->down_bias, &l->mlp_post_norm, fw->up, n);
 }
 
 static MillmCode
@@ -400,10 +417,8 @@ run_step(MillmForward *fw, int n, int n_wanted, bool (*should_stop) (void *arg),
 
 	if (n_wanted > 0)
 	{
-		static const MillmVector none;
-
 		be->select(be, fw->h, fw->x, fw->wanted, n_wanted);
-		be->norm(be, fw->h, fw->h, c->norm, &model->final_norm, c->norm_bias ? &model->final_norm_bias : &none, c->norm_eps, 1, n_wanted);
+		norm(fw, fw->h, fw->h, &model->final_norm, &model->final_norm_bias, n_wanted);
 		return run_head(fw, n_wanted, err);
 	}
 	return MILLM_OK;

@@ -7,14 +7,16 @@
 #include <string.h>
 
 /* What the families that descend from Llama share, in pieces that a row takes or not. */
-#define LLAMA_KEYS \
+#define LLAMA_SIZES \
 	.hidden_size = {"hidden_size"}, .intermediate_size = {"intermediate_size"}, .n_layers = {"num_hidden_layers"}, \
 	.n_heads = {"num_attention_heads"}, .n_kv_heads = {"num_key_value_heads"}, .head_dim = {"head_dim"}, \
-	.max_positions = {"max_position_embeddings"}, .norm_eps = {"rms_norm_eps"}
+	.max_positions = {"max_position_embeddings"}
+#define LLAMA_KEYS LLAMA_SIZES, .norm_eps = {"rms_norm_eps"}
 #define LLAMA_BLOCK \
 	.norm = MILLM_NORM_RMS, .position = MILLM_POS_ROPE, .mlp_gated = true, .ignored = {".rotary_emb.inv_freq"}
+#define LLAMA_ENDS .prefix = "model.", .embedding = "embed_tokens", .head = "lm_head"
 #define LLAMA_NAMES \
-	.prefix = "model.", .embedding = "embed_tokens", .final_norm = "norm", .head = "lm_head", .attn_norm = "layers.{i}.input_layernorm", \
+	LLAMA_ENDS, .final_norm = "norm", .attn_norm = "layers.{i}.input_layernorm", \
 	.o = "layers.{i}.self_attn.o_proj", .down = "layers.{i}.mlp.down_proj"
 #define LLAMA_QKV \
 	.q = "layers.{i}.self_attn.q_proj", .k = "layers.{i}.self_attn.k_proj", .v = "layers.{i}.self_attn.v_proj"
@@ -27,7 +29,7 @@
 #define SANDWICH_NORMS \
 	.attn_post_norm = "layers.{i}.post_attention_layernorm", .mlp_norm = "layers.{i}.pre_feedforward_layernorm", \
 	.mlp_post_norm = "layers.{i}.post_feedforward_layernorm"
-#define HEAD_NORMS .q_norm = "layers.{i}.self_attn.q_norm", .k_norm = "layers.{i}.self_attn.k_norm"
+#define HEAD_NORMS .head_norms = {.by_default = true}, .q_norm = "layers.{i}.self_attn.q_norm", .k_norm = "layers.{i}.self_attn.k_norm"
 #define QWEN_SLIDING \
 	.sliding = {.possible = true, .default_window = 4096, .switch_key = "use_sliding_window", .first_key = "max_window_layers", .default_first = 28}
 
@@ -40,7 +42,7 @@ static const MillmArch archs[] = {
 		.norm_eps = {"layer_norm_epsilon"}, .act = {"activation_function"},
 		.default_norm_eps = 1e-5, .default_max_positions = 1024, .default_act = "gelu_new", .default_ffn_mult = 4, .default_tied = true,
 		.norm = MILLM_NORM_LAYER, .norm_bias = true, .position = MILLM_POS_LEARNED, .in_out = true,
-		.qkv_bias = {.always = true}, .o_bias = {.always = true}, .mlp_bias = {.always = true},
+		.qkv_bias = {.by_default = true}, .o_bias = {.by_default = true}, .mlp_bias = {.by_default = true},
 		.scale_switch = "scale_attn_weights", .layer_inv_scale_switch = "scale_attn_by_inverse_layer_idx",
 		.prefix = "transformer.", .embedding = "wte", .position_embedding = "wpe", .final_norm = "ln_f", .head = "lm_head",
 		.attn_norm = "h.{i}.ln_1", .mlp_norm = "h.{i}.ln_2", .qkv = "h.{i}.attn.c_attn", .o = "h.{i}.attn.c_proj",
@@ -88,6 +90,18 @@ static const MillmArch archs[] = {
 		.sliding = {.possible = true, .default_window = 4096},
 	},
 	{
+		/* Phi-1, 1.5, 2: attention and MLP read one norm, biases everywhere, the head's included */
+		.model_type = "phi",
+		LLAMA_SIZES, LLAMA_ENDS, LLAMA_QKV, .norm_eps = {"layer_norm_eps"}, .act = {"hidden_act"},
+		.default_norm_eps = 1e-5, .default_rope_theta = 10000.0, .default_rotary_part = 0.5, .default_max_positions = 2048, .default_act = "gelu_new",
+		.parallel = true, .norm = MILLM_NORM_LAYER, .norm_bias = true, .position = MILLM_POS_ROPE,
+		.qkv_bias = {.by_default = true}, .o_bias = {.by_default = true}, .mlp_bias = {.by_default = true}, .head_bias = true,
+		.head_norms = {.key = "qk_layernorm"}, .head_norm_bias = true,
+		.q_norm = "layers.{i}.self_attn.q_layernorm", .k_norm = "layers.{i}.self_attn.k_layernorm",
+		.final_norm = "final_layernorm", .attn_norm = "layers.{i}.input_layernorm", .o = "layers.{i}.self_attn.dense", .up = "layers.{i}.mlp.fc1", .down = "layers.{i}.mlp.fc2",
+		.ignored = {".rotary_emb.inv_freq"},
+	},
+	{
 		/* Phi-3, 3.5, 4: q, k, v in one tensor, gate and up in another */
 		.model_type = "phi3",
 		LLAMA_KEYS, LLAMA_BLOCK, LLAMA_NAMES, LLAMA_MLP_NORM, .act = {"hidden_act"},
@@ -100,7 +114,7 @@ static const MillmArch archs[] = {
 		.model_type = "qwen2",
 		LLAMA_KEYS, LLAMA_BLOCK, LLAMA_NAMES, LLAMA_QKV, LLAMA_MLP_NORM, LLAMA_GATE_UP, .act = {"hidden_act"},
 		.default_norm_eps = 1e-6, .default_rope_theta = 10000.0, .default_max_positions = 32768, .default_act = "silu",
-		.qkv_bias = {.always = true}, QWEN_SLIDING,
+		.qkv_bias = {.by_default = true}, QWEN_SLIDING,
 	},
 	{
 		/* Qwen3: norms of the heads of q and k */
@@ -123,5 +137,5 @@ millm_arch_find(const char *model_type)
 const char *
 millm_supported_model_types(void)
 {
-	return "gemma, gemma2, gemma3_text, gpt2, llama, mistral, phi3, qwen2, qwen3";
+	return "gemma, gemma2, gemma3_text, gpt2, llama, mistral, phi, phi3, qwen2, qwen3";
 }

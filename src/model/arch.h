@@ -12,11 +12,11 @@
 
 #include "model.h"
 
-/* Whether a bias (or another optional part) exists: never, always, or as a boolean key of the config says. */
+/* Whether a bias (or another optional part) exists: as a boolean key of the config says; without a key, or without it in the file, by_default. */
 typedef struct MillmWhen
 {
-	bool		always;
-	const char *key;			/* NULL: not configurable; absent in the file: false */
+	bool		by_default;
+	const char *key;
 } MillmWhen;
 
 /* Spellings of one config key, the first one found counts. */
@@ -45,6 +45,8 @@ typedef struct MillmArch
 	MillmKeys	hidden_size, intermediate_size, n_layers, n_heads, n_kv_heads, head_dim, max_positions, norm_eps, act;
 	double		default_norm_eps;
 	double		default_rope_theta;
+	MillmKeys	rope_theta, rotary_part;	/* keys; none: "rope_theta", "partial_rotary_factor" */
+	double		default_rotary_part;	/* of a head; 0: the whole */
 	const char *local_theta_key;		/* layers that slide rotate by this theta, unscaled; NULL: as the others */
 	double		default_local_theta;
 	int			default_max_positions;
@@ -55,6 +57,7 @@ typedef struct MillmArch
 	bool		default_tied;
 
 	/* the block */
+	bool		parallel;				/* attention and MLP read the same residual; without mlp_norm, the same norm of it */
 	MillmNorm	norm;
 	bool		norm_bias;
 	bool		norm_plus_one;			/* weights of norms are stored less 1 */
@@ -65,6 +68,9 @@ typedef struct MillmArch
 	bool		mlp_gated;
 	bool		in_out;					/* Linears are stored [in, out] */
 	MillmWhen	qkv_bias, o_bias, mlp_bias;
+	bool		head_bias;
+	MillmWhen	head_norms;				/* q_norm and k_norm, if the row names them */
+	bool		head_norm_bias;
 	MillmSliding sliding;
 	const char *scale_key;				/* attention_scale is the inverse root of it; NULL: of head_dim */
 	double		default_scale_key;
@@ -76,12 +82,12 @@ typedef struct MillmArch
 	/* tensor names; {i} is the layer.  prefix may be missing in a file.  Without ".weight" / ".bias". */
 	const char *prefix;
 	const char *embedding, *position_embedding, *final_norm, *head;
-	const char *attn_norm, *mlp_norm;
+	const char *attn_norm, *mlp_norm;	/* NULL: none */
 	const char *attn_post_norm, *mlp_post_norm;	/* of what is added to the residual; NULL: none */
 	const char *q, *k, *v;				/* separate, or */
 	const char *qkv;					/* q, k and v concatenated along the output */
 	const char *o;
-	const char *q_norm, *k_norm;		/* of each head, before rope; NULL: none */
+	const char *q_norm, *k_norm;		/* before rope */
 	const char *gate, *up;				/* separate, or */
 	const char *gate_up;				/* gate and up concatenated along the output */
 	const char *down;

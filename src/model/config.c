@@ -86,6 +86,19 @@ get_double(json_t *c, const char *key, double min, double max, double *out, Mill
 	return MILLM_OK;
 }
 
+/* A number under one of its spellings; without a list of these, under key. */
+static MillmCode
+get_double_of(json_t *c, const MillmKeys keys, const char *key, double min, double max, double *out, MillmError *err)
+{
+	for (int i = 0; i < 4 && keys[i]; i++)
+	{
+		key = keys[i];
+		if (get(c, key))
+			break;
+	}
+	return get_double(c, key, min, max, out, err);
+}
+
 static MillmCode
 get_bool(json_t *c, const char *key, bool *out, MillmError *err)
 {
@@ -102,7 +115,7 @@ get_bool(json_t *c, const char *key, bool *out, MillmError *err)
 static MillmCode
 get_when(json_t *c, MillmWhen when, bool *out, MillmError *err)
 {
-	*out = when.always;
+	*out = when.by_default;
 	return when.key ? get_bool(c, when.key, out, err) : MILLM_OK;
 }
 
@@ -285,7 +298,8 @@ resolve_rope(json_t *json, const MillmArch *arch, MillmConfig *c, MillmError *er
 {
 	json_t	   *scaling = get(json, "rope_scaling"), *local = NULL, *value;	/* what transformers 4 wrote wins, as it does in 5 */
 	const char *spelling = "rope_scaling", *key;
-	double		theta = arch->default_rope_theta, local_theta = arch->default_local_theta, partial = 1.0;
+	double		theta = arch->default_rope_theta, local_theta = arch->default_local_theta,
+				partial = arch->default_rotary_part > 0 ? arch->default_rotary_part : 1.0;
 	bool		is_nested = false;
 	MillmCode	rc;
 
@@ -300,8 +314,8 @@ resolve_rope(json_t *json, const MillmArch *arch, MillmConfig *c, MillmError *er
 				return unsupported_flag(err, c->model_type, spelling, key);
 			is_nested = true;
 		}
-	if ((rc = get_double(json, "rope_theta", MIN_ROPE_THETA, 1e12, &theta, err)) != MILLM_OK ||
-		(rc = get_double(json, "partial_rotary_factor", 0.01, 1.0, &partial, err)) != MILLM_OK)
+	if ((rc = get_double_of(json, arch->rope_theta, "rope_theta", MIN_ROPE_THETA, 1e12, &theta, err)) != MILLM_OK ||
+		(rc = get_double_of(json, arch->rotary_part, "partial_rotary_factor", 0.01, 1.0, &partial, err)) != MILLM_OK)
 		return rc;
 	if (is_nested)
 	{
@@ -497,6 +511,7 @@ resolve(json_t *json, const MillmArch *arch, MillmConfig *c, MillmError *err)
 		return MILLM_E_INVALID_MODEL_FILE;
 	}
 
+	c->parallel = arch->parallel;
 	c->norm = arch->norm;
 	c->norm_bias = arch->norm_bias;
 	c->norm_plus_one = arch->norm_plus_one;
@@ -509,7 +524,8 @@ resolve(json_t *json, const MillmArch *arch, MillmConfig *c, MillmError *err)
 	if ((rc = get_bool(json, "tie_word_embeddings", &c->tied, err)) != MILLM_OK ||
 		(rc = get_when(json, arch->qkv_bias, &c->qkv_bias, err)) != MILLM_OK ||
 		(rc = get_when(json, arch->o_bias, &c->o_bias, err)) != MILLM_OK ||
-		(rc = get_when(json, arch->mlp_bias, &c->mlp_bias, err)) != MILLM_OK)
+		(rc = get_when(json, arch->mlp_bias, &c->mlp_bias, err)) != MILLM_OK ||
+		(rc = get_when(json, arch->head_norms, &c->head_norms, err)) != MILLM_OK)
 		return rc;
 	if (arch->scale_switch && (rc = get_bool(json, arch->scale_switch, &scaled, err)) != MILLM_OK)
 		return rc;

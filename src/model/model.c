@@ -484,12 +484,12 @@ slice(const MillmWeight *fused, int64_t first, int64_t n_out)
 }
 
 static MillmCode
-bind_vector(Binder *b, const char *template, int layer, const char *suffix, int64_t n, MillmVector *v)
+bind_vector(Binder *b, const char *prefix, const char *template, int layer, const char *suffix, int64_t n, MillmVector *v)
 {
 	char		buf[MAX_NAME];
 	const MillmStTensor *t;
 	const char *src;
-	MillmCode	rc = take(b, tensor_name(buf, b->prefix, template, layer, suffix), n, 0, &t);
+	MillmCode	rc = take(b, tensor_name(buf, prefix, template, layer, suffix), n, 0, &t);
 
 	if (rc != MILLM_OK || !t)
 		return rc;
@@ -517,22 +517,41 @@ bind_vector(Binder *b, const char *template, int layer, const char *suffix, int6
 static MillmCode
 bind_norm_weight(Binder *b, const char *template, int layer, int64_t n, MillmVector *weight)
 {
-	MillmCode	rc = bind_vector(b, template, layer, ".weight", n, weight);
+	MillmCode	rc = bind_vector(b, b->prefix, template, layer, ".weight", n, weight);
 
 	for (int64_t i = 0; b->model->config.norm_plus_one && i < weight->n; i++)
 		weight->data[i] += 1;
 	return rc;
 }
 
+/* A norm of the residual, if the row has it. */
 static MillmCode
 bind_norm(Binder *b, const char *template, int layer, MillmVector *weight, MillmVector *bias)
 {
 	const MillmConfig *c = &b->model->config;
-	MillmCode	rc = bind_norm_weight(b, template, layer, c->hidden_size, weight);
+	MillmCode	rc = template ? bind_norm_weight(b, template, layer, c->hidden_size, weight) : MILLM_OK;
 
-	if (rc == MILLM_OK && c->norm_bias)
-		rc = bind_vector(b, template, layer, ".bias", c->hidden_size, bias);
+	if (rc == MILLM_OK && template && c->norm_bias)
+		rc = bind_vector(b, b->prefix, template, layer, ".bias", c->hidden_size, bias);
 	return rc;
+}
+
+/* The norms of q and k. */
+static MillmCode
+bind_head_norms(Binder *b, int i, MillmLayer *l)
+{
+	const MillmArch *a = b->arch;
+	MillmCode	rc;
+
+	if (!a->q_norm || !b->model->config.head_norms)
+		return MILLM_OK;
+	if ((rc = bind_norm_weight(b, a->q_norm, i, l->head_dim, &l->q_norm)) != MILLM_OK ||
+		(rc = bind_norm_weight(b, a->k_norm, i, l->head_dim, &l->k_norm)) != MILLM_OK ||
+		!a->head_norm_bias)
+		return rc;
+	if ((rc = bind_vector(b, b->prefix, a->q_norm, i, ".bias", l->head_dim, &l->q_norm_bias)) != MILLM_OK)
+		return rc;
+	return bind_vector(b, b->prefix, a->k_norm, i, ".bias", l->head_dim, &l->k_norm_bias);
 }
 
 static MillmVector
@@ -561,10 +580,10 @@ bind_qkv(Binder *b, int i, MillmLayer *l)
 			(rc = bind_matrix(b, b->prefix, a->k, i, nkv, c->hidden_size, a->in_out, &l->k)) != MILLM_OK ||
 			(rc = bind_matrix(b, b->prefix, a->v, i, nkv, c->hidden_size, a->in_out, &l->v)) != MILLM_OK || !c->qkv_bias)
 			return rc;
-		if ((rc = bind_vector(b, a->q, i, ".bias", nq, &l->q_bias)) != MILLM_OK ||
-			(rc = bind_vector(b, a->k, i, ".bias", nkv, &l->k_bias)) != MILLM_OK)
+		if ((rc = bind_vector(b, b->prefix, a->q, i, ".bias", nq, &l->q_bias)) != MILLM_OK ||
+			(rc = bind_vector(b, b->prefix, a->k, i, ".bias", nkv, &l->k_bias)) != MILLM_OK)
 			return rc;
-		return bind_vector(b, a->v, i, ".bias", nkv, &l->v_bias);
+		return bind_vector(b, b->prefix, a->v, i, ".bias", nkv, &l->v_bias);
 	}
 	if ((rc = bind_matrix(b, b->prefix, a->qkv, i, nq + 2 * nkv, c->hidden_size, a->in_out, &fused)) != MILLM_OK)
 		return rc;
@@ -574,7 +593,7 @@ bind_qkv(Binder *b, int i, MillmLayer *l)
 		l->k = slice(&fused, nq, nkv);
 		l->v = slice(&fused, nq + nkv, nkv);
 	}
-	if (!c->qkv_bias || (rc = bind_vector(b, a->qkv, i, ".bias", nq + 2 * nkv, &fused_bias)) != MILLM_OK || !fused_bias.data)
+	if (!c->qkv_bias || (rc = bind_vector(b, b->prefix, a->qkv, i, ".bias", nq + 2 * nkv, &fused_bias)) != MILLM_OK || !fused_bias.data)
 		return rc;
 	l->q_bias = vector_slice(&fused_bias, 0, nq);
 	l->k_bias = vector_slice(&fused_bias, nq, nkv);
@@ -621,20 +640,19 @@ bind_layer(Binder *b, int i, MillmLayer *l)
 	l->window = c->slides[i] ? c->window : 0;
 	if ((rc = bind_norm(b, a->attn_norm, i, &l->attn_norm, &l->attn_norm_bias)) != MILLM_OK ||
 		(rc = bind_qkv(b, i, l)) != MILLM_OK ||
-		(a->q_norm && (rc = bind_norm_weight(b, a->q_norm, i, l->head_dim, &l->q_norm)) != MILLM_OK) ||
-		(a->k_norm && (rc = bind_norm_weight(b, a->k_norm, i, l->head_dim, &l->k_norm)) != MILLM_OK) ||
+		(rc = bind_head_norms(b, i, l)) != MILLM_OK ||
 		(rc = bind_matrix(b, b->prefix, a->o, i, h, (int64_t) l->n_heads * l->head_dim, a->in_out, &l->o)) != MILLM_OK ||
-		(c->o_bias && (rc = bind_vector(b, a->o, i, ".bias", h, &l->o_bias)) != MILLM_OK) ||
+		(c->o_bias && (rc = bind_vector(b, b->prefix, a->o, i, ".bias", h, &l->o_bias)) != MILLM_OK) ||
 		(a->attn_post_norm && (rc = bind_norm_weight(b, a->attn_post_norm, i, h, &l->attn_post_norm)) != MILLM_OK) ||
 		(a->mlp_post_norm && (rc = bind_norm_weight(b, a->mlp_post_norm, i, h, &l->mlp_post_norm)) != MILLM_OK) ||
 		(rc = bind_norm(b, a->mlp_norm, i, &l->mlp_norm, &l->mlp_norm_bias)) != MILLM_OK ||
 		(rc = bind_gate_up(b, i, l)) != MILLM_OK ||
 		(rc = bind_matrix(b, b->prefix, a->down, i, h, ffn, a->in_out, &l->down)) != MILLM_OK || !c->mlp_bias)
 		return rc;
-	if ((c->mlp_gated && (rc = bind_vector(b, a->gate, i, ".bias", ffn, &l->gate_bias)) != MILLM_OK) ||
-		(rc = bind_vector(b, a->up, i, ".bias", ffn, &l->up_bias)) != MILLM_OK)
+	if ((c->mlp_gated && (rc = bind_vector(b, b->prefix, a->gate, i, ".bias", ffn, &l->gate_bias)) != MILLM_OK) ||
+		(rc = bind_vector(b, b->prefix, a->up, i, ".bias", ffn, &l->up_bias)) != MILLM_OK)
 		return rc;
-	return bind_vector(b, a->down, i, ".bias", h, &l->down_bias);
+	return bind_vector(b, b->prefix, a->down, i, ".bias", h, &l->down_bias);
 }
 
 /*
@@ -650,6 +668,8 @@ bind_head(Binder *b)
 	const MillmWeight *emb = &m->embedding;
 	MillmCode	rc;
 
+	if (b->arch->head_bias && (rc = bind_vector(b, "", b->arch->head, 0, ".bias", m->config.vocab_size, &m->head_bias)) != MILLM_OK)
+		return rc;
 	if (!e && m->config.tied)
 	{
 		m->head = *emb;
@@ -823,7 +843,7 @@ millm_model_close(MillmModel *m)
 	{
 		MillmLayer *l = &m->layers[i];
 		MillmVector *vectors[] = {&l->attn_norm, &l->attn_norm_bias, &l->q_bias, &l->k_bias, &l->v_bias, &l->o_bias, &l->q_norm, &l->k_norm,
-		&l->attn_post_norm, &l->mlp_post_norm,
+		&l->q_norm_bias, &l->k_norm_bias, &l->attn_post_norm, &l->mlp_post_norm,
 		&l->mlp_norm, &l->mlp_norm_bias, &l->gate_bias, &l->up_bias, &l->down_bias};
 
 		for (size_t k = 0; k < sizeof(vectors) / sizeof(vectors[0]); k++)
@@ -945,8 +965,9 @@ millm_model_weights_bytes_as(const MillmModel *m, const char *quantization)
 
 /* Where activations can be seen, in the order of the forward pass; {i} stands for every layer. */
 static json_t *
-hook_points(const MillmConfig *c)
+hook_points(const MillmModel *m)
 {
+	const MillmConfig *c = &m->config;
 	const struct
 	{
 		const char *name;
@@ -963,8 +984,8 @@ hook_points(const MillmConfig *c)
 		{"model.layers.{i}.attn.hook_rot_k", c->position == MILLM_POS_ROPE},
 		{"model.layers.{i}.attn.hook_z", true},
 		{"model.layers.{i}.hook_attn_out", true},
-		{"model.layers.{i}.hook_resid_mid", true},
-		{"model.layers.{i}.ln2.hook_normalized", true},
+		{"model.layers.{i}.hook_resid_mid", !c->parallel},
+		{"model.layers.{i}.ln2.hook_normalized", m->layers[0].mlp_norm.data != NULL},
 		{"model.layers.{i}.mlp.hook_pre", true},
 		{"model.layers.{i}.mlp.hook_pre_linear", c->mlp_gated},
 		{"model.layers.{i}.mlp.hook_post", true},
@@ -1007,5 +1028,5 @@ millm_model_inspect_json(const MillmModel *m)
 					 "max_position_embeddings", c->max_positions, "tie_word_embeddings", c->tied, "torch_dtype", torch_dtype(m->dtype),
 					 "quantization", m->quantization,
 					 "params", (json_int_t) m->n_params, "weights_bytes", (json_int_t) m->weights_bytes, "files", files,
-					 "hook_points", hook_points(c));
+					 "hook_points", hook_points(m));
 }

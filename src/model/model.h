@@ -52,6 +52,7 @@ typedef struct MillmConfig
 	/* norms */
 	MillmNorm	norm;
 	bool		norm_bias;
+	bool		head_norms;			/* of q and k, before rope */
 	bool		norm_plus_one;		/* weights of norms are stored less 1; once open they are whole */
 	float		norm_eps;
 	/* positions */
@@ -61,6 +62,7 @@ typedef struct MillmConfig
 	MillmRope	rope;
 	MillmRope	local_rope;			/* of the layers that slide; inv_freq NULL: as the others */
 	/* attention and block */
+	bool		parallel;			/* attention and MLP read the same residual; a layer without mlp_norm, the same norm of it */
 	float		attention_scale;	/* multiplies q.k; layer_inv_scale divides it by (layer + 1) */
 	bool		layer_inv_scale;
 	float		attention_softcap;	/* c: scores become c tanh(score / c); 0: none */
@@ -108,7 +110,8 @@ typedef struct MillmLayer
 	MillmWeight q, k, v, o;
 	MillmVector q_bias, k_bias, v_bias, o_bias;
 	MillmVector q_norm, k_norm;	/* [head_dim], of each head before rope; optional */
-	MillmVector mlp_norm, mlp_norm_bias;
+	MillmVector q_norm_bias, k_norm_bias;
+	MillmVector mlp_norm, mlp_norm_bias;	/* optional */
 	MillmWeight gate, up, down;	/* gate is absent without mlp_gated */
 	MillmVector gate_bias, up_bias, down_bias;
 } MillmLayer;
