@@ -70,6 +70,8 @@ struct MillmBackend
 	 */
 	int64_t		(*screened_matmul) (MillmBackend *be, MillmBuffer *y, const MillmWeight *head, const MillmScreen *screen, MillmBuffer *x,
 									const MillmTop *tops, int n);
+	/* Parts of qkv's rows: for each KV head the queries of its group, k, v; side by side in q, k and v. */
+	void		(*split_qkv) (MillmBackend *be, const MillmAttention *a, MillmBuffer *q, MillmBuffer *k, MillmBuffer *v, MillmBuffer *qkv, int n);
 	/* Rotate q and k by the tokens' positions, when the model has rope; store k and v in their pages. */
 	void		(*rope_and_store) (MillmBackend *be, const MillmAttention *a, MillmBuffer *q, MillmBuffer *k, MillmBuffer *v, int n);
 	/* y = attention of q over what the pages hold, each token up to its own position */

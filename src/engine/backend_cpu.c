@@ -560,6 +560,25 @@ attention_loop(MillmBackend *be, const MillmAttention *a)
 }
 
 static void
+split_qkv(MillmBackend *be, const MillmAttention *a, MillmBuffer *q, MillmBuffer *k, MillmBuffer *v, MillmBuffer *qkv, int n)
+{
+	const size_t head = (size_t) a->head_dim,
+				group = head * (size_t) (a->n_heads / a->n_kv_heads);
+
+	(void) be;
+	q->n_packed = k->n_packed = v->n_packed = 0;
+	for (int t = 0; t < n; t++)
+		for (size_t h = 0; h < (size_t) a->n_kv_heads; h++)
+		{
+			const float *from = row(qkv, t) + h * (group + 2 * head);
+
+			memcpy(row(q, t) + h * group, from, group * sizeof(float));
+			memcpy(row(k, t) + h * head, from + group, head * sizeof(float));
+			memcpy(row(v, t) + h * head, from + group + head, head * sizeof(float));
+		}
+}
+
+static void
 rope_and_store_rows(void *arg, int64_t begin_row, int64_t end_row)
 {
 	AttentionLoop *l = arg;
@@ -766,6 +785,7 @@ millm_backend_cpu_create(const MillmModel *model, const MillmBackendOptions *opt
 		.norm = norm,
 		.matmul = matmul,
 		.screened_matmul = screened_matmul,
+		.split_qkv = split_qkv,
 		.rope_and_store = rope_and_store,
 		.attention = attention,
 		.activation = activation,

@@ -146,7 +146,7 @@ decode_bytes(const MillmModel *m, double head_rows)
 	for (int i = 0; i < m->config.n_layers; i++)
 	{
 		const MillmLayer *l = &m->layers[i];
-		const MillmWeight *w[] = {&l->q, &l->k, &l->v, &l->o, &l->gate, &l->up, &l->down};
+		const MillmWeight *w[] = {&l->q, &l->k, &l->v, &l->qkv, &l->o, &l->gate, &l->up, &l->down};
 
 		for (size_t k = 0; k < sizeof(w) / sizeof(w[0]); k++)
 			bytes += matrix_bytes(w[k]);

@@ -41,6 +41,7 @@ struct MillmForward
 	MillmBuffer *h;				/* [n, hidden]: normed */
 	MillmBuffer *q;				/* [n, heads * head_dim] */
 	MillmBuffer *k, *v;			/* [n, KV heads * head_dim] */
+	MillmBuffer *qkv;			/* [n, (heads + 2 KV heads) * head_dim]: what is split into these; absent where no layer has it so */
 	MillmBuffer *a;				/* [n, heads * head_dim]: what attention gives */
 	MillmBuffer *gate;			/* [n, FFN]; absent without mlp_gated */
 	MillmBuffer *up;			/* [n, FFN] */
@@ -56,8 +57,14 @@ struct MillmForward
 /* Columns of the buffers: the widest layer decides. */
 typedef struct Widths
 {
-	int64_t		q, kv, ffn;
+	int64_t		q, kv, qkv, ffn;
 } Widths;
+
+static int64_t
+larger(int64_t a, int64_t b)
+{
+	return a > b ? a : b;
+}
 
 static Widths
 widths(const MillmModel *model)
@@ -68,12 +75,10 @@ widths(const MillmModel *model)
 	{
 		const MillmLayer *layer = &model->layers[i];
 
-		if (layer->q.n_out > w.q)
-			w.q = layer->q.n_out;
-		if (layer->k.n_out > w.kv)
-			w.kv = layer->k.n_out;
-		if (layer->up.n_out > w.ffn)
-			w.ffn = layer->up.n_out;
+		w.q = larger(w.q, (int64_t) layer->n_heads * layer->head_dim);
+		w.kv = larger(w.kv, (int64_t) layer->n_kv_heads * layer->head_dim);
+		w.qkv = larger(w.qkv, layer->qkv.n_out);
+		w.ffn = larger(w.ffn, layer->up.n_out);
 	}
 	return w;
 }
@@ -98,7 +103,7 @@ millm_forward_workspace_bytes(const MillmModel *model, const MillmForwardOptions
 	int			n = batch_tokens(options);
 
 	return 2 * millm_backend_cpu_buffer_bytes(n, c->hidden_size) + 2 * millm_backend_cpu_buffer_bytes(n, w.q) +
-		2 * millm_backend_cpu_buffer_bytes(n, w.kv) + (c->mlp_gated ? 2 : 1) * millm_backend_cpu_buffer_bytes(n, w.ffn) +
+		2 * millm_backend_cpu_buffer_bytes(n, w.kv) + millm_backend_cpu_buffer_bytes(n, w.qkv) + (c->mlp_gated ? 2 : 1) * millm_backend_cpu_buffer_bytes(n, w.ffn) +
 		millm_backend_cpu_buffer_bytes(n, c->vocab_size) + millm_backend_cpu_own_bytes(model, n);
 }
 
@@ -121,7 +126,7 @@ create_buffers(MillmForward *fw, MillmError *err)
 		int64_t		n_columns;
 	}			wanted[] = {
 		{&fw->x, c->hidden_size}, {&fw->h, c->hidden_size}, {&fw->q, w.q}, {&fw->k, w.kv}, {&fw->v, w.kv}, {&fw->a, w.q},
-		{&fw->up, w.ffn}, {&fw->logits, c->vocab_size}, {&fw->gate, c->mlp_gated ? w.ffn : 0},
+		{&fw->up, w.ffn}, {&fw->logits, c->vocab_size}, {&fw->gate, c->mlp_gated ? w.ffn : 0}, {&fw->qkv, w.qkv},
 	};
 
 	for (size_t i = 0; i < sizeof(wanted) / sizeof(wanted[0]); i++)
@@ -331,10 +336,17 @@ run_layer(MillmForward *fw, int i, int n)
 		.softcap = c->attention_softcap,
 		.local = l->window > 0 && c->local_rope.inv_freq,
 	};
+	const MillmProjection fused = {fw->qkv, &l->qkv, &l->qkv_bias, false};
 	const MillmProjection qkv[] = {{fw->q, &l->q, &l->q_bias, false}, {fw->k, &l->k, &l->k_bias, false}, {fw->v, &l->v, &l->v_bias, false}};
 
 	norm(fw, fw->h, fw->x, &l->attn_norm, &l->attn_norm_bias, n);
-	be->matmul(be, qkv, 3, fw->h, n);
+	if (l->qkv.data)
+	{
+		be->matmul(be, &fused, 1, fw->h, n);
+		be->split_qkv(be, &attention, fw->q, fw->k, fw->v, fw->qkv, n);
+	}
+	else
+		be->matmul(be, qkv, 3, fw->h, n);
 	if (c->parallel)
 		run_mlp(fw, l, n);
 	if (l->q_norm.data)

@@ -44,7 +44,7 @@ millm_convert(int fd, const char *name, const MillmConfig *config, MillmHubFile 
 	MillmCode	rc;
 
 	/* a tied head is the embedding once more: transformers does not save it either */
-	snprintf(head, sizeof(head), "%s.weight", millm_arch_find(config->model_type)->head);
+	snprintf(head, sizeof(head), "%s.weight", config->arch->head);
 	if ((rc = millm_torch_bin_open(fd, name, config->tied ? head : NULL, &bin, err)) != MILLM_OK)
 		return rc;
 	out->size = flow.total = (int64_t) millm_torch_bin_bytes(bin);

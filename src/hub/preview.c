@@ -200,7 +200,7 @@ millm_job_preview(const MillmJobSpec *asked, atomic_bool *stop, json_t **out, Mi
 				   rc == MILLM_E_MODEL_DOWNLOAD_FAILED))
 		supported = json_boolean(rc == MILLM_OK);
 	else if (p.repo && rc == MILLM_E_GATED_MODEL_NO_TOKEN)
-		supported = p.repo->model_type[0] && !millm_arch_find(p.repo->model_type) ? json_false() : json_null();
+		supported = p.repo->model_type[0] && !millm_arch_find(p.repo->model_type, 0) ? json_false() : json_null();
 	else
 	{
 		*err = why;

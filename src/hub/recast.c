@@ -1043,7 +1043,7 @@ millm_config_dtype(const json_t *config)
 MillmCode
 millm_recast_create(MillmStore *store, MillmRecastTarget target, const MillmConfig *config, const json_t *config_json, MillmRecast **out, MillmError *err)
 {
-	const MillmArch *arch = millm_arch_find(config->model_type);
+	const MillmArch *arch = config->arch;
 	MillmRecast *r = calloc(1, sizeof(*r));
 
 	if (!r || !(r->buffer = malloc(BUFFER_BYTES)) || !(r->converted = malloc(PIECE_BYTES)))

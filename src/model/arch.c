@@ -9,9 +9,9 @@
 /* What the families that descend from Llama share, in pieces that a row takes or not. */
 #define LLAMA_SIZES \
 	.hidden_size = {"hidden_size"}, .intermediate_size = {"intermediate_size"}, .n_layers = {"num_hidden_layers"}, \
-	.n_heads = {"num_attention_heads"}, .n_kv_heads = {"num_key_value_heads"}, .head_dim = {"head_dim"}, \
-	.max_positions = {"max_position_embeddings"}
-#define LLAMA_KEYS LLAMA_SIZES, .norm_eps = {"rms_norm_eps"}
+	.n_heads = {"num_attention_heads"}, .max_positions = {"max_position_embeddings"}
+#define LLAMA_HEADS .n_kv_heads = {"num_key_value_heads"}, .head_dim = {"head_dim"}
+#define LLAMA_KEYS LLAMA_SIZES, LLAMA_HEADS, .norm_eps = {"rms_norm_eps"}
 #define LLAMA_BLOCK \
 	.norm = MILLM_NORM_RMS, .position = MILLM_POS_ROPE, .mlp_gated = true, .ignored = {".rotary_emb.inv_freq"}
 #define LLAMA_ENDS .prefix = "model.", .embedding = "embed_tokens", .head = "lm_head"
@@ -32,6 +32,18 @@
 #define HEAD_NORMS .head_norms = {.by_default = true}, .q_norm = "layers.{i}.self_attn.q_norm", .k_norm = "layers.{i}.self_attn.k_norm"
 #define QWEN_SLIDING \
 	.sliding = {.possible = true, .default_window = 4096, .switch_key = "use_sliding_window", .first_key = "max_window_layers", .default_first = 28}
+
+#define NEOX \
+	.model_type = "gpt_neox", LLAMA_SIZES, .norm_eps = {"layer_norm_eps"}, .act = {"hidden_act"}, \
+	.default_norm_eps = 1e-5, .rope_theta = {"rotary_emb_base", "rope_theta"}, .default_rope_theta = 10000.0, \
+	.rotary_part = {"rotary_pct", "partial_rotary_factor"}, .default_rotary_part = 0.25, .default_max_positions = 2048, .default_act = "gelu", \
+	.norm = MILLM_NORM_LAYER, .norm_bias = true, .position = MILLM_POS_ROPE, \
+	.qkv_bias = {.by_default = true, .key = "attention_bias"}, .o_bias = {.by_default = true, .key = "attention_bias"}, .mlp_bias = {.by_default = true}, \
+	.prefix = "gpt_neox.", .embedding = "embed_in", .final_norm = "final_layer_norm", .head = "embed_out", \
+	.attn_norm = "layers.{i}.input_layernorm", .mlp_norm = "layers.{i}.post_attention_layernorm", \
+	.grouped_qkv = "layers.{i}.attention.query_key_value", .o = "layers.{i}.attention.dense", \
+	.up = "layers.{i}.mlp.dense_h_to_4h", .down = "layers.{i}.mlp.dense_4h_to_h", \
+	.ignored = {".rotary_emb.inv_freq", ".attention.bias", ".attention.masked_bias"}
 
 static const MillmArch archs[] = {
 	{
@@ -76,6 +88,13 @@ static const MillmArch archs[] = {
 		.refused = {"attn_logit_softcapping"},
 	},
 	{
+		/* Pythia, GPT-NeoX-20B, Dolly: attention and MLP beside each other, each with its norm, or, rarely, one after the other */
+		NEOX, .only_if = {{"use_parallel_residual", true, true}}, .parallel = true,
+	},
+	{
+		NEOX,
+	},
+	{
 		/* Llama 2 and 3, SmolLM, TinyLlama, R1-Distill-Llama, Vicuna, Yi */
 		.model_type = "llama",
 		LLAMA_KEYS, LLAMA_BLOCK, LLAMA_NAMES, LLAMA_QKV, LLAMA_MLP_NORM, LLAMA_GATE_UP, .act = {"hidden_act"},
@@ -92,7 +111,7 @@ static const MillmArch archs[] = {
 	{
 		/* Phi-1, 1.5, 2: attention and MLP read one norm, biases everywhere, the head's included */
 		.model_type = "phi",
-		LLAMA_SIZES, LLAMA_ENDS, LLAMA_QKV, .norm_eps = {"layer_norm_eps"}, .act = {"hidden_act"},
+		LLAMA_SIZES, LLAMA_HEADS, LLAMA_ENDS, LLAMA_QKV, .norm_eps = {"layer_norm_eps"}, .act = {"hidden_act"},
 		.default_norm_eps = 1e-5, .default_rope_theta = 10000.0, .default_rotary_part = 0.5, .default_max_positions = 2048, .default_act = "gelu_new",
 		.parallel = true, .norm = MILLM_NORM_LAYER, .norm_bias = true, .position = MILLM_POS_ROPE,
 		.qkv_bias = {.by_default = true}, .o_bias = {.by_default = true}, .mlp_bias = {.by_default = true}, .head_bias = true,
@@ -126,16 +145,16 @@ static const MillmArch archs[] = {
 };
 
 const MillmArch *
-millm_arch_find(const char *model_type)
+millm_arch_find(const char *model_type, int i)
 {
-	for (size_t i = 0; i < sizeof(archs) / sizeof(archs[0]); i++)
-		if (strcmp(archs[i].model_type, model_type) == 0)
-			return &archs[i];
+	for (size_t k = 0; k < sizeof(archs) / sizeof(archs[0]); k++)
+		if (strcmp(archs[k].model_type, model_type) == 0 && i-- == 0)
+			return &archs[k];
 	return NULL;
 }
 
 const char *
 millm_supported_model_types(void)
 {
-	return "gemma, gemma2, gemma3_text, gpt2, llama, mistral, phi, phi3, qwen2, qwen3";
+	return "gemma, gemma2, gemma3_text, gpt2, gpt_neox, llama, mistral, phi, phi3, qwen2, qwen3";
 }

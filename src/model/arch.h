@@ -2,7 +2,8 @@
  * arch.h -- what distinguishes one model family from another, as data.
  *
  * A MillmArch is a static row: how the family spells its config.json, how it names its tensors, and which of
- * the few shapes its block has.  config.c resolves a config against a row, model.c binds tensors by it; no
+ * the few shapes its block has.  A family whose members differ in more than single values has a row for each
+ * shape.  config.c resolves a config against a row, model.c binds tensors by it; no
  * other code knows a family by name.  A new family is a row in arch.c and a fixture in the tests.
  */
 #ifndef MILLM_ARCH_H
@@ -18,6 +19,14 @@ typedef struct MillmWhen
 	bool		by_default;
 	const char *key;
 } MillmWhen;
+
+/* A boolean or integer key of the config must have this value; without the key in the file, it has by_default. */
+typedef struct MillmCondition
+{
+	const char *key;
+	int			value;
+	int			by_default;
+} MillmCondition;
 
 /* Spellings of one config key, the first one found counts. */
 typedef const char *MillmKeys[4];
@@ -40,6 +49,7 @@ typedef struct MillmSliding
 typedef struct MillmArch
 {
 	const char *model_type;
+	MillmCondition only_if[2];	/* of the rows of a type, the first one whose conditions hold counts */
 
 	/* config.json */
 	MillmKeys	hidden_size, intermediate_size, n_layers, n_heads, n_kv_heads, head_dim, max_positions, norm_eps, act;
@@ -85,7 +95,8 @@ typedef struct MillmArch
 	const char *attn_norm, *mlp_norm;	/* NULL: none */
 	const char *attn_post_norm, *mlp_post_norm;	/* of what is added to the residual; NULL: none */
 	const char *q, *k, *v;				/* separate, or */
-	const char *qkv;					/* q, k and v concatenated along the output */
+	const char *qkv;					/* q, k and v concatenated along the output, or */
+	const char *grouped_qkv;			/* KV head after KV head: the queries of its group, k, v */
 	const char *o;
 	const char *q_norm, *k_norm;		/* before rope */
 	const char *gate, *up;				/* separate, or */
@@ -97,7 +108,7 @@ typedef struct MillmArch
 	const char *refused[4];
 } MillmArch;
 
-/* The row of a model_type, or NULL. */
-extern const MillmArch *millm_arch_find(const char *model_type);
+/* The rows of a model_type, in order, from i = 0 on; NULL past the last. */
+extern const MillmArch *millm_arch_find(const char *model_type, int i);
 
 #endif

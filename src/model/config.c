@@ -567,11 +567,29 @@ resolve(json_t *json, const MillmArch *arch, MillmConfig *c, MillmError *err)
 	return MILLM_OK;
 }
 
+/* Do a row's conditions hold? */
+static MillmCode
+conditions_hold(json_t *json, const MillmArch *arch, bool *out, MillmError *err)
+{
+	*out = true;
+	for (int i = 0; i < 2 && arch->only_if[i].key; i++)
+	{
+		const MillmCondition *c = &arch->only_if[i];
+		json_t	   *v = get(json, c->key);
+
+		if (v && !json_is_boolean(v) && !json_is_integer(v))
+			return bad_value(err, c->key, v, "true, false or an integer");
+		*out &= c->value == (!v ? c->by_default : json_is_integer(v) ? json_integer_value(v) : json_is_true(v));
+	}
+	return MILLM_OK;
+}
+
 MillmCode
 millm_config_resolve(json_t *json, MillmConfig *config, MillmError *err)
 {
 	json_t	   *type = get(json, "model_type");
 	const MillmArch *arch;
+	bool		holds = false;
 	MillmCode	rc;
 
 	memset(config, 0, sizeof(*config));
@@ -583,13 +601,20 @@ millm_config_resolve(json_t *json, MillmConfig *config, MillmError *err)
 		millm_hint(err, "Supported are: %s.", millm_supported_model_types());
 		return MILLM_E_UNSUPPORTED_ARCHITECTURE;
 	}
-	arch = millm_arch_find(json_string_value(type));
+	for (int i = 0; (arch = millm_arch_find(json_string_value(type), i)); i++)
+	{
+		if ((rc = conditions_hold(json, arch, &holds, err)) != MILLM_OK)
+			return rc;
+		if (holds)
+			break;
+	}
 	if (!arch)
 	{
 		millm_fail(err, MILLM_E_UNSUPPORTED_ARCHITECTURE, "model type \"%s\" is not supported", shown(json_string_value(type)).text);
 		millm_hint(err, "Supported are: %s.", millm_supported_model_types());
 		return MILLM_E_UNSUPPORTED_ARCHITECTURE;
 	}
+	config->arch = arch;
 	snprintf(config->model_type, sizeof(config->model_type), "%s", arch->model_type);
 	if ((rc = resolve(json, arch, config, err)) != MILLM_OK)
 		millm_config_free(config);

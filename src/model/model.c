@@ -574,6 +574,12 @@ bind_qkv(Binder *b, int i, MillmLayer *l)
 	MillmVector fused_bias = {NULL, 0};
 	MillmCode	rc;
 
+	if (a->grouped_qkv)
+	{
+		if ((rc = bind_matrix(b, b->prefix, a->grouped_qkv, i, nq + 2 * nkv, c->hidden_size, a->in_out, &l->qkv)) != MILLM_OK || !c->qkv_bias)
+			return rc;
+		return bind_vector(b, b->prefix, a->grouped_qkv, i, ".bias", nq + 2 * nkv, &l->qkv_bias);
+	}
 	if (!a->qkv)
 	{
 		if ((rc = bind_matrix(b, b->prefix, a->q, i, nq, c->hidden_size, a->in_out, &l->q)) != MILLM_OK ||
@@ -819,7 +825,7 @@ millm_model_open(const char *dir, MillmModel **out, MillmError *err)
 		(rc = open_shards(m->files, dir, err)) != MILLM_OK ||
 		(rc = index_tensors(m->files, err)) != MILLM_OK)
 		goto done;
-	binder.arch = millm_arch_find(m->config.model_type);
+	binder.arch = m->config.arch;
 	if ((rc = bind(&binder)) != MILLM_OK ||
 		(rc = millm_screening_open(dir, m, &screening, err)) != MILLM_OK)
 		goto done;
@@ -842,7 +848,7 @@ millm_model_close(MillmModel *m)
 	for (int i = 0; m->layers && i < m->config.n_layers; i++)
 	{
 		MillmLayer *l = &m->layers[i];
-		MillmVector *vectors[] = {&l->attn_norm, &l->attn_norm_bias, &l->q_bias, &l->k_bias, &l->v_bias, &l->o_bias, &l->q_norm, &l->k_norm,
+		MillmVector *vectors[] = {&l->attn_norm, &l->attn_norm_bias, &l->q_bias, &l->k_bias, &l->v_bias, &l->o_bias, &l->qkv_bias, &l->q_norm, &l->k_norm,
 		&l->q_norm_bias, &l->k_norm_bias, &l->attn_post_norm, &l->mlp_post_norm,
 		&l->mlp_norm, &l->mlp_norm_bias, &l->gate_bias, &l->up_bias, &l->down_bias};
 
@@ -953,7 +959,7 @@ millm_model_weights_bytes_as(const MillmModel *m, const char *quantization)
 	for (int i = 0; i < m->config.n_layers; i++)
 	{
 		const MillmLayer *l = &m->layers[i];
-		const MillmWeight *const linears[] = {&l->q, &l->k, &l->v, &l->o, &l->gate, &l->up, &l->down};
+		const MillmWeight *const linears[] = {&l->q, &l->k, &l->v, &l->qkv, &l->o, &l->gate, &l->up, &l->down};
 
 		for (size_t k = 0; k < sizeof(linears) / sizeof(linears[0]); k++)
 			bytes += linear_bytes(linears[k], quantization);

@@ -38,6 +38,7 @@ typedef struct MillmRope
 /* The resolved numbers and flags of one model: config.json, then aliases, then class defaults. */
 typedef struct MillmConfig
 {
+	const struct MillmArch *arch;	/* the family's row (arch.h), which model.c binds by; the forward pass does not look at it */
 	char		model_type[64];
 	char		architecture[128];	/* architectures[0], or "" */
 	int			hidden_size;
@@ -108,7 +109,8 @@ typedef struct MillmLayer
 	MillmVector attn_norm, attn_norm_bias;
 	MillmVector attn_post_norm, mlp_post_norm;	/* of what is added to the residual; optional */
 	MillmWeight q, k, v, o;
-	MillmVector q_bias, k_bias, v_bias, o_bias;
+	MillmWeight qkv;			/* instead of q, k, v, whose data is NULL: KV head after KV head, the queries of its group, k, v */
+	MillmVector q_bias, k_bias, v_bias, o_bias, qkv_bias;
 	MillmVector q_norm, k_norm;	/* [head_dim], of each head before rope; optional */
 	MillmVector q_norm_bias, k_norm_bias;
 	MillmVector mlp_norm, mlp_norm_bias;	/* optional */

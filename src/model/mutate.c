@@ -133,17 +133,34 @@ static void l_qkv_order(MillmLayer *l) { MillmWeight w = l->k; l->k = l->v; l->v
 static void
 l_n_kv_heads(MillmLayer *l)
 {
+	if (l->qkv.data)
+		return;
 	l->n_kv_heads = 1;
 	l->k.n_out = l->v.n_out = l->head_dim;
 }
 
+/* q, k and v as if they were concatenated. */
+static void
+l_grouped_qkv(MillmLayer *l)
+{
+	if (!l->qkv.data || l->qkv.dtype >= MILLM_N_FLOAT_DTYPES)
+		return;
+	l->q = l->k = l->v = l->qkv;
+	l->qkv.data = NULL;
+	l->q.n_out = (int64_t) l->n_heads * l->head_dim;
+	l->k.n_out = l->v.n_out = (int64_t) l->n_kv_heads * l->head_dim;
+	l->k.data = (const char *) l->q.data + millm_weight_bytes(l->q.dtype, l->q.n_out * l->q.n_in);
+	l->v.data = (const char *) l->k.data + millm_weight_bytes(l->k.dtype, l->k.n_out * l->k.n_in);
+}
+
+static void l_qkv_bias(MillmLayer *l) { drop(&l->qkv_bias); }
 static void l_in_out(MillmLayer *l) { if (l->o.n_in == l->o.n_out && l->o.dtype < MILLM_N_FLOAT_DTYPES) l->o.in_out = !l->o.in_out; }
 
 /* Each 4-bit weight of a layer, changed so that nothing behind the end of a tensor is read. */
 static void
 each_4bit(MillmLayer *l, void (*f) (MillmWeight *w))
 {
-	MillmWeight *weights[] = {&l->q, &l->k, &l->v, &l->o, &l->gate, &l->up, &l->down};
+	MillmWeight *weights[] = {&l->q, &l->k, &l->v, &l->qkv, &l->o, &l->gate, &l->up, &l->down};
 
 	for (size_t i = 0; i < sizeof(weights) / sizeof(weights[0]); i++)
 		if (weights[i]->dtype == MILLM_4BIT && weights[i]->data)
@@ -181,7 +198,7 @@ static const struct
 	{"parallel", parallel, NULL}, {"head_bias", head_bias, NULL}, {"q_norm_bias", NULL, l_q_norm_bias}, {"k_norm_bias", NULL, l_k_norm_bias},
 	{"attn_norm_bias", NULL, l_attn_norm_bias}, {"mlp_norm_bias", NULL, l_mlp_norm_bias}, {"q_bias", NULL, l_q_bias},
 	{"k_bias", NULL, l_k_bias}, {"v_bias", NULL, l_v_bias}, {"o_bias", NULL, l_o_bias}, {"gate_bias", NULL, l_gate_bias}, {"up_bias", NULL, l_up_bias},
-	{"down_bias", NULL, l_down_bias}, {"mlp_gated", NULL, l_mlp_gated}, {"qkv_order", NULL, l_qkv_order}, {"in_out", NULL, l_in_out},
+	{"down_bias", NULL, l_down_bias}, {"mlp_gated", NULL, l_mlp_gated}, {"qkv_order", NULL, l_qkv_order}, {"grouped_qkv", NULL, l_grouped_qkv}, {"qkv_bias", NULL, l_qkv_bias}, {"in_out", NULL, l_in_out},
 	{"quant_first", NULL, l_quant_first}, {"quant_codebook", NULL, l_quant_codebook}, {"quant_block_size", NULL, l_quant_block_size},
 	{"quant_nested_block_size", NULL, l_quant_nested_block_size}, {"quant_nested_offset", NULL, l_quant_nested_offset},
 	{"quant_rounded", NULL, l_quant_rounded}, {"quant_scale", NULL, l_quant_scale},

@@ -221,6 +221,18 @@ families(void **state)
 	assert_int_equal(c.rotary_dim, 12);
 	assert_near(c.rope.inv_freq[1], pow(100, -1.0 / 6));
 	millm_config_free(&c);
+	/* Pythia's; a file of transformers 4.57 also names what it derived from its keys */
+	must_parse(FAMILY("gpt_neox"), "\"rotary_pct\": 0.5, \"partial_rotary_factor\": 0.5, \"rotary_emb_base\": 100, \"rope_theta\": 100", &c);
+	assert_true(c.parallel && c.norm == MILLM_NORM_LAYER && c.norm_bias && c.qkv_bias && c.o_bias && c.mlp_bias && !c.tied);
+	assert_int_equal(c.rotary_dim, 8);
+	assert_near(c.rope.inv_freq[1], pow(100, -0.25));
+	assert_int_equal(c.act, MILLM_ACT_GELU_ERF);
+	assert_int_equal(c.n_kv_heads, 4);
+	millm_config_free(&c);
+	must_parse(FAMILY("gpt_neox"), "\"use_parallel_residual\": false, \"attention_bias\": false", &c);
+	assert_true(!c.parallel && !c.qkv_bias && !c.o_bias && c.mlp_bias);
+	assert_int_equal(c.rotary_dim, 4);
+	millm_config_free(&c);
 	must_parse(FAMILY("phi3"), "\"partial_rotary_factor\": 0.75", &c);
 	assert_int_equal(c.rotary_dim, 12);
 	assert_near(c.norm_eps, 1e-5f);
@@ -434,6 +446,7 @@ refused(void **state)
 		{FAMILY("gemma3_text"), "\"rope_parameters\": {\"full_attention\": {}, \"sliding_attention\": 3}", MILLM_E_INVALID_MODEL_FILE, "\"rope_parameters\""},
 		{FAMILY("gemma3_text"), "\"rope_parameters\": {\"full_attention\": {\"partial_rotary_factor\": 0.5}, \"sliding_attention\": {}}",
 		MILLM_E_UNSUPPORTED_ARCHITECTURE, "partial_rotary_factor"},
+		{FAMILY("gpt_neox"), "\"use_parallel_residual\": \"yes\"", MILLM_E_INVALID_MODEL_FILE, "\"use_parallel_residual\""},
 		{FAMILY("mistral"), "\"sliding_window\": 0", MILLM_E_INVALID_MODEL_FILE, "\"sliding_window\""},
 		{FAMILY("qwen2"), "\"use_sliding_window\": 1", MILLM_E_INVALID_MODEL_FILE, "\"use_sliding_window\""},
 		{FAMILY("qwen2"), "\"max_window_layers\": -1", MILLM_E_INVALID_MODEL_FILE, "\"max_window_layers\""},
