@@ -59,9 +59,12 @@ struct MillmBackend
 
 	/* y[t] = table[rows[t]], times scale unless it is 0; or y[t] += table[rows[t]] */
 	void		(*embed) (MillmBackend *be, MillmBuffer *y, const MillmWeight *table, const int32_t *rows, float scale, bool add, int n);
-	/* Each of the first n_parts parts of a row, weight->n values, is normed by itself: the row, or its heads.  y may be x */
+	/*
+	 * Each of the first n_parts parts of a row, n_columns values, is normed by itself: the row, or its heads.  Weights and biases are those
+	 * of a part, or of all n_parts.  y may be x
+	 */
 	void		(*norm) (MillmBackend *be, MillmBuffer *y, MillmBuffer *x, MillmNorm kind, const MillmVector *weight,
-						 const MillmVector *bias, float eps, int n_parts, int n);
+						 const MillmVector *bias, float eps, int n_parts, int64_t n_columns, int n);
 	void		(*matmul) (MillmBackend *be, const MillmProjection *p, int n_projections, MillmBuffer *x, int n);
 	/*
 	 * y[t] = x[t] head^T, the same bits as matmul's for the n rows, where tops[t] (k > 0) needs them, -infinity elsewhere: decided by

@@ -294,6 +294,7 @@ typedef struct NormLoop
 	const MillmVector *weight, *bias;
 	float		eps;
 	int			n_parts;
+	int64_t		n_columns;
 } NormLoop;
 
 static void
@@ -302,21 +303,26 @@ norm_rows(void *arg, int64_t begin_row, int64_t end_row)
 	NormLoop   *l = arg;
 
 	for (int64_t t = begin_row; t < end_row; t++)
-		for (int64_t i = 0; i < l->n_parts * l->weight->n; i += l->weight->n)
+		for (int64_t i = 0; i < l->n_parts * l->n_columns; i += l->n_columns)
+		{
+			const float *weight = l->weight->data + (l->weight->n > l->n_columns ? i : 0);
+			const float *bias = l->bias->data && l->bias->n > l->n_columns ? l->bias->data + i : l->bias->data;
+
 			if (l->kind == MILLM_NORM_RMS)
-				l->c->k.rms_norm(row(l->y, t) + i, row(l->x, t) + i, l->weight->data, l->eps, l->weight->n);
+				l->c->k.rms_norm(row(l->y, t) + i, row(l->x, t) + i, weight, l->eps, l->n_columns);
 			else
-				l->c->k.layer_norm(row(l->y, t) + i, row(l->x, t) + i, l->weight->data, l->bias->data, l->eps, l->weight->n);
+				l->c->k.layer_norm(row(l->y, t) + i, row(l->x, t) + i, weight, bias, l->eps, l->n_columns);
+		}
 }
 
 static void
 norm(MillmBackend *be, MillmBuffer *y, MillmBuffer *x, MillmNorm kind, const MillmVector *weight, const MillmVector *bias,
-	 float eps, int n_parts, int n)
+	 float eps, int n_parts, int64_t n_columns, int n)
 {
-	NormLoop	l = {cpu(be), y, x, kind, weight, bias, eps, n_parts};
+	NormLoop	l = {cpu(be), y, x, kind, weight, bias, eps, n_parts, n_columns};
 
 	y->n_packed = 0;
-	run_rows(l.c, norm_rows, &l, n, n_parts * weight->n * 2);
+	run_rows(l.c, norm_rows, &l, n, n_parts * n_columns * 2);
 }
 
 typedef struct PackLoop

@@ -285,7 +285,7 @@ norm(MillmForward *fw, MillmBuffer *y, MillmBuffer *x, const MillmVector *weight
 {
 	const MillmConfig *c = &fw->model->config;
 
-	fw->be->norm(fw->be, y, x, c->norm, weight, bias, c->norm_eps, 1, n);
+	fw->be->norm(fw->be, y, x, c->norm, weight, bias, c->norm_eps, 1, weight->n, n);
 }
 
 /* x += in w^T + bias, through a norm if there is one: what stands before a norm does not go into the residual at once */
@@ -321,6 +321,19 @@ run_mlp(MillmForward *fw, const MillmLayer *l, int n)
 }
 
 static void
+norm_heads(MillmForward *fw, MillmBuffer *x, const MillmVector *weight, const MillmVector *bias, int n_heads, int head_dim, int n)
+{
+	const MillmConfig *c = &fw->model->config;
+
+	if (!weight->data)
+		return;
+	if (c->head_norm_kind == MILLM_HEAD_NORMS_WHOLE)
+		norm(fw, x, x, weight, bias, n);
+	else
+		fw->be->norm(fw->be, x, x, c->norm, weight, bias, c->norm_eps, n_heads, head_dim, n);
+}
+
+static void
 run_layer(MillmForward *fw, int i, int n)
 {
 	MillmBackend *be = fw->be;
@@ -349,10 +362,8 @@ run_layer(MillmForward *fw, int i, int n)
 		be->matmul(be, qkv, 3, fw->h, n);
 	if (c->parallel)
 		run_mlp(fw, l, n);
-	if (l->q_norm.data)
-		be->norm(be, fw->q, fw->q, c->norm, &l->q_norm, &l->q_norm_bias, c->norm_eps, l->n_heads, n);
-	if (l->k_norm.data)
-		be->norm(be, fw->k, fw->k, c->norm, &l->k_norm, &l->k_norm_bias, c->norm_eps, l->n_kv_heads, n);
+	norm_heads(fw, fw->q, &l->q_norm, &l->q_norm_bias, l->n_heads, l->head_dim, n);
+	norm_heads(fw, fw->k, &l->k_norm, &l->k_norm_bias, l->n_kv_heads, l->head_dim, n);
 	be->rope_and_store(be, &attention, fw->q, fw->k, fw->v, n);
 	be->attention(be, &attention, fw->a, fw->q, n);
 	add_branch(fw, &l->o, &l->o_bias, &l->attn_post_norm, fw->a, n);

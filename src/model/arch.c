@@ -45,6 +45,15 @@
 	.up = "layers.{i}.mlp.dense_h_to_4h", .down = "layers.{i}.mlp.dense_4h_to_h", \
 	.ignored = {".rotary_emb.inv_freq", ".attention.bias", ".attention.masked_bias"}
 
+#define STABLELM \
+	.model_type = "stablelm", LLAMA_SIZES, .n_kv_heads = {"num_key_value_heads"}, .norm_eps = {"layer_norm_eps"}, .act = {"hidden_act"}, \
+	.default_norm_eps = 1e-5, .default_rope_theta = 10000.0, .rotary_part = {"partial_rotary_factor", "rope_pct"}, .default_rotary_part = 0.25, \
+	.default_max_positions = 4096, .default_act = "silu", \
+	.norm = MILLM_NORM_LAYER, .norm_bias = true, .position = MILLM_POS_ROPE, .mlp_gated = true, .qkv_bias = {.key = "use_qkv_bias"}, \
+	.head_norms = {.key = "qk_layernorm"}, .head_norm_kind = MILLM_HEAD_NORMS_OWN, \
+	.q_norm = "layers.{i}.self_attn.q_layernorm.norms.{h}", .k_norm = "layers.{i}.self_attn.k_layernorm.norms.{h}", \
+	LLAMA_NAMES, LLAMA_QKV, LLAMA_GATE_UP, .ignored = {".rotary_emb.inv_freq"}
+
 static const MillmArch archs[] = {
 	{
 		/* GPT-2, DistilGPT2: learned positions, LayerNorm, Conv1D weights stored [in, out], one fused c_attn */
@@ -142,6 +151,14 @@ static const MillmArch archs[] = {
 		.default_norm_eps = 1e-6, .default_rope_theta = 10000.0, .default_max_positions = 32768, .default_act = "silu", .default_head_dim = 128,
 		.qkv_bias = {.key = "attention_bias"}, .o_bias = {.key = "attention_bias"}, QWEN_SLIDING, HEAD_NORMS,
 	},
+	{
+		/* StableLM 2 12B: attention and MLP read one norm */
+		STABLELM, .only_if = {{"use_parallel_residual", true, false}}, .parallel = true,
+	},
+	{
+		/* StableLM 3B, StableLM 2 1.6B */
+		STABLELM, LLAMA_MLP_NORM,
+	},
 };
 
 const MillmArch *
@@ -156,5 +173,5 @@ millm_arch_find(const char *model_type, int i)
 const char *
 millm_supported_model_types(void)
 {
-	return "gemma, gemma2, gemma3_text, gpt2, gpt_neox, llama, mistral, phi, phi3, qwen2, qwen3";
+	return "gemma, gemma2, gemma3_text, gpt2, gpt_neox, llama, mistral, phi, phi3, qwen2, qwen3, stablelm";
 }

@@ -79,8 +79,9 @@ typedef struct MillmArch
 	bool		in_out;					/* Linears are stored [in, out] */
 	MillmWhen	qkv_bias, o_bias, mlp_bias;
 	bool		head_bias;
-	MillmWhen	head_norms;				/* q_norm and k_norm, if the row names them */
-	bool		head_norm_bias;
+	MillmWhen	head_norms;				/* q_norm and k_norm */
+	MillmHeadNorms head_norm_kind;
+	bool		head_norm_bias;			/* SHARED only */
 	MillmSliding sliding;
 	const char *scale_key;				/* attention_scale is the inverse root of it; NULL: of head_dim */
 	double		default_scale_key;
@@ -98,7 +99,7 @@ typedef struct MillmArch
 	const char *qkv;					/* q, k and v concatenated along the output, or */
 	const char *grouped_qkv;			/* KV head after KV head: the queries of its group, k, v */
 	const char *o;
-	const char *q_norm, *k_norm;		/* before rope */
+	const char *q_norm, *k_norm;		/* before rope; of OWN ones one tensor, or, where {h} is the head, one for each */
 	const char *gate, *up;				/* separate, or */
 	const char *gate_up;				/* gate and up concatenated along the output */
 	const char *down;

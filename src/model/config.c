@@ -515,6 +515,7 @@ resolve(json_t *json, const MillmArch *arch, MillmConfig *c, MillmError *err)
 	c->norm = arch->norm;
 	c->norm_bias = arch->norm_bias;
 	c->norm_plus_one = arch->norm_plus_one;
+	c->head_norm_kind = arch->head_norm_kind;
 	c->embedding_scale = arch->embedding_scaled ? sqrtf((float) c->hidden_size) : 0;
 	c->norm_eps = (float) eps;
 	c->position = arch->position;

@@ -483,33 +483,47 @@ slice(const MillmWeight *fused, int64_t first, int64_t n_out)
 	return w;
 }
 
+/* An aligned vector of n, uninitialised. */
 static MillmCode
-bind_vector(Binder *b, const char *prefix, const char *template, int layer, const char *suffix, int64_t n, MillmVector *v)
+create_vector(Binder *b, int64_t n, MillmVector *v)
 {
-	char		buf[MAX_NAME];
-	const MillmStTensor *t;
-	const char *src;
-	MillmCode	rc = take(b, tensor_name(buf, prefix, template, layer, suffix), n, 0, &t);
-
-	if (rc != MILLM_OK || !t)
-		return rc;
 	v->data = aligned_alloc(64, ((size_t) n * sizeof(float) + 63) & ~(size_t) 63);
 	if (!v->data)
 		return millm_fail(b->err, MILLM_E_INSUFFICIENT_MEMORY, "out of memory");
 	v->n = n;
-	src = t->data;
+	return MILLM_OK;
+}
+
+/* All n values of a tensor. */
+static void
+read_floats(float *out, const MillmStTensor *t, int64_t n)
+{
+	const char *src = t->data;
+
 	for (int64_t i = 0; i < n; i++)
 	{
 		uint16_t	half;
 
 		if (t->dtype == MILLM_F32)
 		{
-			memcpy(&v->data[i], src + 4 * i, 4);
+			memcpy(&out[i], src + 4 * i, 4);
 			continue;
 		}
 		memcpy(&half, src + 2 * i, 2);
-		v->data[i] = t->dtype == MILLM_BF16 ? millm_bf16_to_f32(half) : millm_f16_to_f32(half);
+		out[i] = t->dtype == MILLM_BF16 ? millm_bf16_to_f32(half) : millm_f16_to_f32(half);
 	}
+}
+
+static MillmCode
+bind_vector(Binder *b, const char *prefix, const char *template, int layer, const char *suffix, int64_t n, MillmVector *v)
+{
+	char		buf[MAX_NAME];
+	const MillmStTensor *t;
+	MillmCode	rc = take(b, tensor_name(buf, prefix, template, layer, suffix), n, 0, &t);
+
+	if (rc != MILLM_OK || !t || (rc = create_vector(b, n, v)) != MILLM_OK)
+		return rc;
+	read_floats(v->data, t, n);
 	return MILLM_OK;
 }
 
@@ -536,6 +550,36 @@ bind_norm(Binder *b, const char *template, int layer, MillmVector *weight, Millm
 	return rc;
 }
 
+/* Weights of norms that each head has for itself, [n_heads, head_dim]. */
+static MillmCode
+bind_own_norms(Binder *b, const char *template, int layer, int n_heads, int head_dim, MillmVector *weight)
+{
+	const char *hole = strstr(template, "{h}");
+	MillmCode	rc = create_vector(b, (int64_t) n_heads * head_dim, weight);
+
+	for (int h = 0; rc == MILLM_OK && h < (hole ? n_heads : 1); h++)
+	{
+		char		of_head[MAX_NAME], name[MAX_NAME];
+		const MillmStTensor *t;
+
+		if (hole)
+			snprintf(of_head, sizeof(of_head), "%.*s%d%s", (int) (hole - template), template, h, hole + 3);
+		tensor_name(name, b->prefix, hole ? of_head : template, layer, ".weight");
+		rc = hole ? take(b, name, head_dim, 0, &t) : take(b, name, n_heads, head_dim, &t);
+		if (rc == MILLM_OK && t)
+			read_floats(weight->data + (int64_t) h * head_dim, t, hole ? head_dim : weight->n);
+	}
+	return rc;
+}
+
+static MillmCode
+bind_head_norm(Binder *b, const char *template, int layer, int n_heads, int head_dim, MillmVector *weight)
+{
+	if (b->arch->head_norm_kind == MILLM_HEAD_NORMS_OWN)
+		return bind_own_norms(b, template, layer, n_heads, head_dim, weight);
+	return bind_norm_weight(b, template, layer, b->arch->head_norm_kind == MILLM_HEAD_NORMS_WHOLE ? (int64_t) n_heads * head_dim : head_dim, weight);
+}
+
 /* The norms of q and k. */
 static MillmCode
 bind_head_norms(Binder *b, int i, MillmLayer *l)
@@ -543,10 +587,10 @@ bind_head_norms(Binder *b, int i, MillmLayer *l)
 	const MillmArch *a = b->arch;
 	MillmCode	rc;
 
-	if (!a->q_norm || !b->model->config.head_norms)
+	if (!b->model->config.head_norms)
 		return MILLM_OK;
-	if ((rc = bind_norm_weight(b, a->q_norm, i, l->head_dim, &l->q_norm)) != MILLM_OK ||
-		(rc = bind_norm_weight(b, a->k_norm, i, l->head_dim, &l->k_norm)) != MILLM_OK ||
+	if ((rc = bind_head_norm(b, a->q_norm, i, l->n_heads, l->head_dim, &l->q_norm)) != MILLM_OK ||
+		(rc = bind_head_norm(b, a->k_norm, i, l->n_kv_heads, l->head_dim, &l->k_norm)) != MILLM_OK ||
 		!a->head_norm_bias)
 		return rc;
 	if ((rc = bind_vector(b, b->prefix, a->q_norm, i, ".bias", l->head_dim, &l->q_norm_bias)) != MILLM_OK)

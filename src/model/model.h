@@ -17,6 +17,8 @@
 #include "tensor.h"
 
 typedef enum MillmNorm {MILLM_NORM_RMS, MILLM_NORM_LAYER} MillmNorm;
+/* Norms of q and k: each head by itself, by one weight for all [head_dim] or each by its own [heads, head_dim]; or all heads as one [heads * head_dim]. */
+typedef enum MillmHeadNorms {MILLM_HEAD_NORMS_SHARED, MILLM_HEAD_NORMS_OWN, MILLM_HEAD_NORMS_WHOLE} MillmHeadNorms;
 typedef enum MillmPosition {MILLM_POS_ROPE, MILLM_POS_LEARNED} MillmPosition;
 typedef enum MillmAct {MILLM_ACT_SILU, MILLM_ACT_GELU_TANH, MILLM_ACT_GELU_ERF, MILLM_ACT_RELU} MillmAct;
 
@@ -54,6 +56,7 @@ typedef struct MillmConfig
 	MillmNorm	norm;
 	bool		norm_bias;
 	bool		head_norms;			/* of q and k, before rope */
+	MillmHeadNorms head_norm_kind;
 	bool		norm_plus_one;		/* weights of norms are stored less 1; once open they are whole */
 	float		norm_eps;
 	/* positions */
@@ -111,7 +114,7 @@ typedef struct MillmLayer
 	MillmWeight q, k, v, o;
 	MillmWeight qkv;			/* instead of q, k, v, whose data is NULL: KV head after KV head, the queries of its group, k, v */
 	MillmVector q_bias, k_bias, v_bias, o_bias, qkv_bias;
-	MillmVector q_norm, k_norm;	/* [head_dim], of each head before rope; optional */
+	MillmVector q_norm, k_norm;	/* before rope, as head_norm_kind says; optional */
 	MillmVector q_norm_bias, k_norm_bias;
 	MillmVector mlp_norm, mlp_norm_bias;	/* optional */
 	MillmWeight gate, up, down;	/* gate is absent without mlp_gated */

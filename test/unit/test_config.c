@@ -233,6 +233,14 @@ families(void **state)
 	assert_true(!c.parallel && !c.qkv_bias && !c.o_bias && c.mlp_bias);
 	assert_int_equal(c.rotary_dim, 4);
 	millm_config_free(&c);
+	must_parse(FAMILY("stablelm"), "", &c);
+	assert_true(!c.parallel && c.norm_bias && c.mlp_gated && !c.qkv_bias && !c.o_bias && !c.head_norms && !c.tied);
+	assert_int_equal(c.rotary_dim, 4);
+	millm_config_free(&c);
+	must_parse(FAMILY("stablelm"), "\"use_parallel_residual\": true, \"use_qkv_bias\": true, \"qk_layernorm\": true, \"rope_pct\": 0.5", &c);
+	assert_true(c.parallel && c.qkv_bias && !c.o_bias && c.head_norms && c.head_norm_kind == MILLM_HEAD_NORMS_OWN);
+	assert_int_equal(c.rotary_dim, 8);
+	millm_config_free(&c);
 	must_parse(FAMILY("phi3"), "\"partial_rotary_factor\": 0.75", &c);
 	assert_int_equal(c.rotary_dim, 12);
 	assert_near(c.norm_eps, 1e-5f);
