@@ -12,7 +12,7 @@
  *	 x = embedding                                   [n, hidden]
  *	 each layer:  x += o(attention(rope(head norms(qkv(norm(x))))))
  *	              x += down(act(gate(norm(x))) * up(norm(x)))
- *	              (some families norm what is added, too; in others, both read the same x: parallel)
+ *	              (some families norm what is added, too, or only that; in others, both read the same x: parallel)
  *	 logits = softcap(head(norm(x of the wanted rows)))  [n_wanted, vocab]
  */
 #include "forward.h"
@@ -303,17 +303,25 @@ add_branch(MillmForward *fw, const MillmWeight *w, const MillmVector *bias, cons
 	fw->be->add(fw->be, fw->x, fw->h, n);
 }
 
-/* up = act(gate(in)) * up(in), or act(up(in)); the MLP's norm comes before, in h: in is what has been normed last without one. */
+/* What a branch reads: x normed, in h; without a norm, x. */
+static MillmBuffer *
+normed(MillmForward *fw, const MillmVector *weight, const MillmVector *bias, int n)
+{
+	if (!weight->data)
+		return fw->x;
+	norm(fw, fw->h, fw->x, weight, bias, n);
+	return fw->h;
+}
+
+/* up = act(gate(in)) * up(in), or act(up(in)) */
 static void
-run_mlp(MillmForward *fw, const MillmLayer *l, int n)
+run_mlp(MillmForward *fw, const MillmLayer *l, MillmBuffer *in, int n)
 {
 	MillmBackend *be = fw->be;
 	const MillmConfig *c = &fw->model->config;
 	const MillmProjection up_gate[] = {{fw->up, &l->up, &l->up_bias, false}, {fw->gate, &l->gate, &l->gate_bias, false}};
 
-	if (l->mlp_norm.data)
-		norm(fw, fw->h, fw->x, &l->mlp_norm, &l->mlp_norm_bias, n);
-	be->matmul(be, up_gate, c->mlp_gated ? 2 : 1, fw->h, n);
+	be->matmul(be, up_gate, c->mlp_gated ? 2 : 1, in, n);
 	if (c->mlp_gated)
 		be->activation(be, fw->up, c->act, fw->gate, fw->up, l->up.n_out, n);
 	else
@@ -351,24 +359,24 @@ run_layer(MillmForward *fw, int i, int n)
 	};
 	const MillmProjection fused = {fw->qkv, &l->qkv, &l->qkv_bias, false};
 	const MillmProjection qkv[] = {{fw->q, &l->q, &l->q_bias, false}, {fw->k, &l->k, &l->k_bias, false}, {fw->v, &l->v, &l->v_bias, false}};
+	MillmBuffer *in = normed(fw, &l->attn_norm, &l->attn_norm_bias, n);
 
-	norm(fw, fw->h, fw->x, &l->attn_norm, &l->attn_norm_bias, n);
 	if (l->qkv.data)
 	{
-		be->matmul(be, &fused, 1, fw->h, n);
+		be->matmul(be, &fused, 1, in, n);
 		be->split_qkv(be, &attention, fw->q, fw->k, fw->v, fw->qkv, n);
 	}
 	else
-		be->matmul(be, qkv, 3, fw->h, n);
+		be->matmul(be, qkv, 3, in, n);
 	if (c->parallel)
-		run_mlp(fw, l, n);
+		run_mlp(fw, l, l->mlp_norm.data ? normed(fw, &l->mlp_norm, &l->mlp_norm_bias, n) : in, n);
 	norm_heads(fw, fw->q, &l->q_norm, &l->q_norm_bias, l->n_heads, l->head_dim, n);
 	norm_heads(fw, fw->k, &l->k_norm, &l->k_norm_bias, l->n_kv_heads, l->head_dim, n);
 	be->rope_and_store(be, &attention, fw->q, fw->k, fw->v, n);
 	be->attention(be, &attention, fw->a, fw->q, n);
 	add_branch(fw, &l->o, &l->o_bias, &l->attn_post_norm, fw->a, n);
 	if (!c->parallel)
-		run_mlp(fw, l, n);
+		run_mlp(fw, l, normed(fw, &l->mlp_norm, &l->mlp_norm_bias, n), n);
 	add_branch(fw, &l->down, &l->down_bias, &l->mlp_post_norm, fw->up, n);
 }
 

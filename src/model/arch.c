@@ -118,6 +118,15 @@ static const MillmArch archs[] = {
 		.sliding = {.possible = true, .default_window = 4096},
 	},
 	{
+		/* OLMo 2: no norm before attention and MLP, one behind each; q and k are normed as wholes */
+		.model_type = "olmo2",
+		LLAMA_KEYS, LLAMA_ENDS, LLAMA_QKV, LLAMA_GATE_UP, HEAD_NORMS, .act = {"hidden_act"}, LLAMA_BLOCK,
+		.default_norm_eps = 1e-5, .default_rope_theta = 10000.0, .default_max_positions = 2048, .default_act = "silu",
+		.qkv_bias = {.key = "attention_bias"}, .o_bias = {.key = "attention_bias"}, .head_norm_kind = MILLM_HEAD_NORMS_WHOLE,
+		.final_norm = "norm", .attn_post_norm = "layers.{i}.post_attention_layernorm", .mlp_post_norm = "layers.{i}.post_feedforward_layernorm",
+		.o = "layers.{i}.self_attn.o_proj", .down = "layers.{i}.mlp.down_proj",
+	},
+	{
 		/* Phi-1, 1.5, 2: attention and MLP read one norm, biases everywhere, the head's included */
 		.model_type = "phi",
 		LLAMA_SIZES, LLAMA_HEADS, LLAMA_ENDS, LLAMA_QKV, .norm_eps = {"layer_norm_eps"}, .act = {"hidden_act"},
@@ -173,5 +182,5 @@ millm_arch_find(const char *model_type, int i)
 const char *
 millm_supported_model_types(void)
 {
-	return "gemma, gemma2, gemma3_text, gpt2, gpt_neox, llama, mistral, phi, phi3, qwen2, qwen3, stablelm";
+	return "gemma, gemma2, gemma3_text, gpt2, gpt_neox, llama, mistral, olmo2, phi, phi3, qwen2, qwen3, stablelm";
 }

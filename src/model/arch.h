@@ -67,7 +67,7 @@ typedef struct MillmArch
 	bool		default_tied;
 
 	/* the block */
-	bool		parallel;				/* attention and MLP read the same residual; without mlp_norm, the same norm of it */
+	bool		parallel;				/* attention and MLP read the same residual; without mlp_norm, as attn_norm made it */
 	MillmNorm	norm;
 	bool		norm_bias;
 	bool		norm_plus_one;			/* weights of norms are stored less 1 */

@@ -1026,7 +1026,7 @@ hook_points(const MillmModel *m)
 		{"model.hook_embed", true},
 		{"model.hook_pos_embed", c->position == MILLM_POS_LEARNED},
 		{"model.layers.{i}.hook_resid_pre", true},
-		{"model.layers.{i}.ln1.hook_normalized", true},
+		{"model.layers.{i}.ln1.hook_normalized", m->layers[0].attn_norm.data != NULL},
 		{"model.layers.{i}.attn.hook_q", true},
 		{"model.layers.{i}.attn.hook_k", true},
 		{"model.layers.{i}.attn.hook_v", true},

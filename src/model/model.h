@@ -66,7 +66,7 @@ typedef struct MillmConfig
 	MillmRope	rope;
 	MillmRope	local_rope;			/* of the layers that slide; inv_freq NULL: as the others */
 	/* attention and block */
-	bool		parallel;			/* attention and MLP read the same residual; a layer without mlp_norm, the same norm of it */
+	bool		parallel;			/* attention and MLP read the same residual; without mlp_norm, as attn_norm made it */
 	float		attention_scale;	/* multiplies q.k; layer_inv_scale divides it by (layer + 1) */
 	bool		layer_inv_scale;
 	float		attention_softcap;	/* c: scores become c tanh(score / c); 0: none */
@@ -109,7 +109,7 @@ typedef struct MillmLayer
 	int			n_kv_heads;
 	int			head_dim;
 	int			window;			/* 0: full attention */
-	MillmVector attn_norm, attn_norm_bias;
+	MillmVector attn_norm, attn_norm_bias;	/* optional */
 	MillmVector attn_post_norm, mlp_post_norm;	/* of what is added to the residual; optional */
 	MillmWeight q, k, v, o;
 	MillmWeight qkv;			/* instead of q, k, v, whose data is NULL: KV head after KV head, the queries of its group, k, v */
