@@ -57,8 +57,8 @@ struct MillmBackend
 	/* Begin a step of n tokens: where each is, and the page table of its sequence (borrowed for the step). */
 	void		(*begin) (MillmBackend *be, const int32_t *positions, const int32_t *const *pages, int n);
 
-	/* y[t] = table[rows[t]], times scale unless it is 0; or y[t] += table[rows[t]] */
-	void		(*embed) (MillmBackend *be, MillmBuffer *y, const MillmWeight *table, const int32_t *rows, float scale, bool add, int n);
+	/* y[t] = table[rows[t]], or y[t] += table[rows[t]] */
+	void		(*embed) (MillmBackend *be, MillmBuffer *y, const MillmWeight *table, const int32_t *rows, bool add, int n);
 	/*
 	 * Each of the first n_parts parts of a row, n_columns values, is normed by itself: the row, or its heads.  Weights and biases are those
 	 * of a part, or of all n_parts.  y may be x
@@ -81,7 +81,8 @@ struct MillmBackend
 	void		(*attention) (MillmBackend *be, const MillmAttention *a, MillmBuffer *y, MillmBuffer *q, int n);
 	/* y = act(x), times up unless NULL; y may be x */
 	void		(*activation) (MillmBackend *be, MillmBuffer *y, MillmAct act, MillmBuffer *x, MillmBuffer *up, int64_t n_columns, int n);
-	void		(*add) (MillmBackend *be, MillmBuffer *y, MillmBuffer *x, int n);	/* y += x */
+	void		(*add) (MillmBackend *be, MillmBuffer *y, MillmBuffer *x, float scale, int n);	/* y += scale x */
+	void		(*scale) (MillmBackend *be, MillmBuffer *x, float scale, int n);	/* x = scale x */
 	/* x = cap tanh(x / cap) */
 	void		(*softcap) (MillmBackend *be, MillmBuffer *x, float cap, int n);
 	void		(*select) (MillmBackend *be, MillmBuffer *y, MillmBuffer *x, const int32_t *rows, int n);	/* y[t] = x[rows[t]] */

@@ -275,15 +275,11 @@ begin(MillmBackend *be, const int32_t *positions, const int32_t *const *pages, i
 }
 
 static void
-embed(MillmBackend *be, MillmBuffer *y, const MillmWeight *table, const int32_t *rows, float scale, bool add, int n)
+embed(MillmBackend *be, MillmBuffer *y, const MillmWeight *table, const int32_t *rows, bool add, int n)
 {
 	y->n_packed = 0;
 	for (int t = 0; t < n; t++)
-	{
 		cpu(be)->k.load_row(row(y, t), millm_weight_row(table, rows[t]), table->dtype, table->n_in, add);
-		for (int64_t i = 0; scale != 0 && i < table->n_in; i++)
-			row(y, t)[i] *= scale;
-	}
 }
 
 typedef struct NormLoop
@@ -686,7 +682,7 @@ typedef struct PairLoop
 {
 	CpuBackend *c;
 	MillmBuffer *y, *x;
-	float		cap;
+	float		scale;			/* or cap */
 } PairLoop;
 
 static void
@@ -696,16 +692,35 @@ add_rows(void *arg, int64_t begin_row, int64_t end_row)
 
 	for (int64_t t = begin_row; t < end_row; t++)
 		for (int64_t i = 0; i < l->y->n_columns; i++)
-			row(l->y, t)[i] += row(l->x, t)[i];
+			row(l->y, t)[i] += l->scale * row(l->x, t)[i];
 }
 
 static void
-add(MillmBackend *be, MillmBuffer *y, MillmBuffer *x, int n)
+add(MillmBackend *be, MillmBuffer *y, MillmBuffer *x, float scale, int n)
 {
-	PairLoop	l = {cpu(be), y, x, 0};
+	PairLoop	l = {cpu(be), y, x, scale};
 
 	y->n_packed = 0;
 	run_rows(l.c, add_rows, &l, n, y->n_columns);
+}
+
+static void
+scale_rows(void *arg, int64_t begin_row, int64_t end_row)
+{
+	PairLoop   *l = arg;
+
+	for (int64_t t = begin_row; t < end_row; t++)
+		for (int64_t i = 0; i < l->x->n_columns; i++)
+			row(l->x, t)[i] *= l->scale;
+}
+
+static void
+scale(MillmBackend *be, MillmBuffer *x, float by, int n)
+{
+	PairLoop	l = {cpu(be), NULL, x, by};
+
+	x->n_packed = 0;
+	run_rows(l.c, scale_rows, &l, n, x->n_columns);
 }
 
 static void
@@ -714,7 +729,7 @@ softcap_rows(void *arg, int64_t begin_row, int64_t end_row)
 	PairLoop   *l = arg;
 
 	for (int64_t t = begin_row; t < end_row; t++)
-		l->c->k.softcap(row(l->x, t), l->cap, l->x->n_columns);
+		l->c->k.softcap(row(l->x, t), l->scale, l->x->n_columns);
 }
 
 static void
@@ -796,6 +811,7 @@ millm_backend_cpu_create(const MillmModel *model, const MillmBackendOptions *opt
 		.attention = attention,
 		.activation = activation,
 		.add = add,
+		.scale = scale,
 		.softcap = softcap,
 		.select = select_rows,
 		.is_finite = is_finite,

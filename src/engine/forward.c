@@ -288,19 +288,21 @@ norm(MillmForward *fw, MillmBuffer *y, MillmBuffer *x, const MillmVector *weight
 	fw->be->norm(fw->be, y, x, c->norm, weight, bias, c->norm_eps, 1, weight->n, n);
 }
 
-/* x += in w^T + bias, through a norm if there is one: what stands before a norm does not go into the residual at once */
+/* x += scale norm(in w^T + bias), where the family has a scale and a norm; without, it goes into the residual at once */
 static void
 add_branch(MillmForward *fw, const MillmWeight *w, const MillmVector *bias, const MillmVector *post_norm, MillmBuffer *in, int n)
 {
 	static const MillmVector none;
-	const bool	at_once = !post_norm->data;
+	const float scale = fw->model->config.residual_scale;
+	const bool	at_once = !post_norm->data && scale == 1;
 	const MillmProjection p = {at_once ? fw->x : fw->h, w, bias, at_once};
 
 	fw->be->matmul(fw->be, &p, 1, in, n);
 	if (at_once)
 		return;
-	norm(fw, fw->h, fw->h, post_norm, &none, n);
-	fw->be->add(fw->be, fw->x, fw->h, n);
+	if (post_norm->data)
+		norm(fw, fw->h, fw->h, post_norm, &none, n);
+	fw->be->add(fw->be, fw->x, fw->h, scale, n);
 }
 
 /* What a branch reads: x normed, in h; without a norm, x. */
@@ -431,9 +433,11 @@ run_step(MillmForward *fw, int n, int n_wanted, bool (*should_stop) (void *arg),
 	const MillmConfig *c = &model->config;
 
 	be->begin(be, fw->positions, fw->pages, n);
-	be->embed(be, fw->x, &model->embedding, fw->tokens, c->embedding_scale, false, n);
+	be->embed(be, fw->x, &model->embedding, fw->tokens, false, n);
+	if (c->embedding_scale != 1)
+		be->scale(be, fw->x, c->embedding_scale, n);
 	if (c->position == MILLM_POS_LEARNED)
-		be->embed(be, fw->x, &model->position_embedding, fw->positions, 0, true, n);
+		be->embed(be, fw->x, &model->position_embedding, fw->positions, true, n);
 	if (!be->is_finite(be, fw->x, n))
 		return not_finite("the embedding", -1, err);
 
@@ -450,6 +454,8 @@ run_step(MillmForward *fw, int n, int n_wanted, bool (*should_stop) (void *arg),
 	{
 		be->select(be, fw->h, fw->x, fw->wanted, n_wanted);
 		norm(fw, fw->h, fw->h, &model->final_norm, &model->final_norm_bias, n_wanted);
+		if (c->logit_scale != 1)	/* here, the screening copy needs to know nothing of it */
+			be->scale(be, fw->h, c->logit_scale, n_wanted);
 		return run_head(fw, n_wanted, err);
 	}
 	return MILLM_OK;

@@ -72,6 +72,15 @@ static const MillmArch archs[] = {
 		.refused = {"add_cross_attention"},
 	},
 	{
+		/* Granite 3: Llama with factors */
+		.model_type = "granite",
+		LLAMA_KEYS, LLAMA_BLOCK, LLAMA_NAMES, LLAMA_QKV, LLAMA_MLP_NORM, LLAMA_GATE_UP, .act = {"hidden_act"},
+		.default_norm_eps = 1e-6, .default_rope_theta = 10000.0, .default_max_positions = 2048, .default_act = "silu",
+		.qkv_bias = {.key = "attention_bias"}, .o_bias = {.key = "attention_bias"}, .mlp_bias = {.key = "mlp_bias"},
+		.embedding_scale_key = "embedding_multiplier", .residual_scale_key = "residual_multiplier",
+		.attention_scale_key = "attention_multiplier", .logit_divisor_key = "logits_scaling",
+	},
+	{
 		/* Gemma: old files say "gelu" and mean its approximation */
 		.model_type = "gemma",
 		LLAMA_KEYS, GEMMA_BLOCK, LLAMA_NAMES, LLAMA_QKV, LLAMA_MLP_NORM, LLAMA_GATE_UP, .act = {"hidden_activation", "hidden_act"},
@@ -182,5 +191,5 @@ millm_arch_find(const char *model_type, int i)
 const char *
 millm_supported_model_types(void)
 {
-	return "gemma, gemma2, gemma3_text, gpt2, gpt_neox, llama, mistral, olmo2, phi, phi3, qwen2, qwen3, stablelm";
+	return "gemma, gemma2, gemma3_text, gpt2, gpt_neox, granite, llama, mistral, olmo2, phi, phi3, qwen2, qwen3, stablelm";
 }

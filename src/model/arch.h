@@ -72,6 +72,9 @@ typedef struct MillmArch
 	bool		norm_bias;
 	bool		norm_plus_one;			/* weights of norms are stored less 1 */
 	bool		embedding_scaled;		/* by the root of the hidden size */
+	const char *embedding_scale_key, *residual_scale_key;	/* factors, 1 by default; NULL: no such key */
+	const char *logit_scale_key, *logit_divisor_key;
+	double		default_logit_scale;	/* 0: 1 */
 	MillmPosition position;
 	bool		rope_interleaved;
 	bool		yarn_is_longrope;		/* old files say "su" or "yarn" and mean "longrope" */
@@ -85,6 +88,7 @@ typedef struct MillmArch
 	MillmSliding sliding;
 	const char *scale_key;				/* attention_scale is the inverse root of it; NULL: of head_dim */
 	double		default_scale_key;
+	const char *attention_scale_key;	/* attention_scale itself, 1 by default; NULL: no such key */
 	const char *attention_softcap_key, *logit_softcap_key;	/* null in the file: none; NULL: no such key */
 	double		default_attention_softcap, default_logit_softcap;	/* 0: none */
 	const char *scale_switch;			/* boolean key: false means attention_scale 1; NULL: no such key */

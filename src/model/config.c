@@ -130,6 +130,17 @@ get_softcap(json_t *c, const char *key, double by_default, float *out, MillmErro
 	return rc;
 }
 
+/* A factor under a key that a row may not have. */
+static MillmCode
+get_scale(json_t *c, const char *key, double by_default, float *out, MillmError *err)
+{
+	double		scale = by_default;
+	MillmCode	rc = key ? get_double(c, key, 1e-6, 1e6, &scale, err) : MILLM_OK;
+
+	*out = (float) scale;
+	return rc;
+}
+
 static MillmCode
 unsupported_flag(MillmError *err, const char *model_type, const char *key, const char *value)
 {
@@ -453,6 +464,22 @@ missing(MillmError *err, const char *key)
 	return MILLM_E_INVALID_MODEL_FILE;
 }
 
+/* What multiplies the embedding, each branch and the logits. */
+static MillmCode
+resolve_scales(json_t *json, const MillmArch *arch, MillmConfig *c, MillmError *err)
+{
+	float		divisor;
+	MillmCode	rc;
+
+	if ((rc = get_scale(json, arch->embedding_scale_key, arch->embedding_scaled ? sqrt(c->hidden_size) : 1, &c->embedding_scale, err)) != MILLM_OK ||
+		(rc = get_scale(json, arch->residual_scale_key, 1, &c->residual_scale, err)) != MILLM_OK ||
+		(rc = get_scale(json, arch->logit_scale_key, arch->default_logit_scale > 0 ? arch->default_logit_scale : 1, &c->logit_scale, err)) != MILLM_OK ||
+		(rc = get_scale(json, arch->logit_divisor_key, 1, &divisor, err)) != MILLM_OK)
+		return rc;
+	c->logit_scale /= divisor;
+	return MILLM_OK;
+}
+
 static MillmCode
 resolve(json_t *json, const MillmArch *arch, MillmConfig *c, MillmError *err)
 {
@@ -516,13 +543,13 @@ resolve(json_t *json, const MillmArch *arch, MillmConfig *c, MillmError *err)
 	c->norm_bias = arch->norm_bias;
 	c->norm_plus_one = arch->norm_plus_one;
 	c->head_norm_kind = arch->head_norm_kind;
-	c->embedding_scale = arch->embedding_scaled ? sqrtf((float) c->hidden_size) : 0;
 	c->norm_eps = (float) eps;
 	c->position = arch->position;
 	c->rope_interleaved = arch->rope_interleaved;
 	c->mlp_gated = arch->mlp_gated;
 	c->tied = arch->default_tied;
-	if ((rc = get_bool(json, "tie_word_embeddings", &c->tied, err)) != MILLM_OK ||
+	if ((rc = resolve_scales(json, arch, c, err)) != MILLM_OK ||
+		(rc = get_bool(json, "tie_word_embeddings", &c->tied, err)) != MILLM_OK ||
 		(rc = get_when(json, arch->qkv_bias, &c->qkv_bias, err)) != MILLM_OK ||
 		(rc = get_when(json, arch->o_bias, &c->o_bias, err)) != MILLM_OK ||
 		(rc = get_when(json, arch->mlp_bias, &c->mlp_bias, err)) != MILLM_OK ||
@@ -530,7 +557,9 @@ resolve(json_t *json, const MillmArch *arch, MillmConfig *c, MillmError *err)
 		return rc;
 	if (arch->scale_switch && (rc = get_bool(json, arch->scale_switch, &scaled, err)) != MILLM_OK)
 		return rc;
-	if (arch->scale_key)
+	if (arch->attention_scale_key)
+		rc = get_scale(json, arch->attention_scale_key, 1, &c->attention_scale, err);
+	else if (arch->scale_key)
 	{
 		double		scalar = arch->default_scale_key;
 
@@ -540,7 +569,8 @@ resolve(json_t *json, const MillmArch *arch, MillmConfig *c, MillmError *err)
 	}
 	else
 		c->attention_scale = scaled ? 1.0f / sqrtf((float) c->head_dim) : 1.0f;
-	if ((rc = get_softcap(json, arch->attention_softcap_key, arch->default_attention_softcap, &c->attention_softcap, err)) != MILLM_OK ||
+	if (rc != MILLM_OK ||
+		(rc = get_softcap(json, arch->attention_softcap_key, arch->default_attention_softcap, &c->attention_softcap, err)) != MILLM_OK ||
 		(rc = get_softcap(json, arch->logit_softcap_key, arch->default_logit_softcap, &c->logit_softcap, err)) != MILLM_OK)
 		return rc;
 	if (arch->layer_inv_scale_switch && (rc = get_bool(json, arch->layer_inv_scale_switch, &c->layer_inv_scale, err)) != MILLM_OK)

@@ -829,9 +829,9 @@ bind(Binder *b)
 			return rc;
 	if ((rc = check_complete(b)) != MILLM_OK)
 		return rc;
-	if (m->embedding.dtype == MILLM_BF16)
+	if (a->embedding_scaled && m->embedding.dtype == MILLM_BF16)
 		c->embedding_scale = millm_bf16_to_f32(millm_f32_to_bf16(c->embedding_scale));
-	else if (m->embedding.dtype == MILLM_F16)
+	else if (a->embedding_scaled && m->embedding.dtype == MILLM_F16)
 		c->embedding_scale = millm_f16_to_f32(millm_f32_to_f16(c->embedding_scale));
 	snprintf(m->dtype, sizeof(m->dtype), "%s", millm_dtype_name(m->embedding.dtype));
 	count(b);

@@ -51,7 +51,9 @@ typedef struct MillmConfig
 	int			head_dim;
 	int			vocab_size;			/* rows of the embedding */
 	int			max_positions;
-	float		embedding_scale;	/* 0: none.  Once open it is rounded to the embedding's dtype, as the library does */
+	float		embedding_scale;	/* 1: none.  Once open, one that is the root of the hidden size is rounded to the embedding's dtype, as the library does */
+	float		residual_scale;		/* of what attention and MLP add; 1: none */
+	float		logit_scale;		/* 1: none */
 	/* norms */
 	MillmNorm	norm;
 	bool		norm_bias;

@@ -241,6 +241,12 @@ families(void **state)
 	assert_true(c.parallel && c.qkv_bias && !c.o_bias && c.head_norms && c.head_norm_kind == MILLM_HEAD_NORMS_OWN);
 	assert_int_equal(c.rotary_dim, 8);
 	millm_config_free(&c);
+	must_parse(FAMILY("granite"), "", &c);
+	assert_true(c.attention_scale == 1 && c.embedding_scale == 1 && c.residual_scale == 1 && c.logit_scale == 1 && !c.tied);
+	millm_config_free(&c);
+	must_parse(FAMILY("granite"), "\"attention_multiplier\": 0.0078125, \"embedding_multiplier\": 12, \"residual_multiplier\": 0.22, \"logits_scaling\": 16.0", &c);
+	assert_true(c.attention_scale == 0.0078125f && c.embedding_scale == 12 && c.residual_scale == 0.22f && c.logit_scale == 0.0625f);
+	millm_config_free(&c);
 	must_parse(FAMILY("phi3"), "\"partial_rotary_factor\": 0.75", &c);
 	assert_int_equal(c.rotary_dim, 12);
 	assert_near(c.norm_eps, 1e-5f);
@@ -455,6 +461,8 @@ refused(void **state)
 		{FAMILY("gemma3_text"), "\"rope_parameters\": {\"full_attention\": {\"partial_rotary_factor\": 0.5}, \"sliding_attention\": {}}",
 		MILLM_E_UNSUPPORTED_ARCHITECTURE, "partial_rotary_factor"},
 		{FAMILY("gpt_neox"), "\"use_parallel_residual\": \"yes\"", MILLM_E_INVALID_MODEL_FILE, "\"use_parallel_residual\""},
+		{FAMILY("granite"), "\"logits_scaling\": 0", MILLM_E_INVALID_MODEL_FILE, "\"logits_scaling\""},
+		{FAMILY("granite"), "\"residual_multiplier\": \"0.22\"", MILLM_E_INVALID_MODEL_FILE, "\"residual_multiplier\""},
 		{FAMILY("mistral"), "\"sliding_window\": 0", MILLM_E_INVALID_MODEL_FILE, "\"sliding_window\""},
 		{FAMILY("qwen2"), "\"use_sliding_window\": 1", MILLM_E_INVALID_MODEL_FILE, "\"use_sliding_window\""},
 		{FAMILY("qwen2"), "\"max_window_layers\": -1", MILLM_E_INVALID_MODEL_FILE, "\"max_window_layers\""},

@@ -105,7 +105,7 @@ tiny(bool is_gpt2)
 		.head_dim = HEAD_DIM, .vocab_size = VOCAB, .max_positions = POSITIONS,
 		.norm = is_gpt2 ? MILLM_NORM_LAYER : MILLM_NORM_RMS, .norm_bias = is_gpt2, .norm_eps = 1e-5f,
 		.position = is_gpt2 ? MILLM_POS_LEARNED : MILLM_POS_ROPE, .rope = {.attention_factor = 1},
-		.attention_scale = 0.35355339f, .act = is_gpt2 ? MILLM_ACT_GELU_ERF : MILLM_ACT_SILU, .mlp_gated = !is_gpt2, .tied = true,
+		.attention_scale = 0.35355339f, .embedding_scale = 1, .residual_scale = 1, .logit_scale = 1, .act = is_gpt2 ? MILLM_ACT_GELU_ERF : MILLM_ACT_SILU, .mlp_gated = !is_gpt2, .tied = true,
 	};
 	if (is_gpt2)
 		m->position_embedding = weight(t, dtype, false, POSITIONS, HIDDEN);
