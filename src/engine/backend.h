@@ -31,6 +31,7 @@ typedef struct MillmAttention
 	float		scale;
 	float		softcap;		/* of the scores; 0: none */
 	bool		local;			/* rotates by the model's local_rope, if it has one */
+	bool		unrotated;		/* does not rotate */
 } MillmAttention;
 
 /* One of the matmuls that share an input: y (+)= x w^T + bias */

@@ -591,7 +591,7 @@ rope_and_store_rows(void *arg, int64_t begin_row, int64_t end_row)
 	{
 		int32_t		position = c->positions[t];
 
-		if (c->n_pairs > 0)
+		if (c->n_pairs > 0 && !l->a->unrotated)
 		{
 			int64_t		at = (l->a->local ? c->local_angles : 0) + t * c->n_pairs;
 			const float *cosine = c->cosine + at;

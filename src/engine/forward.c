@@ -358,6 +358,7 @@ run_layer(MillmForward *fw, int i, int n)
 		.scale = c->layer_inv_scale ? c->attention_scale / (float) (i + 1) : c->attention_scale,
 		.softcap = c->attention_softcap,
 		.local = l->window > 0 && c->local_rope.inv_freq,
+		.unrotated = l->unrotated,
 	};
 	const MillmProjection fused = {fw->qkv, &l->qkv, &l->qkv_bias, false};
 	const MillmProjection qkv[] = {{fw->q, &l->q, &l->q_bias, false}, {fw->k, &l->k, &l->k_bias, false}, {fw->v, &l->v, &l->v_bias, false}};

@@ -170,6 +170,15 @@ static const MillmArch archs[] = {
 		.qkv_bias = {.key = "attention_bias"}, .o_bias = {.key = "attention_bias"}, QWEN_SLIDING, HEAD_NORMS,
 	},
 	{
+		/* SmolLM3: every fourth layer without rope */
+		.model_type = "smollm3",
+		LLAMA_KEYS, LLAMA_BLOCK, LLAMA_NAMES, LLAMA_QKV, LLAMA_MLP_NORM, LLAMA_GATE_UP, .act = {"hidden_act"},
+		.default_norm_eps = 1e-6, .default_rope_theta = 2000000.0, .default_max_positions = 32768, .default_act = "silu", .default_tied = true,
+		.qkv_bias = {.key = "attention_bias"}, .o_bias = {.key = "attention_bias"}, .mlp_bias = {.key = "mlp_bias"},
+		.unrotated_key = "no_rope_layers", .unrotated_every_key = {"no_rope_layer_interval"}, .default_unrotated_every = 4,
+		.sliding = {.possible = true, .switch_key = "use_sliding_window", .unrotated_only = true},
+	},
+	{
 		/* StableLM 2 12B: attention and MLP read one norm */
 		STABLELM, .only_if = {{"use_parallel_residual", true, false}}, .parallel = true,
 	},
@@ -191,5 +200,5 @@ millm_arch_find(const char *model_type, int i)
 const char *
 millm_supported_model_types(void)
 {
-	return "gemma, gemma2, gemma3_text, gpt2, gpt_neox, granite, llama, mistral, olmo2, phi, phi3, qwen2, qwen3, stablelm";
+	return "gemma, gemma2, gemma3_text, gpt2, gpt_neox, granite, llama, mistral, olmo2, phi, phi3, qwen2, qwen3, smollm3, stablelm";
 }

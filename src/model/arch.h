@@ -44,6 +44,7 @@ typedef struct MillmSliding
 	int			default_first;
 	MillmKeys	every_key;
 	int			default_every;		/* 0: no layer is full for its number */
+	bool		unrotated_only;		/* and no layer slides that has rope */
 } MillmSliding;
 
 typedef struct MillmArch
@@ -77,6 +78,9 @@ typedef struct MillmArch
 	double		default_logit_scale;	/* 0: 1 */
 	MillmPosition position;
 	bool		rope_interleaved;
+	const char *unrotated_key;		/* list of a number for each layer, 0 where it has no rope; absent: every so-manieth has none */
+	MillmKeys	unrotated_every_key;
+	int			default_unrotated_every;	/* 0: the family rotates in all layers */
 	bool		yarn_is_longrope;		/* old files say "su" or "yarn" and mean "longrope" */
 	bool		mlp_gated;
 	bool		in_out;					/* Linears are stored [in, out] */

@@ -404,6 +404,32 @@ refuse_flags(json_t *json, const MillmArch *arch, MillmError *err)
 	return MILLM_OK;
 }
 
+/* Which layers have no rope.  c->n_layers is known. */
+static MillmCode
+resolve_unrotated(json_t *json, const MillmArch *arch, MillmConfig *c, MillmError *err)
+{
+	json_t	   *list = arch->default_unrotated_every ? get(json, arch->unrotated_key) : NULL, *entry;
+	int			every = arch->default_unrotated_every;
+	size_t		l;
+	MillmCode	rc;
+
+	if (every == 0)
+		return MILLM_OK;
+	if ((rc = get_int(json, arch->unrotated_every_key, 1, INT_MAX, &every, err)) != MILLM_OK)
+		return rc;
+	if (list && (!json_is_array(list) || json_array_size(list) != (size_t) c->n_layers))
+		return bad_value(err, arch->unrotated_key, list, "a list of as many numbers as there are layers");
+	for (int i = 0; i < c->n_layers; i++)
+		c->unrotated[i] = (i + 1) % every == 0;
+	json_array_foreach(list, l, entry)
+	{
+		if (!json_is_integer(entry) || json_integer_value(entry) < 0 || json_integer_value(entry) > 1)
+			return bad_value(err, arch->unrotated_key, entry, "0 or 1 for each layer");
+		c->unrotated[l] = json_integer_value(entry) == 0;
+	}
+	return MILLM_OK;
+}
+
 /* Which layers slide, and how far those see.  c->n_layers is known. */
 static MillmCode
 resolve_sliding(json_t *json, const MillmArch *arch, MillmConfig *c, MillmError *err)
@@ -447,7 +473,8 @@ resolve_sliding(json_t *json, const MillmArch *arch, MillmConfig *c, MillmError 
 	for (int l = 0; l < c->n_layers; l++)
 	{
 		if (!types)
-			c->slides[l] = (window > 0 || every > 0) && l >= first && (every == 0 || (l + 1) % every != 0);
+			c->slides[l] = (window > 0 || every > 0) && l >= first && (every == 0 || (l + 1) % every != 0) &&
+				(!s->unrotated_only || c->unrotated[l]);
 		if (c->slides[l] && window == 0)
 			return bad_value(err, "sliding_window", NULL, "a number, for there are layers that slide");
 		if (c->slides[l])
@@ -588,7 +615,8 @@ resolve(json_t *json, const MillmArch *arch, MillmConfig *c, MillmError *err)
 	}
 	if ((rc = parse_act(act_key, act, c, &c->act, err)) != MILLM_OK)
 		return rc;
-	if ((rc = resolve_sliding(json, arch, c, err)) != MILLM_OK)
+	if ((rc = resolve_unrotated(json, arch, c, err)) != MILLM_OK ||
+		(rc = resolve_sliding(json, arch, c, err)) != MILLM_OK)
 		return rc;
 	if (c->position == MILLM_POS_ROPE && (rc = resolve_rope(json, arch, c, err)) != MILLM_OK)
 		return rc;

@@ -688,6 +688,7 @@ bind_layer(Binder *b, int i, MillmLayer *l)
 	l->n_kv_heads = c->n_kv_heads;
 	l->head_dim = c->head_dim;
 	l->window = c->slides[i] ? c->window : 0;
+	l->unrotated = c->unrotated[i];
 	if ((rc = bind_norm(b, a->attn_norm, i, &l->attn_norm, &l->attn_norm_bias)) != MILLM_OK ||
 		(rc = bind_qkv(b, i, l)) != MILLM_OK ||
 		(rc = bind_head_norms(b, i, l)) != MILLM_OK ||

@@ -75,6 +75,7 @@ typedef struct MillmConfig
 	float		logit_softcap;		/* the same for the logits */
 	int			window;				/* keys that a query sees in a layer that slides, itself included; 0: none slides */
 	bool		slides[MILLM_MAX_LAYERS];
+	bool		unrotated[MILLM_MAX_LAYERS];	/* no rope there */
 	MillmAct	act;
 	bool		mlp_gated;
 	bool		qkv_bias, o_bias, mlp_bias;
@@ -111,6 +112,7 @@ typedef struct MillmLayer
 	int			n_kv_heads;
 	int			head_dim;
 	int			window;			/* 0: full attention */
+	bool		unrotated;		/* no rope */
 	MillmVector attn_norm, attn_norm_bias;	/* optional */
 	MillmVector attn_post_norm, mlp_post_norm;	/* of what is added to the residual; optional */
 	MillmWeight q, k, v, o;

@@ -114,6 +114,7 @@ norm_plus_one(MillmModel *m)
 
 static void l_window(MillmLayer *l) { l->window = 5; }
 static void l_window_wider(MillmLayer *l) { l->window += l->window > 0; }
+static void l_unrotated(MillmLayer *l) { l->unrotated = false; }
 static void l_q_norm(MillmLayer *l) { drop(&l->q_norm); }
 static void l_k_norm(MillmLayer *l) { drop(&l->k_norm); }
 static void l_q_norm_bias(MillmLayer *l) { drop(&l->q_norm_bias); }
@@ -213,7 +214,7 @@ static const struct
 	{"local_rope", local_rope, NULL}, {"norm_plus_one", norm_plus_one, NULL}, {"embedding_scale", embedding_scale, NULL},
 	{"attention_softcap", attention_softcap, NULL}, {"logit_softcap", logit_softcap, NULL}, {"attn_post_norm", NULL, l_attn_post_norm},
 	{"mlp_post_norm", NULL, l_mlp_post_norm}, {"window", NULL, l_window}, {"window_wider", NULL, l_window_wider}, {"slides", slides, NULL}, {"q_norm", NULL, l_q_norm}, {"k_norm", NULL, l_k_norm},
-	{"parallel", parallel, NULL}, {"own_norms", NULL, l_own_norms}, {"residual_scale", residual_scale, NULL}, {"logit_scale", logit_scale, NULL}, {"head_norms_whole", head_norms_whole, NULL}, {"head_bias", head_bias, NULL}, {"q_norm_bias", NULL, l_q_norm_bias}, {"k_norm_bias", NULL, l_k_norm_bias},
+	{"parallel", parallel, NULL}, {"own_norms", NULL, l_own_norms}, {"unrotated", NULL, l_unrotated}, {"residual_scale", residual_scale, NULL}, {"logit_scale", logit_scale, NULL}, {"head_norms_whole", head_norms_whole, NULL}, {"head_bias", head_bias, NULL}, {"q_norm_bias", NULL, l_q_norm_bias}, {"k_norm_bias", NULL, l_k_norm_bias},
 	{"attn_norm_bias", NULL, l_attn_norm_bias}, {"mlp_norm_bias", NULL, l_mlp_norm_bias}, {"q_bias", NULL, l_q_bias},
 	{"k_bias", NULL, l_k_bias}, {"v_bias", NULL, l_v_bias}, {"o_bias", NULL, l_o_bias}, {"gate_bias", NULL, l_gate_bias}, {"up_bias", NULL, l_up_bias},
 	{"down_bias", NULL, l_down_bias}, {"mlp_gated", NULL, l_mlp_gated}, {"qkv_order", NULL, l_qkv_order}, {"grouped_qkv", NULL, l_grouped_qkv}, {"qkv_bias", NULL, l_qkv_bias}, {"in_out", NULL, l_in_out},

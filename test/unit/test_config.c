@@ -148,6 +148,8 @@ sliding(void **state)
 	must_slide(FAMILY("qwen2"), "\"use_sliding_window\": true, \"sliding_window\": 8, \"max_window_layers\": 2", "ffss", 8);
 	must_slide(FAMILY("qwen2"), "\"use_sliding_window\": true", "ffff", 0);
 	must_slide(FAMILY("qwen3"), "\"use_sliding_window\": true, \"max_window_layers\": 0", "ssss", 4096);
+	must_slide(FAMILY("smollm3"), "\"sliding_window\": 8", "ffff", 0);
+	must_slide(FAMILY("smollm3"), "\"sliding_window\": 8, \"use_sliding_window\": true, \"no_rope_layers\": [0, 1, 1, 0]", "sffs", 8);
 	must_slide(FAMILY("gemma2"), "", "sfsf", 4096);
 	must_slide(FAMILY("gemma3_text"), "\"sliding_window\": 512", "ssss", 512);
 	must_slide(FAMILY("gemma3_text"), "\"sliding_window_pattern\": 3", "ssfs", 4096);
@@ -246,6 +248,13 @@ families(void **state)
 	millm_config_free(&c);
 	must_parse(FAMILY("granite"), "\"attention_multiplier\": 0.0078125, \"embedding_multiplier\": 12, \"residual_multiplier\": 0.22, \"logits_scaling\": 16.0", &c);
 	assert_true(c.attention_scale == 0.0078125f && c.embedding_scale == 12 && c.residual_scale == 0.22f && c.logit_scale == 0.0625f);
+	millm_config_free(&c);
+	must_parse(FAMILY("smollm3"), "", &c);
+	assert_true(c.tied && !c.unrotated[0] && !c.unrotated[2] && c.unrotated[3]);
+	assert_near(c.rope.inv_freq[1], pow(2e6, -0.125));
+	millm_config_free(&c);
+	must_parse(FAMILY("smollm3"), "\"no_rope_layers\": [0, 1, 1, 0], \"no_rope_layer_interval\": 2", &c);
+	assert_true(c.unrotated[0] && !c.unrotated[1] && !c.unrotated[2] && c.unrotated[3]);
 	millm_config_free(&c);
 	must_parse(FAMILY("phi3"), "\"partial_rotary_factor\": 0.75", &c);
 	assert_int_equal(c.rotary_dim, 12);
@@ -463,6 +472,9 @@ refused(void **state)
 		{FAMILY("gpt_neox"), "\"use_parallel_residual\": \"yes\"", MILLM_E_INVALID_MODEL_FILE, "\"use_parallel_residual\""},
 		{FAMILY("granite"), "\"logits_scaling\": 0", MILLM_E_INVALID_MODEL_FILE, "\"logits_scaling\""},
 		{FAMILY("granite"), "\"residual_multiplier\": \"0.22\"", MILLM_E_INVALID_MODEL_FILE, "\"residual_multiplier\""},
+		{FAMILY("smollm3"), "\"no_rope_layers\": [1, 1]", MILLM_E_INVALID_MODEL_FILE, "\"no_rope_layers\""},
+		{FAMILY("smollm3"), "\"no_rope_layers\": [1, 1, 2, 0]", MILLM_E_INVALID_MODEL_FILE, "It is 2;"},
+		{FAMILY("smollm3"), "\"no_rope_layer_interval\": 0", MILLM_E_INVALID_MODEL_FILE, "\"no_rope_layer_interval\""},
 		{FAMILY("mistral"), "\"sliding_window\": 0", MILLM_E_INVALID_MODEL_FILE, "\"sliding_window\""},
 		{FAMILY("qwen2"), "\"use_sliding_window\": 1", MILLM_E_INVALID_MODEL_FILE, "\"use_sliding_window\""},
 		{FAMILY("qwen2"), "\"max_window_layers\": -1", MILLM_E_INVALID_MODEL_FILE, "\"max_window_layers\""},
