@@ -186,6 +186,17 @@ static const MillmArch archs[] = {
 		/* StableLM 3B, StableLM 2 1.6B */
 		STABLELM, LLAMA_MLP_NORM,
 	},
+	{
+		/* StarCoder 2: Llama's names and GPT-2's MLP */
+		.model_type = "starcoder2",
+		LLAMA_SIZES, LLAMA_HEADS, LLAMA_ENDS, LLAMA_QKV, LLAMA_MLP_NORM, .norm_eps = {"norm_epsilon"}, .act = {"hidden_act"},
+		.default_norm_eps = 1e-5, .default_rope_theta = 10000.0, .default_max_positions = 4096, .default_act = "gelu_pytorch_tanh", .default_tied = true,
+		.norm = MILLM_NORM_LAYER, .norm_bias = true, .position = MILLM_POS_ROPE, .sliding = {.possible = true},
+		.qkv_bias = {.by_default = true, .key = "use_bias"}, .o_bias = {.by_default = true, .key = "use_bias"},
+		.mlp_bias = {.by_default = true, .key = "use_bias"},
+		.final_norm = "norm", .attn_norm = "layers.{i}.input_layernorm", .o = "layers.{i}.self_attn.o_proj",
+		.up = "layers.{i}.mlp.c_fc", .down = "layers.{i}.mlp.c_proj", .ignored = {".rotary_emb.inv_freq"},
+	},
 };
 
 const MillmArch *
@@ -200,5 +211,5 @@ millm_arch_find(const char *model_type, int i)
 const char *
 millm_supported_model_types(void)
 {
-	return "gemma, gemma2, gemma3_text, gpt2, gpt_neox, granite, llama, mistral, olmo2, phi, phi3, qwen2, qwen3, smollm3, stablelm";
+	return "gemma, gemma2, gemma3_text, gpt2, gpt_neox, granite, llama, mistral, olmo2, phi, phi3, qwen2, qwen3, smollm3, stablelm, starcoder2";
 }

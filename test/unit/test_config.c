@@ -150,6 +150,8 @@ sliding(void **state)
 	must_slide(FAMILY("qwen3"), "\"use_sliding_window\": true, \"max_window_layers\": 0", "ssss", 4096);
 	must_slide(FAMILY("smollm3"), "\"sliding_window\": 8", "ffff", 0);
 	must_slide(FAMILY("smollm3"), "\"sliding_window\": 8, \"use_sliding_window\": true, \"no_rope_layers\": [0, 1, 1, 0]", "sffs", 8);
+	must_slide(FAMILY("starcoder2"), "", "ffff", 0);
+	must_slide(FAMILY("starcoder2"), "\"sliding_window\": 4096", "ssss", 4096);
 	must_slide(FAMILY("gemma2"), "", "sfsf", 4096);
 	must_slide(FAMILY("gemma3_text"), "\"sliding_window\": 512", "ssss", 512);
 	must_slide(FAMILY("gemma3_text"), "\"sliding_window_pattern\": 3", "ssfs", 4096);
@@ -255,6 +257,13 @@ families(void **state)
 	millm_config_free(&c);
 	must_parse(FAMILY("smollm3"), "\"no_rope_layers\": [0, 1, 1, 0], \"no_rope_layer_interval\": 2", &c);
 	assert_true(c.unrotated[0] && !c.unrotated[1] && !c.unrotated[2] && c.unrotated[3]);
+	millm_config_free(&c);
+	must_parse(FAMILY("starcoder2"), "", &c);
+	assert_true(c.tied && c.norm_bias && c.qkv_bias && c.o_bias && c.mlp_bias && !c.mlp_gated && c.act == MILLM_ACT_GELU_TANH);
+	millm_config_free(&c);
+	must_parse(FAMILY("starcoder2"), "\"use_bias\": false, \"norm_epsilon\": 1e-3", &c);
+	assert_true(!c.qkv_bias && !c.o_bias && !c.mlp_bias && c.norm_bias);
+	assert_near(c.norm_eps, 1e-3f);
 	millm_config_free(&c);
 	must_parse(FAMILY("phi3"), "\"partial_rotary_factor\": 0.75", &c);
 	assert_int_equal(c.rotary_dim, 12);
