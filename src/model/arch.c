@@ -72,6 +72,25 @@ static const MillmArch archs[] = {
 		.refused = {"add_cross_attention"},
 	},
 	{
+		/* Command R, R+, Aya: attention and MLP read one LayerNorm, which has no bias; interleaved rope */
+		.model_type = "cohere",
+		LLAMA_SIZES, LLAMA_HEADS, LLAMA_NAMES, LLAMA_QKV, LLAMA_GATE_UP, .norm_eps = {"layer_norm_eps"}, .act = {"hidden_act"},
+		.default_norm_eps = 1e-5, .default_rope_theta = 10000.0, .default_max_positions = 8192, .default_act = "silu", .default_tied = true,
+		.parallel = true, .norm = MILLM_NORM_LAYER, .position = MILLM_POS_ROPE, .rope_interleaved = true, .mlp_gated = true,
+		.qkv_bias = {.key = "attention_bias"}, .o_bias = {.key = "attention_bias"}, .logit_scale_key = "logit_scale", .default_logit_scale = 0.0625,
+		.head_norms = {.key = "use_qk_norm"}, .head_norm_kind = MILLM_HEAD_NORMS_OWN,
+		.q_norm = "layers.{i}.self_attn.q_norm", .k_norm = "layers.{i}.self_attn.k_norm", .ignored = {".rotary_emb.inv_freq"},
+	},
+	{
+		/* GLM-4 0414: norms before and after, under names of its own; interleaved rope of half a head */
+		.model_type = "glm4",
+		LLAMA_KEYS, LLAMA_BLOCK, LLAMA_NAMES, LLAMA_QKV, LLAMA_MLP_NORM, .act = {"hidden_act"},
+		.default_norm_eps = 1.5625e-7, .default_rope_theta = 10000.0, .default_rotary_part = 0.5, .default_max_positions = 131072, .default_act = "silu",
+		.default_head_dim = 128, .rope_interleaved = true, .qkv_bias = {.by_default = true, .key = "attention_bias"},
+		.attn_post_norm = "layers.{i}.post_self_attn_layernorm", .mlp_post_norm = "layers.{i}.post_mlp_layernorm",
+		.gate_up = "layers.{i}.mlp.gate_up_proj",
+	},
+	{
 		/* Granite 3: Llama with factors */
 		.model_type = "granite",
 		LLAMA_KEYS, LLAMA_BLOCK, LLAMA_NAMES, LLAMA_QKV, LLAMA_MLP_NORM, LLAMA_GATE_UP, .act = {"hidden_act"},
@@ -211,5 +230,5 @@ millm_arch_find(const char *model_type, int i)
 const char *
 millm_supported_model_types(void)
 {
-	return "gemma, gemma2, gemma3_text, gpt2, gpt_neox, granite, llama, mistral, olmo2, phi, phi3, qwen2, qwen3, smollm3, stablelm, starcoder2";
+	return "cohere, gemma, gemma2, gemma3_text, glm4, gpt2, gpt_neox, granite, llama, mistral, olmo2, phi, phi3, qwen2, qwen3, smollm3, stablelm, starcoder2";
 }

@@ -64,7 +64,7 @@ millm_quant_is_quantized(const char *tensor, int n_dims)
 	static const char weight[] = ".weight";
 	size_t		len = strlen(tensor);
 
-	if (n_dims != 2 || len < sizeof(weight) || strcmp(tensor + len - (sizeof(weight) - 1), weight) != 0)
+	if (n_dims != 2 || len < sizeof(weight) || strcmp(tensor + len - (sizeof(weight) - 1), weight) != 0 || strstr(tensor, "_norm.weight"))
 		return false;
 	for (const char *dot = strchr(tensor, '.'); dot; dot = strchr(dot + 1, '.'))
 	{

@@ -212,8 +212,8 @@ extern void millm_quant_dequantize(float *y, const MillmQuantWeight *w, int64_t 
 
 /*
  * Is this tensor of a decoder the weight of a Linear (or of GPT-2's Conv1D, to be transposed first) that is quantized:
- * a matrix "....weight" in one of the numbered blocks?  Embeddings and the LM head lie outside of these, norms
- * have one dimension.  The LM head's module name must then be in the skip list, or transformers expects it quantized.
+ * a matrix "....weight" in one of the numbered blocks?  Embeddings and the LM head lie outside of these; norms
+ * have one dimension, or, where each head has its own, a name that says so.  The LM head's module name must then be in the skip list, or transformers expects it quantized.
  */
 extern bool millm_quant_is_quantized(const char *tensor, int n_dims);
 

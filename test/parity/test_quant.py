@@ -239,7 +239,7 @@ def test_config_text():
 
 
 FAMILIES = ["gpt2", "llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "phi3", "olmo2", "granite", "smollm3", "starcoder2",
-            "stablelm", "gpt_neox", "falcon", "phi", "cohere"]
+            "stablelm", "gpt_neox", "falcon", "phi", "cohere", "glm4", "bloom"]
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -251,6 +251,7 @@ def test_which_linears(family):
 
     config = AutoConfig.for_model(family)
     config.num_hidden_layers = 2
+    config.use_qk_norm = True  # Command R+'s norms are matrices
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
         names = "".join(f"{n} {p.dim()}\n" for n, p in model.named_parameters())
