@@ -9,7 +9,7 @@
  * which nobody reads, and only when the last layer is done do the lengths grow: a step that is
  * canceled or fails has not happened.
  *
- *	 x = embedding                                   [n, hidden]
+ *	 x = embedding, projected to the hidden size where it is of another one    [n, hidden]
  *	 each layer:  x += o(attention(rope(head norms(qkv(norm(x))))))
  *	              x += down(act(gate(norm(x))) * up(norm(x)))
  *	              (some families norm what is added, too, or only that; in others, both read the same x: parallel)
@@ -37,6 +37,7 @@ struct MillmForward
 	bool		is_screened;	/* the head has a copy that may be used */
 	int			n_unscreened;	/* steps for which it is not asked */
 	MillmHeadUse head_use;
+	MillmBuffer *e;				/* [n, embedding size]; absent where that is the hidden size */
 	MillmBuffer *x;				/* [n, hidden]: the residual */
 	MillmBuffer *h;				/* [n, hidden]: normed */
 	MillmBuffer *q;				/* [n, heads * head_dim] */
@@ -103,7 +104,8 @@ millm_forward_workspace_bytes(const MillmModel *model, const MillmForwardOptions
 	int			n = batch_tokens(options);
 
 	return 2 * millm_backend_cpu_buffer_bytes(n, c->hidden_size) + 2 * millm_backend_cpu_buffer_bytes(n, w.q) +
-		2 * millm_backend_cpu_buffer_bytes(n, w.kv) + millm_backend_cpu_buffer_bytes(n, w.qkv) + (c->mlp_gated ? 2 : 1) * millm_backend_cpu_buffer_bytes(n, w.ffn) +
+		2 * millm_backend_cpu_buffer_bytes(n, w.kv) + (c->mlp_gated ? 2 : 1) * millm_backend_cpu_buffer_bytes(n, w.ffn) +
+		(w.qkv ? millm_backend_cpu_buffer_bytes(n, w.qkv) : 0) + (model->project_in.data ? millm_backend_cpu_buffer_bytes(n, c->embedding_size) : 0) +
 		millm_backend_cpu_buffer_bytes(n, c->vocab_size) + millm_backend_cpu_own_bytes(model, n);
 }
 
@@ -127,6 +129,7 @@ create_buffers(MillmForward *fw, MillmError *err)
 	}			wanted[] = {
 		{&fw->x, c->hidden_size}, {&fw->h, c->hidden_size}, {&fw->q, w.q}, {&fw->k, w.kv}, {&fw->v, w.kv}, {&fw->a, w.q},
 		{&fw->up, w.ffn}, {&fw->logits, c->vocab_size}, {&fw->gate, c->mlp_gated ? w.ffn : 0}, {&fw->qkv, w.qkv},
+		{&fw->e, fw->model->project_in.data ? c->embedding_size : 0},
 	};
 
 	for (size_t i = 0; i < sizeof(wanted) / sizeof(wanted[0]); i++)
@@ -305,11 +308,11 @@ add_branch(MillmForward *fw, const MillmWeight *w, const MillmVector *bias, cons
 	fw->be->add(fw->be, fw->x, fw->h, scale, n);
 }
 
-/* What a branch reads: x normed, in h; without a norm, x. */
+/* What a branch reads: x normed, in h; without a norm before it, x. */
 static MillmBuffer *
 normed(MillmForward *fw, const MillmVector *weight, const MillmVector *bias, int n)
 {
-	if (!weight->data)
+	if (!weight->data || fw->model->config.norm_after)
 		return fw->x;
 	norm(fw, fw->h, fw->x, weight, bias, n);
 	return fw->h;
@@ -378,9 +381,13 @@ run_layer(MillmForward *fw, int i, int n)
 	be->rope_and_store(be, &attention, fw->q, fw->k, fw->v, n);
 	be->attention(be, &attention, fw->a, fw->q, n);
 	add_branch(fw, &l->o, &l->o_bias, &l->attn_post_norm, fw->a, n);
+	if (c->norm_after)
+		norm(fw, fw->x, fw->x, &l->attn_norm, &l->attn_norm_bias, n);
 	if (!c->parallel)
 		run_mlp(fw, l, normed(fw, &l->mlp_norm, &l->mlp_norm_bias, n), n);
 	add_branch(fw, &l->down, &l->down_bias, &l->mlp_post_norm, fw->up, n);
+	if (c->norm_after)
+		norm(fw, fw->x, fw->x, &l->mlp_norm, &l->mlp_norm_bias, n);
 }
 
 static MillmCode
@@ -394,22 +401,27 @@ not_finite(const char *where, int layer, MillmError *err)
 	return MILLM_E_INTERNAL;
 }
 
-/* The logits of the first n rows of fw->h. */
+/* The logits of the first n rows of fw->h, which are projected first where the embedding is not of their size. */
 static MillmCode
 run_head(MillmForward *fw, int n, MillmError *err)
 {
 	MillmBackend *be = fw->be;
 	const MillmModel *model = fw->model;
 	const MillmProjection head = {fw->logits, &model->head, &model->head_bias, false};
+	static const MillmVector none;
+	const MillmProjection project = {fw->e, &model->project_out, &none, false};
+	MillmBuffer *in = project.w->data ? fw->e : fw->h;
 	bool		screens = fw->is_screened;
 	int64_t		n_read = -1;
 
+	if (project.w->data)
+		be->matmul(be, &project, 1, fw->h, n);
 	for (int i = 0; i < n; i++)
 		screens &= fw->tops[i].k > 0;
 	if (screens && fw->n_unscreened > 0)
 		fw->n_unscreened--;
 	else if (screens &&
-			 (n_read = be->screened_matmul(be, fw->logits, &model->head, &model->screen, fw->h, fw->tops, n)) < 0)
+			 (n_read = be->screened_matmul(be, fw->logits, &model->head, &model->screen, in, fw->tops, n)) < 0)
 		fw->n_unscreened = UNSCREENED_STEPS;
 	fw->head_use.n_rows += n;
 	if (n_read >= 0)
@@ -418,12 +430,25 @@ run_head(MillmForward *fw, int n, MillmError *err)
 		fw->head_use.n_read += n_read;
 		return MILLM_OK;
 	}
-	be->matmul(be, &head, 1, fw->h, n);
+	be->matmul(be, &head, 1, in, n);
 	if (!be->is_finite(be, fw->logits, n))	/* a softcap would make infinite ones finite */
 		return not_finite("the logits", -1, err);
 	if (model->config.logit_softcap > 0)
 		be->softcap(be, fw->logits, model->config.logit_softcap, n);
 	return MILLM_OK;
+}
+
+/* x = the tokens' rows of the embedding, at the hidden size */
+static void
+embed(MillmForward *fw, int n)
+{
+	static const MillmVector none;
+	const MillmModel *model = fw->model;
+	const MillmProjection project = {fw->x, &model->project_in, &none, false};
+
+	fw->be->embed(fw->be, project.w->data ? fw->e : fw->x, &model->embedding, fw->tokens, false, n);
+	if (project.w->data)
+		fw->be->matmul(fw->be, &project, 1, fw->e, n);
 }
 
 static MillmCode
@@ -434,7 +459,7 @@ run_step(MillmForward *fw, int n, int n_wanted, bool (*should_stop) (void *arg),
 	const MillmConfig *c = &model->config;
 
 	be->begin(be, fw->positions, fw->pages, n);
-	be->embed(be, fw->x, &model->embedding, fw->tokens, false, n);
+	embed(fw, n);
 	if (c->embedding_scale != 1)
 		be->scale(be, fw->x, c->embedding_scale, n);
 	if (c->position == MILLM_POS_LEARNED)
@@ -454,7 +479,8 @@ run_step(MillmForward *fw, int n, int n_wanted, bool (*should_stop) (void *arg),
 	if (n_wanted > 0)
 	{
 		be->select(be, fw->h, fw->x, fw->wanted, n_wanted);
-		norm(fw, fw->h, fw->h, &model->final_norm, &model->final_norm_bias, n_wanted);
+		if (model->final_norm.data)
+			norm(fw, fw->h, fw->h, &model->final_norm, &model->final_norm_bias, n_wanted);
 		if (c->logit_scale != 1)	/* here, the screening copy needs to know nothing of it */
 			be->scale(be, fw->h, c->logit_scale, n_wanted);
 		return run_head(fw, n_wanted, err);

@@ -74,6 +74,7 @@ struct MillmRecast
 	MillmDtype	dtype16;		/* what F32 becomes */
 	bool		in_out;			/* the family stores its Linears [in, out] */
 	char		head_name[128];	/* module of the LM head */
+	char		project_in[128], project_out[128];	/* modules outside of the blocks that the family may have; or "" */
 	char		tapped[160];	/* tensor that the screening copy is made from */
 	bool		has_converted;
 
@@ -1058,6 +1059,11 @@ millm_recast_create(MillmStore *store, MillmRecastTarget target, const MillmConf
 	r->dtype16 = millm_config_dtype(config_json) == MILLM_F16 ? MILLM_F16 : MILLM_BF16;
 	r->in_out = arch->in_out;
 	snprintf(r->head_name, sizeof(r->head_name), "%s", arch->head);
+	if (config->embedding_size != config->hidden_size)
+	{
+		snprintf(r->project_in, sizeof(r->project_in), "%s%s", arch->prefix, arch->project_in);
+		snprintf(r->project_out, sizeof(r->project_out), "%s%s", arch->prefix, arch->project_out);
+	}
 	if (config->tied)
 		snprintf(r->tapped, sizeof(r->tapped), "%s%s.weight", arch->prefix ? arch->prefix : "", arch->embedding);
 	else
@@ -1151,7 +1157,7 @@ MillmCode
 millm_recast_complete(MillmRecast *r, const MillmHubFile *const *files, size_t n, MillmError *err)
 {
 	json_t	   *config = json_deep_copy(r->config_json);
-	const char *skip[] = {r->head_name};
+	const char *skip[] = {r->head_name, r->project_in, r->project_out};
 	const char *dtype = r->dtype16 == MILLM_F16 ? "float16" : "bfloat16";
 	MillmCode	rc = MILLM_OK;
 
@@ -1166,7 +1172,7 @@ millm_recast_complete(MillmRecast *r, const MillmHubFile *const *files, size_t n
 		if (!has_new || json_object_get(config, "torch_dtype"))
 			json_object_set_new(config, "torch_dtype", json_string(dtype));
 	}
-	if (r->target != MILLM_RECAST_16BIT && json_object_set_new(config, "quantization_config", millm_quant_config_json(format(r), r->dtype16, skip, 1)) != 0)
+	if (r->target != MILLM_RECAST_16BIT && json_object_set_new(config, "quantization_config", millm_quant_config_json(format(r), r->dtype16, skip, r->project_in[0] ? 3 : 1)) != 0)
 		rc = no_memory(err);
 	if (rc == MILLM_OK && n > 1)
 		rc = write_index(r, files, n, err);

@@ -54,6 +54,19 @@
 	.q_norm = "layers.{i}.self_attn.q_layernorm.norms.{h}", .k_norm = "layers.{i}.self_attn.k_layernorm.norms.{h}", \
 	LLAMA_NAMES, LLAMA_QKV, LLAMA_GATE_UP, .ignored = {".rotary_emb.inv_freq"}
 
+#define OPT \
+	.model_type = "opt", .hidden_size = {"hidden_size"}, .intermediate_size = {"ffn_dim"}, .n_layers = {"num_hidden_layers"}, \
+	.n_heads = {"num_attention_heads"}, .max_positions = {"max_position_embeddings"}, .act = {"activation_function"}, \
+	.embedding_size = "word_embed_proj_dim", .default_norm_eps = 1e-5, .default_max_positions = 2048, .default_act = "relu", .default_tied = true, \
+	.norm = MILLM_NORM_LAYER, .norm_bias = true, .position = MILLM_POS_LEARNED, .position_offset = 2, \
+	.qkv_bias = {.by_default = true, .key = "enable_bias"}, .o_bias = {.by_default = true, .key = "enable_bias"}, \
+	.mlp_bias = {.by_default = true, .key = "enable_bias"}, \
+	.prefix = "model.decoder.", .embedding = "embed_tokens", .position_embedding = "embed_positions", .head = "lm_head", \
+	.project_in = "project_in", .project_out = "project_out", \
+	.attn_norm = "layers.{i}.self_attn_layer_norm", .mlp_norm = "layers.{i}.final_layer_norm", LLAMA_QKV, \
+	.o = "layers.{i}.self_attn.out_proj", .up = "layers.{i}.fc1", .down = "layers.{i}.fc2", \
+	.ignored = {"decoder.version"}, .required = "layer_norm_elementwise_affine"
+
 static const MillmArch archs[] = {
 	{
 		/* GPT-2, DistilGPT2: learned positions, LayerNorm, Conv1D weights stored [in, out], one fused c_attn */
@@ -155,6 +168,18 @@ static const MillmArch archs[] = {
 		.o = "layers.{i}.self_attn.o_proj", .down = "layers.{i}.mlp.down_proj",
 	},
 	{
+		/* OPT: positions from 2 on */
+		OPT, .only_if = {{"do_layer_norm_before", true, true}, {"_remove_final_layer_norm", false, false}}, .final_norm = "final_layer_norm",
+	},
+	{
+		/* OPT as fine-tuned before transformers 4.20 */
+		OPT, .only_if = {{"do_layer_norm_before", true, true}},
+	},
+	{
+		/* OPT 350M */
+		OPT, .norm_after = true,
+	},
+	{
 		/* Phi-1, 1.5, 2: attention and MLP read one norm, biases everywhere, the head's included */
 		.model_type = "phi",
 		LLAMA_SIZES, LLAMA_HEADS, LLAMA_ENDS, LLAMA_QKV, .norm_eps = {"layer_norm_eps"}, .act = {"hidden_act"},
@@ -230,5 +255,5 @@ millm_arch_find(const char *model_type, int i)
 const char *
 millm_supported_model_types(void)
 {
-	return "cohere, gemma, gemma2, gemma3_text, glm4, gpt2, gpt_neox, granite, llama, mistral, olmo2, phi, phi3, qwen2, qwen3, smollm3, stablelm, starcoder2";
+	return "cohere, gemma, gemma2, gemma3_text, glm4, gpt2, gpt_neox, granite, llama, mistral, olmo2, opt, phi, phi3, qwen2, qwen3, smollm3, stablelm, starcoder2";
 }

@@ -64,11 +64,13 @@ typedef struct MillmArch
 	int			default_head_dim;		/* 0: hidden size over heads */
 	const char *default_act;
 	bool		legacy_gelu_is_tanh;	/* "gelu" under act's second spelling */
+	const char *embedding_size;		/* key; NULL or absent: the hidden size */
 	int			default_ffn_mult;		/* intermediate size when null: this times hidden size; 0: required */
 	bool		default_tied;
 
 	/* the block */
 	bool		parallel;				/* attention and MLP read the same residual; without mlp_norm, as attn_norm made it */
+	bool		norm_after;				/* attn_norm and mlp_norm norm the residual, after attention and MLP were added to it */
 	MillmNorm	norm;
 	bool		norm_bias;
 	bool		norm_plus_one;			/* weights of norms are stored less 1 */
@@ -77,6 +79,7 @@ typedef struct MillmArch
 	const char *logit_scale_key, *logit_divisor_key;
 	double		default_logit_scale;	/* 0: 1 */
 	MillmPosition position;
+	int			position_offset;		/* row of position 0 */
 	bool		rope_interleaved;
 	const char *unrotated_key;		/* list of a number for each layer, 0 where it has no rope; absent: every so-manieth has none */
 	MillmKeys	unrotated_every_key;
@@ -98,9 +101,11 @@ typedef struct MillmArch
 	const char *scale_switch;			/* boolean key: false means attention_scale 1; NULL: no such key */
 	const char *layer_inv_scale_switch;	/* boolean key: divide the scale by layer + 1 */
 
-	/* tensor names; {i} is the layer.  prefix may be missing in a file.  Without ".weight" / ".bias". */
+	/* tensor names; {i} is the layer.  prefix, or words at its begin, may be missing in a file.  Without ".weight" / ".bias". */
 	const char *prefix;
-	const char *embedding, *position_embedding, *final_norm, *head;
+	const char *embedding, *position_embedding, *head;
+	const char *project_in, *project_out;	/* where embedding_size is not the hidden size */
+	const char *final_norm;				/* NULL: none */
 	const char *attn_norm, *mlp_norm;	/* NULL: none */
 	const char *attn_post_norm, *mlp_post_norm;	/* of what is added to the residual; NULL: none */
 	const char *q, *k, *v;				/* separate, or */
@@ -113,8 +118,9 @@ typedef struct MillmArch
 	const char *down;
 	const char *ignored[6];				/* suffixes of buffers that old files carry */
 
-	/* keys that must be false, null or absent for this engine */
+	/* keys that must be false, null or absent for this engine; a key that must not be false */
 	const char *refused[4];
+	const char *required;
 } MillmArch;
 
 /* The rows of a model_type, in order, from i = 0 on; NULL past the last. */

@@ -390,6 +390,11 @@ refuse_flags(json_t *json, const MillmArch *arch, MillmError *err)
 		if (flag)
 			return unsupported_flag(err, arch->model_type, *key, "true");
 	}
+	flag = true;
+	if (arch->required && (rc = get_bool(json, arch->required, &flag, err)) != MILLM_OK)
+		return rc;
+	if (!flag)
+		return unsupported_flag(err, arch->model_type, arch->required, "false");
 	for (size_t i = 0; i < 4 && arch->refused[i]; i++)
 	{
 		json_t	   *value = get(json, arch->refused[i]);
@@ -531,6 +536,7 @@ resolve(json_t *json, const MillmArch *arch, MillmConfig *c, MillmError *err)
 		(rc = get_int(json, arch->intermediate_size, 1, 16 * MILLM_MAX_HIDDEN, &c->intermediate_size, err)) != MILLM_OK ||
 		(rc = get_int(json, (const MillmKeys) {"vocab_size"}, 1, MILLM_MAX_VOCAB, &c->vocab_size, err)) != MILLM_OK ||
 		(rc = get_int(json, arch->max_positions, 1, MILLM_MAX_POSITIONS, &c->max_positions, err)) != MILLM_OK ||
+		(rc = get_int(json, (const MillmKeys) {arch->embedding_size}, 1, MILLM_MAX_HIDDEN, &c->embedding_size, err)) != MILLM_OK ||
 		(rc = get_double(json, arch->norm_eps[0], 0.0, 1.0, &eps, err)) != MILLM_OK)
 		return rc;
 	if (!c->hidden_size)
@@ -541,6 +547,8 @@ resolve(json_t *json, const MillmArch *arch, MillmConfig *c, MillmError *err)
 		return missing(err, arch->n_heads[0]);
 	if (!c->vocab_size)
 		return missing(err, "vocab_size");
+	if (!c->embedding_size)
+		c->embedding_size = c->hidden_size;
 	if (!c->intermediate_size && !arch->default_ffn_mult)
 		return missing(err, arch->intermediate_size[0]);
 	if (!c->intermediate_size)
@@ -567,6 +575,7 @@ resolve(json_t *json, const MillmArch *arch, MillmConfig *c, MillmError *err)
 
 	c->parallel = arch->parallel;
 	c->norm = arch->norm;
+	c->norm_after = arch->norm_after;
 	c->norm_bias = arch->norm_bias;
 	c->norm_plus_one = arch->norm_plus_one;
 	c->head_norm_kind = arch->head_norm_kind;

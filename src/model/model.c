@@ -726,7 +726,7 @@ bind_head(Binder *b)
 		m->head = *emb;
 		return MILLM_OK;
 	}
-	if ((rc = bind_matrix(b, "", b->arch->head, 0, m->config.vocab_size, m->config.hidden_size, false, &m->head)) != MILLM_OK)
+	if ((rc = bind_matrix(b, "", b->arch->head, 0, m->config.vocab_size, m->config.embedding_size, false, &m->head)) != MILLM_OK)
 		return rc;
 	if (m->config.tied && emb->data && m->head.dtype == emb->dtype && m->head.dtype < MILLM_N_FLOAT_DTYPES &&
 		memcmp(m->head.data, emb->data, (size_t) millm_weight_bytes(emb->dtype, emb->n_out * emb->n_in)) == 0)
@@ -806,6 +806,34 @@ count(Binder *b)
 }
 
 static MillmCode
+bind_positions(Binder *b)
+{
+	const MillmArch *a = b->arch;
+	const MillmConfig *c = &b->model->config;
+	MillmWeight *w = &b->model->position_embedding;
+	MillmCode	rc;
+
+	if (!a->position_embedding)
+		return MILLM_OK;
+	if ((rc = bind_table(b, a->position_embedding, (int64_t) c->max_positions + a->position_offset, c->hidden_size, w)) == MILLM_OK && w->data)
+		*w = slice(w, a->position_offset, c->max_positions);
+	return rc;
+}
+
+static MillmCode
+bind_projections(Binder *b)
+{
+	const MillmConfig *c = &b->model->config;
+	MillmCode	rc;
+
+	if (c->embedding_size == c->hidden_size)
+		return MILLM_OK;
+	if ((rc = bind_matrix(b, b->prefix, b->arch->project_in, 0, c->hidden_size, c->embedding_size, false, &b->model->project_in)) != MILLM_OK)
+		return rc;
+	return bind_matrix(b, b->prefix, b->arch->project_out, 0, c->embedding_size, c->hidden_size, false, &b->model->project_out);
+}
+
+static MillmCode
 bind(Binder *b)
 {
 	MillmModel *m = b->model;
@@ -814,11 +842,14 @@ bind(Binder *b)
 	char		name[MAX_NAME];
 	MillmCode	rc;
 
-	/* a file saved from the headless class has no prefix */
-	b->prefix = find(b, tensor_name(name, "", a->embedding, 0, ".weight")) ? "" : a->prefix;
-	if ((rc = bind_table(b, a->embedding, c->vocab_size, c->hidden_size, &m->embedding)) != MILLM_OK ||
-		(a->position_embedding &&
-		 (rc = bind_table(b, a->position_embedding, c->max_positions, c->hidden_size, &m->position_embedding)) != MILLM_OK) ||
+	/* a file saved from the headless class lacks the prefix, or its first word */
+	for (b->prefix = a->prefix; *b->prefix && !find(b, tensor_name(name, b->prefix, a->embedding, 0, ".weight"));)
+		b->prefix = strchr(b->prefix, '.') + 1;
+	if (!*b->prefix && !find(b, tensor_name(name, "", a->embedding, 0, ".weight")))
+		b->prefix = a->prefix;
+	if ((rc = bind_table(b, a->embedding, c->vocab_size, c->embedding_size, &m->embedding)) != MILLM_OK ||
+		(rc = bind_positions(b)) != MILLM_OK ||
+		(rc = bind_projections(b)) != MILLM_OK ||
 		(rc = bind_norm(b, a->final_norm, 0, &m->final_norm, &m->final_norm_bias)) != MILLM_OK ||
 		(rc = bind_head(b)) != MILLM_OK)
 		return rc;
@@ -1042,7 +1073,7 @@ hook_points(const MillmModel *m)
 		{"model.layers.{i}.mlp.hook_post", true},
 		{"model.layers.{i}.hook_mlp_out", true},
 		{"model.layers.{i}.hook_resid_post", true},
-		{"model.ln_final.hook_normalized", true},
+		{"model.ln_final.hook_normalized", m->final_norm.data != NULL},
 	};
 	json_t	   *names = json_array();
 

@@ -50,12 +50,14 @@ typedef struct MillmConfig
 	int			n_kv_heads;
 	int			head_dim;
 	int			vocab_size;			/* rows of the embedding */
+	int			embedding_size;		/* its columns, and the LM head's: hidden_size, or what is projected from and to it */
 	int			max_positions;
 	float		embedding_scale;	/* 1: none.  Once open, one that is the root of the hidden size is rounded to the embedding's dtype, as the library does */
 	float		residual_scale;		/* of what attention and MLP add; 1: none */
 	float		logit_scale;		/* 1: none */
 	/* norms */
 	MillmNorm	norm;
+	bool		norm_after;			/* attn_norm and mlp_norm norm the residual, after attention and MLP were added to it */
 	bool		norm_bias;
 	bool		head_norms;			/* of q and k, before rope */
 	MillmHeadNorms head_norm_kind;
@@ -128,7 +130,7 @@ typedef struct MillmLayer
 /* An INT8 copy of the LM head that tells which rows cannot be among the largest logits (quant/screen.h); optional. */
 typedef struct MillmScreen
 {
-	MillmWeight codes;			/* [vocab, hidden]; data NULL: there is none */
+	MillmWeight codes;			/* [vocab, embedding size]; data NULL: there is none */
 	MillmVector error;			/* [vocab]; +infinity where nothing is known */
 } MillmScreen;
 
@@ -136,11 +138,12 @@ typedef struct MillmModel
 {
 	MillmConfig config;
 	MillmGenerationConfig generation;
-	MillmWeight embedding;		/* [vocab, hidden] */
+	MillmWeight embedding;		/* [vocab, embedding size] */
+	MillmWeight project_in, project_out;	/* [hidden, embedding size] and back; absent where these are the same */
 	MillmWeight position_embedding;	/* [positions, hidden]; absent with rope */
 	MillmLayer *layers;			/* [n_layers] */
-	MillmVector final_norm, final_norm_bias;
-	MillmWeight head;			/* [vocab, hidden]; the embedding when tied */
+	MillmVector final_norm, final_norm_bias;	/* optional */
+	MillmWeight head;			/* [vocab, embedding size]; the embedding when tied */
 	MillmVector head_bias;
 	MillmScreen screen;			/* of the head */
 	char		screen_refused[256];	/* why the file that is there is not used; "" */

@@ -9,6 +9,7 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include "arch.h"
 #include "model.h"
 #include "quant.h"
 #include "safetensors.h"
@@ -35,6 +36,18 @@ static void rope_interleaved(MillmModel *m) { m->config.rope_interleaved = !m->c
 static void rotary_dim(MillmModel *m) { m->config.rotary_dim -= m->config.rotary_dim > 2 ? 2 : 0; }
 static void rope_attention_factor(MillmModel *m) { m->config.rope.attention_factor *= 1.1f; }
 static void parallel(MillmModel *m) { m->config.parallel = !m->config.parallel; }
+static void norm_after(MillmModel *m) { m->config.norm_after = !m->config.norm_after; }
+
+/* Positions from 0 on. */
+static void
+position_offset(MillmModel *m)
+{
+	if (m->config.arch->position_offset)
+		m->position_embedding.data = (const char *) m->position_embedding.data -
+			m->config.arch->position_offset * m->position_embedding.stride * millm_dtype_bytes(m->position_embedding.dtype);
+}
+
+static void final_norm(MillmModel *m) { drop(&m->final_norm); }
 static void head_bias(MillmModel *m) { drop(&m->head_bias); }
 static void embedding_scale(MillmModel *m) { m->config.embedding_scale = 1; }
 static void residual_scale(MillmModel *m) { m->config.residual_scale = 1; }
@@ -214,7 +227,8 @@ static const struct
 	{"local_rope", local_rope, NULL}, {"norm_plus_one", norm_plus_one, NULL}, {"embedding_scale", embedding_scale, NULL},
 	{"attention_softcap", attention_softcap, NULL}, {"logit_softcap", logit_softcap, NULL}, {"attn_post_norm", NULL, l_attn_post_norm},
 	{"mlp_post_norm", NULL, l_mlp_post_norm}, {"window", NULL, l_window}, {"window_wider", NULL, l_window_wider}, {"slides", slides, NULL}, {"q_norm", NULL, l_q_norm}, {"k_norm", NULL, l_k_norm},
-	{"parallel", parallel, NULL}, {"own_norms", NULL, l_own_norms}, {"unrotated", NULL, l_unrotated}, {"residual_scale", residual_scale, NULL}, {"logit_scale", logit_scale, NULL}, {"head_norms_whole", head_norms_whole, NULL}, {"head_bias", head_bias, NULL}, {"q_norm_bias", NULL, l_q_norm_bias}, {"k_norm_bias", NULL, l_k_norm_bias},
+	{"parallel", parallel, NULL}, {"own_norms", NULL, l_own_norms}, {"norm_after", norm_after, NULL}, {"position_offset", position_offset, NULL},
+	{"final_norm", final_norm, NULL}, {"unrotated", NULL, l_unrotated}, {"residual_scale", residual_scale, NULL}, {"logit_scale", logit_scale, NULL}, {"head_norms_whole", head_norms_whole, NULL}, {"head_bias", head_bias, NULL}, {"q_norm_bias", NULL, l_q_norm_bias}, {"k_norm_bias", NULL, l_k_norm_bias},
 	{"attn_norm_bias", NULL, l_attn_norm_bias}, {"mlp_norm_bias", NULL, l_mlp_norm_bias}, {"q_bias", NULL, l_q_bias},
 	{"k_bias", NULL, l_k_bias}, {"v_bias", NULL, l_v_bias}, {"o_bias", NULL, l_o_bias}, {"gate_bias", NULL, l_gate_bias}, {"up_bias", NULL, l_up_bias},
 	{"down_bias", NULL, l_down_bias}, {"mlp_gated", NULL, l_mlp_gated}, {"qkv_order", NULL, l_qkv_order}, {"grouped_qkv", NULL, l_grouped_qkv}, {"qkv_bias", NULL, l_qkv_bias}, {"in_out", NULL, l_in_out},

@@ -239,7 +239,7 @@ def test_config_text():
 
 
 FAMILIES = ["gpt2", "llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "phi3", "olmo2", "granite", "smollm3", "starcoder2",
-            "stablelm", "gpt_neox", "falcon", "phi", "cohere", "glm4", "bloom"]
+            "stablelm", "gpt_neox", "falcon", "phi", "cohere", "glm4", "bloom", "opt"]
 
 
 @pytest.mark.parametrize("family", FAMILIES)

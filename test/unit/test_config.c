@@ -7,6 +7,7 @@
 
 #include <math.h>
 
+#include "arch.h"
 #include "checkpoint.h"
 #include "config.h"
 #include "utf8.h"
@@ -16,6 +17,7 @@
 	" \"max_position_embeddings\": 128, \"rms_norm_eps\": 1e-5, \"hidden_act\": \"silu\", \"eos_token_id\": [2, 3]"
 #define FAMILY(type) "\"model_type\": \"" type "\", \"hidden_size\": 64, \"intermediate_size\": 172, \"num_hidden_layers\": 4," \
 	" \"num_attention_heads\": 4, \"num_key_value_heads\": 2, \"vocab_size\": 509"
+#define OPT "\"model_type\": \"opt\", \"hidden_size\": 64, \"ffn_dim\": 172, \"num_hidden_layers\": 4, \"num_attention_heads\": 4, \"vocab_size\": 509"
 #define GPT2 "\"model_type\": \"gpt2\", \"n_embd\": 32, \"n_layer\": 5, \"n_head\": 4, \"n_positions\": 128, \"vocab_size\": 509"
 
 /* The object of base with the members of change in place of its own; a member that is "-" is taken away. */
@@ -279,6 +281,19 @@ families(void **state)
 	assert_true(!c.qkv_bias && c.rotary_dim == 6);
 	assert_near(c.rope.inv_freq[1], pow(100, -1.0 / 3));
 	millm_config_free(&c);
+	must_parse(OPT, "", &c);
+	assert_true(c.tied && !c.norm_after && c.arch->final_norm && c.norm_bias && c.qkv_bias && c.o_bias && c.mlp_bias && c.position == MILLM_POS_LEARNED);
+	assert_int_equal(c.intermediate_size, 172);
+	assert_int_equal(c.embedding_size, 64);
+	assert_int_equal(c.act, MILLM_ACT_RELU);
+	millm_config_free(&c);
+	must_parse(OPT, "\"do_layer_norm_before\": false, \"word_embed_proj_dim\": 32, \"enable_bias\": false", &c);
+	assert_true(c.norm_after && !c.arch->final_norm && !c.qkv_bias && !c.o_bias && !c.mlp_bias);
+	assert_int_equal(c.embedding_size, 32);
+	millm_config_free(&c);
+	must_parse(OPT, "\"_remove_final_layer_norm\": true", &c);
+	assert_true(!c.norm_after && !c.arch->final_norm);
+	millm_config_free(&c);
 	must_parse(FAMILY("phi3"), "\"partial_rotary_factor\": 0.75", &c);
 	assert_int_equal(c.rotary_dim, 12);
 	assert_near(c.norm_eps, 1e-5f);
@@ -498,6 +513,8 @@ refused(void **state)
 		{FAMILY("smollm3"), "\"no_rope_layers\": [1, 1]", MILLM_E_INVALID_MODEL_FILE, "\"no_rope_layers\""},
 		{FAMILY("smollm3"), "\"no_rope_layers\": [1, 1, 2, 0]", MILLM_E_INVALID_MODEL_FILE, "It is 2;"},
 		{FAMILY("smollm3"), "\"no_rope_layer_interval\": 0", MILLM_E_INVALID_MODEL_FILE, "\"no_rope_layer_interval\""},
+		{OPT, "\"layer_norm_elementwise_affine\": false", MILLM_E_UNSUPPORTED_ARCHITECTURE, "\"layer_norm_elementwise_affine\": false"},
+		{OPT, "\"word_embed_proj_dim\": -1", MILLM_E_INVALID_MODEL_FILE, "\"word_embed_proj_dim\""},
 		{FAMILY("mistral"), "\"sliding_window\": 0", MILLM_E_INVALID_MODEL_FILE, "\"sliding_window\""},
 		{FAMILY("qwen2"), "\"use_sliding_window\": 1", MILLM_E_INVALID_MODEL_FILE, "\"use_sliding_window\""},
 		{FAMILY("qwen2"), "\"max_window_layers\": -1", MILLM_E_INVALID_MODEL_FILE, "\"max_window_layers\""},
