@@ -107,6 +107,6 @@ extern MillmCode millm_backend_cpu_create(const MillmModel *model, const MillmBa
 /* What it will take, for the prediction; -1 when kernels cannot be chosen (create says why). */
 extern int64_t millm_backend_cpu_page_bytes(const MillmModel *model, const char *kernels);
 extern int64_t millm_backend_cpu_buffer_bytes(int64_t n_rows, int64_t n_columns);
-extern int64_t millm_backend_cpu_own_bytes(const MillmModel *model, int max_tokens);
+extern int64_t millm_backend_cpu_own_bytes(const MillmModel *model, int max_tokens, int64_t n_pages);
 
 #endif

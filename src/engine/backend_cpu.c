@@ -23,6 +23,7 @@
 
 #include "arith.h"
 #include "forward.h"
+#include "half.h"
 #include "kernel.h"
 #include "threads.h"
 
@@ -81,6 +82,8 @@ typedef struct CpuBackend
 	float	   *cosine,			/* [max_tokens, n_pairs]; behind them, the local rope's */
 			   *sine;
 	int64_t		local_angles;	/* where these begin; 0: there is none */
+	float	   *alibi;			/* [n_heads, alibi_stride]: what a key's position adds to its score; NULL without */
+	int64_t		alibi_stride;
 	/* the shortlist of a row of logits, when the model has a screening copy */
 	float	   *lower;			/* [vocab] */
 	float	   *heap;			/* [vocab / SHORTLIST_SHARE] */
@@ -159,12 +162,22 @@ millm_backend_cpu_buffer_bytes(int64_t n_rows, int64_t n_columns)
 	return (n_rows * n_columns * (int64_t) sizeof(float) + 63) / 64 * 64 + packed_rows * millm_form_row_bytes(MILLM_FORM_I16_NIBBLES, n_columns);
 }
 
+/* Positions that a sequence can have, in whole pages. */
+static int64_t
+alibi_stride(const MillmModel *model, int64_t n_pages)
+{
+	int64_t		known = (model->config.max_positions + MILLM_KERNEL_PAGE - 1) / MILLM_KERNEL_PAGE;
+
+	return (known < n_pages ? known : n_pages) * MILLM_KERNEL_PAGE;
+}
+
 int64_t
-millm_backend_cpu_own_bytes(const MillmModel *model, int max_tokens)
+millm_backend_cpu_own_bytes(const MillmModel *model, int max_tokens, int64_t n_pages)
 {
 	int64_t		n = model->screen.codes.data ? model->head.n_out : 0;
+	int64_t		n_alibi = model->config.alibi_slopes ? model->config.n_heads * alibi_stride(model, n_pages) : 0;
 
-	return ((int64_t) max_tokens * model->config.rotary_dim * (model->config.local_rope.inv_freq ? 2 : 1) + n + 2 * (n / SHORTLIST_SHARE)) * (int64_t) sizeof(float);
+	return (n_alibi + (int64_t) max_tokens * model->config.rotary_dim * (model->config.local_rope.inv_freq ? 2 : 1) + n + 2 * (n / SHORTLIST_SHARE)) * (int64_t) sizeof(float);
 }
 
 /* Zeroed memory that is not touched before it is used. */
@@ -232,6 +245,7 @@ cpu_free(MillmBackend *be)
 	free(c->layer_offset);
 	free(c->cosine);
 	free(c->sine);
+	free(c->alibi);
 	free(c->lower);
 	free(c->heap);
 	free(c->ids);
@@ -557,6 +571,8 @@ attention_loop(MillmBackend *be, const MillmAttention *a)
 			.window = a->window,
 			.scale = a->scale,
 			.softcap = a->softcap,
+			.bias = c->alibi,
+			.bias_stride = c->alibi_stride,
 		},
 	};
 }
@@ -780,6 +796,33 @@ create_kv(CpuBackend *c, int64_t n_pages, MillmError *err)
 	return MILLM_OK;
 }
 
+/* Once and for all: two roundings of what a key gets added are then no kernel's matter. */
+static MillmCode
+create_alibi(CpuBackend *c, int64_t n_pages, MillmError *err)
+{
+	const MillmConfig *config = &c->model->config;
+
+	if (!config->alibi_slopes)
+		return MILLM_OK;
+	c->alibi_stride = alibi_stride(c->model, n_pages);
+	if (!(c->alibi = calloc((size_t) config->n_heads, (size_t) c->alibi_stride * sizeof(float))))
+	{
+		millm_fail(err, MILLM_E_INSUFFICIENT_MEMORY, "insufficient memory for the biases of the scores");
+		millm_detail(err, "Need %.1f MB.", (double) config->n_heads * (double) c->alibi_stride * 4 / 1e6);
+		return MILLM_E_INSUFFICIENT_MEMORY;
+	}
+	for (int h = 0; h < config->n_heads; h++)
+		for (int64_t p = 0; p < c->alibi_stride; p++)
+		{
+			float		bias = config->alibi_slopes[h] * (float) p;
+
+			if (config->alibi_rounded)
+				bias = millm_bf16_to_f32(millm_f32_to_bf16(bias)) * config->attention_scale;
+			c->alibi[h * c->alibi_stride + p] = bias;
+		}
+	return MILLM_OK;
+}
+
 MillmCode
 millm_backend_cpu_create(const MillmModel *model, const MillmBackendOptions *options, MillmBackend **out, MillmError *err)
 {
@@ -818,7 +861,8 @@ millm_backend_cpu_create(const MillmModel *model, const MillmBackendOptions *opt
 		.copy_page = copy_page,
 	};
 	if ((rc = millm_team_create(options->n_threads, &c->team, err)) != MILLM_OK ||
-		(rc = create_kv(c, options->n_pages, err)) != MILLM_OK)
+		(rc = create_kv(c, options->n_pages, err)) != MILLM_OK ||
+		(rc = create_alibi(c, options->n_pages, err)) != MILLM_OK)
 		goto failed;
 	c->base.n_threads = millm_team_size(c->team);
 	if (model->config.position == MILLM_POS_ROPE)

@@ -106,7 +106,7 @@ millm_forward_workspace_bytes(const MillmModel *model, const MillmForwardOptions
 	return 2 * millm_backend_cpu_buffer_bytes(n, c->hidden_size) + 2 * millm_backend_cpu_buffer_bytes(n, w.q) +
 		2 * millm_backend_cpu_buffer_bytes(n, w.kv) + (c->mlp_gated ? 2 : 1) * millm_backend_cpu_buffer_bytes(n, w.ffn) +
 		(w.qkv ? millm_backend_cpu_buffer_bytes(n, w.qkv) : 0) + (model->project_in.data ? millm_backend_cpu_buffer_bytes(n, c->embedding_size) : 0) +
-		millm_backend_cpu_buffer_bytes(n, c->vocab_size) + millm_backend_cpu_own_bytes(model, n);
+		millm_backend_cpu_buffer_bytes(n, c->vocab_size) + millm_backend_cpu_own_bytes(model, n, options->n_pages);
 }
 
 static void
@@ -267,6 +267,8 @@ take_batch(MillmForward *fw, const MillmBatchToken *batch, int n, int *n_wanted,
 		if (fw->model->position_embedding.data && b->position >= fw->model->position_embedding.n_out)
 			return millm_fail(err, MILLM_E_CONTEXT_LENGTH_EXCEEDED, "position %d is past the model's %lld positions",
 							  b->position, (long long) fw->model->position_embedding.n_out);
+		if (c->position == MILLM_POS_ALIBI && b->position >= c->max_positions)
+			return millm_fail(err, MILLM_E_CONTEXT_LENGTH_EXCEEDED, "position %d is past the model's %d positions", b->position, c->max_positions);
 		seq->n_in_step++;
 		if (!millm_kv_has_room(seq, seq->length + seq->n_in_step))
 			return millm_fail(err, MILLM_E_INTERNAL, "no KV page was reserved for position %d", b->position);

@@ -320,8 +320,20 @@ attention(float *y, const float *q, const MillmKvLayer *kv, const int32_t *pages
 			}
 			low = _mm256_mul_ps(low, _mm256_set1_ps(kv->scale));
 			high = _mm256_mul_ps(high, _mm256_set1_ps(kv->scale));
-			_mm256_storeu_ps(score, kv->softcap > 0 ? softcap_8(low, kv->softcap) : low);
-			_mm256_storeu_ps(score + 8, kv->softcap > 0 ? softcap_8(high, kv->softcap) : high);
+			if (kv->softcap > 0)
+			{
+				low = softcap_8(low, kv->softcap);
+				high = softcap_8(high, kv->softcap);
+			}
+			if (kv->bias)
+			{
+				const float *bias = kv->bias + (kv_head * kv->group + g) * kv->bias_stride + base;
+
+				low = _mm256_add_ps(low, _mm256_loadu_ps(bias));
+				high = _mm256_add_ps(high, _mm256_loadu_ps(bias + 8));
+			}
+			_mm256_storeu_ps(score, low);
+			_mm256_storeu_ps(score + 8, high);
 			for (int s = from; s <= to; s++)
 				if (!(score[s] <= page_max))	/* a NaN is taken along: it must reach the output */
 					page_max = score[s];

@@ -564,10 +564,10 @@ softcap_16(__m512 x, float cap)
 	return _mm512_fmsub_ps(_mm512_set1_ps(2 * cap), s, _mm512_set1_ps(cap));
 }
 
-/* Pages pages[0 .. n_pages), of which slots from (of the first) to (of the last) count. */
+/* Pages pages[0 .. n_pages), of which slots from (of the first) to (of the last) count; bias: the first head's of the first slot, or NULL. */
 INLINE void
 attention_block(float *y, const float *q, int n_heads, const MillmKvLayer *kv, const int32_t *pages, int n_pages, int from, int to,
-				int64_t head_offset, Softmax *softmax)
+				int64_t head_offset, const float *bias, Softmax *softmax)
 {
 	const int	hd = kv->head_dim;
 	const char *k[4],
@@ -611,6 +611,8 @@ attention_block(float *y, const float *q, int n_heads, const MillmKvLayer *kv, c
 			score[g][p] = _mm512_mul_ps(score[g][p], _mm512_set1_ps(kv->scale));
 			if (kv->softcap > 0)
 				score[g][p] = softcap_16(score[g][p], kv->softcap);
+			if (bias)
+				score[g][p] = _mm512_add_ps(score[g][p], _mm512_loadu_ps(bias + g * kv->bias_stride + p * MILLM_KERNEL_PAGE));
 			score[g][p] = _mm512_mask_mov_ps(_mm512_set1_ps(-INFINITY), counts[p], score[g][p]);
 			max = _mm512_max_ps(max, score[g][p]);
 		}
@@ -634,7 +636,7 @@ attention_block(float *y, const float *q, int n_heads, const MillmKvLayer *kv, c
 }
 
 INLINE void
-attention_heads(float *y, const float *q, int n_heads, const MillmKvLayer *kv, const int32_t *pages, int64_t position, int64_t head_offset)
+attention_heads(float *y, const float *q, int n_heads, const MillmKvLayer *kv, const int32_t *pages, int64_t position, int64_t head_offset, const float *bias)
 {
 	const int	hd = kv->head_dim;
 	const int64_t first = kv->window > 0 && position >= kv->window ? position - kv->window + 1 : 0;
@@ -652,12 +654,14 @@ attention_heads(float *y, const float *q, int n_heads, const MillmKvLayer *kv, c
 	for (int64_t p = first / MILLM_KERNEL_PAGE; p <= last_page; from = 0)
 		if (last_page - p >= 3)
 		{
-			attention_block(y, q, n_heads, kv, pages + p, 4, from, p + 3 == last_page ? to : MILLM_KERNEL_PAGE - 1, head_offset, &softmax);
+			attention_block(y, q, n_heads, kv, pages + p, 4, from, p + 3 == last_page ? to : MILLM_KERNEL_PAGE - 1, head_offset,
+							bias ? bias + p * MILLM_KERNEL_PAGE : NULL, &softmax);
 			p += 4;
 		}
 		else
 		{
-			attention_block(y, q, n_heads, kv, pages + p, 1, from, p == last_page ? to : MILLM_KERNEL_PAGE - 1, head_offset, &softmax);
+			attention_block(y, q, n_heads, kv, pages + p, 1, from, p == last_page ? to : MILLM_KERNEL_PAGE - 1, head_offset,
+							bias ? bias + p * MILLM_KERNEL_PAGE : NULL, &softmax);
 			p++;
 		}
 	for (int g = 0; g < n_heads; g++)
@@ -674,15 +678,16 @@ attention(float *y, const float *q, const MillmKvLayer *kv, const int32_t *pages
 	{
 		int64_t		at = (int64_t) (kv_head * kv->group + g) * kv->head_dim;
 		int			n = kv->group - g;
+		const float *bias = kv->bias ? kv->bias + (kv_head * kv->group + g) * kv->bias_stride : NULL;
 
 		if (n >= 4)
-			attention_heads(y + at, q + at, 4, kv, pages, position, head_offset);
+			attention_heads(y + at, q + at, 4, kv, pages, position, head_offset, bias);
 		else if (n == 3)
-			attention_heads(y + at, q + at, 3, kv, pages, position, head_offset);
+			attention_heads(y + at, q + at, 3, kv, pages, position, head_offset, bias);
 		else if (n == 2)
-			attention_heads(y + at, q + at, 2, kv, pages, position, head_offset);
+			attention_heads(y + at, q + at, 2, kv, pages, position, head_offset, bias);
 		else
-			attention_heads(y + at, q + at, 1, kv, pages, position, head_offset);
+			attention_heads(y + at, q + at, 1, kv, pages, position, head_offset, bias);
 		g += n >= 4 ? 4 : n;
 	}
 }

@@ -96,6 +96,8 @@ typedef struct MillmKvLayer
 	int			window;			/* keys a query sees, itself included; 0: all */
 	float		scale;			/* multiplies q.k */
 	float		softcap;		/* c: scaled scores become c tanh(score / c); 0: none */
+	const float *bias;			/* [heads, bias_stride]: what the score of the key at a position gets added, last; NULL: nothing */
+	int64_t		bias_stride;	/* a multiple of 16 */
 } MillmKvLayer;
 
 typedef enum MillmUnary {MILLM_UNARY_SILU, MILLM_UNARY_GELU_TANH, MILLM_UNARY_GELU_ERF, MILLM_UNARY_RELU, MILLM_N_UNARY} MillmUnary;

@@ -336,6 +336,8 @@ attention(float *y, const float *q, const MillmKvLayer *kv, const int32_t *pages
 				score[s] *= kv->scale;
 				if (kv->softcap > 0)
 					score[s] = kv->softcap * tanhf(score[s] / kv->softcap);
+				if (kv->bias)
+					score[s] += kv->bias[(kv_head * kv->group + g) * kv->bias_stride + base + s];
 				if (!(score[s] <= page_max))	/* a NaN is taken along: it must reach the output */
 					page_max = score[s];
 			}

@@ -67,6 +67,18 @@
 	.o = "layers.{i}.self_attn.out_proj", .up = "layers.{i}.fc1", .down = "layers.{i}.fc2", \
 	.ignored = {"decoder.version"}, .required = "layer_norm_elementwise_affine"
 
+#define FALCON \
+	.model_type = "falcon", .hidden_size = {"n_embed", "hidden_size"}, .intermediate_size = {"ffn_hidden_size"}, .n_layers = {"num_hidden_layers", "n_layer"}, \
+	.n_heads = {"num_attention_heads", "n_head"}, .max_positions = {"max_position_embeddings"}, .norm_eps = {"layer_norm_epsilon"}, .act = {"activation"}, \
+	.default_norm_eps = 1e-5, .default_rope_theta = 10000.0, .default_max_positions = 2048, .default_act = "gelu", .default_ffn_mult = 4, .default_tied = true, \
+	.norm = MILLM_NORM_LAYER, .norm_bias = true, .position = MILLM_POS_ROPE, .alibi = {.key = "alibi"}, .alibi_rounded = true, \
+	.qkv_bias = {.key = "bias"}, .o_bias = {.key = "bias"}, .mlp_bias = {.key = "bias"}, \
+	.prefix = "transformer.", .embedding = "word_embeddings", .final_norm = "ln_f", .head = "lm_head", \
+	.grouped_qkv = "h.{i}.self_attention.query_key_value", .o = "h.{i}.self_attention.dense", \
+	.up = "h.{i}.mlp.dense_h_to_4h", .down = "h.{i}.mlp.dense_4h_to_h", .ignored = {".inv_freq"}
+#define FALCON_KV_HEADS .n_kv_heads = {"num_kv_heads", "n_head_kv"}
+#define FALCON_MULTI_QUERY .multi_query = {.by_default = true, .key = "multi_query"}
+
 static const MillmArch archs[] = {
 	{
 		/* GPT-2, DistilGPT2: learned positions, LayerNorm, Conv1D weights stored [in, out], one fused c_attn */
@@ -93,6 +105,26 @@ static const MillmArch archs[] = {
 		.qkv_bias = {.key = "attention_bias"}, .o_bias = {.key = "attention_bias"}, .logit_scale_key = "logit_scale", .default_logit_scale = 0.0625,
 		.head_norms = {.key = "use_qk_norm"}, .head_norm_kind = MILLM_HEAD_NORMS_OWN,
 		.q_norm = "layers.{i}.self_attn.q_norm", .k_norm = "layers.{i}.self_attn.k_norm", .ignored = {".rotary_emb.inv_freq"},
+	},
+	{
+		/* Falcon 2 11B */
+		FALCON, FALCON_KV_HEADS, .only_if = {{"new_decoder_architecture", true, false}, {"num_ln_in_parallel_attn", 1, 2}},
+		.parallel = true, .attn_norm = "h.{i}.input_layernorm",
+	},
+	{
+		/* Falcon 40B, 180B: attention and MLP have a norm each */
+		FALCON, FALCON_KV_HEADS, .only_if = {{"new_decoder_architecture", true, false}},
+		.parallel = true, .attn_norm = "h.{i}.ln_attn", .mlp_norm = "h.{i}.ln_mlp",
+	},
+	{
+		/* Falcon 7B: they share one, and all heads a key and a value */
+		FALCON, FALCON_MULTI_QUERY, .only_if = {{"parallel_attn", true, true}},
+		.parallel = true, .attn_norm = "h.{i}.input_layernorm",
+	},
+	{
+		/* Falcon RW 1B, 7B: ALiBi */
+		FALCON, FALCON_MULTI_QUERY,
+		.attn_norm = "h.{i}.input_layernorm", .mlp_norm = "h.{i}.post_attention_layernorm",
 	},
 	{
 		/* GLM-4 0414: norms before and after, under names of its own; interleaved rope of half a head */
@@ -255,5 +287,5 @@ millm_arch_find(const char *model_type, int i)
 const char *
 millm_supported_model_types(void)
 {
-	return "cohere, gemma, gemma2, gemma3_text, glm4, gpt2, gpt_neox, granite, llama, mistral, olmo2, opt, phi, phi3, qwen2, qwen3, smollm3, stablelm, starcoder2";
+	return "cohere, falcon, gemma, gemma2, gemma3_text, glm4, gpt2, gpt_neox, granite, llama, mistral, olmo2, opt, phi, phi3, qwen2, qwen3, smollm3, stablelm, starcoder2";
 }

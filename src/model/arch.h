@@ -63,6 +63,7 @@ typedef struct MillmArch
 	int			default_max_positions;
 	int			default_head_dim;		/* 0: hidden size over heads */
 	const char *default_act;
+	MillmWhen	multi_query;			/* one KV head, whatever n_kv_heads */
 	bool		legacy_gelu_is_tanh;	/* "gelu" under act's second spelling */
 	const char *embedding_size;		/* key; NULL or absent: the hidden size */
 	int			default_ffn_mult;		/* intermediate size when null: this times hidden size; 0: required */
@@ -81,6 +82,8 @@ typedef struct MillmArch
 	MillmPosition position;
 	int			position_offset;		/* row of position 0 */
 	bool		rope_interleaved;
+	MillmWhen	alibi;					/* instead of position */
+	bool		alibi_rounded;
 	const char *unrotated_key;		/* list of a number for each layer, 0 where it has no rope; absent: every so-manieth has none */
 	MillmKeys	unrotated_every_key;
 	int			default_unrotated_every;	/* 0: the family rotates in all layers */

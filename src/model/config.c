@@ -14,6 +14,7 @@
 
 #include "arch.h"
 #include "config.h"
+#include "half.h"
 #include "shown.h"
 
 #define MIN_ROPE_THETA 2.0	/* its logarithm divides */
@@ -362,6 +363,26 @@ millm_config_eos(json_t *value, const char *file, MillmConfig *c, MillmError *er
 	return MILLM_OK;
 }
 
+/* The slopes of ALiBi: powers of 2 for as many heads as are a power of 2, what lies between these for the rest. */
+static MillmCode
+resolve_alibi(const MillmArch *arch, MillmConfig *c, MillmError *err)
+{
+	int			n = 1;
+
+	c->alibi_rounded = arch->alibi_rounded;
+	if (!(c->alibi_slopes = calloc((size_t) c->n_heads, sizeof(float))))
+		return millm_fail(err, MILLM_E_INSUFFICIENT_MEMORY, "out of memory");
+	while (2 * n <= c->n_heads)
+		n *= 2;
+	for (int h = 0; h < c->n_heads; h++)
+	{
+		double		slope = h < n ? exp2(-8.0 * (h + 1) / n) : exp2(-4.0 * (2 * (h - n) + 1) / n);
+
+		c->alibi_slopes[h] = c->alibi_rounded ? millm_bf16_to_f32(millm_f32_to_bf16((float) slope)) : (float) slope;
+	}
+	return MILLM_OK;
+}
+
 /* Everything that would make the model compute something that this engine does not. */
 static MillmCode
 refuse_flags(json_t *json, const MillmArch *arch, MillmError *err)
@@ -517,7 +538,7 @@ resolve(json_t *json, const MillmArch *arch, MillmConfig *c, MillmError *err)
 {
 	json_t	   *v;
 	double		eps = arch->default_norm_eps;
-	bool		scaled = true;
+	bool		scaled = true, alibi, multi_query;
 	const char *act = arch->default_act, *act_key;
 	MillmCode	rc;
 
@@ -553,6 +574,10 @@ resolve(json_t *json, const MillmArch *arch, MillmConfig *c, MillmError *err)
 		return missing(err, arch->intermediate_size[0]);
 	if (!c->intermediate_size)
 		c->intermediate_size = arch->default_ffn_mult * c->hidden_size;
+	if ((rc = get_when(json, arch->multi_query, &multi_query, err)) != MILLM_OK)
+		return rc;
+	if (multi_query)
+		c->n_kv_heads = 1;
 	if (!c->n_kv_heads)
 		c->n_kv_heads = c->n_heads;
 	if (c->n_heads % c->n_kv_heads != 0 || (!c->head_dim && c->hidden_size % c->n_heads != 0))
@@ -580,7 +605,9 @@ resolve(json_t *json, const MillmArch *arch, MillmConfig *c, MillmError *err)
 	c->norm_plus_one = arch->norm_plus_one;
 	c->head_norm_kind = arch->head_norm_kind;
 	c->norm_eps = (float) eps;
-	c->position = arch->position;
+	if ((rc = get_when(json, arch->alibi, &alibi, err)) != MILLM_OK)
+		return rc;
+	c->position = alibi ? MILLM_POS_ALIBI : arch->position;
 	c->rope_interleaved = arch->rope_interleaved;
 	c->mlp_gated = arch->mlp_gated;
 	c->tied = arch->default_tied;
@@ -628,6 +655,8 @@ resolve(json_t *json, const MillmArch *arch, MillmConfig *c, MillmError *err)
 		(rc = resolve_sliding(json, arch, c, err)) != MILLM_OK)
 		return rc;
 	if (c->position == MILLM_POS_ROPE && (rc = resolve_rope(json, arch, c, err)) != MILLM_OK)
+		return rc;
+	if (c->position == MILLM_POS_ALIBI && (rc = resolve_alibi(arch, c, err)) != MILLM_OK)
 		return rc;
 
 	if ((v = get(json, "eos_token_id")) && (rc = millm_config_eos(v, "config.json", c, err)) != MILLM_OK)
@@ -712,5 +741,6 @@ millm_config_free(MillmConfig *config)
 {
 	free(config->rope.inv_freq);
 	free(config->local_rope.inv_freq);
-	config->rope.inv_freq = config->local_rope.inv_freq = NULL;
+	free(config->alibi_slopes);
+	config->rope.inv_freq = config->local_rope.inv_freq = config->alibi_slopes = NULL;
 }

@@ -19,7 +19,7 @@
 typedef enum MillmNorm {MILLM_NORM_RMS, MILLM_NORM_LAYER} MillmNorm;
 /* Norms of q and k: each head by itself, by one weight for all [head_dim] or each by its own [heads, head_dim]; or all heads as one [heads * head_dim]. */
 typedef enum MillmHeadNorms {MILLM_HEAD_NORMS_SHARED, MILLM_HEAD_NORMS_OWN, MILLM_HEAD_NORMS_WHOLE} MillmHeadNorms;
-typedef enum MillmPosition {MILLM_POS_ROPE, MILLM_POS_LEARNED} MillmPosition;
+typedef enum MillmPosition {MILLM_POS_ROPE, MILLM_POS_LEARNED, MILLM_POS_ALIBI} MillmPosition;
 typedef enum MillmAct {MILLM_ACT_SILU, MILLM_ACT_GELU_TANH, MILLM_ACT_GELU_ERF, MILLM_ACT_RELU} MillmAct;
 
 /* Limits on what a config may claim; beyond them a file is refused, not believed. */
@@ -69,6 +69,8 @@ typedef struct MillmConfig
 	int			rotary_dim;			/* r: dims of each head that rotate */
 	MillmRope	rope;
 	MillmRope	local_rope;			/* of the layers that slide; inv_freq NULL: as the others */
+	float	   *alibi_slopes;		/* [n_heads], owned; NULL without ALiBi: a key's position times this is added to its score */
+	bool		alibi_rounded;		/* Falcon's: that product is rounded to bfloat16, and scaled as the score is */
 	/* attention and block */
 	bool		parallel;			/* attention and MLP read the same residual; without mlp_norm, as attn_norm made it */
 	float		attention_scale;	/* multiplies q.k; layer_inv_scale divides it by (layer + 1) */

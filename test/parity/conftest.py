@@ -40,12 +40,13 @@ def engine_logits(model, ids, tmp_path, kernels="ref", mutate=None, chunk=None):
 
 
 def reference(model):
-    """The genuine model in float32 with eager attention (the only one that honours every flag)."""
+    """The genuine model in float32 with eager attention (the only one that honours every flag, but it adds Falcon's ALiBi twice)."""
     import torch
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoConfig, AutoModelForCausalLM
 
     torch.set_grad_enabled(False)
-    return AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32, attn_implementation="eager").eval()
+    attention = "sdpa" if getattr(AutoConfig.from_pretrained(model), "alibi", False) else "eager"
+    return AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32, attn_implementation=attention).eval()
 
 
 def reference_logits(model, ids):

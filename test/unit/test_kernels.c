@@ -559,7 +559,7 @@ test_norms_and_activations(void **state)
 /* Softmax attention in double over plain arrays, keys [position, head_dim]. */
 static void
 plain_attention(double *y, const float *q, const float *keys, const float *values, int hd, int64_t stride, int first, int last, float scale,
-				float softcap)
+				float softcap, const float *bias)
 {
 	double		max = -INFINITY,
 				sum = 0;
@@ -572,6 +572,8 @@ plain_attention(double *y, const float *q, const float *keys, const float *value
 		score[p] *= scale;
 		if (softcap > 0)
 			score[p] = softcap * tanh(score[p] / softcap);
+		if (bias)
+			score[p] += bias[p];
 		max = score[p] > max ? score[p] : max;
 	}
 	memset(y, 0, sizeof(*y) * (size_t) hd);
@@ -607,14 +609,16 @@ test_attention(void **state)
 			float	   *values = malloc(sizeof(float) * (size_t) (N_POSITIONS * n_kv * hd));
 			float	   *q = malloc(sizeof(float) * (size_t) (n_kv * group * hd));
 			float	   *y = malloc(sizeof(float) * (size_t) (n_kv * group * hd));
+			float	   *bias = malloc(sizeof(float) * (size_t) (n_kv * group * N_PAGES * MILLM_KERNEL_PAGE));
 			int32_t		pages[N_PAGES] = {3, 0, 5, 1, 4, 2};
 			MillmKvLayer kv = {.k = pool, .v = pool + half_bytes, .page_bytes = 2 * half_bytes, .n_kv_heads = n_kv, .head_dim = hd,
-				.group = group, .scale = 0.7f};
+				.group = group, .scale = 0.7f, .bias_stride = N_PAGES * MILLM_KERNEL_PAGE};
 
 			memset(pool, 0xFF, (size_t) (2 * half_bytes * N_PAGES));	/* NaNs where nobody wrote */
 			fill(keys, N_POSITIONS * n_kv * hd, ORDINARY);
 			fill(values, N_POSITIONS * n_kv * hd, ORDINARY);
 			fill(q, n_kv * group * hd, ORDINARY);
+			fill(bias, n_kv * group * N_PAGES * MILLM_KERNEL_PAGE, ORDINARY);
 			for (int p = 0; p < N_POSITIONS; p++)
 				k[v].kv_store(&kv, pages[p / MILLM_KERNEL_PAGE], p % MILLM_KERNEL_PAGE, keys + p * n_kv * hd, values + p * n_kv * hd);
 			for (size_t w = 0; w < sizeof(windows) / sizeof(windows[0]); w++)
@@ -622,6 +626,7 @@ test_attention(void **state)
 				{
 					kv.window = windows[w];
 					kv.softcap = position % 4 == 0 ? 0 : 1.5f;
+					kv.bias = position % 3 == 0 && position % 9 != 0 ? bias : NULL;
 					for (int h = 0; h < n_kv; h++)
 						k[v].attention(y, q, &kv, pages, position, h);
 					for (int h = 0; h < n_kv * group; h++)
@@ -630,7 +635,7 @@ test_attention(void **state)
 						int			first = windows[w] > 0 && position >= windows[w] ? position - windows[w] + 1 : 0;
 
 						plain_attention(expected, q + h * hd, keys + h / group * hd, values + h / group * hd, hd, n_kv * hd, first, position, 0.7f,
-										kv.softcap);
+										kv.softcap, kv.bias ? kv.bias + h * kv.bias_stride : NULL);
 						for (int d = 0; d < hd; d++)
 							if (!(fabs(y[h * hd + d] - expected[d]) <= (k[v].kv_dtype == MILLM_F32 ? 2e-6 : 8 * EPSILON_F16)))
 								fail_msg("%s attention KV heads %d group %d head_dim %d window %d position %d: head %d [%d] = %.9g, expected %.9g",
@@ -642,6 +647,7 @@ test_attention(void **state)
 			free(values);
 			free(q);
 			free(y);
+			free(bias);
 		}
 }
 
