@@ -462,6 +462,8 @@ run_step(MillmForward *fw, int n, int n_wanted, bool (*should_stop) (void *arg),
 
 	be->begin(be, fw->positions, fw->pages, n);
 	embed(fw, n);
+	if (model->embedding_norm.data)
+		norm(fw, fw->x, fw->x, &model->embedding_norm, &model->embedding_norm_bias, n);
 	if (c->embedding_scale != 1)
 		be->scale(be, fw->x, c->embedding_scale, n);
 	if (c->position == MILLM_POS_LEARNED)

@@ -97,6 +97,20 @@ static const MillmArch archs[] = {
 		.refused = {"add_cross_attention"},
 	},
 	{
+		/* BLOOM, BLOOMZ: ALiBi; the embedding is normed */
+		.model_type = "bloom",
+		.hidden_size = {"n_embed", "hidden_size"}, .n_layers = {"n_layer", "num_hidden_layers"}, .n_heads = {"n_head", "num_attention_heads"},
+		.max_positions = {"seq_length"}, .norm_eps = {"layer_norm_epsilon"},
+		.default_norm_eps = 1e-5, .default_max_positions = 2048, .default_act = "gelu_new", .default_ffn_mult = 4, .default_tied = true,
+		.norm = MILLM_NORM_LAYER, .norm_bias = true, .alibi = {.by_default = true},
+		.qkv_bias = {.by_default = true}, .o_bias = {.by_default = true}, .mlp_bias = {.by_default = true},
+		.prefix = "transformer.", .embedding = "word_embeddings", .embedding_norm = "word_embeddings_layernorm", .final_norm = "ln_f", .head = "lm_head",
+		.attn_norm = "h.{i}.input_layernorm", .mlp_norm = "h.{i}.post_attention_layernorm",
+		.grouped_qkv = "h.{i}.self_attention.query_key_value", .o = "h.{i}.self_attention.dense",
+		.up = "h.{i}.mlp.dense_h_to_4h", .down = "h.{i}.mlp.dense_4h_to_h",
+		.refused = {"apply_residual_connection_post_layernorm"},
+	},
+	{
 		/* Command R, R+, Aya: attention and MLP read one LayerNorm, which has no bias; interleaved rope */
 		.model_type = "cohere",
 		LLAMA_SIZES, LLAMA_HEADS, LLAMA_NAMES, LLAMA_QKV, LLAMA_GATE_UP, .norm_eps = {"layer_norm_eps"}, .act = {"hidden_act"},
@@ -287,5 +301,5 @@ millm_arch_find(const char *model_type, int i)
 const char *
 millm_supported_model_types(void)
 {
-	return "cohere, falcon, gemma, gemma2, gemma3_text, glm4, gpt2, gpt_neox, granite, llama, mistral, olmo2, opt, phi, phi3, qwen2, qwen3, smollm3, stablelm, starcoder2";
+	return "bloom, cohere, falcon, gemma, gemma2, gemma3_text, glm4, gpt2, gpt_neox, granite, llama, mistral, olmo2, opt, phi, phi3, qwen2, qwen3, smollm3, stablelm, starcoder2";
 }

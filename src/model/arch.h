@@ -107,6 +107,7 @@ typedef struct MillmArch
 	/* tensor names; {i} is the layer.  prefix, or words at its begin, may be missing in a file.  Without ".weight" / ".bias". */
 	const char *prefix;
 	const char *embedding, *position_embedding, *head;
+	const char *embedding_norm;			/* of the embedding's rows; NULL: none */
 	const char *project_in, *project_out;	/* where embedding_size is not the hidden size */
 	const char *final_norm;				/* NULL: none */
 	const char *attn_norm, *mlp_norm;	/* NULL: none */

@@ -848,6 +848,7 @@ bind(Binder *b)
 	if (!*b->prefix && !find(b, tensor_name(name, "", a->embedding, 0, ".weight")))
 		b->prefix = a->prefix;
 	if ((rc = bind_table(b, a->embedding, c->vocab_size, c->embedding_size, &m->embedding)) != MILLM_OK ||
+		(rc = bind_norm(b, a->embedding_norm, 0, &m->embedding_norm, &m->embedding_norm_bias)) != MILLM_OK ||
 		(rc = bind_positions(b)) != MILLM_OK ||
 		(rc = bind_projections(b)) != MILLM_OK ||
 		(rc = bind_norm(b, a->final_norm, 0, &m->final_norm, &m->final_norm_bias)) != MILLM_OK ||
@@ -932,6 +933,8 @@ millm_model_close(MillmModel *m)
 			free(vectors[k]->data);
 	}
 	free(m->layers);
+	free(m->embedding_norm.data);
+	free(m->embedding_norm_bias.data);
 	free(m->final_norm.data);
 	free(m->final_norm_bias.data);
 	free(m->head_bias.data);

@@ -141,6 +141,7 @@ typedef struct MillmModel
 	MillmConfig config;
 	MillmGenerationConfig generation;
 	MillmWeight embedding;		/* [vocab, embedding size] */
+	MillmVector embedding_norm, embedding_norm_bias;	/* of its rows; optional */
 	MillmWeight project_in, project_out;	/* [hidden, embedding size] and back; absent where these are the same */
 	MillmWeight position_embedding;	/* [positions, hidden]; absent with rope */
 	MillmLayer *layers;			/* [n_layers] */

@@ -50,6 +50,8 @@ position_offset(MillmModel *m)
 static void final_norm(MillmModel *m) { drop(&m->final_norm); }
 static void alibi_slopes(MillmModel *m) { for (int h = 0; m->config.alibi_slopes && h < m->config.n_heads; h++) m->config.alibi_slopes[h] *= 1.1f; }
 static void alibi_rounded(MillmModel *m) { m->config.alibi_rounded = !m->config.alibi_rounded; }
+static void embedding_norm(MillmModel *m) { drop(&m->embedding_norm); }
+static void embedding_norm_bias(MillmModel *m) { drop(&m->embedding_norm_bias); }
 static void head_bias(MillmModel *m) { drop(&m->head_bias); }
 static void embedding_scale(MillmModel *m) { m->config.embedding_scale = 1; }
 static void residual_scale(MillmModel *m) { m->config.residual_scale = 1; }
@@ -229,7 +231,7 @@ static const struct
 	{"local_rope", local_rope, NULL}, {"norm_plus_one", norm_plus_one, NULL}, {"embedding_scale", embedding_scale, NULL},
 	{"attention_softcap", attention_softcap, NULL}, {"logit_softcap", logit_softcap, NULL}, {"attn_post_norm", NULL, l_attn_post_norm},
 	{"mlp_post_norm", NULL, l_mlp_post_norm}, {"window", NULL, l_window}, {"window_wider", NULL, l_window_wider}, {"slides", slides, NULL}, {"q_norm", NULL, l_q_norm}, {"k_norm", NULL, l_k_norm},
-	{"parallel", parallel, NULL}, {"own_norms", NULL, l_own_norms}, {"alibi_slopes", alibi_slopes, NULL}, {"alibi_rounded", alibi_rounded, NULL}, {"norm_after", norm_after, NULL}, {"position_offset", position_offset, NULL},
+	{"parallel", parallel, NULL}, {"own_norms", NULL, l_own_norms}, {"embedding_norm", embedding_norm, NULL}, {"embedding_norm_bias", embedding_norm_bias, NULL}, {"alibi_slopes", alibi_slopes, NULL}, {"alibi_rounded", alibi_rounded, NULL}, {"norm_after", norm_after, NULL}, {"position_offset", position_offset, NULL},
 	{"final_norm", final_norm, NULL}, {"unrotated", NULL, l_unrotated}, {"residual_scale", residual_scale, NULL}, {"logit_scale", logit_scale, NULL}, {"head_norms_whole", head_norms_whole, NULL}, {"head_bias", head_bias, NULL}, {"q_norm_bias", NULL, l_q_norm_bias}, {"k_norm_bias", NULL, l_k_norm_bias},
 	{"attn_norm_bias", NULL, l_attn_norm_bias}, {"mlp_norm_bias", NULL, l_mlp_norm_bias}, {"q_bias", NULL, l_q_bias},
 	{"k_bias", NULL, l_k_bias}, {"v_bias", NULL, l_v_bias}, {"o_bias", NULL, l_o_bias}, {"gate_bias", NULL, l_gate_bias}, {"up_bias", NULL, l_up_bias},

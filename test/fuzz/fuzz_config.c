@@ -6,6 +6,7 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include "arch.h"
 #include "config.h"
 
 static void
@@ -59,7 +60,9 @@ LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
 	check(c.head_dim >= 1 && c.head_dim <= MILLM_MAX_HEAD_DIM && c.intermediate_size >= 1);
 	check(c.vocab_size >= 1 && c.vocab_size <= MILLM_MAX_VOCAB && c.max_positions >= 1 && c.max_positions <= MILLM_MAX_POSITIONS);
 	check(c.n_eos >= 0 && c.n_eos <= 32 && isfinite(c.norm_eps) && isfinite(c.attention_scale));
-	check((c.position == MILLM_POS_ROPE) == (c.rope.inv_freq != NULL));
+	check((c.position == MILLM_POS_ROPE) == (c.rope.inv_freq != NULL) && (c.position == MILLM_POS_ALIBI) == (c.alibi_slopes != NULL));
+	check(c.embedding_size >= 1 && c.embedding_size <= MILLM_MAX_HIDDEN && c.arch && (c.arch->project_in || c.embedding_size == c.hidden_size));
+	check(c.embedding_scale > 0 && c.residual_scale > 0 && c.logit_scale > 0 && isfinite(c.logit_scale));
 	if (c.rope.inv_freq)
 	{
 		check(c.rotary_dim >= 2 && c.rotary_dim % 2 == 0 && c.rotary_dim <= c.head_dim && isfinite(c.rope.attention_factor));

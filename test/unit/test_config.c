@@ -18,6 +18,8 @@
 #define FAMILY(type) "\"model_type\": \"" type "\", \"hidden_size\": 64, \"intermediate_size\": 172, \"num_hidden_layers\": 4," \
 	" \"num_attention_heads\": 4, \"num_key_value_heads\": 2, \"vocab_size\": 509"
 #define OPT "\"model_type\": \"opt\", \"hidden_size\": 64, \"ffn_dim\": 172, \"num_hidden_layers\": 4, \"num_attention_heads\": 4, \"vocab_size\": 509"
+#define BLOOM "\"model_type\": \"bloom\", \"hidden_size\": 96, \"n_layer\": 2, \"n_head\": 6, \"vocab_size\": 509"
+#define FALCON "\"model_type\": \"falcon\", \"hidden_size\": 64, \"num_hidden_layers\": 4, \"num_attention_heads\": 4, \"vocab_size\": 509"
 #define GPT2 "\"model_type\": \"gpt2\", \"n_embd\": 32, \"n_layer\": 5, \"n_head\": 4, \"n_positions\": 128, \"vocab_size\": 509"
 
 /* The object of base with the members of change in place of its own; a member that is "-" is taken away. */
@@ -164,6 +166,7 @@ sliding(void **state)
 static void
 families(void **state)
 {
+	static const float slopes[] = {0.25f, 0.0625f, 0.015625f, 0.00390625f, 0.5f, 0.125f};
 	MillmConfig c;
 
 	(void) state;
@@ -293,6 +296,29 @@ families(void **state)
 	millm_config_free(&c);
 	must_parse(OPT, "\"_remove_final_layer_norm\": true", &c);
 	assert_true(!c.norm_after && !c.arch->final_norm);
+	millm_config_free(&c);
+	must_parse(BLOOM, "", &c);
+	assert_true(c.tied && c.norm_bias && c.qkv_bias && c.o_bias && c.mlp_bias && c.position == MILLM_POS_ALIBI && !c.alibi_rounded && !c.rope.inv_freq);
+	assert_true(c.intermediate_size == 384 && c.max_positions == 2048 && c.act == MILLM_ACT_GELU_TANH);
+	for (int h = 0; h < 6; h++)
+		assert_true(c.alibi_slopes[h] == slopes[h]);
+	millm_config_free(&c);
+	must_parse(BLOOM, "\"hidden_size\": \"-\", \"n_embed\": 48, \"n_layer\": \"-\", \"num_hidden_layers\": 3, \"seq_length\": 512", &c);
+	assert_true(c.hidden_size == 48 && c.n_layers == 3 && c.max_positions == 512);
+	millm_config_free(&c);
+	must_parse(FALCON, "", &c);	/* 7B */
+	assert_true(c.tied && c.parallel && !c.arch->mlp_norm && c.n_kv_heads == 1 && !c.qkv_bias && !c.o_bias && !c.mlp_bias && c.intermediate_size == 256);
+	assert_true(c.position == MILLM_POS_ROPE && c.rotary_dim == 16 && c.act == MILLM_ACT_GELU_ERF && !c.alibi_slopes);
+	millm_config_free(&c);
+	must_parse(FALCON, "\"new_decoder_architecture\": true, \"num_kv_heads\": 2, \"ffn_hidden_size\": 99", &c);	/* 40B */
+	assert_true(c.parallel && c.arch->mlp_norm && c.n_kv_heads == 2 && c.intermediate_size == 99);
+	millm_config_free(&c);
+	must_parse(FALCON, "\"new_decoder_architecture\": true, \"n_head_kv\": 2, \"num_ln_in_parallel_attn\": 1", &c);	/* 11B */
+	assert_true(c.parallel && !c.arch->mlp_norm && c.n_kv_heads == 2);
+	millm_config_free(&c);
+	must_parse(FALCON, "\"alibi\": true, \"parallel_attn\": false, \"multi_query\": false, \"bias\": true, \"num_attention_heads\": 16, \"num_kv_heads\": 2", &c);	/* RW */
+	assert_true(!c.parallel && c.arch->mlp_norm && c.n_kv_heads == 16 && c.qkv_bias && c.o_bias && c.mlp_bias && c.alibi_rounded);
+	assert_true(c.alibi_slopes[0] == 0.70703125f && c.alibi_slopes[1] == 0.5f);	/* the first one rounded */
 	millm_config_free(&c);
 	must_parse(FAMILY("phi3"), "\"partial_rotary_factor\": 0.75", &c);
 	assert_int_equal(c.rotary_dim, 12);
@@ -515,6 +541,10 @@ refused(void **state)
 		{FAMILY("smollm3"), "\"no_rope_layer_interval\": 0", MILLM_E_INVALID_MODEL_FILE, "\"no_rope_layer_interval\""},
 		{OPT, "\"layer_norm_elementwise_affine\": false", MILLM_E_UNSUPPORTED_ARCHITECTURE, "\"layer_norm_elementwise_affine\": false"},
 		{OPT, "\"word_embed_proj_dim\": -1", MILLM_E_INVALID_MODEL_FILE, "\"word_embed_proj_dim\""},
+		{BLOOM, "\"apply_residual_connection_post_layernorm\": true", MILLM_E_UNSUPPORTED_ARCHITECTURE, "\"apply_residual_connection_post_layernorm\": true"},
+		{FALCON, "\"new_decoder_architecture\": true, \"num_kv_heads\": 3", MILLM_E_INVALID_MODEL_FILE, "heads must be a multiple of KV heads"},
+		{FALCON, "\"new_decoder_architecture\": \"no\"", MILLM_E_INVALID_MODEL_FILE, "\"new_decoder_architecture\""},
+		{FALCON, "\"alibi\": 1", MILLM_E_INVALID_MODEL_FILE, "\"alibi\""},
 		{FAMILY("mistral"), "\"sliding_window\": 0", MILLM_E_INVALID_MODEL_FILE, "\"sliding_window\""},
 		{FAMILY("qwen2"), "\"use_sliding_window\": 1", MILLM_E_INVALID_MODEL_FILE, "\"use_sliding_window\""},
 		{FAMILY("qwen2"), "\"max_window_layers\": -1", MILLM_E_INVALID_MODEL_FILE, "\"max_window_layers\""},
