@@ -636,6 +636,17 @@ test_bad_steps_are_refused(void **state)
 	assert_int_equal(millm_forward_step(fw, batch, 1, NULL, NULL, &logits, &err), MILLM_E_CONTEXT_LENGTH_EXCEEDED);
 	millm_sequence_free(a);
 
+	/* ALiBi's biases end, too */
+	t->model.config.position = MILLM_POS_ALIBI;
+	batch[0] = (MillmBatchToken) {.seq = b, .position = 0, .token = 1};
+	t->model.config.max_positions = 1;
+	step(fw, batch, 1, NULL);
+	batch[0].position = 1;
+	assert_int_equal(millm_forward_step(fw, batch, 1, NULL, NULL, &logits, &err), MILLM_E_CONTEXT_LENGTH_EXCEEDED);
+	t->model.config.position = MILLM_POS_LEARNED;
+	millm_sequence_truncate(b, 0);
+	assert_true(millm_sequence_reserve(b, 8));
+
 	/* a damaged weight is found in its layer */
 	saved = ((float *) t->model.layers[1].up_bias.data)[3];
 	t->model.layers[1].up_bias.data[3] = NAN;

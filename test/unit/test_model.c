@@ -244,6 +244,110 @@ tied(void **state)
 	must_fail(MILLM_E_INVALID_MODEL_FILE, "tensor \"lm_head.weight\" is missing");
 }
 
+/* OPT: two words of prefix, two rows before position 0, an embedding of another size, no final norm where it says so. */
+#define OPT_CONFIG(rest) "{\"model_type\": \"opt\", \"hidden_size\": 4, \"ffn_dim\": 3, \"num_hidden_layers\": 1, \"num_attention_heads\": 2," \
+	" \"max_position_embeddings\": 5, \"vocab_size\": 7, \"enable_bias\": false, \"word_embed_proj_dim\": 2" rest "}"
+static const TestTensor opt[] = {
+	{"model.decoder.embed_tokens.weight", "F32", 4, {7, 2}, 0},
+	{"model.decoder.embed_positions.weight", "F32", 4, {7, 4}, 100},
+	{"model.decoder.project_in.weight", "F32", 4, {4, 2}, 200},
+	{"model.decoder.project_out.weight", "F32", 4, {2, 4}, 300},
+	{"model.decoder.layers.0.self_attn_layer_norm.weight", "F32", 4, {4}, 1},
+	{"model.decoder.layers.0.self_attn_layer_norm.bias", "F32", 4, {4}, 2},
+	{"model.decoder.layers.0.self_attn.q_proj.weight", "F32", 4, {4, 4}, 3},
+	{"model.decoder.layers.0.self_attn.k_proj.weight", "F32", 4, {4, 4}, 4},
+	{"model.decoder.layers.0.self_attn.v_proj.weight", "F32", 4, {4, 4}, 5},
+	{"model.decoder.layers.0.self_attn.out_proj.weight", "F32", 4, {4, 4}, 6},
+	{"model.decoder.layers.0.fc1.weight", "F32", 4, {3, 4}, 7},
+	{"model.decoder.layers.0.fc2.weight", "F32", 4, {4, 3}, 8},
+	{"model.decoder.layers.0.final_layer_norm.weight", "F32", 4, {4}, 9},
+	{"model.decoder.layers.0.final_layer_norm.bias", "F32", 4, {4}, 10},
+	{"model.decoder.final_layer_norm.weight", "F32", 4, {4}, 11},
+	{"model.decoder.final_layer_norm.bias", "F32", 4, {4}, 12},
+};
+#define N_OPT (sizeof(opt) / sizeof(opt[0]))
+
+static void
+binds_opt(void **state)
+{
+	static const char *const prefix_missing[] = {"", "model.", "model.decoder."};
+	TestTensor	tensors[N_OPT];
+	MillmModel *m;
+
+	(void) state;
+	write_text(dir, "config.json", OPT_CONFIG(""));
+	for (int k = 0; k < 3; k++)
+	{
+		memcpy(tensors, opt, sizeof(opt));
+		for (size_t i = 0; i < N_OPT; i++)
+			tensors[i].name += strlen(prefix_missing[k]);
+		write_st(dir, "model.safetensors", tensors, N_OPT, 0);
+		m = must_open();
+		assert_true(m->embedding.n_in == 2 && m->head.data == m->embedding.data);
+		assert_true(m->position_embedding.n_out == 5 && at(m->position_embedding.data, 0) == 108);
+		assert_true(at(m->project_in.data, 0) == 200 && m->project_in.n_out == 4 && at(m->project_out.data, 0) == 300 && m->project_out.n_out == 2);
+		assert_true(m->layers[0].attn_norm.data[0] == 1 && m->layers[0].mlp_norm_bias.data[0] == 10 && m->final_norm.data[0] == 11);
+		millm_model_close(m);
+	}
+	write_text(dir, "config.json", OPT_CONFIG(", \"do_layer_norm_before\": false"));
+	must_fail(MILLM_E_INVALID_MODEL_FILE, "There are 2 of them, such as \"final_layer_norm.bias\"");
+	write_st(dir, "model.safetensors", tensors, N_OPT - 2, 0);
+	m = must_open();
+	assert_true(m->config.norm_after && !m->final_norm.data);
+	millm_model_close(m);
+	write_text(dir, "config.json", OPT_CONFIG(", \"_remove_final_layer_norm\": true"));
+	m = must_open();
+	assert_true(!m->config.norm_after && !m->final_norm.data);
+	millm_model_close(m);
+}
+
+/* Norms that each head of q and k has for itself: a tensor for each, or one for all. */
+static void
+binds_own_norms(void **state)
+{
+	static const TestTensor each[] = {
+		{"model.layers.0.self_attn.q_layernorm.norms.0.weight", "F32", 4, {4}, 1}, {"model.layers.0.self_attn.q_layernorm.norms.1.weight", "F32", 4, {4}, 20},
+		{"model.layers.0.self_attn.k_layernorm.norms.0.weight", "F32", 4, {4}, 30},
+		{"model.layers.1.self_attn.q_layernorm.norms.0.weight", "F32", 4, {4}, 40}, {"model.layers.1.self_attn.q_layernorm.norms.1.weight", "F32", 4, {4}, 50},
+		{"model.layers.1.self_attn.k_layernorm.norms.0.weight", "F32", 4, {4}, 60},
+		{"model.norm.bias", "F32", 4, {8}, 0}, {"model.layers.0.input_layernorm.bias", "F32", 4, {8}, 0}, {"model.layers.1.input_layernorm.bias", "F32", 4, {8}, 0},
+		{"model.layers.0.post_attention_layernorm.bias", "F32", 4, {8}, 0}, {"model.layers.1.post_attention_layernorm.bias", "F32", 4, {8}, 0},
+	};
+	static const TestTensor one[] = {
+		{"model.layers.0.self_attn.q_norm.weight", "F32", 4, {2, 4}, 1}, {"model.layers.0.self_attn.k_norm.weight", "F32", 4, {1, 4}, 30},
+		{"model.layers.1.self_attn.q_norm.weight", "F32", 4, {2, 4}, 40}, {"model.layers.1.self_attn.k_norm.weight", "F32", 4, {1, 4}, 60},
+	};
+	TestTensor	tensors[N_LLAMA + 11];
+	size_t		n = 0;
+	MillmModel *m;
+
+	(void) state;
+	memcpy(tensors, llama, sizeof(llama));
+	memcpy(tensors + N_LLAMA, each, sizeof(each));
+	write_text(dir, "config.json", CONFIG ", \"model_type\": \"stablelm\", \"partial_rotary_factor\": 0.5, \"qk_layernorm\": true}");
+	write_st(dir, "model.safetensors", tensors, N_LLAMA + 11, 0);
+	m = must_open();
+	assert_true(m->layers[0].q_norm.n == 8 && m->layers[0].q_norm.data[3] == 4 && m->layers[0].q_norm.data[4] == 20 && m->layers[0].k_norm.data[0] == 30);
+	assert_true(m->layers[1].q_norm.data[7] == 53 && m->layers[1].k_norm.n == 4 && !m->layers[1].q_norm_bias.data);
+	millm_model_close(m);
+	tensors[N_LLAMA + 1].name = "model.layers.0.self_attn.q_layernorm.norms.2.weight";
+	write_st(dir, "model.safetensors", tensors, N_LLAMA + 11, 0);
+	must_fail(MILLM_E_INVALID_MODEL_FILE, "tensor \"model.layers.0.self_attn.q_layernorm.norms.1.weight\" is missing");
+
+	for (size_t i = 0; i < N_LLAMA; i++)
+		if (!strstr(llama[i].name, "post_attention"))
+			tensors[n++] = llama[i];
+	memcpy(tensors + n, one, sizeof(one));
+	write_text(dir, "config.json", CONFIG ", \"model_type\": \"cohere\", \"use_qk_norm\": true}");
+	write_st(dir, "model.safetensors", tensors, n + 4, 0);
+	m = must_open();
+	assert_true(m->layers[0].q_norm.n == 8 && m->layers[0].q_norm.data[4] == 5 && m->layers[1].k_norm.data[0] == 60 && !m->layers[0].mlp_norm.data);
+	millm_model_close(m);
+	tensors[n].dims[0] = 3;
+	write_st(dir, "model.safetensors", tensors, n + 4, 0);
+	must_fail(MILLM_E_INVALID_MODEL_FILE, "The config implies [2, 4]; it has 2 dimensions, [3, 4]");
+}
+
 /* Each dtype in one file; vectors become float32. */
 static void
 mixed_dtypes(void **state)
@@ -935,7 +1039,7 @@ main(void)
 {
 #define TEST(f) cmocka_unit_test_setup_teardown(f, setup, teardown)
 	const struct CMUnitTest tests[] = {
-		TEST(binds_llama), TEST(binds_gpt2), TEST(no_prefix), TEST(tied), TEST(mixed_dtypes), TEST(biases), TEST(ignored_buffers),
+		TEST(binds_llama), TEST(binds_gpt2), TEST(no_prefix), TEST(tied), TEST(binds_opt), TEST(binds_own_norms), TEST(mixed_dtypes), TEST(biases), TEST(ignored_buffers),
 		TEST(generation_config), TEST(inspect), TEST(populate_stops), TEST(weights_as), TEST(shards), TEST(bad_index), TEST(too_many_shards), TEST(missing_files), TEST(config_too_large),
 		TEST(each_tensor), TEST(extra_tensors), TEST(config_and_files), TEST(long_path),
 		TEST(binds_quantized), TEST(binds_quantized_gpt2), TEST(each_part), TEST(quantized_embedding), TEST(mutations),
