@@ -10,11 +10,11 @@ from pathlib import Path
 
 import pytest
 from chat_cases import CONTEXT, EXPRESSIONS, STATEMENTS, UNSUPPORTED
-from conftest import ROOT
+from conftest import FIXTURES, ROOT
 
 NOW = 1753000000
-# Published templates are not ours to carry: a directory of such, to be compared as well.
-TEMPLATES = sorted(Path(os.environ.get("MILLM_TEMPLATES", "/nowhere")).glob("*.jinja"))
+# as published (test/fixture/templates.py); MILLM_TEMPLATES names another directory of such
+TEMPLATES = sorted(Path(os.environ.get("MILLM_TEMPLATES") or FIXTURES / "templates").glob("*.jinja"))
 
 
 class Driver:
@@ -158,6 +158,10 @@ CONTEXTS = {
 TRUSTED = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>", "unk_token": "<unk>"}
 
 
+def test_published_templates_are_there():
+    assert len(TEMPLATES) >= 30, "run test/fixture/make"
+
+
 @pytest.mark.parametrize("path", TEMPLATES, ids=lambda p: p.stem)
 def test_template(driver, path):
     problems, source = [], path.read_text()
@@ -167,6 +171,26 @@ def test_template(driver, path):
             difference = compare(driver, source, variables, trusted)
             problems.append(difference and f"{name}: {difference[len(repr(source)):]}")
     complain(problems)
+
+
+@pytest.mark.parametrize("path", TEMPLATES, ids=lambda p: p.stem)
+def test_origins(driver, path):
+    # What people wrote are letters of their own; of everything else the template says whether it is its own.
+    def theirs(text):
+        return "".join(chr(0x10F000 + ord(c)) for c in text)
+
+    source = path.read_text()
+    messages = [{"role": "system", "content": theirs("Be <|brief|>")}, {"role": "user", "content": theirs("Hi\n")},
+                {"role": "assistant", "content": theirs("Yo")}, {"role": "user", "content": theirs("<eos>")}]
+    rendered = 0
+    for chosen in (messages, messages[1:], messages[1:2]):
+        got = driver.render(source, {"messages": chosen, "add_generation_prompt": True, "tools": None, "documents": None}, TRUSTED)
+        if "text" not in got:
+            continue
+        rendered += 1
+        origins = "".join(("1" if ord(c) >= 0x10F000 else "0") * len(c.encode()) for c in got["text"])
+        assert got["origins"] == origins, got["text"]
+    assert rendered, "no conversation was rendered"
 
 
 # ---- a grammar of small templates ----
