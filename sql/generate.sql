@@ -15,7 +15,9 @@ WHERE pronamespace = 'millm'::regnamespace AND proname = 'generate';
 SELECT count(DISTINCT pg_get_function_arguments(oid)) FROM pg_proc WHERE pronamespace = 'millm'::regnamespace AND proname IN ('generate', 'generate_stream');
 SELECT count(DISTINCT pg_get_function_arguments(oid)) FROM pg_proc WHERE pronamespace = 'millm'::regnamespace AND proname IN ('chat', 'chat_stream');
 SELECT regexp_split_to_table(pg_get_function_arguments(oid), ', ') AS argument FROM pg_proc
-WHERE pronamespace = 'millm'::regnamespace AND proname = 'chat';
+WHERE pronamespace = 'millm'::regnamespace AND proname = 'chat_stream';
+SELECT pg_get_function_arguments(oid) LIKE 'prompt text, tools json%' AS of_text FROM pg_proc
+WHERE pronamespace = 'millm'::regnamespace AND proname = 'chat' ORDER BY 1;
 
 -- NULL is no call
 SELECT millm.generate(NULL);
@@ -34,6 +36,7 @@ SELECT millm.generate('x', raw => true, model => 'nobody');
 SELECT millm.generate('x', raw => true, model => '12345');
 SELECT millm.chat('[]', stop => ARRAY['a', NULL]);
 SELECT millm.apply_chat_template('[]', model => 'nobody');
+SELECT millm.chat(' [{"role": "user", "content": "Hi"}, {"content": [1], "role": "user"}] ');
 SELECT millm.detokenize(ARRAY[1, NULL]);
 SELECT millm.generate(repeat('x', 17000000), raw => true);
 -- A set has no place here

@@ -235,21 +235,21 @@ COMMENT ON FUNCTION millm.unload(interval) IS 'Unload the model; running request
 CREATE FUNCTION millm.generate(prompt text, system text DEFAULT NULL, raw boolean DEFAULT false, max_tokens integer DEFAULT NULL,
 	temperature float8 DEFAULT NULL, top_p float8 DEFAULT NULL, top_k integer DEFAULT NULL, min_p float8 DEFAULT NULL,
 	repetition_penalty float8 DEFAULT NULL, frequency_penalty float8 DEFAULT NULL, presence_penalty float8 DEFAULT NULL,
-	seed bigint DEFAULT NULL, stop text[] DEFAULT NULL, model text DEFAULT NULL)
+	seed bigint DEFAULT NULL, stop text[] DEFAULT NULL, model text DEFAULT NULL, parse_special boolean DEFAULT NULL)
 RETURNS text
 AS 'MODULE_PATHNAME', 'millm_generate'
 LANGUAGE C VOLATILE PARALLEL RESTRICTED COST 1000000;
-COMMENT ON FUNCTION millm.generate(text, text, boolean, integer, float8, float8, integer, float8, float8, float8, float8, bigint, text[], text) IS
+COMMENT ON FUNCTION millm.generate(text, text, boolean, integer, float8, float8, integer, float8, float8, float8, float8, bigint, text[], text, boolean) IS
 	'Text that the loaded model writes after a prompt';
 
 CREATE FUNCTION millm.generate_stream(prompt text, system text DEFAULT NULL, raw boolean DEFAULT false, max_tokens integer DEFAULT NULL,
 	temperature float8 DEFAULT NULL, top_p float8 DEFAULT NULL, top_k integer DEFAULT NULL, min_p float8 DEFAULT NULL,
 	repetition_penalty float8 DEFAULT NULL, frequency_penalty float8 DEFAULT NULL, presence_penalty float8 DEFAULT NULL,
-	seed bigint DEFAULT NULL, stop text[] DEFAULT NULL, model text DEFAULT NULL)
+	seed bigint DEFAULT NULL, stop text[] DEFAULT NULL, model text DEFAULT NULL, parse_special boolean DEFAULT NULL)
 RETURNS SETOF text
 AS 'MODULE_PATHNAME', 'millm_generate_stream'
 LANGUAGE C VOLATILE PARALLEL RESTRICTED COST 1000000;
-COMMENT ON FUNCTION millm.generate_stream(text, text, boolean, integer, float8, float8, integer, float8, float8, float8, float8, bigint, text[], text) IS
+COMMENT ON FUNCTION millm.generate_stream(text, text, boolean, integer, float8, float8, integer, float8, float8, float8, float8, bigint, text[], text, boolean) IS
 	'The text of generate(), piece by piece, as it is written';
 
 -- tools and documents are json, not jsonb: models were trained on the order of their keys.
@@ -262,6 +262,16 @@ AS 'MODULE_PATHNAME', 'millm_chat'
 LANGUAGE C VOLATILE PARALLEL RESTRICTED COST 1000000;
 COMMENT ON FUNCTION millm.chat(jsonb, json, jsonb, integer, float8, float8, integer, float8, float8, float8, float8, bigint, text[], text, json, text) IS
 	'The loaded model''s answer in a conversation: text, finish_reason, usage, seed';
+
+CREATE FUNCTION millm.chat(prompt text, tools json DEFAULT NULL, template_kwargs jsonb DEFAULT NULL, max_tokens integer DEFAULT NULL,
+	temperature float8 DEFAULT NULL, top_p float8 DEFAULT NULL, top_k integer DEFAULT NULL, min_p float8 DEFAULT NULL,
+	repetition_penalty float8 DEFAULT NULL, frequency_penalty float8 DEFAULT NULL, presence_penalty float8 DEFAULT NULL,
+	seed bigint DEFAULT NULL, stop text[] DEFAULT NULL, model text DEFAULT NULL, documents json DEFAULT NULL, chat_template text DEFAULT NULL)
+RETURNS jsonb
+AS 'MODULE_PATHNAME', 'millm_chat_text'
+LANGUAGE C VOLATILE PARALLEL RESTRICTED COST 1000000;
+COMMENT ON FUNCTION millm.chat(text, json, jsonb, integer, float8, float8, integer, float8, float8, float8, float8, bigint, text[], text, json, text) IS
+	'The loaded model''s answer to a user''s message: text, finish_reason, usage, seed';
 
 CREATE FUNCTION millm.chat_stream(messages jsonb, tools json DEFAULT NULL, template_kwargs jsonb DEFAULT NULL, max_tokens integer DEFAULT NULL,
 	temperature float8 DEFAULT NULL, top_p float8 DEFAULT NULL, top_k integer DEFAULT NULL, min_p float8 DEFAULT NULL,
@@ -281,9 +291,9 @@ LANGUAGE C STABLE PARALLEL RESTRICTED COST 10000;
 COMMENT ON FUNCTION millm.apply_chat_template(jsonb, json, jsonb, boolean, json, text, text) IS
 	'A conversation as the loaded model''s chat template writes it';
 
-CREATE FUNCTION millm.tokenize(text text, add_special boolean DEFAULT true) RETURNS integer[]
+CREATE FUNCTION millm.tokenize(text text, add_special boolean DEFAULT true, parse_special boolean DEFAULT true) RETURNS integer[]
 AS 'MODULE_PATHNAME', 'millm_tokenize' LANGUAGE C STABLE STRICT PARALLEL RESTRICTED COST 10000;
-COMMENT ON FUNCTION millm.tokenize(text, boolean) IS 'Token ids of a text, by the loaded model''s tokenizer';
+COMMENT ON FUNCTION millm.tokenize(text, boolean, boolean) IS 'Token ids of a text, by the loaded model''s tokenizer';
 
 CREATE FUNCTION millm.detokenize(ids integer[]) RETURNS text
 AS 'MODULE_PATHNAME', 'millm_detokenize' LANGUAGE C STABLE STRICT PARALLEL RESTRICTED COST 10000;

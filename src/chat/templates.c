@@ -282,9 +282,27 @@ check_objects(const json_t *array, const char *what, MillmError *err)
 }
 
 static MillmCode
+check_kwargs(const json_t *kwargs, MillmError *err)
+{
+	static const char *const arguments[] = {"messages", "tools", "documents"};
+
+	if (kwargs && !json_is_object(kwargs))
+		return millm_fail(err, MILLM_E_INVALID_ARGUMENT, "template_kwargs must be an object");
+	for (size_t i = 0; i < sizeof(arguments) / sizeof(arguments[0]); i++)
+		if (json_object_get(kwargs, arguments[i]))
+		{
+			millm_fail(err, MILLM_E_INVALID_ARGUMENT, "template_kwargs must not have \"%s\"", arguments[i]);
+			millm_hint(err, "That is an argument of its own.");
+			return MILLM_E_INVALID_ARGUMENT;
+		}
+	return MILLM_OK;
+}
+
+static MillmCode
 pick(const MillmTemplates *set, const MillmChatOptions *o, const Named **out, MillmError *err)
 {
 	MillmTemplates *any = (MillmTemplates *) set;	/* only read */
+	char		names[MAX_TEMPLATES * (MAX_NAME_BYTES + sizeof(" and \"\""))];
 
 	if (!set)
 	{
@@ -299,7 +317,9 @@ pick(const MillmTemplates *set, const MillmChatOptions *o, const Named **out, Mi
 		return MILLM_OK;
 	millm_fail(err, MILLM_E_INVALID_ARGUMENT, "the model has no chat template \"%s\"",
 			   o->template_name ? shown(o->template_name).text : "default");
-	millm_hint(err, "It has \"%s\"%s.", set->named[0].name, set->n > 1 ? " and others" : "");
+	for (int i = 0, n = 0; i < set->n; i++)
+		n += snprintf(names + n, sizeof(names) - (size_t) n, "%s\"%s\"", i == 0 ? "" : i < set->n - 1 ? ", " : " and ", set->named[i].name);
+	millm_hint(err, "It has %s.", names);
 	return MILLM_E_INVALID_ARGUMENT;
 }
 
@@ -320,10 +340,9 @@ millm_templates_apply(const MillmTemplates *set, const MillmChatOptions *o, time
 	if ((rc = pick(set, o, &named, err)) != MILLM_OK ||
 		(rc = check_messages(o->messages, err)) != MILLM_OK ||
 		(rc = check_objects(o->tools, "tools", err)) != MILLM_OK ||
-		(rc = check_objects(o->documents, "documents", err)) != MILLM_OK)
+		(rc = check_objects(o->documents, "documents", err)) != MILLM_OK ||
+		(rc = check_kwargs(o->kwargs, err)) != MILLM_OK)
 		return rc;
-	if (o->kwargs && !json_is_object(o->kwargs))
-		return millm_fail(err, MILLM_E_INVALID_ARGUMENT, "template_kwargs must be an object");
 	if (!named->compiled)
 	{
 		*err = named->error;

@@ -25,7 +25,7 @@ typedef struct MillmChatOptions
 	const json_t *messages;		/* an array of objects, each with a role */
 	const json_t *tools;		/* an array, or NULL */
 	const json_t *documents;	/* an array of objects, or NULL */
-	const json_t *kwargs;		/* further variables, an object, or NULL; they win over all others */
+	const json_t *kwargs;		/* further variables, an object, or NULL; they win, and may not be messages, tools or documents */
 	bool		add_generation_prompt;
 } MillmChatOptions;
 

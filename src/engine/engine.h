@@ -177,6 +177,7 @@ typedef struct MillmPrompt
 	const char *text;
 	size_t		len;
 	const uint8_t *origins;
+	bool		plain;			/* raw: what looks like a special token is text */
 } MillmPrompt;
 
 /* Encode the prompt and hand the accepted request to the model thread; any thread but that one; failed() may be called here. */

@@ -73,7 +73,7 @@ millm_request_unref(MillmRequest *r)
 MillmCode
 generation_begin(MillmRequest *r, const MillmPrompt *prompt, MillmError *err)
 {
-	MillmEncodeOptions options = {.add_special = !prompt->origins, .parse_special = true, .origins = prompt->origins};
+	MillmEncodeOptions options = {.add_special = !prompt->origins, .parse_special = !prompt->plain, .origins = prompt->origins};
 	MillmIds	ids = {0};
 	int			vocab = r->loaded->model->config.vocab_size;
 	MillmCode	rc = millm_encode(r->loaded->tokenizer, prompt->text, prompt->len, options, 0, &ids, err);

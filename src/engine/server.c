@@ -46,6 +46,7 @@ typedef struct Call
 	int32_t    *ids;			/* what to decode */
 	size_t		n_ids;
 	bool		add_special;
+	bool		parse_special;	/* of the text; a rendered chat has origins instead */
 	bool		counts;			/* count_tokens: the number, not the ids */
 	bool		streams;		/* generate */
 	char	   *name;			/* load, unload: for the log; plan, inspect: the path */
@@ -485,7 +486,7 @@ submit(void *arg, bool is_ending)
 {
 	Call	   *call = arg;
 	char	   *text = call->text;
-	MillmPrompt prompt = {.text = text, .len = call->len};
+	MillmPrompt prompt = {.text = text, .len = call->len, .plain = !call->parse_special};
 	MillmRendering rendering = {0};
 	MillmError	err;
 
@@ -499,7 +500,7 @@ submit(void *arg, bool is_ending)
 			millm_engine_refuse(call->server->engine, call->generation, &err);
 			return;
 		}
-		prompt = (MillmPrompt) {rendering.text, rendering.n, rendering.origins};
+		prompt = (MillmPrompt) {.text = rendering.text, .len = rendering.n, .origins = rendering.origins};
 	}
 	/* The call may be gone when this returns. */
 	millm_engine_submit(call->server->engine, call->generation, &prompt);
@@ -547,6 +548,17 @@ keep_prompt(Call *call, const MillmLoaded *loaded, const char *prompt, size_t le
 	call->chat = json_pack("{s:o, s:b}", "messages", messages, "add_generation_prompt", true);
 	call->loaded = millm_loaded_ref(loaded);
 	return call->chat ? MILLM_OK : millm_fail(err, MILLM_E_INTERNAL, "out of memory");
+}
+
+/* What people write into a conversation is text: who asks for the contrary is refused. */
+static MillmCode
+check_parse_special(const Call *call, const json_t *parse_special, MillmError *err)
+{
+	if (!call->chat || !json_is_true(parse_special))
+		return MILLM_OK;
+	millm_fail(err, MILLM_E_INVALID_ARGUMENT, "parse_special needs a raw prompt");
+	millm_detail(err, "In a conversation only the chat template writes special tokens.");
+	return MILLM_E_INVALID_ARGUMENT;
 }
 
 static MillmCode
@@ -612,6 +624,7 @@ op_generate(EngineServer *server, MillmConn *conn, json_t *request)
 	size_t		system_len = 0;
 	bool		raw = true;
 	bool		stream = false;
+	bool		parse_special = true;
 	json_t	   *stops = NULL;
 	Call	   *call;
 	const MillmLoaded *loaded = NULL;
@@ -625,6 +638,7 @@ op_generate(EngineServer *server, MillmConn *conn, json_t *request)
 	millm_field_string(&f, "model_uuid", &uuid);
 	millm_field_bool(&f, "raw", &raw);
 	millm_field_bool(&f, "stream", &stream);
+	millm_field_bool(&f, "parse_special", &parse_special);
 	read_options(&f, &o);
 	millm_field_array(&f, "stop", &stops);
 	if (millm_fields_end(&f) != MILLM_OK)
@@ -636,6 +650,7 @@ op_generate(EngineServer *server, MillmConn *conn, json_t *request)
 	if (!call)
 		return;
 	call->streams = stream;
+	call->parse_special = parse_special;
 	sink.arg = call;
 	sink.text = stream ? generate_text : NULL;
 
@@ -649,6 +664,7 @@ op_generate(EngineServer *server, MillmConn *conn, json_t *request)
 			 millm_engine_loaded(server->engine, &loaded, &err) == MILLM_OK &&
 			 check_model(loaded, uuid, &err) == MILLM_OK &&
 			 (prompt ? keep_prompt(call, loaded, prompt, len, system, system_len, raw, &err) : keep_chat(call, loaded, &chat, &err)) == MILLM_OK &&
+			 check_parse_special(call, json_object_get(request, "parse_special"), &err) == MILLM_OK &&
 			 millm_request_create(loaded, &o, &sink, &call->generation, &err) == MILLM_OK &&
 			 millm_engine_accept(server->engine, call->generation, &err) == MILLM_OK)
 	{
@@ -719,7 +735,7 @@ static void
 encode(void *arg, bool is_ending)
 {
 	Call	   *call = arg;
-	MillmEncodeOptions options = {.add_special = call->add_special, .parse_special = true};
+	MillmEncodeOptions options = {.add_special = call->add_special, .parse_special = call->parse_special};
 	MillmIds	ids = {0};
 	MillmError	err;
 
@@ -767,6 +783,7 @@ op_text(EngineServer *server, MillmConn *conn, json_t *request, bool decodes, bo
 	if (!call)
 		return;
 	call->add_special = true;
+	call->parse_special = true;
 	call->counts = counts;
 	begin_fields(&f, request, &err);
 	if (decodes)
@@ -774,7 +791,10 @@ op_text(EngineServer *server, MillmConn *conn, json_t *request, bool decodes, bo
 	else
 		millm_field_text(&f, "text", &text, &len);
 	if (!decodes && !counts)
+	{
 		millm_field_bool(&f, "add_special", &call->add_special);
+		millm_field_bool(&f, "parse_special", &call->parse_special);
+	}
 	if (millm_fields_end(&f) == MILLM_OK && !ids && !text)
 		f.code = millm_fail(&err, MILLM_E_INVALID_ARGUMENT, "field \"%s\" is missing", decodes ? "ids" : "text");
 	if (f.code != MILLM_OK ||

@@ -20,11 +20,13 @@
 #include "utils/memutils.h"
 
 #include "client.h"
+#include "json.h"
 #include "live.h"
 
 PG_FUNCTION_INFO_V1(millm_generate);
 PG_FUNCTION_INFO_V1(millm_generate_stream);
 PG_FUNCTION_INFO_V1(millm_chat);
+PG_FUNCTION_INFO_V1(millm_chat_text);
 PG_FUNCTION_INFO_V1(millm_chat_stream);
 PG_FUNCTION_INFO_V1(millm_apply_chat_template);
 
@@ -32,10 +34,10 @@ PG_FUNCTION_INFO_V1(millm_apply_chat_template);
 enum
 {
 	ARG_PROMPT, ARG_SYSTEM, ARG_RAW, ARG_MAX_TOKENS, ARG_TEMPERATURE, ARG_TOP_P, ARG_TOP_K, ARG_MIN_P, ARG_REPETITION_PENALTY,
-	ARG_FREQUENCY_PENALTY, ARG_PRESENCE_PENALTY, ARG_SEED, ARG_STOP, ARG_MODEL
+	ARG_FREQUENCY_PENALTY, ARG_PRESENCE_PENALTY, ARG_SEED, ARG_STOP, ARG_MODEL, ARG_PARSE_SPECIAL
 };
 
-/* Those of chat and chat_stream: from max_tokens to model they are the same. */
+/* Those of chat and chat_stream: from max_tokens to model they are the same.  Of chat(text), messages is the prompt. */
 enum
 {
 	ARG_MESSAGES, ARG_TOOLS, ARG_TEMPLATE_KWARGS, ARG_DOCUMENTS = ARG_MODEL + 1, ARG_CHAT_TEMPLATE
@@ -181,6 +183,8 @@ generate_request(FunctionCallInfo fcinfo, bool stream)
 		millm_append_text(&request, PG_GETARG_TEXT_PP(ARG_SYSTEM));
 	}
 	appendStringInfo(&request, ",\"raw\":%s", raw ? "true" : "false");
+	if (!PG_ARGISNULL(ARG_PARSE_SPECIAL))
+		appendStringInfo(&request, ",\"parse_special\":%s", PG_GETARG_BOOL(ARG_PARSE_SPECIAL) ? "true" : "false");
 	append_options(&request, fcinfo, stream);
 	return request.data;
 }
@@ -201,12 +205,50 @@ jsonb_text(Jsonb *value)
 	return JsonbToCString(NULL, &value->root, VARSIZE(value));
 }
 
+/*
+ * A literal without a type is text to PostgreSQL before it is jsonb.  Who writes messages so would be answered about JSON; who sends a
+ * stranger's text must not have it read as messages.  So such a text is refused: an array of objects that all have a role.
+ */
+static void
+refuse_messages_as_text(const text *prompt)
+{
+	MillmJson	rest = millm_json(VARDATA_ANY(prompt), VARSIZE_ANY_EXHDR(prompt));
+	MillmJson	message;
+	MillmJson	role;
+	bool		has_messages = false;
+
+	if (rest.at == rest.end || *rest.at != '[')
+		return;
+	while (millm_json_next(&rest, &message))
+	{
+		if (!millm_json_get(message, "role", &role))
+			return;
+		has_messages = true;
+	}
+	if (has_messages && rest.end - rest.at == 1 && *rest.at == ']')
+		refuse(MILLM_E_INVALID_ARGUMENT, "the prompt is an array of messages, given as text",
+			   "Give messages as jsonb: millm.chat(messages => '[...]'). Any text at all is taken by millm.generate().");
+}
+
+/* A prompt is a conversation of one message. */
+static void
+append_prompt(StringInfo request, const text *prompt)
+{
+	refuse_messages_as_text(prompt);
+	appendStringInfoString(request, ",\"messages\":[{\"role\":\"user\",\"content\":");
+	millm_append_text(request, prompt);
+	appendStringInfoString(request, "}]");
+}
+
 /* The beginning of a REQUEST about a conversation, with what chat and apply_chat_template have in common. */
 static void
-append_conversation(StringInfo request, FunctionCallInfo fcinfo, const char *op, int arg_documents, int arg_chat_template)
+append_conversation(StringInfo request, FunctionCallInfo fcinfo, const char *op, bool is_prompt, int arg_documents, int arg_chat_template)
 {
 	appendStringInfo(request, "{\"op\":\"%s\"", op);
-	append_json(request, "messages", jsonb_text(PG_GETARG_JSONB_P(ARG_MESSAGES)));
+	if (is_prompt)
+		append_prompt(request, PG_GETARG_TEXT_PP(ARG_MESSAGES));
+	else
+		append_json(request, "messages", jsonb_text(PG_GETARG_JSONB_P(ARG_MESSAGES)));
 	if (!PG_ARGISNULL(ARG_TOOLS))
 		append_json(request, "tools", text_to_cstring(PG_GETARG_TEXT_PP(ARG_TOOLS)));
 	if (!PG_ARGISNULL(ARG_TEMPLATE_KWARGS))
@@ -221,12 +263,12 @@ append_conversation(StringInfo request, FunctionCallInfo fcinfo, const char *op,
 }
 
 static char *
-chat_request(FunctionCallInfo fcinfo, bool stream)
+chat_request(FunctionCallInfo fcinfo, bool is_prompt, bool stream)
 {
 	StringInfoData request;
 
 	initStringInfo(&request);
-	append_conversation(&request, fcinfo, "generate", ARG_DOCUMENTS, ARG_CHAT_TEMPLATE);
+	append_conversation(&request, fcinfo, "generate", is_prompt, ARG_DOCUMENTS, ARG_CHAT_TEMPLATE);
 	append_options(&request, fcinfo, stream);
 	return request.data;
 }
@@ -252,9 +294,8 @@ millm_generate(PG_FUNCTION_ARGS)
 	PG_RETURN_TEXT_P(millm_reply_text(&reply, "text"));
 }
 
-/* millm.chat(messages, tools, ...) RETURNS jsonb; NULL messages give NULL without a call. */
-Datum
-millm_chat(PG_FUNCTION_ARGS)
+static Datum
+chat(FunctionCallInfo fcinfo, bool is_prompt)
 {
 	StringInfoData reply;
 
@@ -262,8 +303,22 @@ millm_chat(PG_FUNCTION_ARGS)
 	if (PG_ARGISNULL(ARG_MESSAGES))
 		PG_RETURN_NULL();
 	initStringInfo(&reply);
-	millm_client_call(MILLM_ENGINE, chat_request(fcinfo, false), &reply, -1);
+	millm_client_call(MILLM_ENGINE, chat_request(fcinfo, is_prompt, false), &reply, -1);
 	return reply_jsonb(&reply);
+}
+
+/* millm.chat(messages jsonb, tools, ...) RETURNS jsonb; NULL messages give NULL without a call. */
+Datum
+millm_chat(PG_FUNCTION_ARGS)
+{
+	return chat(fcinfo, false);
+}
+
+/* millm.chat(prompt text, tools, ...) RETURNS jsonb: the same of one user's message. */
+Datum
+millm_chat_text(PG_FUNCTION_ARGS)
+{
+	return chat(fcinfo, true);
 }
 
 /* millm.apply_chat_template(messages, tools, ...) RETURNS text: what chat() would have the model continue. */
@@ -276,7 +331,7 @@ millm_apply_chat_template(PG_FUNCTION_ARGS)
 	if (PG_ARGISNULL(ARG_MESSAGES))
 		PG_RETURN_NULL();
 	initStringInfo(&buf);
-	append_conversation(&buf, fcinfo, "apply_chat_template", ARG_APPLY_DOCUMENTS, ARG_APPLY_CHAT_TEMPLATE);
+	append_conversation(&buf, fcinfo, "apply_chat_template", false, ARG_APPLY_DOCUMENTS, ARG_APPLY_CHAT_TEMPLATE);
 	if (!PG_ARGISNULL(ARG_ADD_GENERATION_PROMPT))
 		appendStringInfo(&buf, ",\"add_generation_prompt\":%s", PG_GETARG_BOOL(ARG_ADD_GENERATION_PROMPT) ? "true" : "false");
 	if (!PG_ARGISNULL(ARG_APPLY_MODEL))
@@ -307,7 +362,7 @@ stream(FunctionCallInfo fcinfo, bool is_chat)
 		call = SRF_FIRSTCALL_INIT();
 		old = MemoryContextSwitchTo(call->multi_call_memory_ctx);
 		if (!PG_ARGISNULL(ARG_PROMPT))
-			call->user_fctx = millm_client_open(MILLM_ENGINE, is_chat ? chat_request(fcinfo, true) : generate_request(fcinfo, true), -1);
+			call->user_fctx = millm_client_open(MILLM_ENGINE, is_chat ? chat_request(fcinfo, false, true) : generate_request(fcinfo, true), -1);
 		MemoryContextSwitchTo(old);
 	}
 	call = SRF_PERCALL_SETUP();

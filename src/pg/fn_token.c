@@ -45,7 +45,7 @@ reply_ids(StringInfo reply)
 	return construct_array(ids, n, INT4OID, sizeof(int32), true, TYPALIGN_INT);
 }
 
-/* millm.tokenize(text, add_special bool) RETURNS int[] */
+/* millm.tokenize(text, add_special bool, parse_special bool) RETURNS int[] */
 Datum
 millm_tokenize(PG_FUNCTION_ARGS)
 {
@@ -55,7 +55,7 @@ millm_tokenize(PG_FUNCTION_ARGS)
 	initStringInfo(&buf);
 	appendStringInfoString(&buf, "{\"op\":\"tokenize\",\"text\":");
 	millm_append_text(&buf, PG_GETARG_TEXT_PP(0));
-	appendStringInfo(&buf, ",\"add_special\":%s}", PG_GETARG_BOOL(1) ? "true" : "false");
+	appendStringInfo(&buf, ",\"add_special\":%s,\"parse_special\":%s}", PG_GETARG_BOOL(1) ? "true" : "false", PG_GETARG_BOOL(2) ? "true" : "false");
 	millm_client_call(MILLM_ENGINE, buf.data, &buf, -1);
 	PG_RETURN_ARRAYTYPE_P(reply_ids(&buf));
 }
