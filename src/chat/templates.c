@@ -75,7 +75,8 @@ read_json(const char *dir, const char *name, json_t **out, MillmError *err)
 	*out = NULL;
 	if (rc != MILLM_OK || !text)
 		return rc;
-	*out = json_loadb(text, n, JSON_ALLOW_NUL, &where);
+	/* as reals: model_max_length is often 10^30, and no number of these files is wanted */
+	*out = json_loadb(text, n, JSON_ALLOW_NUL | JSON_DECODE_INT_AS_REAL, &where);
 	free(text);
 	if (json_is_object(*out))
 		return MILLM_OK;

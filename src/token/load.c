@@ -1164,11 +1164,11 @@ decode_tokens(Loader *l)
 /* ---- the two files ---- */
 
 static MillmCode
-parse_json(Loader *l, const char *text, size_t n, json_t **out)
+parse_json(Loader *l, const char *text, size_t n, size_t flags, json_t **out)
 {
 	json_error_t why;
 
-	*out = json_loadb(text, n, JSON_ALLOW_NUL, &why);
+	*out = json_loadb(text, n, JSON_ALLOW_NUL | flags, &why);
 	if (!*out)
 		return invalid(l, "Line %d, column %d: %s.", why.line, why.column, why.text);
 	return json_is_object(*out) ? MILLM_OK : invalid(l, "It is not a JSON object.");
@@ -1349,7 +1349,7 @@ millm_tokenizer_parse(const char *json, size_t json_n, const char *config, size_
 	}
 	/* What is wrong with the rest is told from the whole file, for the line and the column. */
 	root = json_loadb(l.bulk.rest.data, l.bulk.rest.n, JSON_ALLOW_NUL, NULL);
-	if (!root && (rc = parse_json(&l, json, json_n, &root)) != MILLM_OK)
+	if (!root && (rc = parse_json(&l, json, json_n, 0, &root)) != MILLM_OK)
 		goto done;
 	if (!json_is_object(root))
 		rc = invalid(&l, "It is not a JSON object.");
@@ -1360,7 +1360,8 @@ millm_tokenizer_parse(const char *json, size_t json_n, const char *config, size_
 	if (config)
 	{
 		l.file = "tokenizer_config.json";
-		if ((rc = parse_json(&l, config, config_n, &config_root)) != MILLM_OK ||
+		/* model_max_length is often 10^30; no number of this file is wanted */
+		if ((rc = parse_json(&l, config, config_n, JSON_DECODE_INT_AS_REAL, &config_root)) != MILLM_OK ||
 			(rc = load_config(&l, config_root)) != MILLM_OK)
 			goto done;
 	}

@@ -25,7 +25,12 @@ class Driver:
         self.process = subprocess.Popen([program], stdin=subprocess.PIPE, stdout=subprocess.PIPE, env={**os.environ, "TZ": "UTC"})
 
     def render(self, template, variables, trusted=None):
-        line = {"template": template, "trusted": trusted or {}, "variables": variables, "now": NOW}
+        return self.ask({"template": template, "trusted": trusted or {}, "variables": variables, "now": NOW})
+
+    def chat(self, directory, messages, **more):
+        return self.ask({"directory": str(directory), "messages": messages, "now": NOW, **more})
+
+    def ask(self, line):
         self.process.stdin.write(json.dumps(line).encode() + b"\n")
         self.process.stdin.flush()
         answer = self.process.stdout.readline()
