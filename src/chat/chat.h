@@ -29,6 +29,9 @@ typedef struct MillmTemplate MillmTemplate;
 extern MillmCode millm_template_compile(const char *source, size_t n, MillmTemplate **out, MillmError *err);
 extern void millm_template_free(MillmTemplate *t);	/* NULL is fine */
 
+/* Is there a variable of that name anywhere in it?  (One that it sets itself counts.) */
+extern bool millm_template_uses(const MillmTemplate *t, const char *variable);
+
 /* A text, of each byte of which is known who wrote it. */
 typedef struct MillmRendering
 {

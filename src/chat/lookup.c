@@ -612,7 +612,9 @@ millm_value_item(Run *run, Value v, Value key)
 	found = find_item(run, v, key);
 	if (found.kind == V_ABSENT && key.kind == V_STRING)
 		found = find_method(run, v, *key.str);
-	return found.kind == V_ABSENT ? missing(run, v, key.kind == V_STRING ? *key.str : millm_str("that element")) : found;
+	if (found.kind != V_ABSENT)
+		return found;
+	return missing(run, v, key.kind == V_STRING || key.kind == V_INT ? millm_value_str(&run->w, key) : millm_str("that element"));
 }
 
 /* ---- slices ---- */

@@ -130,14 +130,13 @@ millm_template_name(const MillmTemplate *t, Str text)
 	return NULL;
 }
 
-static const Name *
+static Name *
 intern(Parser *p, Str text)
 {
-	const Name *found = millm_template_name(p->t, text);
-	Name	   *name;
+	Name	   *name = (Name *) millm_template_name(p->t, text);
 
-	if (found)
-		return found;
+	if (name)
+		return name;
 	name = millm_work_array(p->w, 1, sizeof(*name));
 	name->text = text;
 	name->next = p->t->names[name_chain(text)];
@@ -542,8 +541,11 @@ parse_primary(Parser *p)
 			node = new_node(p, N_CONST);
 			if (!constant_of(p->token->text, &node->value))
 			{
+				Name	   *name = intern(p, p->token->text);
+
+				name->is_variable = true;
 				node->kind = N_NAME;
-				node->name = intern(p, p->token->text);
+				node->name = name;
 				note_use(p, p->token->text);
 			}
 			p->token++;

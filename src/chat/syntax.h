@@ -49,6 +49,7 @@ extern Token *millm_template_lex(Work *w, const char *source, size_t n);
 typedef struct Name
 {
 	Str			text;
+	bool		is_variable;	/* somewhere; not only an attribute, a filter or the like */
 	struct Name *next;			/* in its chain */
 } Name;
 

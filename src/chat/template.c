@@ -60,6 +60,14 @@ millm_template_free(MillmTemplate *t)
 	free(t);
 }
 
+bool
+millm_template_uses(const MillmTemplate *t, const char *variable)
+{
+	const Name *name = millm_template_name(t, millm_str(variable));
+
+	return name && name->is_variable;
+}
+
 /* Bytes of all texts in the conversation, about; what a rendering may cost goes with it. */
 static uint64_t
 input_bytes(const json_t *json, int depth)

@@ -250,26 +250,64 @@ millm_templates_free(MillmTemplates *set)
 
 /* ---- applying ---- */
 
+/* A text, nothing, whatever object a template may want, or parts that are objects: those of text only. */
+static MillmCode
+check_content(const json_t *content, size_t message, MillmError *err)
+{
+	static const char *const media[] = {"image", "image_url", "input_image", "audio", "audio_url", "input_audio", "video", "video_url", "file"};
+
+	if (json_is_number(content) || json_is_boolean(content))
+	{
+		millm_fail(err, MILLM_E_INVALID_ARGUMENT, "the content of a message must be a text or an array of objects");
+		millm_detail(err, "That of message %zu is a %s.", message, json_is_number(content) ? "number" : "boolean");
+		return MILLM_E_INVALID_ARGUMENT;
+	}
+	for (size_t i = 0; i < json_array_size(content); i++)
+	{
+		const json_t *part = json_array_get(content, i);
+		const char *type = json_string_value(json_object_get(part, "type"));
+
+		if (!json_is_object(part))
+		{
+			millm_fail(err, MILLM_E_INVALID_ARGUMENT, "the content of a message must be a text or an array of objects");
+			millm_detail(err, "Part %zu of message %zu is no object.", i + 1, message);
+			return MILLM_E_INVALID_ARGUMENT;
+		}
+		for (size_t k = 0; type && k < sizeof(media) / sizeof(media[0]); k++)
+			if (strcmp(type, media[k]) == 0)
+			{
+				millm_fail(err, MILLM_E_UNSUPPORTED, "only text can be read");
+				millm_detail(err, "Part %zu of message %zu is of type \"%s\".", i + 1, message, type);
+				return MILLM_E_UNSUPPORTED;
+			}
+	}
+	return MILLM_OK;
+}
+
 static MillmCode
 check_messages(const json_t *messages, MillmError *err)
 {
+	MillmCode	rc = MILLM_OK;
+
 	if (!json_is_array(messages))
 	{
 		millm_fail(err, MILLM_E_INVALID_ARGUMENT, "messages must be an array of objects");
 		millm_hint(err, "For example [{\"role\": \"user\", \"content\": \"Hello\"}].");
 		return MILLM_E_INVALID_ARGUMENT;
 	}
-	for (size_t i = 0; i < json_array_size(messages); i++)
+	for (size_t i = 0; rc == MILLM_OK && i < json_array_size(messages); i++)
 	{
 		const json_t *message = json_array_get(messages, i);
 
 		if (json_is_string(json_object_get(message, "role")))
+		{
+			rc = check_content(json_object_get(message, "content"), i + 1, err);
 			continue;
-		millm_fail(err, MILLM_E_INVALID_ARGUMENT, "each message must be an object with a role");
+		}
+		rc = millm_fail(err, MILLM_E_INVALID_ARGUMENT, "each message must be an object with a role");
 		millm_detail(err, "Message %zu %s.", i + 1, json_is_object(message) ? "has no role that is a text" : "is no object");
-		return MILLM_E_INVALID_ARGUMENT;
 	}
-	return MILLM_OK;
+	return rc;
 }
 
 static MillmCode
@@ -297,6 +335,34 @@ check_kwargs(const json_t *kwargs, MillmError *err)
 			return MILLM_E_INVALID_ARGUMENT;
 		}
 	return MILLM_OK;
+}
+
+/* What the template does not look at, the model does not see: refused, not left out in silence. */
+static MillmCode
+check_used(const MillmTemplate *t, const char *variable, MillmError *err)
+{
+	if (millm_template_uses(t, variable))
+		return MILLM_OK;
+	millm_fail(err, MILLM_E_UNSUPPORTED, "the chat template has no use for \"%s\"", shown(variable).text);
+	millm_hint(err, "Leave it out: the model would not see it.");
+	return MILLM_E_UNSUPPORTED;
+}
+
+static MillmCode
+check_all_used(const MillmTemplate *t, const MillmChatOptions *o, MillmError *err)
+{
+	MillmCode	rc = MILLM_OK;
+	const char *key;
+	json_t	   *value;
+
+	if (json_array_size(o->tools) > 0)
+		rc = check_used(t, "tools", err);
+	if (rc == MILLM_OK && json_array_size(o->documents) > 0)
+		rc = check_used(t, "documents", err);
+	json_object_foreach((json_t *) o->kwargs, key, value)
+		if (rc == MILLM_OK)
+			rc = check_used(t, key, err);
+	return rc;
 }
 
 static MillmCode
@@ -349,6 +415,8 @@ millm_templates_apply(const MillmTemplates *set, const MillmChatOptions *o, time
 		*err = named->error;
 		return err->code;
 	}
+	if ((rc = check_all_used(named->compiled, o, err)) != MILLM_OK)
+		return rc;
 	/* tools and documents are always passed: templates ask whether they are none */
 	variables = json_pack("{s:O, s:o, s:o, s:b}", "messages", o->messages, "tools", or_null(o->tools), "documents", or_null(o->documents),
 						  "add_generation_prompt", o->add_generation_prompt);

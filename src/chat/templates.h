@@ -31,7 +31,8 @@ typedef struct MillmChatOptions
 
 /*
  * The conversation as the model was trained to see it.  set may be NULL: UNSUPPORTED, for a model without a template is never given
- * another's markers.  INVALID_ARGUMENT for a name that is not there and for messages of the wrong shape; errors of
+ * another's markers.  UNSUPPORTED too for what the model would not see: pictures and sounds; tools, documents and variables that its
+ * template does not use.  INVALID_ARGUMENT for a name that is not there and for messages of the wrong shape; errors of
  * millm_template_render().
  */
 extern MillmCode millm_templates_apply(const MillmTemplates *set, const MillmChatOptions *options, time_t now,

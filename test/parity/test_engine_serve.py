@@ -434,7 +434,7 @@ def test_chat_templates_of_a_directory(model, tmp_path):
     assert any("line 2" in line for line in e.lines() if line.startswith("WARNING"))
     assert e.call("apply_chat_template", messages=[])["text"] == "D0<b>"
     assert e.call("apply_chat_template", messages=[], tools=[{"b": 1, "a": 2}])["text"] == 'T[{"b": 1, "a": 2}]'
-    assert e.call("apply_chat_template", messages=[], tools=[{"b": 1}], chat_template="default")["text"] == "D0<b>"
+    assert "tools" in refused("UNSUPPORTED", e, "apply_chat_template", messages=[], tools=[{"b": 1}], chat_template="default").message
     assert e.call("apply_chat_template", messages=[], documents=[{"title": "t"}], template_kwargs={"x": 5}, chat_template="rag")["text"] == "Rt5"
     assert "line 2" in refused("INVALID_MODEL_FILE", e, "apply_chat_template", messages=[], chat_template="bad").message
     e.call("unload")

@@ -72,6 +72,12 @@ my @refusals = (
 	[ qq($hi, tools => '{}'), '22023', qr/tools/ ],
 	[ qq($hi, template_kwargs => '[]'), '22023', qr/template_kwargs/ ],
 	[ qq($hi, chat_template => 'tool_use'), '22023', qr/no chat template "tool_use"/ ],
+	[ q('[{"role": "user", "content": 5}]'), '22023', qr/content of a message must be.*message 1 is a number/s ],
+	[ q('[{"role": "user", "content": ["x"]}]'), '22023', qr/Part 1 of message 1 is no object/ ],
+	[ q('[{"role": "user", "content": [{"type": "text", "text": "x"}, {"type": "image"}]}]'), '0A000', qr/only text.*Part 2 of message 1 is of type "image"/s ],
+	[ qq($hi, tools => '[{"type": "function"}]'), '0A000', qr/the chat template has no use for "tools"/ ],
+	[ qq($hi, documents => '[{"title": "x"}]'), '0A000', qr/no use for "documents"/ ],
+	[ qq($hi, template_kwargs => '{"enable_thinking": false}'), '0A000', qr/no use for "enable_thinking"/ ],
 	[ qq($hi, model => 'other'), 'ML006', qr/"other" is not loaded/ ],
 );
 foreach my $refusal (@refusals)

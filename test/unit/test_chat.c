@@ -174,6 +174,27 @@ origins(void **state)
 	origins_are("{{ messages[0].content|trim|e }}", "&lt;|x|&gt;", "11111111111");
 }
 
+/* A variable is one that is looked at, not any word of that name. */
+static void
+uses(void **state)
+{
+	static const char source[] = "{% for m in messages %}{{ m.documents|list }}{{ f(x=1) }}{% endfor %}{% if tools is defined %}{% endif %}{# y #}{{ 'z' }}";
+	MillmTemplate *t;
+	MillmError	err;
+
+	(void) state;
+	assert_int_equal(millm_template_compile(source, sizeof(source) - 1, &t, &err), MILLM_OK);
+	assert_true(millm_template_uses(t, "messages"));
+	assert_true(millm_template_uses(t, "tools"));
+	assert_false(millm_template_uses(t, "documents"));
+	assert_false(millm_template_uses(t, "list"));
+	assert_false(millm_template_uses(t, "x"));
+	assert_false(millm_template_uses(t, "y"));
+	assert_false(millm_template_uses(t, "z"));
+	assert_false(millm_template_uses(t, ""));
+	millm_template_free(t);
+}
+
 int
 main(void)
 {
@@ -183,6 +204,7 @@ main(void)
 		cmocka_unit_test(refusal_in_its_own_words),
 		cmocka_unit_test(hostile),
 		cmocka_unit_test(origins),
+		cmocka_unit_test(uses),
 	};
 
 	return cmocka_run_group_tests(tests, NULL, NULL);
