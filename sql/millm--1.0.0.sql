@@ -32,7 +32,7 @@ CREATE TABLE millm.registry (
 	architecture text,
 	license text,
 	disk_bytes bigint,
-	config jsonb,
+	config json,
 	created_at timestamptz NOT NULL DEFAULT pg_catalog.clock_timestamp(),
 	updated_at timestamptz NOT NULL DEFAULT pg_catalog.clock_timestamp(),
 	CONSTRAINT registry_name_not_a_number CHECK (name !~ '^[0-9]*$'),
@@ -51,6 +51,7 @@ COMMENT ON TABLE millm.registry IS 'Models: the durable half of the view millm.m
 COMMENT ON COLUMN millm.registry.uuid IS 'Names the model in shared memory and in its directory; never used twice';
 COMMENT ON COLUMN millm.registry.directory IS 'Of a model that millm has downloaded or quantized, relative to the cache directory';
 COMMENT ON COLUMN millm.registry.local_path IS 'Of a local model, what was registered; of a downloaded one, where it was put';
+COMMENT ON COLUMN millm.registry.config IS 'config.json; json because lists of models print it as it is, jsonb would be put together for each row';
 COMMENT ON COLUMN millm.registry.attempt IS 'Which download of this model: retry() begins the next one';
 
 -- Directories whose row was deleted and whose files the clerk has still to remove.  Not dumped: a copy owns no files.

@@ -337,7 +337,7 @@ write_ready(void *arg)
 	nulls[9] = outcome->config ? ' ' : 'n';
 	(void) execute("UPDATE millm.registry SET status = 'ready', commit = $3, local_path = CASE source WHEN 'local' THEN local_path ELSE $4 END, "
 				   "model_type = $5, architecture = $6, license = coalesce($7, license), params = coalesce($8, params), disk_bytes = $9, "
-				   "config = $10::jsonb, quantization = $11, "
+				   "config = $10::json, quantization = $11, "
 				   "updated_at = pg_catalog.clock_timestamp() WHERE uuid = $1 AND attempt = $2 AND status = 'pending'",
 				   lengthof(types), types, values, nulls);
 }
@@ -378,7 +378,7 @@ write_outcomes(void)
 			written = run_step(write_ready, &outcome);
 			if (!written && outcome.config)
 			{
-				/* JSON that jsonb cannot hold, perhaps; the model is good without it */
+				/* JSON that PostgreSQL cannot hold, perhaps; the model is good without it */
 				outcome.config = NULL;
 				written = run_step(write_ready, &outcome);
 			}

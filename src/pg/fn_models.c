@@ -346,7 +346,7 @@ insert_model(const char *name, bool is_chosen, const char *source, const char *r
 	millm_registry_begin(&r);
 	if (millm_registry_execute("INSERT INTO millm.registry (name, source, repo_id, revision, quantization, directory, local_path, status, "
 							   "trust_remote_code, params, model_type, architecture, license, disk_bytes, config) "
-							   "VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, $13, $14, $15::jsonb) "
+							   "VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, $13, $14, $15::json) "
 							   "ON CONFLICT DO NOTHING RETURNING id, uuid::text", lengthof(types), types, values, nulls) == 1)
 	{
 		HeapTuple	row = SPI_tuptable->vals[0];
