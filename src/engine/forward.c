@@ -163,8 +163,7 @@ millm_forward_create(const MillmModel *model, const MillmForwardOptions *options
 	fw->wanted = calloc((size_t) n, sizeof(*fw->wanted));
 	fw->tops = calloc((size_t) n, sizeof(*fw->tops));
 	fw->pages = calloc((size_t) n, sizeof(*fw->pages));
-	/* a sampler's margin is one of capped logits, which the copy knows nothing of; nor of biases */
-	fw->is_screened = model->screen.codes.data && !options->full_head && model->config.logit_softcap == 0 && !model->head_bias.data;
+	fw->is_screened = model->screen.codes.data && !options->full_head && millm_config_can_screen(&model->config);
 	if (!fw->tokens || !fw->positions || !fw->wanted || !fw->tops || !fw->pages)
 		rc = millm_fail(err, MILLM_E_INSUFFICIENT_MEMORY, "out of memory");
 	else if ((rc = millm_backend_cpu_create(model, &bo, &fw->be, err)) == MILLM_OK &&

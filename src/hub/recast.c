@@ -1064,7 +1064,9 @@ millm_recast_create(MillmStore *store, MillmRecastTarget target, const MillmConf
 		snprintf(r->project_in, sizeof(r->project_in), "%s%s", arch->prefix, arch->project_in);
 		snprintf(r->project_out, sizeof(r->project_out), "%s%s", arch->prefix, arch->project_out);
 	}
-	if (config->tied)
+	if (!millm_config_can_screen(config))
+		r->tapped[0] = '\0';
+	else if (config->tied)
 		snprintf(r->tapped, sizeof(r->tapped), "%s%s.weight", arch->prefix ? arch->prefix : "", arch->embedding);
 	else
 		snprintf(r->tapped, sizeof(r->tapped), "%s.weight", arch->head);

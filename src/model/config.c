@@ -604,6 +604,7 @@ resolve(json_t *json, const MillmArch *arch, MillmConfig *c, MillmError *err)
 	c->norm_bias = arch->norm_bias;
 	c->norm_plus_one = arch->norm_plus_one;
 	c->head_norm_kind = arch->head_norm_kind;
+	c->head_bias = arch->head_bias;
 	c->norm_eps = (float) eps;
 	if ((rc = get_when(json, arch->alibi, &alibi, err)) != MILLM_OK)
 		return rc;
@@ -734,6 +735,12 @@ millm_config_parse(const char *text, size_t len, MillmConfig *config, MillmError
 	rc = millm_config_resolve(json, config, err);
 	json_decref(json);
 	return rc;
+}
+
+bool
+millm_config_can_screen(const MillmConfig *config)
+{
+	return config->logit_softcap == 0 && !config->head_bias;
 }
 
 void

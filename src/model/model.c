@@ -719,7 +719,7 @@ bind_head(Binder *b)
 	const MillmWeight *emb = &m->embedding;
 	MillmCode	rc;
 
-	if (b->arch->head_bias && (rc = bind_vector(b, "", b->arch->head, 0, ".bias", m->config.vocab_size, &m->head_bias)) != MILLM_OK)
+	if (m->config.head_bias && (rc = bind_vector(b, "", b->arch->head, 0, ".bias", m->config.vocab_size, &m->head_bias)) != MILLM_OK)
 		return rc;
 	if (!e && m->config.tied)
 	{
@@ -1027,7 +1027,7 @@ linear_bytes(const MillmWeight *w, const char *quantization)
 int64_t
 millm_model_weights_bytes_as(const MillmModel *m, const char *quantization)
 {
-	const int64_t screen = millm_screen_file_bytes(m->head.n_out, m->head.n_in);
+	const int64_t screen = millm_config_can_screen(&m->config) ? millm_screen_file_bytes(m->head.n_out, m->head.n_in) : 0;
 	int64_t		bytes = (int64_t) m->weights_bytes;
 
 	if (strcmp(quantization, millm_model_quantization(m)) == 0)

@@ -82,7 +82,7 @@ typedef struct MillmConfig
 	bool		unrotated[MILLM_MAX_LAYERS];	/* no rope there */
 	MillmAct	act;
 	bool		mlp_gated;
-	bool		qkv_bias, o_bias, mlp_bias;
+	bool		qkv_bias, o_bias, mlp_bias, head_bias;
 	bool		tied;				/* the LM head is the embedding; once open: it is, whatever the file says */
 	/* ids that end a text */
 	int			eos_ids[32];
@@ -188,6 +188,9 @@ extern struct json_t *millm_model_inspect_json(const MillmModel *model);
 /* Test support (mutate.c): names of the flags that can be falsified, NULL past the last; and do it. */
 extern const char *millm_mutation_name(int i);
 extern MillmCode millm_model_mutate(MillmModel *model, const char *flag, MillmError *err);
+
+/* Whether a screening copy of the LM head is of use: it knows nothing of what is done to the logits after, and a sampler's margin is one of these. */
+extern bool millm_config_can_screen(const MillmConfig *config);
 
 /* Names of the supported model types, comma-separated ("gpt2, llama"). */
 extern const char *millm_supported_model_types(void);
