@@ -16,12 +16,16 @@
  */
 #include "bulk.h"
 
+#include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 
 #include "arith.h"
 #include "unicode.h"
 #include "utf8.h"
+
+#define MAX_DIGITS 300			/* of a score; 19 of them, behind leading zeros, fit 64 bits.  Python writes 17 */
+#define MAX_POWER 250			/* so that no score is infinite */
 
 typedef struct Reader
 {
@@ -254,13 +258,111 @@ read_integer(Reader *r, int64_t *out)
 	return true;
 }
 
-/* {"a": 0, ...} */
+/* One or more digits onto *digits, counted in *n.  False: there is none, or more than fit. */
+static bool
+read_digits(Reader *r, uint64_t *digits, int *n)
+{
+	const char *first = r->p;
+
+	for (; r->p < r->end && *r->p >= '0' && *r->p <= '9'; r->p++)
+	{
+		if (++*n > MAX_DIGITS || *digits > (UINT64_MAX - 9) / 10)
+			return false;
+		*digits = *digits * 10 + (uint64_t) (*r->p - '0');
+	}
+	return r->p > first;
+}
+
+static double
+power_of_ten(int n)
+{
+	static const double exact[] = {
+		1e0, 1e1, 1e2, 1e3, 1e4, 1e5, 1e6, 1e7, 1e8, 1e9, 1e10, 1e11, 1e12, 1e13, 1e14, 1e15, 1e16, 1e17, 1e18, 1e19, 1e20, 1e21, 1e22,
+	};
+	char		text[16];
+
+	if (n < (int) (sizeof(exact) / sizeof(exact[0])))
+		return exact[n];
+	snprintf(text, sizeof(text), "1e%d", n);
+	return strtod(text, NULL);
+}
+
+/*
+ * A number, to the bit as the genuine library reads it (serde_json): its digits as an integer, and then one multiplication or
+ * division by a power of ten, which is not always the double that is nearest.
+ */
+static bool
+read_number(Reader *r, double *out)
+{
+	bool		is_negative = peek(r) == '-';
+	uint64_t	digits = 0;
+	uint64_t	power = 0;
+	int			n = 0;
+	int			n_whole;
+	int			n_power = 0;
+	int			exponent;
+	const char *first;
+
+	r->p += is_negative;
+	first = r->p;
+	if (!read_digits(r, &digits, &n) || (*first == '0' && n > 1))
+		return false;
+	n_whole = n;
+	if (r->p < r->end && *r->p == '.' && (r->p++, !read_digits(r, &digits, &n)))
+		return false;
+	exponent = n_whole - n;
+	if (r->p < r->end && (*r->p == 'e' || *r->p == 'E'))
+	{
+		bool		is_small = ++r->p < r->end && *r->p == '-';
+
+		r->p += r->p < r->end && (*r->p == '-' || *r->p == '+');
+		if (!read_digits(r, &power, &n_power) || power > MAX_POWER)
+			return false;
+		exponent += is_small ? -(int) power : (int) power;
+	}
+	*out = (double) digits;
+	*out = exponent < 0 ? *out / power_of_ten(-exponent) : *out * power_of_ten(exponent);
+	if (is_negative)
+		*out = -*out;
+	return true;
+}
+
+/* [["a", -0.5], ...] */
+static bool
+read_scores(Reader *r)
+{
+	Bulk	   *bulk = r->bulk;
+
+	bulk->n_entries = 0;
+	bulk->has_scores = true;
+	if (!take(r, '['))
+		return false;
+	if (take(r, ']'))
+		return true;
+	do
+	{
+		BulkString	piece;
+		double		score;
+
+		if (!take(r, '[') || !read_string(r, &piece) || !take(r, ',') || !read_number(r, &score) || !take(r, ']'))
+			return false;
+		if (!grow(r, (void **) &bulk->entries, bulk->n_entries, &bulk->max_entries, sizeof(*bulk->entries)))
+			return false;
+		bulk->entries[bulk->n_entries++] = (BulkEntry) {piece.text, piece.n, {.score = score}};
+	} while (take(r, ','));
+	return take(r, ']');
+}
+
+/* {"a": 0, ...}, or the other form */
 static bool
 read_vocabulary(Reader *r)
 {
 	Bulk	   *bulk = r->bulk;
 
+	if (peek(r) == '[')
+		return read_scores(r);
 	bulk->n_entries = 0;
+	bulk->has_scores = false;
 	if (!take(r, '{'))
 		return false;
 	if (take(r, '}'))
@@ -278,7 +380,7 @@ read_vocabulary(Reader *r)
 			return false;
 		if (!grow(r, (void **) &bulk->entries, bulk->n_entries, &bulk->max_entries, sizeof(*bulk->entries)))
 			return false;
-		bulk->entries[bulk->n_entries++] = (BulkEntry) {key.text, key.n, id};
+		bulk->entries[bulk->n_entries++] = (BulkEntry) {key.text, key.n, {.id = id}};
 	} while (take(r, ','));
 	return take(r, '}');
 }

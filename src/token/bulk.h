@@ -17,7 +17,11 @@ typedef struct BulkEntry
 {
 	const char *text;			/* as in a BulkString */
 	uint32_t	n;
-	int64_t		id;
+	union
+	{
+		int64_t		id;
+		double		score;
+	}			value;
 } BulkEntry;
 
 typedef struct BulkMerge
@@ -31,7 +35,8 @@ typedef struct BulkMerge
 /* Zeroed is empty. */
 typedef struct Bulk
 {
-	bool		has_vocabulary;	/* model.vocab is an object of integers: it is in entries */
+	bool		has_vocabulary;	/* model.vocab is an object of integers, or an array of pairs of string and number: it is in entries */
+	bool		has_scores;		/* the latter */
 	bool		has_merges;		/* model.merges is an array of strings and pairs of strings: it is in merges */
 	BulkEntry  *entries;		/* in the order of the file, keys as often as it has them: the last one counts */
 	size_t		n_entries;
@@ -45,7 +50,7 @@ typedef struct Bulk
 } Bulk;
 
 /*
- * Read json[0..n), which must stay as long as *bulk does.  What is not of the two forms above, valid JSON or not,
+ * Read json[0..n), which must stay as long as *bulk does.  What is not of the forms above, valid JSON or not,
  * is left in rest, for a reader that can say what is wrong with it.  If rest is valid JSON, the file is.
  * False: out of memory; *bulk is to be freed then, too.
  */

@@ -3,12 +3,12 @@
  *
  * Two kinds of tokenizers.  Byte-level: a token is some bytes, a character may begin in one token and end in
  * the next; bytes wait in `carry` until they are whole characters, and bytes that can never be one become
- * U+FFFD at once.  SentencePiece-like: a token is text, rewritten by the decoders, but "<0xHH>" is one byte of a
+ * U+FFFD at once.  The others: a token is text, which the decoders hand on, each rewriting it, but "<0xHH>" is one byte of a
  * run; a run that is not UTF-8 becomes one U+FFFD a byte.  There the genuine library judges a run as a whole,
  * which a stream cannot wait for: it shows the good characters of a broken run, and that is the one
  * difference between a stream and millm_decode().
  *
- * load.c lets only those orders of decoders through that this machine reproduces.
+ * load_stages.c lets only those orders of decoders through that this machine reproduces.
  */
 #include <stdlib.h>
 #include <string.h>
@@ -19,16 +19,25 @@
 
 #define REPLACEMENT "\xEF\xBF\xBD"
 
+/* What a decoder has beside its rules. */
+typedef struct StageState
+{
+	Bytes		out;			/* its last token, rewritten */
+	Bytes		held;			/* DECODE_SUFFIX: a token that may be the last; DECODE_CTC: the one before */
+	Bytes		spaced;			/* DECODE_CTC: out, with spaces for delimiters */
+	bool		is_begun;		/* it has seen a token */
+} StageState;
+
 struct MillmDetok
 {
 	const MillmTokenizer *tok;
 	bool		skip_special;
 	bool		is_whole;		/* all ids will come: judge runs of bytes as a whole */
 	bool		no_memory;		/* only if is_whole: a stream has reserved what it needs */
-	bool		is_first;		/* no token was seen yet */
+	bool		is_begun;		/* a token came out of the last decoder */
 	size_t		n_strip;		/* characters that DECODE_STRIP, after DECODE_FUSE, may still take */
 	Bytes		carry;			/* bytes of an unfinished character, or of an unfinished run */
-	Bytes		rewritten[2];
+	StageState	stages[MAX_STAGES];
 	Bytes		out;
 };
 
@@ -69,12 +78,14 @@ emit(MillmDetok *d, const char *text, size_t n)
 	add(d, &d->out, text, n);
 }
 
+static void hand_on(MillmDetok *d, int stage, const char *text, size_t n);
+
 /*
- * Give out what the carry holds: characters as they are, each maximal subpart that is none as one U+FFFD, or
- * (of a run of "<0xHH>") each byte.  The beginning of a character stays, unless this is the end.
+ * Give out what the carry holds, to the decoders from that stage on: characters as they are, each maximal subpart that is none as
+ * one U+FFFD, or (of a run of "<0xHH>") each byte.  The beginning of a character stays, unless this is the end.
  */
 static void
-drain(MillmDetok *d, bool each_byte, bool is_end)
+drain(MillmDetok *d, int stage, bool each_byte, bool is_end)
 {
 	size_t		i = 0;
 
@@ -85,7 +96,7 @@ drain(MillmDetok *d, bool each_byte, bool is_end)
 
 		if (length > 0)
 		{
-			emit(d, d->carry.data + i, (size_t) length);
+			hand_on(d, stage, d->carry.data + i, (size_t) length);
 			i += (size_t) length;
 			continue;
 		}
@@ -93,7 +104,7 @@ drain(MillmDetok *d, bool each_byte, bool is_end)
 			break;
 		bad = length == 0 ? d->carry.n - i : (size_t) -length;
 		for (size_t k = 0; k < (each_byte ? bad : 1); k++)
-			emit(d, REPLACEMENT, 3);
+			hand_on(d, stage, REPLACEMENT, 3);
 		i += bad;
 	}
 	if (i > 0 && i < d->carry.n)
@@ -101,20 +112,22 @@ drain(MillmDetok *d, bool each_byte, bool is_end)
 	d->carry.n -= i;
 }
 
-/* A run of "<0xHH>" is over. */
+/* A run of "<0xHH>" is over: the decoders from that stage on get it, as one token if it is UTF-8. */
 static void
-end_run(MillmDetok *d)
+end_run(MillmDetok *d, int stage)
 {
 	size_t		bad;
 
-	if (d->is_whole && !millm_utf8_is_valid(d->carry.data, d->carry.n, &bad))
-	{
-		for (size_t i = 0; i < d->carry.n; i++)
-			emit(d, REPLACEMENT, 3);
-		d->carry.n = 0;
+	if (d->carry.n == 0)
 		return;
-	}
-	drain(d, true, true);
+	if (!d->is_whole)
+		drain(d, stage, true, true);
+	else if (millm_utf8_is_valid(d->carry.data, d->carry.n, &bad))
+		hand_on(d, stage, d->carry.data, d->carry.n);
+	else
+		for (size_t i = 0; i < d->carry.n; i++)
+			hand_on(d, stage, REPLACEMENT, 3);
+	d->carry.n = 0;
 }
 
 static int
@@ -135,40 +148,191 @@ fallback_byte(const char *s, size_t n)
 	return hex(s[3]) << 4 | hex(s[4]);
 }
 
-/* One stage that rewrites a token; *text may come to point into out. */
+/* Every find in text[0..n) becomes with, in *out. */
 static void
-rewrite(MillmDetok *d, const Decoder *stage, const char **text, size_t *n, Bytes *out)
+replace(MillmDetok *d, const Pattern *find, const char *with, size_t with_n, const char *text, size_t n, Bytes *out)
+{
+	const char *end = text + n;
+	const char *hit;
+
+	out->n = 0;
+	for (; (hit = memmem(text, (size_t) (end - text), find->literal, find->literal_n)) != NULL; text = hit + find->literal_n)
+	{
+		add(d, out, text, (size_t) (hit - text));
+		add(d, out, with, with_n);
+	}
+	add(d, out, text, (size_t) (end - text));
+}
+
+static void
+strip(const Decoder *stage, const char **text, size_t *n)
 {
 	const char *find = stage->pattern.literal;
 	size_t		find_n = stage->pattern.literal_n;
-	const char *with = stage->kind == DECODE_METASPACE ? " " : stage->text;
-	size_t		with_n = stage->kind == DECODE_METASPACE ? 1 : stage->text_n;
-	const char *p = *text;
-	const char *end = p + *n;
-	const char *hit;
 
-	if (stage->kind == DECODE_STRIP)
+	for (size_t i = 0; i < stage->n_start && *n >= find_n && memcmp(*text, find, find_n) == 0; i++)
 	{
-		for (size_t i = 0; i < stage->n_start && *n >= find_n && memcmp(*text, find, find_n) == 0; i++)
-		{
-			*text += find_n;
-			*n -= find_n;
-		}
-		for (size_t i = 0; i < stage->n_stop && *n >= find_n && memcmp(*text + *n - find_n, find, find_n) == 0; i++)
-			*n -= find_n;
+		*text += find_n;
+		*n -= find_n;
+	}
+	for (size_t i = 0; i < stage->n_stop && *n >= find_n && memcmp(*text + *n - find_n, find, find_n) == 0; i++)
+		*n -= find_n;
+}
+
+/* What the genuine library calls cleanup: one replacement after the other, none of which makes text longer. */
+static void
+clean_up(Bytes *text)
+{
+	static const char *const rules[][2] = {
+		{" .", "."}, {" ?", "?"}, {" !", "!"}, {" ,", ","}, {" ' ", "'"}, {" n't", "n't"}, {" 'm", "'m"}, {" do not", " don't"},
+		{" 's", "'s"}, {" 've", "'ve"}, {" 're", "'re"},
+	};
+
+	for (size_t k = 0; k < sizeof(rules) / sizeof(rules[0]); k++)
+	{
+		size_t		find_n = strlen(rules[k][0]);
+		size_t		with_n = strlen(rules[k][1]);
+		size_t		n = 0;
+
+		for (size_t i = 0; i < text->n;)
+			if (text->n - i >= find_n && memcmp(text->data + i, rules[k][0], find_n) == 0)
+			{
+				memcpy(text->data + n, rules[k][1], with_n);
+				n += with_n;
+				i += find_n;
+			}
+			else
+				text->data[n++] = text->data[i++];
+		text->n = n;
+	}
+}
+
+static void
+word_piece(MillmDetok *d, int i, const char *text, size_t n, bool is_first)
+{
+	const Decoder *stage = &d->tok->decoders[i];
+	Bytes	   *out = &d->stages[i].out;
+	size_t		prefix_n = stage->pattern.literal_n;
+
+	out->n = 0;
+	if (!is_first && n >= prefix_n && memcmp(text, stage->pattern.literal, prefix_n) == 0)
+	{
+		text += prefix_n;
+		n -= prefix_n;
+	}
+	else if (!is_first)
+		add(d, out, " ", 1);
+	add(d, out, text, n);
+	if (stage->is_cleaned)
+		clean_up(out);
+	hand_on(d, i + 1, out->data, out->n);
+}
+
+static void
+ctc(MillmDetok *d, int i, const char *text, size_t n, bool is_first)
+{
+	const Decoder *stage = &d->tok->decoders[i];
+	Bytes	   *before = &d->stages[i].held;
+	Bytes	   *out = &d->stages[i].out;
+	Bytes	   *spaced = &d->stages[i].spaced;
+
+	if (!is_first && before->n == n && memcmp(before->data, text, n) == 0)
+		return;
+	before->n = 0;
+	add(d, before, text, n);
+	replace(d, &stage->pattern, "", 0, text, n, out);
+	if (stage->is_cleaned)
+	{
+		Pattern		delimiter = {.literal = stage->text, .literal_n = stage->text_n};
+
+		clean_up(out);
+		replace(d, &delimiter, " ", 1, out->data, out->n, spaced);
+		out = spaced;
+	}
+	if (out->n > 0)
+		hand_on(d, i + 1, out->data, out->n);
+}
+
+/* The token that a DECODE_SUFFIX stage has held goes on; is_last: none follows it. */
+static void
+release(MillmDetok *d, int i, bool is_last)
+{
+	StageState *state = &d->stages[i];
+
+	replace(d, &d->tok->decoders[i].pattern, " ", is_last ? 0 : 1, state->held.data, state->held.n, &state->out);
+	hand_on(d, i + 1, state->out.data, state->out.n);
+}
+
+/* Give a token to the decoder of that number, or out behind the last. */
+static void
+hand_on(MillmDetok *d, int i, const char *text, size_t n)
+{
+	const MillmTokenizer *tok = d->tok;
+	const Decoder *stage = &tok->decoders[i];
+	StageState *state = &d->stages[i];
+	bool		is_first;
+	int			byte;
+
+	if (i == tok->n_decoders)
+	{
+		if (tok->n_decoders == 0 && d->is_begun)
+			emit(d, " ", 1);
+		d->is_begun = true;
+		emit(d, text, n);
 		return;
 	}
-	if (stage->kind == DECODE_METASPACE && stage->is_first_dropped && d->is_first)
-		with_n = 0;
-	out->n = 0;
-	for (; (hit = memmem(p, (size_t) (end - p), find, find_n)) != NULL; p = hit + find_n)
+	is_first = !state->is_begun;
+	state->is_begun = true;
+	switch (stage->kind)
 	{
-		add(d, out, p, (size_t) (hit - p));
-		add(d, out, with, with_n);
+		case DECODE_BYTE_LEVEL:	/* in push() */
+		case DECODE_FUSE:		/* what follows it is in emit() */
+			emit(d, text, n);
+			return;
+		case DECODE_BYTE_FALLBACK:
+			byte = fallback_byte(text, n);
+			if (byte >= 0)
+			{
+				add(d, &d->carry, &(char) {(char) byte}, 1);
+				if (!d->is_whole)
+					drain(d, i + 1, true, false);
+				return;
+			}
+			end_run(d, i + 1);
+			break;
+		case DECODE_REPLACE:
+			replace(d, &stage->pattern, stage->text, stage->text_n, text, n, &state->out);
+			text = state->out.data;
+			n = state->out.n;
+			break;
+		case DECODE_METASPACE:
+			replace(d, &stage->pattern, " ", is_first && stage->is_first_dropped ? 0 : 1, text, n, &state->out);
+			text = state->out.data;
+			n = state->out.n;
+			break;
+		case DECODE_STRIP:
+			strip(stage, &text, &n);
+			break;
+		case DECODE_WORD_PIECE:
+			word_piece(d, i, text, n, is_first);
+			return;
+		case DECODE_SUFFIX:
+			if (!is_first)
+				release(d, i, false);
+			state->held.n = 0;
+			add(d, &state->held, text, n);
+			return;
+		case DECODE_CTC:
+			ctc(d, i, text, n, is_first);
+			return;
 	}
-	add(d, out, p, (size_t) (end - p));
-	*text = out->data;
-	*n = out->n;
+	hand_on(d, i + 1, text, n);
+}
+
+static bool
+is_byte_level(const MillmTokenizer *tok)
+{
+	return tok->n_decoders == 1 && tok->decoders[0].kind == DECODE_BYTE_LEVEL;
 }
 
 static void
@@ -176,59 +340,37 @@ push(MillmDetok *d, int32_t id)
 {
 	const MillmTokenizer *tok = d->tok;
 	const Token *token = &tok->tokens[id];
-	const char *text = tok->contents.keys.data + token->content.offset;
-	size_t		n = token->content.n;
-
-	int			spare = 0;		/* the buffer that does not hold text */
 
 	if (!token->exists || (token->special && d->skip_special))
 		return;
-	if (tok->n_decoders == 1 && tok->decoders[0].kind == DECODE_BYTE_LEVEL)
+	if (is_byte_level(tok))
 	{
 		add(d, &d->carry, tok->decoded.data + token->bytes.offset, token->bytes.n);
-		drain(d, false, false);
-		return;
+		drain(d, 0, false, false);
 	}
-	for (int i = 0; i < tok->n_decoders && tok->decoders[i].kind != DECODE_FUSE; i++)
-	{
-		int			byte = -1;
-
-		if (tok->decoders[i].kind == DECODE_BYTE_FALLBACK)
-			byte = fallback_byte(text, n);
-		else
-		{
-			rewrite(d, &tok->decoders[i], &text, &n, &d->rewritten[spare]);
-			spare = 1 - spare;
-		}
-		if (byte >= 0)
-		{
-			add(d, &d->carry, &(char) {(char) byte}, 1);
-			if (!d->is_whole)
-				drain(d, true, false);
-			d->is_first = false;
-			return;
-		}
-	}
-	end_run(d);
-	if (tok->n_decoders == 0 && !d->is_first)
-		emit(d, " ", 1);
-	emit(d, text, n);
-	d->is_first = false;
+	else
+		hand_on(d, 0, tok->contents.keys.data + token->content.offset, token->content.n);
 }
 
 static void
 flush(MillmDetok *d)
 {
-	if (d->tok->n_decoders == 1 && d->tok->decoders[0].kind == DECODE_BYTE_LEVEL)
-		drain(d, false, true);
+	const MillmTokenizer *tok = d->tok;
+
+	if (is_byte_level(tok))
+		drain(d, 0, false, true);
 	else
-		end_run(d);
+		for (int i = 0; i < tok->n_decoders; i++)
+			if (tok->decoders[i].kind == DECODE_BYTE_FALLBACK)
+				end_run(d, i + 1);
+			else if (tok->decoders[i].kind == DECODE_SUFFIX && d->stages[i].is_begun)
+				release(d, i, true);
 }
 
 static void
 begin(MillmDetok *d, const MillmTokenizer *tok)
 {
-	*d = (MillmDetok) {.tok = tok, .is_first = true};
+	*d = (MillmDetok) {.tok = tok};
 	if (final_strip(tok))
 		d->n_strip = final_strip(tok)->n_start;
 }
@@ -237,8 +379,12 @@ static void
 clear(MillmDetok *d)
 {
 	millm_bytes_free(&d->carry);
-	millm_bytes_free(&d->rewritten[0]);
-	millm_bytes_free(&d->rewritten[1]);
+	for (int i = 0; i < d->tok->n_decoders; i++)
+	{
+		millm_bytes_free(&d->stages[i].out);
+		millm_bytes_free(&d->stages[i].held);
+		millm_bytes_free(&d->stages[i].spaced);
+	}
 	millm_bytes_free(&d->out);
 }
 
@@ -274,14 +420,16 @@ millm_decode(const MillmTokenizer *tok, const int32_t *ids, size_t n, bool skip_
 static bool
 longest_rewritten(const MillmTokenizer *tok, size_t *longest)
 {
-	*longest = 1;
+	*longest = 3;				/* a U+FFFD */
 	for (int i = 0; i < tok->n_ids; i++)
 		if (tok->tokens[i].content.n > *longest)
 			*longest = tok->tokens[i].content.n;
 	for (int i = 0; i < tok->n_decoders; i++)
-		if (tok->decoders[i].text_n > 1 && !millm_mul_size(*longest, tok->decoders[i].text_n, longest))
+		if (tok->decoders[i].kind == DECODE_REPLACE && tok->decoders[i].text_n > 1 &&
+			!millm_mul_size(*longest, tok->decoders[i].text_n, longest))
 			return false;
-	return *longest < SIZE_MAX / 8;
+	*longest += (size_t) tok->n_decoders;	/* DECODE_WORD_PIECE's space */
+	return *longest < SIZE_MAX / 64;
 }
 
 MillmDetok *
@@ -289,15 +437,18 @@ millm_detok_create(const MillmTokenizer *tok)
 {
 	MillmDetok *d = malloc(sizeof(*d));
 	size_t		longest;
+	bool		ok;
 
 	if (!d)
 		return NULL;
 	begin(d, tok);
 	d->skip_special = true;
 	/* Room for the longest token behind a carry of 3 bytes, every byte of them a U+FFFD, and a NUL. */
-	if (!longest_rewritten(tok, &longest) || !millm_bytes_reserve(&d->carry, longest + 4) ||
-		!millm_bytes_reserve(&d->rewritten[0], longest) || !millm_bytes_reserve(&d->rewritten[1], longest) ||
-		!millm_bytes_reserve(&d->out, 3 * (longest + 4) + 2))
+	ok = longest_rewritten(tok, &longest) && millm_bytes_reserve(&d->carry, longest + 4);
+	for (int i = 0; i < tok->n_decoders && ok; i++)
+		ok = millm_bytes_reserve(&d->stages[i].out, longest) && millm_bytes_reserve(&d->stages[i].held, longest) &&
+			millm_bytes_reserve(&d->stages[i].spaced, longest);
+	if (!ok || !millm_bytes_reserve(&d->out, 4 * (longest + 4) + 2))
 	{
 		millm_detok_free(d);
 		return NULL;

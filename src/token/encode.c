@@ -25,6 +25,7 @@ typedef struct Run
 	MillmIds   *out;
 	MillmError *err;
 	BpeScratch	bpe;
+	LexiconScratch lexicon;
 	PatternScratch pattern;
 	Bytes		normalized[2];
 	const char *text;			/* all of it */
@@ -183,6 +184,31 @@ metaspace(Run *run, int stage, const char *text, size_t n, bool is_origin)
 	return pre_tokenize(run, stage + 1, out->data, out->n, is_origin);
 }
 
+static MillmCode
+letters(Run *run, int stage, const char *text, size_t n, bool is_origin)
+{
+	Bytes	   *out = &run->rewritten[stage];
+
+	if (!millm_bytes_to_letters(text, n, out))
+		return out_of_memory(run);
+	return pre_tokenize(run, stage + 1, out->data, out->n, is_origin);
+}
+
+static MillmCode
+encode_word(Run *run, const char *word, size_t n)
+{
+	MillmCode	rc;
+
+	if (run->tok->is_bpe)
+	{
+		if (!millm_bpe_encode(&run->tok->bpe, &run->bpe, word, n))
+			return out_of_memory(run);
+		return add_ids(run, run->bpe.ids, run->bpe.n);
+	}
+	rc = millm_lexicon_encode(&run->tok->lexicon, &run->lexicon, word, n, run->err);
+	return rc == MILLM_OK ? add_ids(run, run->lexicon.ids, run->lexicon.n) : rc;
+}
+
 /* Give text to the pre-tokenizer of that number, or to the model behind the last.  is_origin: it begins the input. */
 static MillmCode
 pre_tokenize(Run *run, int stage, const char *text, size_t n, bool is_origin)
@@ -190,17 +216,15 @@ pre_tokenize(Run *run, int stage, const char *text, size_t n, bool is_origin)
 	if (n == 0)
 		return MILLM_OK;
 	if (stage == run->tok->n_pre)
-	{
-		if (!millm_bpe_encode(&run->tok->bpe, &run->bpe, text, n))
-			return out_of_memory(run);
-		return add_ids(run, run->bpe.ids, run->bpe.n);
-	}
+		return encode_word(run, text, n);
 	switch (run->tok->pre[stage].kind)
 	{
 		case PRE_PREFIX_SPACE:
 			return prefix_space(run, stage, text, n, is_origin);
 		case PRE_METASPACE:
 			return metaspace(run, stage, text, n, is_origin);
+		case PRE_LETTERS:
+			return letters(run, stage, text, n, is_origin);
 		case PRE_SPLIT:
 			break;
 	}
@@ -368,9 +392,10 @@ normalize_segment(Run *run, const char *text, size_t n, bool is_origin)
 {
 	const char *normal;
 	size_t		normal_n;
+	bool		is_moved;
 	MillmCode	rc;
 
-	rc = millm_normalize(run->tok, &run->pattern, text, n, run->normalized, &normal, &normal_n, run->err);
+	rc = millm_normalize(run->tok, &run->pattern, text, n, run->normalized, &normal, &normal_n, &is_moved, run->err);
 	if (rc != MILLM_OK)
 		return rc;
 	run->is_rewritten = normal != text;
@@ -383,7 +408,7 @@ normalize_segment(Run *run, const char *text, size_t n, bool is_origin)
 		if (!run->seen)
 			return out_of_memory(run);
 	}
-	rc = extract(run, &run->tok->normalized, normal, normal_n, is_origin, encode_segment);
+	rc = extract(run, &run->tok->normalized, normal, normal_n, is_origin && !is_moved, encode_segment);
 	run->is_rewritten = false;
 	return rc;
 }
@@ -418,6 +443,7 @@ millm_encode(const MillmTokenizer *tok, const char *text, size_t len, MillmEncod
 	if (rc != MILLM_OK)
 		out->n = n_before;
 	millm_bpe_scratch_free(&run.bpe);
+	millm_lexicon_scratch_free(&run.lexicon);
 	millm_pattern_scratch_free(&run.pattern);
 	millm_bytes_free(&run.normalized[0]);
 	millm_bytes_free(&run.normalized[1]);

@@ -191,6 +191,60 @@ scan_llama3(const char *text, size_t n, size_t i, unsigned max_digits)
 	return end > i ? end : space_end(text, n, i);
 }
 
+/* What Whitespace puts together: 0 is white space. */
+static int
+word_kind(uint32_t cp)
+{
+	return millm_unicode_is_word_rust(cp) ? 1 : millm_unicode_is_space(cp) ? 0 : 2;
+}
+
+/* The first word at or behind i.  False: there is none. */
+static bool
+find_word(const char *text, size_t n, size_t i, size_t *start, size_t *end)
+{
+	int			kind = 0;
+	uint32_t	cp;
+
+	for (; i < n && kind == 0; i = *end)
+	{
+		*start = i;
+		*end = i + millm_utf8_get(text + i, &cp);
+		kind = word_kind(cp);
+	}
+	for (unsigned length; *end < n; *end += length)
+	{
+		length = millm_utf8_get(text + *end, &cp);
+		if (word_kind(cp) != kind)
+			break;
+	}
+	return kind != 0;
+}
+
+/* The first run of one script at or behind i; what belongs to none goes on with any, but begins none.  False: there is none. */
+static bool
+find_script(const char *text, size_t n, size_t i, size_t *start, size_t *end)
+{
+	uint8_t		script = 0;
+	uint32_t	cp;
+
+	for (; i < n && script == 0; i = *end)
+	{
+		*start = i;
+		*end = i + millm_utf8_get(text + i, &cp);
+		script = millm_unicode_script(cp);
+	}
+	for (unsigned length; *end < n; *end += length)
+	{
+		uint8_t		next;
+
+		length = millm_utf8_get(text + *end, &cp);
+		next = millm_unicode_script(cp);
+		if (next != 0 && next != script)
+			break;
+	}
+	return script != 0;
+}
+
 /* ---- PCRE2 ---- */
 
 static MillmCode
@@ -329,6 +383,38 @@ millm_pattern_find(const Pattern *pattern, PatternScratch *scratch, const char *
 				i += length;
 			}
 			return MILLM_OK;
+		case PATTERN_PUNCTUATION:
+			for (size_t i = from; i < n;)
+			{
+				uint32_t	cp;
+				unsigned	length = millm_utf8_get(text + i, &cp);
+
+				if (millm_unicode_habits(cp) & UH_PUNCTUATION)
+				{
+					*found = true;
+					*start = i;
+					*end = i + length;
+					break;
+				}
+				i += length;
+			}
+			return MILLM_OK;
+		case PATTERN_WORD:
+			*found = find_word(text, n, from, start, end);
+			break;
+		case PATTERN_SCRIPT:
+			*found = find_script(text, n, from, start, end);
+			break;
+		case PATTERN_LENGTH:
+			*found = true;
+			*start = *end = from;
+			for (size_t i = 0; i < pattern->length && *end < n; i++)
+			{
+				uint32_t	cp;
+
+				*end += millm_utf8_get(text + *end, &cp);
+			}
+			return MILLM_OK;
 		case PATTERN_GPT2:
 			*found = true;
 			*start = from;
@@ -340,7 +426,9 @@ millm_pattern_find(const Pattern *pattern, PatternScratch *scratch, const char *
 			*end = scan_llama3(text, n, from, pattern->max_digits);
 			return MILLM_OK;
 		case PATTERN_REGEX:
-			break;
+			return regex_find(pattern, scratch, text, n, from, found, start, end, err);
 	}
-	return regex_find(pattern, scratch, text, n, from, found, start, end, err);
+	if (!*found)
+		*start = *end = n;
+	return MILLM_OK;
 }

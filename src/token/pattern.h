@@ -18,6 +18,10 @@ typedef enum PatternKind
 {
 	PATTERN_LITERAL,			/* the bytes of literal */
 	PATTERN_FLAG,				/* one character whose class has flag */
+	PATTERN_PUNCTUATION,		/* one character that Punctuation splits at */
+	PATTERN_WORD,				/* a run of \w, or of what is neither that nor white space: Whitespace's words */
+	PATTERN_SCRIPT,				/* a run of one script: UnicodeScripts' pieces */
+	PATTERN_LENGTH,				/* so many characters as length says; fewer at the end */
 	PATTERN_GPT2,				/* GPT-2's words */
 	PATTERN_LLAMA3,				/* Llama 3's words, also Qwen's and cl100k's: they differ in max_digits */
 	PATTERN_REGEX
@@ -30,6 +34,7 @@ typedef struct Pattern
 	size_t		literal_n;		/* > 0 */
 	uint8_t		flag;			/* UC_SPACE or UC_NUMERIC */
 	unsigned	max_digits;		/* of PATTERN_LLAMA3 */
+	size_t		length;			/* of PATTERN_LENGTH, > 0 */
 	struct pcre2_real_code_8 *code;	/* owned */
 } Pattern;
 

@@ -1,8 +1,8 @@
 /*
  * tokenizer.h -- what the files of this room share: a loaded tokenizer as data.
  *
- *     bulk.c     reads the vocabulary and the merges of a tokenizer.json
- *     load.c     fills a MillmTokenizer from tokenizer.json and tokenizer_config.json
+ *     load.c     opens a model's tokenizer, fills a MillmTokenizer from tokenizer.json and tokenizer_config.json; loader.h is its side
+ *     legacy.c   writes the tokenizer.json that models without one amount to
  *     encode.c   text -> added tokens, normalizer, pre-tokenizer, model, post-processor -> ids
  *     decode.c   ids -> decoders -> text, at once or one by one
  *
@@ -13,6 +13,8 @@
 
 #include "bpe.h"
 #include "bytes.h"
+#include "charsmap.h"
+#include "lexicon.h"
 #include "pattern.h"
 #include "token.h"
 
@@ -53,17 +55,32 @@ typedef struct AddedSet
 
 typedef enum NormalizerKind
 {
-	NORMALIZE_NFC,
+	NORMALIZE_FORM,				/* NFC, NFD, NFKC, NFKD */
 	NORMALIZE_PREPEND,			/* text, when the segment is not empty */
-	NORMALIZE_REPLACE			/* every match of pattern becomes text */
+	NORMALIZE_REPLACE,			/* every match of pattern becomes text */
+	NORMALIZE_STRIP,			/* white space goes from the start, the end */
+	NORMALIZE_CHARSMAP,
+	/* character by character */
+	NORMALIZE_LOWERCASE,
+	NORMALIZE_DROP,				/* characters that have one of the habits are dropped */
+	NORMALIZE_CLEAN,			/* BertNormalizer: control characters are dropped, white space becomes spaces */
+	NORMALIZE_CHINESE,			/* BertNormalizer: spaces around ideographs */
+	NORMALIZE_NMT,
+	NORMALIZE_BYTE_LEVEL		/* bytes become letters of the byte alphabet */
 } NormalizerKind;
 
 typedef struct Normalizer
 {
 	NormalizerKind kind;
+	bool		is_composed;	/* NORMALIZE_FORM: NFC, NFKC */
+	bool		is_compatible;	/* NFKC, NFKD */
+	bool		strips_start;
+	bool		strips_end;
+	uint8_t		habits;
 	Pattern		pattern;
 	char	   *text;			/* owned */
 	size_t		text_n;
+	Charsmap	charsmap;
 } Normalizer;
 
 typedef enum Behavior			/* what becomes of the matches of a splitter */
@@ -79,6 +96,7 @@ typedef enum PreTokenizerKind
 {
 	PRE_SPLIT,
 	PRE_PREFIX_SPACE,			/* a space before every piece that has none */
+	PRE_LETTERS,				/* bytes become letters of the byte alphabet */
 	PRE_METASPACE				/* spaces become text, and perhaps one is put before */
 } PreTokenizerKind;
 
@@ -107,16 +125,20 @@ typedef enum DecoderKind
 	DECODE_BYTE_FALLBACK,		/* "<0xHH>" are bytes */
 	DECODE_METASPACE,			/* pattern becomes a space, none in the first token if is_first_dropped */
 	DECODE_STRIP,				/* up to n_start of pattern from the start, n_stop from the end, of each token */
-	DECODE_FUSE					/* the tokens become one string */
+	DECODE_FUSE,				/* the tokens become one string */
+	DECODE_WORD_PIECE,			/* a space before tokens that do not begin with pattern, but for the first; the others lose it */
+	DECODE_SUFFIX,				/* BPEDecoder: pattern becomes a space, nothing in the last token */
+	DECODE_CTC					/* a token like the one before goes, and pattern in the others */
 } DecoderKind;
 
 typedef struct Decoder
 {
 	DecoderKind kind;
 	Pattern		pattern;		/* a literal */
-	char	   *text;			/* owned */
+	char	   *text;			/* owned; DECODE_CTC: becomes a space when is_cleaned */
 	size_t		text_n;
 	bool		is_first_dropped;
+	bool		is_cleaned;		/* DECODE_WORD_PIECE, DECODE_CTC: spaces before punctuation go */
 	size_t		n_start;
 	size_t		n_stop;
 } Decoder;
@@ -145,7 +167,9 @@ struct MillmTokenizer
 	int			n_normalizers;
 	PreTokenizer pre[MAX_STAGES];
 	int			n_pre;
+	bool		is_bpe;			/* the model is bpe, else it is lexicon */
 	Bpe			bpe;
+	Lexicon		lexicon;
 
 	int32_t    *before;			/* what the post-processor adds */
 	size_t		n_before;
@@ -166,12 +190,14 @@ struct MillmTokenizer
 extern MillmCode millm_tokenizer_parse(const char *json, size_t json_n, const char *config, size_t config_n,
 									   MillmTokenizer **out, MillmError *err);
 
-/* Run the normalizers over text[0..n); *result is text itself or one of the two buffers. */
-extern MillmCode millm_normalize(const MillmTokenizer *tok, PatternScratch *scratch, const char *text, size_t n,
-								 Bytes buffers[2], const char **result, size_t *result_n, MillmError *err);
+/*
+ * Run the normalizers over text[0..n); *result is text itself or one of the two buffers.  *is_moved: what it begins with does not
+ * come from the beginning of the text.
+ */
+extern MillmCode millm_normalize(const MillmTokenizer *tok, PatternScratch *scratch, const char *text, size_t n, Bytes buffers[2],
+								 const char **result, size_t *result_n, bool *is_moved, MillmError *err);
 
-/* Replace every match of pattern in text[0..n) by with[0..with_n), into *out, which is emptied first. */
-extern MillmCode millm_replace(const Pattern *pattern, PatternScratch *scratch, const char *text, size_t n,
-							   const char *with, size_t with_n, Bytes *out, MillmError *err);
+/* Map the bytes of text[0..n) to the letters of the byte alphabet, into *out, which is emptied first.  False: out of memory. */
+extern bool millm_bytes_to_letters(const char *text, size_t n, Bytes *out);
 
 #endif

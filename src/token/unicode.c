@@ -1,5 +1,5 @@
 /*
- * unicode.c -- UTF-8 of any origin, and the two definitions of a word character.
+ * unicode.c -- UTF-8 of any origin, lower case, and the two definitions of a word character.
  */
 #include "unicode.h"
 
@@ -27,6 +27,24 @@ millm_unicode_is_word_rust(uint32_t cp)
 {
 	return millm_unicode_is_in(cp, UM_L | UM_M | UM(UC_ND) | UM(UC_NL) | UM(UC_PC)) || is_enclosed_letter(cp) ||
 		cp == 0x200C || cp == 0x200D;
+}
+
+uint32_t
+millm_unicode_to_lower(uint32_t cp)
+{
+	size_t		low = 0;
+	size_t		high = millm_unicode_n_lower;
+
+	while (low < high)
+	{
+		size_t		middle = low + (high - low) / 2;
+
+		if (millm_unicode_lower[middle][0] < cp)
+			low = middle + 1;
+		else
+			high = middle;
+	}
+	return millm_unicode_lower[low][1];
 }
 
 unsigned

@@ -1,5 +1,5 @@
 /*
- * unicode.h -- code points: their classes (Unicode 16.0) and their UTF-8.
+ * unicode.h -- code points: their classes (Unicode 16.0), what the genuine tokenizer does with them, and their UTF-8.
  *
  * The classes are our own because the ids must equal the genuine tokenizer's, whose tables are
  * newer than those of the PCRE2 and of the C library that we may run with.
@@ -49,6 +49,38 @@ millm_unicode_class(uint32_t cp)
 {
 	return millm_unicode_block[millm_unicode_index[cp >> MILLM_UNICODE_SHIFT]][cp & ((1 << MILLM_UNICODE_SHIFT) - 1)];
 }
+
+/* Habits: what the normalizers and splitters of the genuine tokenizer do with a code point, by tables of several ages. */
+#define UH_NOT_NORMAL 0x01		/* Unicode 12.0 has not assigned it: the normal forms leave it as it is */
+#define UH_ACCENT 0x02			/* StripAccents drops it */
+#define UH_CONTROL 0x04			/* BertNormalizer's clean_text drops it */
+#define UH_MARK 0x08			/* BertNormalizer's strip_accents drops it */
+#define UH_PUNCTUATION 0x10		/* Punctuation splits at it */
+#define UH_UPPER 0x20			/* Lowercase changes it */
+
+extern const uint16_t millm_unicode_habit_index[];
+extern const uint8_t millm_unicode_habit_block[][1 << MILLM_UNICODE_SHIFT];
+extern const uint16_t millm_unicode_script_index[];
+extern const uint8_t millm_unicode_script_block[][1 << MILLM_UNICODE_SHIFT];
+/* From and to, in the order of from. */
+extern const uint32_t millm_unicode_lower[][2];
+extern const size_t millm_unicode_n_lower;
+
+static inline uint8_t
+millm_unicode_habits(uint32_t cp)
+{
+	return millm_unicode_habit_block[millm_unicode_habit_index[cp >> MILLM_UNICODE_SHIFT]][cp & ((1 << MILLM_UNICODE_SHIFT) - 1)];
+}
+
+/* A number for the script, as UnicodeScripts tells them apart; 0: of any script. */
+static inline uint8_t
+millm_unicode_script(uint32_t cp)
+{
+	return millm_unicode_script_block[millm_unicode_script_index[cp >> MILLM_UNICODE_SHIFT]][cp & ((1 << MILLM_UNICODE_SHIFT) - 1)];
+}
+
+/* The lower-case code point of one that has UH_UPPER.  That of U+0130 is the first of two: U+0307 follows. */
+extern uint32_t millm_unicode_to_lower(uint32_t cp);
 
 static inline bool
 millm_unicode_is_space(uint32_t cp)

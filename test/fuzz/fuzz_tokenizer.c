@@ -50,7 +50,7 @@ compare_vocabulary(const Bulk *bulk, json_t *vocabulary)
 		value = json_object_getn(vocabulary, entry->text, entry->n);
 		if (!value)
 			continue;			/* a later one has been there */
-		require(json_integer_value(value) == entry->id);
+		require(json_integer_value(value) == entry->value.id);
 		json_object_deln(vocabulary, entry->text, entry->n);
 		n_found++;
 	}

@@ -191,6 +191,7 @@ test_config(void **state)
 }
 
 #define MODEL(inside) "{\"model\":{\"type\":\"BPE\"," inside "}}"
+#define UNIGRAM(vocabulary, unknown) "{\"model\":{\"type\":\"Unigram\",\"vocab\":" vocabulary ",\"unk_id\":" unknown "}}"
 #define VOCAB "\"vocab\":{\"a\":0,\"b\":1,\"ab\":2}"
 #define WITH(part) "{" part ",\"model\":{\"type\":\"BPE\"," VOCAB ",\"merges\":[]}}"
 
@@ -207,7 +208,15 @@ test_refusals(void **state)
 		{"[]", MILLM_E_INVALID_MODEL_FILE, "not a JSON object"},
 		{"{}", MILLM_E_INVALID_MODEL_FILE, "no \"model\""},
 		{"{\"version\":\"2.0\"}", MILLM_E_UNSUPPORTED, "2.0"},
-		{"{\"model\":{\"type\":\"Unigram\"}}", MILLM_E_UNSUPPORTED, "Unigram"},
+		{"{\"model\":{\"type\":\"Unigram\"}}", MILLM_E_INVALID_MODEL_FILE, "no vocabulary"},
+		{"{\"model\":{\"type\":\"Tiger\"}}", MILLM_E_UNSUPPORTED, "Tiger"},
+		{"{\"model\":{\"type\":7}}", MILLM_E_INVALID_MODEL_FILE, "type"},
+		{UNIGRAM("[[\"a\",-1.5],[\"b\"]]", "0"), MILLM_E_INVALID_MODEL_FILE, "Entry 1 of the vocabulary is not a piece"},
+		{UNIGRAM("[[\"a\",-1.5]]", "1"), MILLM_E_INVALID_MODEL_FILE, "unk_id"},
+		{UNIGRAM("{\"a\":0}", "0"), MILLM_E_INVALID_MODEL_FILE, "no vocabulary"},
+		{"{\"model\":{\"type\":\"WordPiece\"," VOCAB ",\"unk_token\":\"a\",\"continuing_subword_prefix\":\"##\"}}",
+		MILLM_E_INVALID_MODEL_FILE, "max_input_chars_per_word"},
+		{"{\"model\":{\"type\":\"WordLevel\"," VOCAB "}}", MILLM_E_INVALID_MODEL_FILE, "unk_token"},
 		{MODEL("\"merges\":[]"), MILLM_E_INVALID_MODEL_FILE, "no vocabulary"},
 		{MODEL(VOCAB), MILLM_E_INVALID_MODEL_FILE, "merges"},
 		{MODEL(VOCAB ",\"merges\":[\"a c\"]"), MILLM_E_INVALID_MODEL_FILE, "Merge 0"},
@@ -222,15 +231,22 @@ test_refusals(void **state)
 		{MODEL("\"vocab\":{\"a\":0,\"b\":[]},\"merges\":[]"), MILLM_E_INVALID_MODEL_FILE, "\"b\" is not an integer"},
 		{MODEL("\"vocab\":{\"a\":1234567890123456789},\"merges\":[]"), MILLM_E_INVALID_MODEL_FILE, "id 1234567890123456789 is out of range"},
 		{MODEL("\"vocab\":{\"a\":12345678901234567890},\"merges\":[]"), MILLM_E_INVALID_MODEL_FILE, "too big integer"},
-		{MODEL("\"vocab\":[\"a\"],\"merges\":[]"), MILLM_E_INVALID_MODEL_FILE, "no vocabulary"},
+		{MODEL("\"vocab\":[\"a\"],\"merges\":[]"), MILLM_E_INVALID_MODEL_FILE, "Entry 0 of the vocabulary"},
 		{MODEL("\"vocab\":{},\"merges\":[]"), MILLM_E_INVALID_MODEL_FILE, "no vocabulary"},
 		{MODEL(VOCAB ",\"merges\":{}"), MILLM_E_INVALID_MODEL_FILE, "no \"merges\""},
 		{MODEL(VOCAB ",\"merges\":[\"a b\",7]"), MILLM_E_INVALID_MODEL_FILE, "Merge 1"},
 		{MODEL(VOCAB ",\"merges\":[\"a b\",[\"a\",\"b\",\"a\"]]"), MILLM_E_INVALID_MODEL_FILE, "Merge 1"},
 		{MODEL(VOCAB ",\"merges\":[\"#version: 0.2\",\"b a\"]"), MILLM_E_INVALID_MODEL_FILE, "Merge 1, \"b\" and \"a\""},
 		{MODEL("\"vocab\":{\"a\":1,\"b\":1},\"merges\":[]"), MILLM_E_INVALID_MODEL_FILE, "two tokens"},
-		{WITH("\"normalizer\":{\"type\":\"Nmt\"}"), MILLM_E_UNSUPPORTED, "Nmt"},
-		{WITH("\"pre_tokenizer\":{\"type\":\"UnicodeScripts\"}"), MILLM_E_UNSUPPORTED, "UnicodeScripts"},
+		{WITH("\"normalizer\":{\"type\":\"Rot13\"}"), MILLM_E_UNSUPPORTED, "Rot13"},
+		{WITH("\"normalizer\":{\"type\":\"Precompiled\",\"precompiled_charsmap\":\"AAAAAA=\"}"), MILLM_E_INVALID_MODEL_FILE, "base64"},
+		{WITH("\"normalizer\":{\"type\":\"Precompiled\",\"precompiled_charsmap\":\"AA=A\"}"), MILLM_E_INVALID_MODEL_FILE, "base64"},
+		{WITH("\"normalizer\":{\"type\":\"Precompiled\",\"precompiled_charsmap\":\"AAA=\"}"), MILLM_E_INVALID_MODEL_FILE, "too short"},
+		{WITH("\"normalizer\":{\"type\":\"Precompiled\",\"precompiled_charsmap\":\"CAAAAA==\"}"), MILLM_E_INVALID_MODEL_FILE, "shorter than it says"},
+		{WITH("\"normalizer\":{\"type\":\"Precompiled\",\"precompiled_charsmap\":\"AAAAAP8=\"}"), MILLM_E_INVALID_MODEL_FILE, "not UTF-8"},
+		{WITH("\"pre_tokenizer\":{\"type\":\"Guess\"}"), MILLM_E_UNSUPPORTED, "Guess"},
+		{WITH("\"pre_tokenizer\":{\"type\":\"CharDelimiterSplit\",\"delimiter\":\"ab\"}"), MILLM_E_INVALID_MODEL_FILE, "not one character"},
+		{WITH("\"pre_tokenizer\":{\"type\":\"FixedLength\",\"length\":0}"), MILLM_E_INVALID_MODEL_FILE, "FixedLength"},
 		{WITH("\"pre_tokenizer\":{}"), MILLM_E_INVALID_MODEL_FILE, "type"},
 		{WITH("\"pre_tokenizer\":{\"type\":\"Split\",\"pattern\":{\"Regex\":\"(a\"},\"behavior\":\"Isolated\"}"),
 		MILLM_E_UNSUPPORTED, "not closed"},
@@ -240,8 +256,10 @@ test_refusals(void **state)
 		MILLM_E_UNSUPPORTED, "PCRE2"},
 		{WITH("\"pre_tokenizer\":{\"type\":\"Split\",\"pattern\":{\"String\":\"a\"},\"behavior\":\"Twice\"}"),
 		MILLM_E_INVALID_MODEL_FILE, "Twice"},
-		{WITH("\"post_processor\":{\"type\":\"BertProcessing\"}"), MILLM_E_UNSUPPORTED, "BertProcessing"},
-		{WITH("\"decoder\":{\"type\":\"CTC\"}"), MILLM_E_UNSUPPORTED, "CTC"},
+		{WITH("\"post_processor\":{\"type\":\"BertProcessing\"}"), MILLM_E_INVALID_MODEL_FILE, "cls"},
+		{WITH("\"post_processor\":{\"type\":\"BertProcessing\",\"cls\":[\"a\",0],\"sep\":[\"x\",3]}"), MILLM_E_INVALID_MODEL_FILE, "sep"},
+		{WITH("\"decoder\":{\"type\":\"Whisper\"}"), MILLM_E_UNSUPPORTED, "Whisper"},
+		{WITH("\"decoder\":{\"type\":\"BPEDecoder\",\"suffix\":\"\"}"), MILLM_E_INVALID_MODEL_FILE, "empty"},
 		{WITH("\"decoder\":{\"type\":\"Sequence\",\"decoders\":[{\"type\":\"Fuse\"},{\"type\":\"ByteFallback\"}]}"),
 		MILLM_E_UNSUPPORTED, "order"},
 		{WITH("\"added_tokens\":[{\"id\":7,\"content\":\"x\"}]"), MILLM_E_INVALID_MODEL_FILE, "its place in the vocabulary is 3"},
@@ -275,7 +293,10 @@ describe_bulk(const char *json, size_t n, char *out, size_t room)
 	if (!bulk.has_vocabulary)
 		k += (size_t) snprintf(out + k, room - k, "- ");
 	for (size_t i = 0; bulk.has_vocabulary && i < bulk.n_entries; i++)
-		k += (size_t) snprintf(out + k, room - k, "%.*s=%lld ", (int) bulk.entries[i].n, bulk.entries[i].text, (long long) bulk.entries[i].id);
+		if (bulk.has_scores)
+			k += (size_t) snprintf(out + k, room - k, "%.*s=%.17g ", (int) bulk.entries[i].n, bulk.entries[i].text, bulk.entries[i].value.score);
+		else
+			k += (size_t) snprintf(out + k, room - k, "%.*s=%lld ", (int) bulk.entries[i].n, bulk.entries[i].text, (long long) bulk.entries[i].value.id);
 	k += (size_t) snprintf(out + k, room - k, ";");
 	if (!bulk.has_merges)
 		k += (size_t) snprintf(out + k, room - k, " -");
@@ -307,7 +328,7 @@ test_bulk(void **state)
 		{"{\"\\u006dodel\":{\"vo\\u0063ab\":{\"a\":0}}}", "a=0 ; -"},
 		/* a later one counts, whatever it is; entries come as often as they are written */
 		{"{\"model\":{\"vocab\":{\"a\":0},\"vocab\":{\"b\":1,\"b\":2}}}", "b=1 b=2 ; -"},
-		{"{\"model\":{\"vocab\":{\"a\":0},\"vocab\":[]}}", "- ; -"},
+		{"{\"model\":{\"vocab\":{\"a\":0},\"vocab\":[]}}", "; -"},
 		{"{\"model\":{\"vocab\":{\"a\":0}},\"model\":{\"merges\":[]}}", "- ;"},
 		{"{\"model\":{\"vocab\":{\"a\":0}},\"model\":7}", "- ; -"},
 #define VOCABULARY(s) "{\"model\":{\"vocab\":" s ",\"merges\":[\"x\"]}}"
@@ -346,7 +367,18 @@ test_bulk(void **state)
 		{VOCABULARY("{\"a\":1234567890123456789}"), "- ; x"},
 		{VOCABULARY("{\"a\":{\"b\":[1,\"]\"]}}"), "- ; x"},
 		{VOCABULARY("null"), "- ; x"},
-		{VOCABULARY("[[\"a\",0.5]]"), "- ; x"},
+		{VOCABULARY("[[\"a\",0.5],[\"b\",-2],[\"a\",1e2]]"), "a=0.5 b=-2 a=100 ; x"},
+		{VOCABULARY("[ [ \"a\" , -1.25e-1 ] ]"), "a=-0.125 ; x"},
+		{VOCABULARY("[[\"a\",-0.0001234567890123456789]]"), "a=-0.00012345678901234567 ; x"},
+		{VOCABULARY("[[\"a\",-8.184756923748213]]"), "a=-8.1847569237482123 ; x"},
+		{VOCABULARY("[]"), "; x"},
+		{VOCABULARY("[[\"a\",.5]]"), "- ; x"},
+		{VOCABULARY("[[\"a\",01.5]]"), "- ; x"},
+		{VOCABULARY("[[\"a\",1.]]"), "- ; x"},
+		{VOCABULARY("[[\"a\",1e]]"), "- ; x"},
+		{VOCABULARY("[[\"a\",1e999]]"), "- ; x"},
+		{VOCABULARY("[[\"a\"]]"), "- ; x"},
+		{VOCABULARY("[[0.5,\"a\"]]"), "- ; x"},
 #define MERGES(s) "{\"model\":{\"merges\":" s ",\"vocab\":{\"x\":1}}}"
 		{MERGES("[[\"a\"]]"), "x=1 ; -"},
 		{MERGES("[[\"a\",\"b\",\"c\"]]"), "x=1 ; -"},
