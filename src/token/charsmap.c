@@ -136,6 +136,20 @@ look_up(const Charsmap *map, const char *key, size_t n, size_t *text_n)
 	return NULL;
 }
 
+/*
+ * Do the two belong together by characters that are newer than utf8proc's tables may be: a mark behind anything but a control, or
+ * one of the letters (Kawi's and Tulu-Tigalari's repha) that is written before its syllable?
+ */
+static bool
+is_new_bond(uint32_t before, uint32_t cp)
+{
+	const uint32_t controls = UM_C | UM(UC_ZL) | UM(UC_ZP);
+
+	if (before == 0x11F02 || before == 0x113D1)
+		return !millm_unicode_is_in(cp, controls);
+	return millm_unicode_class(cp) & UC_IS_NEW && millm_unicode_is_in(cp, UM_M) && !millm_unicode_is_in(before, controls);
+}
+
 /* The end of the grapheme cluster that starts at i. */
 static size_t
 cluster_end(const char *text, size_t n, size_t i)
@@ -148,15 +162,11 @@ cluster_end(const char *text, size_t n, size_t i)
 	for (; i < n; before = cp)
 	{
 		unsigned	length;
-		uint8_t		class;
 
 		if ((unsigned char) text[i] < 0x80 && before < 0x80 && before != '\r')
 			return i;
 		length = millm_utf8_get(text + i, &cp);
-		class = millm_unicode_class(cp);
-		/* a mark that is newer than utf8proc's tables may be: it goes on with anything but a control */
-		if (!(class & UC_IS_NEW && UM(class & UC_CATEGORY_BITS) & UM_M && !millm_unicode_is_in(before, UM_C | UM(UC_ZL) | UM(UC_ZP))) &&
-			utf8proc_grapheme_break_stateful((utf8proc_int32_t) before, (utf8proc_int32_t) cp, &state))
+		if (utf8proc_grapheme_break_stateful((utf8proc_int32_t) before, (utf8proc_int32_t) cp, &state) && !is_new_bond(before, cp))
 			return i;
 		i += length;
 	}

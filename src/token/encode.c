@@ -103,6 +103,7 @@ split(Run *run, int stage, const char *text, size_t n, bool is_origin)
 	const PreTokenizer *pre = &run->tok->pre[stage];
 	Piece		held = {0};		/* the piece that the next one may join */
 	bool		is_held = false;
+	bool		is_begun = false;	/* there was a match, which ended at done */
 	bool		last = false;	/* is_match of the last piece that was seen */
 	size_t		done = 0;		/* the text before this is in pieces */
 	size_t		from = 0;
@@ -118,6 +119,14 @@ split(Run *run, int stage, const char *text, size_t n, bool is_origin)
 		rc = millm_pattern_find(&pre->pattern, &run->pattern, text, n, from, &found, &start, &end, run->err);
 		if (rc != MILLM_OK)
 			return rc;
+		if (found && start == end && is_begun && start == done)
+		{
+			uint32_t	cp;
+
+			from += millm_utf8_get(text + end, &cp);	/* an empty match that touches another is none */
+			continue;
+		}
+		is_begun = is_begun || found;
 		pieces[0] = (Piece) {done, start, pre->invert};
 		pieces[1] = (Piece) {start, end, found != pre->invert};
 		for (int i = 0; i < (found ? 2 : 1); i++)

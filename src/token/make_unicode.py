@@ -9,7 +9,7 @@ The genuine tokenizer's regexes follow Unicode 16.0, what it takes from Rust's s
 17.0.  Python 3.11's own unicodedata, 14.0, tells which assignments are newer than the oldest PCRE2 that we build with.
 
 Its normalizers and splitters have tables of their own, of several ages; those are had by asking it (tokenizers 0.22.2) about
-one code point after the other.  Its normal forms are Unicode 12.0's, and Perl knows what that had not assigned.
+one code point after the other.  Its normal forms are Unicode 9.0's, and Perl knows what that had not assigned.
 """
 import importlib.util
 import subprocess
@@ -57,7 +57,7 @@ def bert(**flags):
 ACCENTS, CLEAN, MARKS = normalizers.StripAccents(), bert(clean_text=True), bert(strip_accents=True)
 LOWER, PUNCTUATION, SCRIPTS = normalizers.Lowercase(), pre_tokenizers.Punctuation(), pre_tokenizers.UnicodeScripts()
 UNASSIGNED = set(map(int, subprocess.run(
-    ["perl", "-e", r'for (0..0x10ffff) { print "$_\n" if ($_ < 0xd800 || $_ > 0xdfff) && chr($_) =~ /\P{Present_In: 12.0}/ }'],
+    ["perl", "-e", r'for (0..0x10ffff) { print "$_\n" if ($_ < 0xd800 || $_ > 0xdfff) && chr($_) =~ /\P{Present_In: 9.0}/ }'],
     check=True, capture_output=True, text=True).stdout.split()))
 
 

@@ -3,7 +3,7 @@
  *
  * Most text is normal already.  The normal forms look at it first: no character below U+0300 changes under NFC or composes with
  * what is before it, none below U+0080 under the others, so only the runs that hold a higher one go through utf8proc.
- * And those are cut at characters that the genuine library's tables, Unicode 12.0's, have not assigned: to it
+ * And those are cut at characters that the genuine library's tables, Unicode 9.0's, have not assigned: to it
  * they are inert, so what is before and behind them is normalized alone.
  */
 #include <stdlib.h>
@@ -37,21 +37,25 @@ replace(const Normalizer *stage, PatternScratch *scratch, const char *text, size
 {
 	size_t		done = 0;
 	size_t		from = 0;
+	bool		is_begun = false;	/* there was a match, which ended at done */
 
 	out->n = 0;
 	for (;;)
 	{
 		bool		found;
+		bool		counts;
 		size_t		start;
 		size_t		end;
 		MillmCode	rc = millm_pattern_find(&stage->pattern, scratch, text, n, from, &found, &start, &end, err);
 
 		if (rc != MILLM_OK)
 			return rc;
-		if (!millm_bytes_add(out, text + done, start - done) || (found && !millm_bytes_add(out, stage->text, stage->text_n)))
+		counts = found && (end > start || !is_begun || start > done);	/* an empty match that touches another is none */
+		if (!millm_bytes_add(out, text + done, start - done) || (counts && !millm_bytes_add(out, stage->text, stage->text_n)))
 			return out_of_memory(err);
 		if (!found)
 			return MILLM_OK;
+		is_begun = true;
 		if (start == 0 && end > 0)
 			*is_moved = *is_moved || stage->text_n == 0 || is_long(text, end);
 		done = from = end;

@@ -51,7 +51,7 @@ millm_unicode_class(uint32_t cp)
 }
 
 /* Habits: what the normalizers and splitters of the genuine tokenizer do with a code point, by tables of several ages. */
-#define UH_NOT_NORMAL 0x01		/* Unicode 12.0 has not assigned it: the normal forms leave it as it is */
+#define UH_NOT_NORMAL 0x01		/* Unicode 9.0 has not assigned it: the normal forms leave it as it is */
 #define UH_ACCENT 0x02			/* StripAccents drops it */
 #define UH_CONTROL 0x04			/* BertNormalizer's clean_text drops it */
 #define UH_MARK 0x08			/* BertNormalizer's strip_accents drops it */

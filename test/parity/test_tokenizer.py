@@ -131,7 +131,8 @@ BEHAVIORS = ["removed", "isolated", "merged_with_previous", "merged_with_next", 
 
 @pytest.mark.parametrize("invert", [False, True])
 @pytest.mark.parametrize("behavior", BEHAVIORS)
-@pytest.mark.parametrize("pattern", ["-", cases.Regex(r"[-a]+|\d"), cases.Regex(r"(?=b)")], ids=["string", "regex", "empty-match"])
+@pytest.mark.parametrize("pattern", ["-", cases.Regex(r"[-a]+|\d"), cases.Regex(r"(?=b)"), cases.Regex(r"b*|-")],
+                         ids=["string", "regex", "empty-match", "empty-or-not"])
 def test_split_behaviors(pattern, behavior, invert, tmp_path):
     genuine = cases.make("gpt2")
     genuine.pre_tokenizer = pre_tokenizers.Sequence([
@@ -139,6 +140,16 @@ def test_split_behaviors(pattern, behavior, invert, tmp_path):
     rng = random.Random(2)
     with Ours(cases.write(genuine, tmp_path)) as ours:
         texts = ["The-final--countdown", "-", "--", "-a-", "a-b1-"] + ["".join(rng.choice("-ab1 é") for _ in range(9)) for _ in range(400)]
+        assert cases.differences(ours, genuine, texts) == []
+
+
+@pytest.mark.parametrize("name, parts", cases.COMPONENTS, ids=[name for name, _ in cases.COMPONENTS])
+def test_component(name, parts, tmp_path):
+    """Every normalizer and pre-tokenizer alone, seen through a vocabulary that hides nothing."""
+    genuine = cases.revealing(**parts)
+    with Ours(cases.write(genuine, tmp_path)) as ours:
+        texts = [t for t in cases.EDGES if len(t) < 400] + [cases.MULTILINGUAL] + list(cases.random_texts(600, seed=name))
+        texts += list(cases.mark_texts(400, seed=name)) + list(cases.point_texts())
         assert cases.differences(ours, genuine, texts) == []
 
 

@@ -1,4 +1,5 @@
 """What the tokenizer comparisons share: the driver of our tokenizer, the texts, and small tokenizers made on the spot."""
+import base64
 import json
 import random
 import struct
@@ -230,6 +231,112 @@ def make(name):
 REGEXES = {"cl100k": REGEX_CL100K, "qwen3.5": REGEX_QWEN35, "o200k": REGEX_O200K, "bloom": REGEX_BLOOM,
            "deepseek3": REGEX_DEEPSEEK3, "tiktoken": REGEX_TIKTOKEN, "word": r"\w+|\W", "edge": r"\b|\s+$", "han": r"\p{Han}+|\d+"}
 SMALL = ["gpt2", "prefix-space", "digits", "digit-runs", "llama3", "qwen", "llama2", "mistral", "fused-unknown"] + list(REGEXES)
+
+
+# ---- components, one by one ----
+
+def revealing(normalizer=None, pre_tokenizer=None, decoder=None):
+    """A tokenizer whose ids tell every byte of the normalized text and where each piece begins: no character is in its vocabulary,
+    and one that does not begin a piece is "##" and the character, in bytes."""
+    return Tokenizer.from_str(json.dumps({
+        "version": "1.0", "added_tokens": [], "normalizer": normalizer, "pre_tokenizer": pre_tokenizer, "decoder": decoder,
+        "model": {"type": "BPE", "vocab": {f"<0x{b:02X}>": b for b in range(256)}, "merges": [], "byte_fallback": True,
+                  "continuing_subword_prefix": "##"}}))
+
+
+def charsmap(mapping):
+    """SentencePiece's compiled form of {text: text}: a double array over bytes, then the texts."""
+    texts, offsets = b"", {}
+    for key, value in mapping.items():
+        offsets[key] = len(texts)
+        texts += value.encode() + b"\0"
+    trie = {}
+    for key in mapping:
+        node = trie
+        for b in key.encode():
+            node = node.setdefault(b, {})
+        node[None] = offsets[key]
+    units, used = {0: 0}, {0}
+
+    def place(node, at):
+        labels = [0 if label is None else label for label in node]
+        # an offset of less than 2^21 is written as it is; position 0 is the root's
+        base = next(b for b in range(1, 1 << 20) if all((at ^ b ^ x) not in used for x in labels))
+        units[at] = units.get(at, 0) | base << 10 | (None in node) << 8
+        used.update(at ^ base ^ x for x in labels)
+        for label, child in node.items():
+            if label is None:
+                units[at ^ base] = child | 1 << 31
+            else:
+                units[at ^ base ^ label] = label
+        for label, child in node.items():
+            if label is not None:
+                place(child, at ^ base ^ label)
+
+    place(trie, 0)
+    n = max(units) + 256
+    return base64.b64encode(struct.pack("<I", 4 * n) + b"".join(struct.pack("<I", units.get(i, 0x1FF)) for i in range(n)) + texts).decode()
+
+
+CHARSMAP = {"\t": " ", "\n": " ", "\u00a0": " ", "\ufb01": "fi", "\u00bd": "1\u20442", "\uff21": "A", "\uff21\u0301": "\u00c1", "e\u0301": "\u00e9",
+            "a": "aa", "\u200d": "", "\u00ad": "", "\u3000": " ", "\u30ab\u3099": "\u30ac", "\u0600": "x", "\u0130": "I", "\r": ""}
+
+
+def bert(clean, chinese, accents, lower):
+    return {"type": "BertNormalizer", "clean_text": clean, "handle_chinese_chars": chinese, "strip_accents": accents, "lowercase": lower}
+
+
+def sequence(kind, *parts):
+    return {"type": "Sequence", kind: list(parts)}
+
+
+REPLACE_RUNS = {"type": "Replace", "pattern": {"Regex": " {2,}"}, "content": "▁"}
+METASPACE = {"type": "Metaspace", "replacement": "▁", "prepend_scheme": "always", "split": True}
+FIRST = METASPACE | {"prepend_scheme": "first"}
+NORMALIZERS = {t.lower(): {"type": t} for t in ("NFC", "NFD", "NFKC", "NFKD", "Lowercase", "StripAccents", "Nmt", "ByteLevel")} | {
+    "strip": {"type": "Strip", "strip_left": True, "strip_right": True}, "strip-left": {"type": "Strip", "strip_left": True, "strip_right": False},
+    "strip-right": {"type": "Strip", "strip_left": False, "strip_right": True},
+    "replace-regex": {"type": "Replace", "pattern": {"Regex": r"\s+|b*"}, "content": "\\1_"},
+    "replace-runs": REPLACE_RUNS, "prepend": {"type": "Prepend", "prepend": "▁x"}, "charsmap": {"type": "Precompiled", "precompiled_charsmap": charsmap(CHARSMAP)},
+    "bert": bert(True, True, None, True), "bert-cased": bert(True, True, None, False), "bert-accents": bert(False, False, True, False),
+    "bert-clean": bert(True, False, False, False),
+    "sequence": sequence("normalizers", {"type": "NFKD"}, {"type": "StripAccents"}, {"type": "Lowercase"}, {"type": "Strip", "strip_left": True, "strip_right": True}),
+    "empty-sequence": sequence("normalizers")}
+PRE_TOKENIZERS = {t.lower(): {"type": t} for t in ("Whitespace", "WhitespaceSplit", "BertPreTokenizer", "UnicodeScripts", "FixedLength")} | {
+    f"punctuation-{b.lower()}": {"type": "Punctuation", "behavior": b} for b in ("Isolated", "Removed", "Contiguous", "MergedWithPrevious", "MergedWithNext")} | {
+    "delimiter": {"type": "CharDelimiterSplit", "delimiter": "é"}, "length": {"type": "FixedLength", "length": 3}, "metaspace": METASPACE, "metaspace-first": FIRST,
+    "metaspace-legacy": {"type": "Metaspace", "replacement": "_", "add_prefix_space": False, "prepend_scheme": "never", "str_rep": "_"},
+    "letters-digits": sequence("pretokenizers", {"type": "Punctuation", "behavior": "Contiguous"}, {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True},
+                               {"type": "Digits", "individual_digits": False}, {"type": "Split", "pattern": {"Regex": "[0-9][0-9][0-9]"}, "behavior": "Isolated", "invert": False}),
+    "letters-twice": sequence("pretokenizers", {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": True},
+                              {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}, {"type": "Whitespace"}),
+    "scripts-metaspace": sequence("pretokenizers", {"type": "UnicodeScripts"}, FIRST), "words-metaspace": sequence("pretokenizers", {"type": "WhitespaceSplit"}, METASPACE),
+    "empty-sequence": sequence("pretokenizers")}
+# Where a piece begins in the text decides what Metaspace first does, also behind these.
+MOVING = {"strip": NORMALIZERS["strip"], "nmt": {"type": "Nmt"}, "clean": bert(True, False, False, False), "runs": REPLACE_RUNS, "prepend": NORMALIZERS["prepend"],
+          "remove": {"type": "Replace", "pattern": {"String": " "}, "content": ""}, "chinese": bert(False, True, False, False), "accents": {"type": "StripAccents"},
+          "charsmap": NORMALIZERS["charsmap"], "nfd": sequence("normalizers", {"type": "NFD"}, {"type": "StripAccents"}), "letters": {"type": "ByteLevel"}}
+COMPONENTS = [(f"normalizer-{k}", {"normalizer": v}) for k, v in NORMALIZERS.items()] + \
+    [(f"pre-{k}", {"pre_tokenizer": v}) for k, v in PRE_TOKENIZERS.items()] + \
+    [(f"first-{k}", {"normalizer": v, "pre_tokenizer": FIRST}) for k, v in MOVING.items()]
+POINTS = [*range(0x3400), *range(0x3400, 0x20000, 23), *range(0xA000, 0xAC00), *range(0xF900, 0x12000), *range(0x16A00, 0x17000), *range(0x1AFF0, 0x1FC00),
+          *range(0x20000, 0xE0000, 997), *range(0xE0000, 0xE0200), *range(0xE0200, 0x110000, 997)]
+
+
+def point_texts():
+    """Most code points that are assigned, each between letters; some hundred in a text."""
+    points = [chr(c) for c in POINTS if not 0xD800 <= c < 0xE000]
+    for i in range(0, len(points), 200):
+        yield "".join(f"a{c}e\u0301 {c}" for c in points[i:i + 200])
+
+
+def mark_texts(n, seed):
+    """Letters under heaps of marks, of several ages: what the normal forms sort and compose."""
+    rng = random.Random(seed)
+    marks = [c for c in map(chr, range(0x110000)) if unicodedata.category(c).startswith("M")] + list("\u0301\u0323\u0307\u0327\u3099\u1161\u11a8\U0001e08f") * 40
+    bases = list("aeoAüǖか각ᄀ가ｶ\u0915\u0b47\u1112\U00011935") + ["ﬁ", "①", " ", ""]
+    for _ in range(n):
+        yield "".join(rng.choice(bases) + "".join(rng.choice(marks) for _ in range(rng.randint(0, 4))) for _ in range(rng.randint(1, 6)))
 
 
 def write(tokenizer, directory, config=None):
