@@ -523,6 +523,15 @@ millm_bulk_read(Bulk *bulk, const char *json, size_t n)
 	return !r.is_memory_out && keep(&r, r.end, "");
 }
 
+bool
+millm_bulk_read_vocabulary(Bulk *bulk, const char *json, size_t n)
+{
+	Reader		r = {.p = json, .end = json + n, .kept = json, .n = n, .bulk = bulk};
+
+	bulk->has_vocabulary = n <= UINT32_MAX && peek(&r) == '{' && read_vocabulary(&r) && peek(&r) == '\0' && r.p == r.end;
+	return !r.is_memory_out;
+}
+
 void
 millm_bulk_free(Bulk *bulk)
 {

@@ -55,6 +55,8 @@ typedef struct Bulk
  * False: out of memory; *bulk is to be freed then, too.
  */
 extern bool millm_bulk_read(Bulk *bulk, const char *json, size_t n);
+/* Read a file that is a vocabulary and nothing else, an object of integers; if it is not, has_vocabulary stays false. */
+extern bool millm_bulk_read_vocabulary(Bulk *bulk, const char *json, size_t n);
 extern void millm_bulk_free(Bulk *bulk);
 
 #endif

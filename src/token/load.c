@@ -1,5 +1,5 @@
 /*
- * load.c -- tokenizer.json and tokenizer_config.json to a MillmTokenizer.
+ * load.c -- a model directory's tokenizer: its files, in the order in which they count, to a MillmTokenizer.
  *
  * bulk.c reads the vocabulary and the merges, jansson the rest.  Keys that no reader of tokenizer.json knows are ignored, as the
  * genuine library does; so are truncation and padding, which are for training.
@@ -21,6 +21,16 @@
 #include "loader.h"
 
 #define MAX_FILE_BYTES (INT64_C(256) << 20)
+
+static const char *const file_names[N_TOKENIZER_FILES] = {
+	[FILE_TOKENIZER] = "tokenizer.json",
+	[FILE_CONFIG] = "tokenizer_config.json",
+	[FILE_MODEL] = "tokenizer.model",
+	[FILE_VOCABULARY] = "vocab.json",
+	[FILE_MERGES] = "merges.txt",
+	[FILE_ADDED] = "added_tokens.json",
+	[FILE_SPECIAL] = "special_tokens_map.json",
+};
 
 MillmCode
 millm_load_out_of_memory(MillmError *err)
@@ -296,56 +306,90 @@ load_config(Loader *l, const json_t *config)
 	return rc;
 }
 
+/*
+ * The JSON of a file, NULL if there is none.  In a config no integer is read, but the "model_max_length" of many is 10^30, which
+ * no integer can be.
+ */
+static MillmCode
+parse_file(Loader *l, const FileBytes *files, TokenizerFile which, json_t **out)
+{
+	*out = NULL;
+	if (!files[which].data)
+		return MILLM_OK;
+	l->file = file_names[which];
+	return parse_json(l, files[which].data, files[which].n, which == FILE_CONFIG ? JSON_DECODE_INT_AS_REAL : 0, out);
+}
+
+/* tokenizer.json: its vocabulary and its merges into the bulk, the rest into *root. */
+static MillmCode
+read_tokenizer(Loader *l, FileBytes file, json_t **root)
+{
+	l->file = file_names[FILE_TOKENIZER];
+	if (!millm_bulk_read(&l->bulk, file.data, file.n))
+		return millm_load_out_of_memory(l->err);
+	/* What is wrong with the rest is told from the whole file, for the line and the column. */
+	*root = json_loadb(l->bulk.rest.data, l->bulk.rest.n, JSON_ALLOW_NUL, NULL);
+	if (!*root)
+		return parse_json(l, file.data, file.n, 0, root);
+	return json_is_object(*root) ? MILLM_OK : millm_load_invalid(l, "It is not a JSON object.");
+}
+
 MillmCode
-millm_tokenizer_parse(const char *json, size_t json_n, const char *config, size_t config_n,
-					  MillmTokenizer **out, MillmError *err)
+millm_tokenizer_parse_files(const FileBytes files[N_TOKENIZER_FILES], MillmTokenizer **out, MillmError *err)
 {
 	MillmTokenizer *tok = calloc(1, sizeof(*tok));
-	Loader		l = {.tok = tok, .file = "tokenizer.json", .err = err, .max_added = -1};
+	Loader		l = {.tok = tok, .err = err, .max_added = -1};
 	json_t	   *root = NULL;
-	json_t	   *config_root = NULL;
+	json_t	   *config = NULL;
+	json_t	   *added = NULL;
+	json_t	   *special = NULL;
 	MillmCode	rc;
 
 	if (!tok)
 		return millm_load_out_of_memory(err);
-	if (!millm_bulk_read(&l.bulk, json, json_n))
-	{
-		rc = millm_load_out_of_memory(err);
+	if ((rc = parse_file(&l, files, FILE_CONFIG, &config)) != MILLM_OK || (rc = parse_file(&l, files, FILE_ADDED, &added)) != MILLM_OK ||
+		(rc = parse_file(&l, files, FILE_SPECIAL, &special)) != MILLM_OK)
 		goto done;
-	}
-	/* What is wrong with the rest is told from the whole file, for the line and the column. */
-	root = json_loadb(l.bulk.rest.data, l.bulk.rest.n, JSON_ALLOW_NUL, NULL);
-	if (!root && (rc = parse_json(&l, json, json_n, 0, &root)) != MILLM_OK)
-		goto done;
-	if (!json_is_object(root))
-		rc = millm_load_invalid(&l, "It is not a JSON object.");
+	if (files[FILE_TOKENIZER].data)
+		rc = read_tokenizer(&l, files[FILE_TOKENIZER], &root);
+	else if (files[FILE_MODEL].data)
+		rc = millm_legacy_sentencepiece(&l, files[FILE_MODEL].data, files[FILE_MODEL].n, config, &root);
 	else
-		rc = load_tokenizer(&l, root);
-	if (rc != MILLM_OK)
+		rc = millm_legacy_pair(&l, files[FILE_VOCABULARY].data, files[FILE_VOCABULARY].n, files[FILE_MERGES].data, files[FILE_MERGES].n,
+							   added, config, &root);
+	if (rc != MILLM_OK || (rc = load_tokenizer(&l, root)) != MILLM_OK)
 		goto done;
-	if (config)
-	{
-		l.file = "tokenizer_config.json";
-		/* model_max_length is often 10^30; no number of this file is wanted */
-		if ((rc = parse_json(&l, config, config_n, JSON_DECODE_INT_AS_REAL, &config_root)) != MILLM_OK ||
-			(rc = load_config(&l, config_root)) != MILLM_OK)
-			goto done;
-	}
+	l.file = file_names[FILE_CONFIG];
+	if (config && (rc = load_config(&l, config)) != MILLM_OK)
+		goto done;
+	l.file = file_names[FILE_SPECIAL];
+	if (special && (rc = load_special_tokens(&l, special)) != MILLM_OK)
+		goto done;
 	if ((rc = millm_load_sets(&l)) != MILLM_OK || (rc = decode_tokens(&l)) != MILLM_OK)
 		goto done;
 	*out = tok;
 done:
 	millm_bulk_free(&l.bulk);
 	json_decref(root);
-	json_decref(config_root);
+	json_decref(config);
+	json_decref(added);
+	json_decref(special);
 	if (rc != MILLM_OK)
 		millm_tokenizer_close(tok);
 	return rc;
 }
 
+MillmCode
+millm_tokenizer_parse(const char *json, size_t json_n, const char *config, size_t config_n,
+					  MillmTokenizer **out, MillmError *err)
+{
+	return millm_tokenizer_parse_files((FileBytes[N_TOKENIZER_FILES]) {[FILE_TOKENIZER] = {json, json_n}, [FILE_CONFIG] = {config, config_n}},
+									   out, err);
+}
+
 /* Map a file; MODEL_FILES_MISSING if there is none.  unmap() ends it. */
 static MillmCode
-map_file(const char *dir, const char *name, const char **out, size_t *n, MillmError *err)
+map_file(const char *dir, const char *name, FileBytes *out, MillmError *err)
 {
 	char		path[4096];
 	struct stat st;
@@ -380,35 +424,60 @@ map_file(const char *dir, const char *name, const char **out, size_t *n, MillmEr
 	close(fd);
 	if (data == MAP_FAILED)
 		return MILLM_E_MODEL_LOAD_FAILED;
-	*out = data;
-	*n = (size_t) st.st_size;
+	*out = (FileBytes) {data, (size_t) st.st_size};
 	return MILLM_OK;
 }
 
 static void
-unmap(const char *data, size_t n)
+unmap(FileBytes file)
 {
-	if (n > 0)
-		munmap((void *) data, n);
+	if (file.n > 0)
+		munmap((void *) file.data, file.n);
+}
+
+/* Map it if it is there. */
+static MillmCode
+map_optional(const char *dir, TokenizerFile which, FileBytes files[N_TOKENIZER_FILES], MillmError *err)
+{
+	MillmCode	rc = map_file(dir, file_names[which], &files[which], err);
+
+	return rc == MILLM_E_MODEL_FILES_MISSING ? MILLM_OK : rc;
+}
+
+/* Map the files of the first form of tokenizer that dir has. */
+static MillmCode
+map_files(const char *dir, FileBytes files[N_TOKENIZER_FILES], MillmError *err)
+{
+	MillmCode	rc;
+
+	if ((rc = map_optional(dir, FILE_TOKENIZER, files, err)) != MILLM_OK || (rc = map_optional(dir, FILE_CONFIG, files, err)) != MILLM_OK)
+		return rc;
+	if (files[FILE_TOKENIZER].data)
+		return MILLM_OK;
+	if ((rc = map_optional(dir, FILE_MODEL, files, err)) != MILLM_OK || (rc = map_optional(dir, FILE_SPECIAL, files, err)) != MILLM_OK)
+		return rc;
+	if (files[FILE_MODEL].data)
+		return MILLM_OK;
+	if ((rc = map_optional(dir, FILE_VOCABULARY, files, err)) != MILLM_OK || (rc = map_optional(dir, FILE_MERGES, files, err)) != MILLM_OK)
+		return rc;
+	if (files[FILE_VOCABULARY].data && files[FILE_MERGES].data)
+		return map_optional(dir, FILE_ADDED, files, err);
+	millm_fail(err, MILLM_E_MODEL_FILES_MISSING, "model directory \"%s\" has no tokenizer.json", dir);
+	millm_detail(err, "It has no tokenizer.model either, nor vocab.json with merges.txt.");
+	return MILLM_E_MODEL_FILES_MISSING;
 }
 
 MillmCode
 millm_tokenizer_open(const char *dir, MillmTokenizer **out, MillmError *err)
 {
-	const char *json = NULL;
-	const char *config = NULL;
-	size_t		json_n = 0;
-	size_t		config_n = 0;
+	FileBytes	files[N_TOKENIZER_FILES] = {0};
 	char		path[4096];
-	MillmCode	rc;
+	MillmCode	rc = map_files(dir, files, err);
 
-	if ((rc = map_file(dir, "tokenizer.json", &json, &json_n, err)) != MILLM_OK)
-		return rc;
-	rc = map_file(dir, "tokenizer_config.json", &config, &config_n, err);
-	if (rc == MILLM_OK || rc == MILLM_E_MODEL_FILES_MISSING)
-		rc = millm_tokenizer_parse(json, json_n, config, config_n, out, err);
-	unmap(json, json_n);
-	unmap(config, config_n);
+	if (rc == MILLM_OK)
+		rc = millm_tokenizer_parse_files(files, out, err);
+	for (int i = 0; i < N_TOKENIZER_FILES; i++)
+		unmap(files[i]);
 	if (rc != MILLM_OK)
 		return rc;
 	if ((size_t) snprintf(path, sizeof(path), "%s/chat_template.jinja", dir) < sizeof(path) && access(path, F_OK) == 0)

@@ -6,6 +6,7 @@
  *     load_model.c    the vocabulary and the model
  *     load_added.c    added tokens, and the sets by which they are found
  *     bulk.c          reads the vocabulary and the merges
+ *     legacy.c        models without a tokenizer.json
  *
  * The files are a stranger's: every type, id and size is checked, and a component, a flag or an order of components
  * that encode.c and decode.c do not reproduce exactly is refused by its name.
@@ -83,5 +84,15 @@ extern MillmCode millm_load_added_tokens(Loader *l, const json_t *list);
 extern MillmCode millm_load_added_token(Loader *l, const json_t *json, bool is_special, int64_t file_id);
 /* The two sets, once all added tokens are known. */
 extern MillmCode millm_load_sets(Loader *l);
+
+/* ---- legacy.c ---- */
+
+/*
+ * The tokenizer.json that a model without one amounts to: its vocabulary and its merges in l->bulk, which points into the files, and
+ * the rest in *root, the caller's, also on failure.  config is tokenizer_config.json, added is added_tokens.json; each may be NULL.
+ */
+extern MillmCode millm_legacy_pair(Loader *l, const char *vocabulary, size_t vocabulary_n, const char *merges, size_t merges_n,
+								   json_t *added, const json_t *config, json_t **root);
+extern MillmCode millm_legacy_sentencepiece(Loader *l, const char *model, size_t model_n, const json_t *config, json_t **root);
 
 #endif

@@ -25,9 +25,9 @@ typedef struct MillmIds
 extern void millm_ids_free(MillmIds *ids);
 
 /*
- * Read the tokenizer of the model directory dir (tokenizer.json, tokenizer_config.json).
- * INVALID_MODEL_FILE for a broken file, UNSUPPORTED naming a component that is not implemented,
- * MODEL_FILES_MISSING when there is no tokenizer.json.
+ * Read the tokenizer of the model directory dir: tokenizer.json, else tokenizer.model, else vocab.json with merges.txt; and
+ * tokenizer_config.json.  INVALID_MODEL_FILE for a broken file, UNSUPPORTED naming a component that is not implemented,
+ * MODEL_FILES_MISSING when it has none of the three forms.
  */
 extern MillmCode millm_tokenizer_open(const char *dir, MillmTokenizer **out, MillmError *err);
 extern void millm_tokenizer_close(MillmTokenizer *tok);	/* NULL is fine */

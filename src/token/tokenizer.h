@@ -183,10 +183,29 @@ struct MillmTokenizer
 	bool		has_chat_template;
 };
 
-/*
- * A tokenizer from the bytes of its two files; config may be NULL.  As millm_tokenizer_open(), but for
- * the chat template in a file of its own.
- */
+/* The files of a model directory that say what its tokenizer is. */
+typedef enum TokenizerFile
+{
+	FILE_TOKENIZER,				/* tokenizer.json */
+	FILE_CONFIG,				/* tokenizer_config.json */
+	/* of a model without the first: */
+	FILE_MODEL,					/* tokenizer.model */
+	FILE_VOCABULARY,			/* vocab.json; with it must be */
+	FILE_MERGES,				/* merges.txt */
+	FILE_ADDED,					/* added_tokens.json */
+	FILE_SPECIAL,				/* special_tokens_map.json */
+	N_TOKENIZER_FILES
+} TokenizerFile;
+
+typedef struct FileBytes
+{
+	const char *data;			/* NULL: there is no such file */
+	size_t		n;
+} FileBytes;
+
+/* A tokenizer from the bytes of its files.  As millm_tokenizer_open(), but for the chat template in a file of its own. */
+extern MillmCode millm_tokenizer_parse_files(const FileBytes files[N_TOKENIZER_FILES], MillmTokenizer **out, MillmError *err);
+/* The same of the first two; config may be NULL. */
 extern MillmCode millm_tokenizer_parse(const char *json, size_t json_n, const char *config, size_t config_n,
 									   MillmTokenizer **out, MillmError *err);
 

@@ -204,8 +204,63 @@ def sentencepiece_like(vocabulary, metaspace, fallback=True):
     return Tokenizer.from_str(json.dumps(data))
 
 
+def with_parts(tokenizer, **parts):
+    """The same tokenizer with other members of its tokenizer.json; those of "model" are changed one by one."""
+    data = json.loads(tokenizer.to_str())
+    data["model"].update(parts.pop("model", {}))
+    return Tokenizer.from_str(json.dumps(data | parts))
+
+
+def unigram(byte_fallback):
+    """The T5 and XLM-RoBERTa shape: SentencePiece's Unigram behind a charsmap, words with U+2581."""
+    tokenizer = Tokenizer(models.Unigram())
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
+    specials = ["<pad>", "</s>", "<unk>"] + ([f"<0x{b:02X}>" for b in range(256)] if byte_fallback else [])
+    trainer = trainers.UnigramTrainer(vocab_size=1500, show_progress=False, special_tokens=specials, unk_token="<unk>")
+    tokenizer.train_from_iterator([MULTILINGUAL] + corpus()[2:12], trainer)
+    data = json.loads(tokenizer.to_str())
+    added = [t for t in data["added_tokens"] if not t["content"].startswith("<0x")]
+    # two pieces that are written twice, and one of unknown characters, which a run of them becomes
+    vocab = data["model"]["vocab"] + [["the", -3.5], data["model"]["vocab"][300], ["\u16a0\u16a1", -20.0]]
+    model = {"vocab": vocab, "unk_id": 2, "byte_fallback": byte_fallback}
+    normalizer = sequence("normalizers", NORMALIZERS["charsmap"], NORMALIZERS["strip-right"], REPLACE_RUNS)
+    decoder = sequence("decoders", {"type": "ByteFallback"}, METASPACE) if byte_fallback else METASPACE
+    post = {"type": "TemplateProcessing", "single": [{"Sequence": {"id": "A", "type_id": 0}}, {"SpecialToken": {"id": "</s>", "type_id": 0}}],
+            "pair": [{"Sequence": {"id": "A", "type_id": 0}}, {"Sequence": {"id": "B", "type_id": 0}}],
+            "special_tokens": {"</s>": {"id": "</s>", "ids": [1], "tokens": ["</s>"]}}}
+    return with_parts(tokenizer, model=model, normalizer=normalizer, decoder=decoder, post_processor=post, added_tokens=added,
+                      pre_tokenizer=METASPACE if byte_fallback else sequence("pretokenizers", {"type": "WhitespaceSplit"}, METASPACE))
+
+
+def words(kind):
+    """The BERT shape, and whole words."""
+    tokenizer = Tokenizer(models.WordPiece(unk_token="[UNK]") if kind == "bert" else models.WordLevel(unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer() if kind == "bert" else pre_tokenizers.Whitespace()
+    specials = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+    trainer = (trainers.WordPieceTrainer if kind == "bert" else trainers.WordLevelTrainer)(vocab_size=2000, show_progress=False, special_tokens=specials)
+    tokenizer.train_from_iterator([MULTILINGUAL * 3] + corpus()[2:12], trainer)
+    post = {"type": "BertProcessing" if kind == "bert" else "RobertaProcessing", "sep": ["[SEP]", 3], "cls": ["[CLS]", 2]}
+    return with_parts(tokenizer, normalizer=bert(True, True, None, kind == "bert"), decoder={"type": "WordPiece", "prefix": "##", "cleanup": True},
+                      post_processor=post if kind == "bert" else post | {"trim_offsets": True, "add_prefix_space": False})
+
+
+def suffixed():
+    """The shape of the first GPT and of CLIP: BPE whose words end in </w>."""
+    tokenizer = Tokenizer(models.BPE(unk_token="<unk>", end_of_word_suffix="</w>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    trainer = trainers.BpeTrainer(vocab_size=1500, show_progress=False, special_tokens=["<unk>"], end_of_word_suffix="</w>", limit_alphabet=200)
+    tokenizer.train_from_iterator([MULTILINGUAL * 3] + corpus()[2:12], trainer)
+    return with_parts(tokenizer, decoder={"type": "BPEDecoder", "suffix": "</w>"}, normalizer={"type": "Lowercase"})
+
+
 def make(name):
     """The small tokenizer of that name, as the genuine library's object."""
+    if name in ("unigram", "unigram-bytes"):
+        return unigram(name == "unigram-bytes")
+    if name in ("bert", "wordlevel"):
+        return words(name)
+    if name == "suffixed":
+        return suffixed()
     bl = pre_tokenizers.ByteLevel
     if name == "gpt2":
         return trained(bl(add_prefix_space=False))
@@ -230,7 +285,8 @@ def make(name):
 
 REGEXES = {"cl100k": REGEX_CL100K, "qwen3.5": REGEX_QWEN35, "o200k": REGEX_O200K, "bloom": REGEX_BLOOM,
            "deepseek3": REGEX_DEEPSEEK3, "tiktoken": REGEX_TIKTOKEN, "word": r"\w+|\W", "edge": r"\b|\s+$", "han": r"\p{Han}+|\d+"}
-SMALL = ["gpt2", "prefix-space", "digits", "digit-runs", "llama3", "qwen", "llama2", "mistral", "fused-unknown"] + list(REGEXES)
+SMALL = ["gpt2", "prefix-space", "digits", "digit-runs", "llama3", "qwen", "llama2", "mistral", "fused-unknown", "unigram", "unigram-bytes",
+         "bert", "wordlevel", "suffixed"] + list(REGEXES)
 
 
 # ---- components, one by one ----
