@@ -173,10 +173,11 @@ millm_choose_files(const MillmRepo *repo, MillmReadSmall read, void *arg, MillmC
 	if (c->is_bin && !millm_repo_find(repo, BIN_WEIGHTS) && !millm_repo_find(repo, BIN_INDEX))
 		return no_weights(repo, err);
 	/* "download finished" means "ready": what could not be loaded is refused now */
-	if (!millm_repo_find(repo, "tokenizer.json"))
+	if (!millm_repo_find(repo, "tokenizer.json") && !millm_repo_find(repo, "tokenizer.model") &&
+		!(millm_repo_find(repo, "vocab.json") && millm_repo_find(repo, "merges.txt")))
 	{
 		millm_fail(err, MILLM_E_UNSUPPORTED, "repository \"%s\" has no tokenizer.json", repo->id);
-		millm_detail(err, "This version of millm reads no other form of tokenizer.");
+		millm_detail(err, "It has no tokenizer.model either, nor vocab.json with merges.txt.");
 		millm_hint(err, "Choose a repository, or a revision, with a tokenizer.json.");
 		return MILLM_E_UNSUPPORTED;
 	}

@@ -22,7 +22,7 @@ typedef MillmCode (*MillmReadSmall) (void *arg, const char *path, size_t max, ch
 /*
  * Choose; reads the index of a sharded model.  *out, zeroed by the caller, is to be freed whatever is returned.
  *
- * UNSUPPORTED (no tokenizer.json), MODEL_DOWNLOAD_FAILED (no weights; an index that names a file that is not there).
+ * UNSUPPORTED (no tokenizer), MODEL_DOWNLOAD_FAILED (no weights; an index that names a file that is not there).
  */
 extern MillmCode millm_choose_files(const MillmRepo *repo, MillmReadSmall read, void *arg, MillmChoice *out, MillmError *err);
 /* Is it one of the weights? */

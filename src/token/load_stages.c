@@ -445,6 +445,14 @@ millm_load_post_ids(Loader *l, int32_t **ids, size_t *n, const int32_t *more, si
 	return MILLM_OK;
 }
 
+/* Is it the id of a token? */
+static bool
+is_token(const MillmTokenizer *tok, const json_t *id)
+{
+	return json_is_integer(id) && json_integer_value(id) >= 0 && json_integer_value(id) < tok->n_ids &&
+		tok->tokens[json_integer_value(id)].exists;
+}
+
 static MillmCode
 load_template(Loader *l, const json_t *json)
 {
@@ -480,7 +488,7 @@ load_template(Loader *l, const json_t *json)
 			return millm_load_invalid(l, "Item %zu of TemplateProcessing names no special token.", i);
 		json_array_foreach(token_ids, k, id)
 		{
-			if (!json_is_integer(id) || json_integer_value(id) < 0 || json_integer_value(id) >= tok->n_ids)
+			if (!is_token(tok, id))
 				return millm_load_invalid(l, "The special token \"%.100s\" of TemplateProcessing has an id that no token has.", name);
 			if (n[side] == MAX_POST_IDS)
 				return millm_load_unsupported(l, "post-processor", "with more than 64 tokens");
@@ -509,7 +517,7 @@ load_pair(Loader *l, const json_t *json)
 
 		if (json_array_size(token) != 2 || !json_is_string(json_array_get(token, 0)) || !json_is_integer(id))
 			return millm_load_invalid(l, "\"%s\" is not a token and its id.", keys[i]);
-		if (json_integer_value(id) < 0 || json_integer_value(id) >= l->tok->n_ids)
+		if (!is_token(l->tok, id))
 			return millm_load_invalid(l, "\"%s\" has an id that no token has.", keys[i]);
 		ids[i] = (int32_t) json_integer_value(id);
 	}

@@ -1,12 +1,14 @@
 /*
- * fuzz_tokenizer.c -- no tokenizer.json, no text and no ids may do more than fail by name.
+ * fuzz_tokenizer.c -- no tokenizer, no text and no ids may do more than fail by name.
  *
- * The input is a text, a zero byte, and a tokenizer.json.  What loads must encode the text, give back the ids
- * it made, and stream them to the same bytes as it decodes them, but for a broken run of byte tokens.
+ * The input is a text, a zero byte, and a tokenizer.json; or a tokenizer.model, if that begins with the key of a piece; or 'v', a
+ * vocab.json, a zero byte and a merges.txt.  What loads must encode the text, give back the ids it made, and stream them to the same
+ * bytes as it decodes them, but for a broken run of byte tokens.
  *
  * Of the vocabulary and the merges bulk.c must think what jansson thinks of the whole file.
  */
 #include <jansson.h>
+#include <math.h>
 #include <stdint.h>
 #include <stdlib.h>
 #include <string.h>
@@ -34,9 +36,23 @@ compare_vocabulary(const Bulk *bulk, json_t *vocabulary)
 {
 	bool		is_ours = json_is_object(vocabulary);
 	size_t		n_found = 0;
+	size_t		index;
 	const char *key;
 	json_t	   *value;
 
+	if (bulk->has_vocabulary && bulk->has_scores)
+	{
+		require(bulk->n_entries == json_array_size(vocabulary) && json_is_array(vocabulary));
+		json_array_foreach(vocabulary, index, value)
+		{
+			double		score = json_number_value(json_array_get(value, 1));
+
+			require(json_array_size(value) == 2 && json_is_number(json_array_get(value, 1)));
+			require(is_same(json_array_get(value, 0), bulk->entries[index].text, bulk->entries[index].n));
+			require(fabs(bulk->entries[index].value.score - score) <= 1e-14 * fabs(score));
+		}
+		return;
+	}
 	json_object_foreach(vocabulary, key, value)
 		is_ours = is_ours && json_is_integer(value) && llabs(json_integer_value(value)) < 1000000000000000000;
 	require(bulk->has_vocabulary == is_ours);
@@ -104,6 +120,28 @@ compare(const char *json, size_t n)
 	millm_bulk_free(&bulk);
 }
 
+static bool
+open_files(const char *data, size_t n, MillmTokenizer **out)
+{
+	FileBytes	files[N_TOKENIZER_FILES] = {0};
+	const char *end = memchr(data, 0, n);
+	MillmError	err;
+
+	if (n > 0 && data[0] == '\n')
+		files[FILE_MODEL] = (FileBytes) {data, n};
+	else if (n > 0 && data[0] == 'v' && end)
+	{
+		files[FILE_VOCABULARY] = (FileBytes) {data + 1, (size_t) (end - data - 1)};
+		files[FILE_MERGES] = (FileBytes) {end + 1, n - (size_t) (end - data) - 1};
+	}
+	else
+	{
+		compare(data, n);
+		files[FILE_TOKENIZER] = (FileBytes) {data, n};
+	}
+	return millm_tokenizer_parse_files(files, out, &err) == MILLM_OK;
+}
+
 int
 LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
 {
@@ -121,8 +159,7 @@ LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
 
 	if (!end || size > 65536)
 		return 0;
-	compare((const char *) end + 1, size - text_n - 1);
-	if (millm_tokenizer_parse((const char *) end + 1, size - text_n - 1, NULL, 0, &tok, &err) != MILLM_OK)
+	if (!open_files((const char *) end + 1, size - text_n - 1, &tok))
 		return 0;
 	if (millm_encode(tok, text, text_n, (MillmEncodeOptions) {.add_special = true, .parse_special = text_n % 2}, 0, &ids, &err) == MILLM_OK)
 	{

@@ -2,6 +2,7 @@
 every supported shape, on a corpus of more than a megabyte, edge cases, random strings and all code points."""
 import json
 import random
+import struct
 
 import pytest
 from conftest import SMOLLM2
@@ -200,6 +201,73 @@ def test_config_over_tokenizer(tmp_path):
         assert ours.encode("a  <|im_end|> \nb") == genuine.encode("a").ids + [end] + genuine.encode("b").ids
         assert ours.encode("<pad>") == [pad]
         assert ours.decode([pad], "K") == ""
+
+
+def legacy_texts():
+    return [t for t in cases.EDGES if len(t) < 20000] + [cases.MULTILINGUAL] + list(cases.random_texts(1000, seed=9)) + cases.corpus()[2:8]
+
+
+@pytest.mark.parametrize("name", ["GPT2Tokenizer", "Qwen2Tokenizer"])
+def test_vocabulary_and_merges(name, tmp_path):
+    """vocab.json, merges.txt, added_tokens.json: as transformers' class reads them."""
+    import transformers
+
+    made = cases.make("gpt2" if name == "GPT2Tokenizer" else "qwen")
+    made.model.save(str(tmp_path))
+    n = made.get_vocab_size()
+    (tmp_path / "added_tokens.json").write_text(json.dumps({"<two>": n + 1, "<one>": n}))
+    (tmp_path / "special_tokens_map.json").write_text(json.dumps({"pad_token": "<pad>", "eos_token": "<|im_end|>"}))
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": name, "add_prefix_space": name == "GPT2Tokenizer"}))
+    genuine = getattr(transformers, name + "Fast").from_pretrained(tmp_path)
+    with Ours(tmp_path) as ours:
+        for text in legacy_texts() + ["a<one><two> <pad>b<|im_end|><|endoftext|>", "<two>x"]:
+            ids = genuine(text)["input_ids"]
+            assert ours.encode(text, "P") == ids, text[:80]
+            assert ours.decode(ids, "K") == genuine.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+
+
+def score(x):
+    return struct.unpack("<f", struct.pack("<f", x))[0]
+
+
+@pytest.mark.parametrize("legacy", [True, False])
+def test_sentencepiece_bpe(legacy, tmp_path):
+    """tokenizer.model of BPE: the merges that transformers makes of its scores, and Llama's stages."""
+    from transformers.convert_slow_tokenizer import generate_merges
+
+    made = cases.make("llama2" if legacy else "mistral")
+    data = json.loads(made.to_str())
+    vocab = data["model"]["vocab"]
+    rng = random.Random(4)
+    # scores in no order, many of them equal: so every rule of the order of merges counts
+    pieces = [(t, score(-rng.randrange(300) / 7 if i > 258 else 0), 2 if i == 0 else 3 if i < 3 else 6 if t.startswith("<0x") else 1)
+              for t, i in sorted(vocab.items(), key=lambda x: x[1])]
+    pieces += [("<mine>", 0.0, 4)]
+    data["model"]["vocab"] = {t: i for i, (t, _, _) in enumerate(pieces)}
+    data["model"]["merges"] = generate_merges(data["model"]["vocab"], [(t, s) for t, s, _ in pieces])
+    data["added_tokens"] = [{"id": i, "content": t, "single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": k != 4}
+                            for i, (t, _, k) in enumerate(pieces) if k in (2, 3, 4)]
+    genuine = cases.Tokenizer.from_str(json.dumps(data))
+    (tmp_path / "tokenizer.model").write_bytes(cases.sentencepiece_model(pieces, 2, True))
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "LlamaTokenizer", "legacy": legacy}))
+    with Ours(tmp_path) as ours:
+        for text in legacy_texts() + ["a<mine>b <s></s><unk>"]:
+            ids = genuine.encode(text).ids
+            assert ours.encode(text, "P") == ids, text[:80]
+            assert ours.decode(ids) == genuine.decode(ids, skip_special_tokens=False)
+
+
+def test_sentencepiece_unigram(tmp_path):
+    """tokenizer.model of Unigram: its scores are float32, and the stages are SentencePiece's own."""
+    data = json.loads(cases.make("unigram").to_str())
+    pieces = [(t, score(s), 3 if i < 2 else 2 if i == 2 else 1) for i, (t, s) in enumerate(data["model"]["vocab"])]
+    model = cases.sentencepiece_model(pieces, 1, False, 2, cases.base64.b64decode(cases.charsmap(cases.CHARSMAP)))
+    data["post_processor"], data["pre_tokenizer"] = None, cases.METASPACE
+    genuine = cases.Tokenizer.from_str(json.dumps(data))
+    genuine.model = cases.models.Unigram([(t, s) for t, s, _ in pieces], 2, False)
+    (tmp_path / "tokenizer.model").write_bytes(model)
+    with Ours(tmp_path) as ours:
+        assert cases.differences(ours, genuine, legacy_texts()) == []
 
 
 def test_transformers_agrees():

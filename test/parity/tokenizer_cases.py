@@ -395,6 +395,20 @@ def mark_texts(n, seed):
         yield "".join(rng.choice(bases) + "".join(rng.choice(marks) for _ in range(rng.randint(0, 4))) for _ in range(rng.randint(1, 6)))
 
 
+def sentencepiece_model(pieces, model_type, byte_fallback, unknown_id=0, charsmap_bytes=b""):
+    """The bytes of a tokenizer.model (a protocol buffer) with pieces of (text, score, type)."""
+    def varint(n):
+        return bytes([n & 127 | 128]) + varint(n >> 7) if n > 127 else bytes([n])
+
+    def text(number, data):
+        return varint(number << 3 | 2) + varint(len(data)) + data
+
+    out = b"".join(text(1, text(1, piece.encode()) + varint(2 << 3 | 5) + struct.pack("<f", score) + varint(3 << 3) + varint(kind))
+                   for piece, score, kind in pieces)
+    trainer = varint(3 << 3) + varint(model_type) + varint(35 << 3) + varint(byte_fallback) + varint(40 << 3) + varint(unknown_id)
+    return out + text(2, trainer) + text(3, text(1, b"made") + text(2, charsmap_bytes))
+
+
 def write(tokenizer, directory, config=None):
     directory.mkdir(parents=True, exist_ok=True)
     tokenizer.save(str(directory / "tokenizer.json"))

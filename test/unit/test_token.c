@@ -180,7 +180,7 @@ static void
 test_config(void **state)
 {
 	MillmTokenizer *tok = open_text(tiny, "{\"bos_token\":\"<s>\",\"eos_token\":{\"content\":\"</s>\"},\"add_bos_token\":true,"
-									"\"add_eos_token\":true,\"chat_template\":\"x\"}");
+									"\"add_eos_token\":true,\"chat_template\":\"x\",\"model_max_length\":1000000000000000019884624838656}");
 
 	(void) state;
 	assert_ids(tok, "ab", (MillmEncodeOptions) {.add_special = true}, "8 3 10");
