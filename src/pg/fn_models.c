@@ -45,6 +45,9 @@ PG_FUNCTION_INFO_V1(millm_delete_name);
 #define MAX_PART_BYTES		96		/* of a repo id: the Hub's own limit */
 #define LOOK_MS				1000
 
+static const char *const revision_hint = "Use a branch, a tag or a commit of the repository.";
+static const char *const path_hint = "Give the absolute path of an existing directory with config.json, the weights and tokenizer.json.";
+
 static void
 refuse(MillmCode code, const char *message, const char *detail, const char *hint)
 {
@@ -124,9 +127,9 @@ check_revision(const char *revision)
 {
 	for (const unsigned char *p = (const unsigned char *) revision; *p; p++)
 		if (*p <= ' ' || *p == 0x7F || strchr("?#%\\", *p))
-			refuse(MILLM_E_INVALID_ARGUMENT, psprintf("invalid revision \"%s\"", revision), NULL, NULL);
+			refuse(MILLM_E_INVALID_ARGUMENT, psprintf("invalid revision \"%s\"", revision), NULL, revision_hint);
 	if (revision[0] == '\0' || strlen(revision) >= MILLM_NAME_BYTES || strstr(revision, ".."))
-		refuse(MILLM_E_INVALID_ARGUMENT, psprintf("invalid revision \"%s\"", revision), NULL, "Use a branch, a tag or a commit of the repository.");
+		refuse(MILLM_E_INVALID_ARGUMENT, psprintf("invalid revision \"%s\"", revision), NULL, revision_hint);
 }
 
 /* The token never appears in a message. */
@@ -140,7 +143,8 @@ optional_token(FunctionCallInfo fcinfo, int arg)
 	token = text_to_cstring(PG_GETARG_TEXT_PP(arg));
 	for (const unsigned char *p = (const unsigned char *) token; *p; p++)
 		if (*p <= ' ' || *p >= 0x7F)
-			refuse(MILLM_E_INVALID_HF_TOKEN, "hf_token has characters that no access token has", NULL, NULL);
+			refuse(MILLM_E_INVALID_HF_TOKEN, "hf_token has characters that no access token has", "It has blanks, control characters or other than ASCII.",
+				   "Give the token alone, as the Hub shows it: hf_...");
 	if (token[0] == '\0' || strlen(token) >= MILLM_TOKEN_BYTES)
 		refuse(MILLM_E_INVALID_HF_TOKEN, "hf_token is empty or too long", psprintf("At most %d bytes are accepted.", MILLM_TOKEN_BYTES - 1), NULL);
 	return token;
@@ -534,14 +538,14 @@ millm_register_local(PG_FUNCTION_ARGS)
 				 errdetail("Only roles with privileges of the role \"pg_read_server_files\" may do that.")));
 	quantization = millm_canonical_quantization(quantization);
 	if (path[0] != '/')
-		refuse(MILLM_E_INVALID_LOCAL_PATH, psprintf("path \"%s\" is not absolute", path), NULL, NULL);
+		refuse(MILLM_E_INVALID_LOCAL_PATH, psprintf("path \"%s\" is not absolute", path), NULL, path_hint);
 	if (strlen(path) >= MILLM_PATH_BYTES)
 		refuse(MILLM_E_INVALID_LOCAL_PATH, "path is too long", psprintf("At most %d bytes are accepted.", MILLM_PATH_BYTES - 1), NULL);
 	canonicalize_path(path);
 	if (stat(path, &sb) != 0)
-		refuse(MILLM_E_INVALID_LOCAL_PATH, psprintf("could not access \"%s\": %m", path), NULL, NULL);
+		refuse(MILLM_E_INVALID_LOCAL_PATH, psprintf("could not access \"%s\": %m", path), NULL, path_hint);
 	if (!S_ISDIR(sb.st_mode))
-		refuse(MILLM_E_INVALID_LOCAL_PATH, psprintf("\"%s\" is not a directory", path), NULL, NULL);
+		refuse(MILLM_E_INVALID_LOCAL_PATH, psprintf("\"%s\" is not a directory", path), NULL, path_hint);
 	if (!name)
 		name = pstrdup(last_dir_separator(path) + 1);
 	check_name(name);
@@ -782,26 +786,36 @@ millm_retry_name(PG_FUNCTION_ARGS)
 	PG_RETURN_VOID();
 }
 
-/* millm.delete(model) RETURNS void; STRICT.  A download of it that is under way is canceled after COMMIT. */
+/*
+ * millm.delete(model) RETURNS void; STRICT.  A download of it that is under way is canceled after COMMIT.  While another server has the
+ * cache, the files are not ours to remove, now or later: it may know them too (a registry that was restored beside its original).
+ */
 static void
 delete(MillmModelKey key)
 {
 	MillmModel *m;
 	MillmRegistry r;
-	Oid			type = UUIDOID;
-	Datum		uuid;
+	Oid			types[] = {UUIDOID, BOOLOID};
+	Datum		values[lengthof(types)];
+	bool		keep;
 
 	millm_check_ready();
 	m = millm_model_require(key);
 	PreventCommandIfReadOnly("millm.delete()");
 	lock_files(m->directory, m->local_path);
 	millm_transaction_delete(m->uuid, m->name);
-	uuid = DirectFunctionCall1(uuid_in, CStringGetDatum(m->uuid));
+	LWLockAcquire(millm_shared->lock, LW_SHARED);
+	keep = millm_shared->cache_is_anothers;
+	LWLockRelease(millm_shared->lock);
+	values[0] = DirectFunctionCall1(uuid_in, CStringGetDatum(m->uuid));
+	values[1] = BoolGetDatum(keep);
 	millm_registry_begin(&r);
 	(void) millm_registry_execute("WITH gone AS (DELETE FROM millm.registry WHERE uuid = $1 RETURNING uuid, directory) "
-								  "INSERT INTO millm.trash (uuid, directory) SELECT uuid, directory FROM gone WHERE directory IS NOT NULL",
-								  1, &type, &uuid, NULL);
+								  "INSERT INTO millm.trash (uuid, directory) SELECT uuid, directory FROM gone WHERE directory IS NOT NULL AND NOT $2",
+								  lengthof(types), types, values, NULL);
 	millm_registry_end(&r);
+	if (keep && m->directory)
+		ereport(NOTICE, (errmsg("the files of model \"%s\" stay in the model cache, which another server uses", m->name)));
 }
 
 Datum

@@ -120,6 +120,7 @@ typedef struct MillmShared
 	bool		no_database;	/* a clerk that connected to millm.database has failed: look before the next one tries */
 	MillmHelperStatus helpers[2];
 	bool		cache_owned;	/* the supervisor holds the cache's lock */
+	bool		cache_is_anothers;	/* another server does */
 	char		cache_dir[MILLM_PATH_BYTES];
 	char		cache_problem[256];
 	bool		is_loaded;

@@ -108,13 +108,14 @@ make_cache(char *dir)
 	return NULL;
 }
 
-/* Open and lock <cache_dir>/.lock into cache_lock_fd; NULL, or what is wrong, or "" when it is too early to say. */
+/* Open and lock <cache_dir>/.lock into cache_lock_fd; NULL, or what is wrong, or "" when it is too early to say.  Another server may have the lock. */
 static char *
-lock_cache(char *dir)
+lock_cache(char *dir, bool *is_anothers)
 {
 	char	   *path = psprintf("%s/.lock", dir);
 	char	   *problem;
 
+	*is_anothers = false;
 	if (strlen(dir) >= sizeof(millm_shared->cache_dir))
 		return psprintf("its path is longer than %zu bytes", sizeof(millm_shared->cache_dir) - 1);
 	if (!pg_encoding_verifymbstr(PG_UTF8, dir, strlen(dir)))
@@ -130,7 +131,8 @@ lock_cache(char *dir)
 		return psprintf("could not open \"%s\": %m", path);
 	if (flock(cache_lock_fd, LOCK_EX | LOCK_NB) == 0)
 		return NULL;
-	problem = errno == EWOULDBLOCK ? psprintf("another server uses \"%s\"", dir) : psprintf("could not lock \"%s\": %m", path);
+	*is_anothers = errno == EWOULDBLOCK;
+	problem = *is_anothers ? psprintf("another server uses \"%s\"", dir) : psprintf("could not lock \"%s\": %m", path);
 	close(cache_lock_fd);
 	cache_lock_fd = -1;
 	return problem;
@@ -141,7 +143,8 @@ static void
 own_cache(void)
 {
 	char	   *dir = millm_effective_cache_dir();
-	char	   *problem = lock_cache(dir);
+	bool		is_anothers;
+	char	   *problem = lock_cache(dir, &is_anothers);
 	bool		news;
 
 	cache_retry_at = GetCurrentTimestamp() + (problem && !problem[0] ? LOOK_MS : CACHE_RETRY_MS) * INT64CONST(1000);
@@ -150,6 +153,7 @@ own_cache(void)
 	strlcpy(millm_shared->cache_dir, dir, sizeof(millm_shared->cache_dir));
 	strlcpy(millm_shared->cache_problem, problem ? problem : "", sizeof(millm_shared->cache_problem));
 	millm_shared->cache_owned = problem == NULL;
+	millm_shared->cache_is_anothers = is_anothers;
 	LWLockRelease(millm_shared->lock);
 	if (news)
 		ereport(LOG, (errmsg("millm does not write to its model cache \"%s\": %s", dir, problem)));

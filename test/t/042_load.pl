@@ -115,6 +115,7 @@ $request = long_request();
 my $unloader = MillmTest::Session->new($node)->send(q(SELECT millm.unload('20 s')));
 @events = events_until("model:unload:progress $smol");
 is($events[-1]{pending}, 1, 'an unload waits for a request');
+fails(q(SELECT millm.generate('x', raw => true)), 'ML008', 'and another one is refused');
 kill_engine();
 $result = $unloader->until_ready;
 is($result->{state}, 'ML019', 'the engine is killed: the unload fails') or diag $result->{message};

@@ -132,6 +132,21 @@ cmp_ok($first, '>=', 200000, 'where it was');
 nowhere('afterwards', 0);
 ok(!(grep { $_->{port} eq 'cdn' && $_->{authorization} } $hub->requests), 'another host never had it');
 
+# --- Which one counts: argument, file, setting, environment ------------------------------------------------------------
+my $preview = sub { (sqlstate($node, q(SELECT millm.preview('millm-test/private') ->> 'name')))[0] };
+my $set = sub { $node->append_conf('postgresql.conf', "$_[0] = '$_[1]'"); $node->reload; };
+{
+	local $ENV{HF_TOKEN} = $token;
+	$node->restart;
+}
+is($preview->(), '', 'HF_TOKEN');
+$set->('millm.hf_token', 'hf_nogrant');
+ok(wait_true(sub { $preview->() eq 'ML013' }), 'millm.hf_token comes before it');
+chmod 0600, $place;
+$set->('millm.hf_token_file', $place);
+ok(wait_true(sub { $preview->() eq '' }), 'millm.hf_token_file before that');
+is((sqlstate($node, q(SELECT millm.preview('millm-test/private', 'hf_nogrant'))))[0], 'ML013', 'and the argument before all');
+
 # --- 32 of them ------------------------------------------------------------------------------------------------------
 # nobody answers there, so all are queued
 $node->append_conf('postgresql.conf', "millm.hf_endpoint = 'http://127.0.0.1:9'");
