@@ -2,13 +2,14 @@
 import functools
 import json
 import random
+import subprocess
 import tempfile
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from conftest import SMOLLM2, TINY, engine_logits, error, reference, reference_logits, run_engine, smollm2_ids
+from conftest import ROOT, SMOLLM2, TINY, engine_logits, error, reference, reference_logits, run_engine, smollm2_ids
 
 # float32 noise of two summation orders on these sizes is below 5e-6 (architectures.md 9); every wrong flag measured >= 3e-4
 TINY_TOLERANCE = 2e-5
@@ -80,6 +81,36 @@ def test_tiny_greedy(model):
         if first - second < TIE_MARGIN:
             break
         assert token == int(row.argmax())
+
+
+PYTHON5 = ROOT / ".venv5" / "bin" / "python3"
+RESPELL = """
+import sys, pathlib, transformers
+assert transformers.__version__.startswith("5.")
+for d in map(pathlib.Path, sys.argv[2:]):
+    transformers.AutoConfig.from_pretrained(d).save_pretrained(pathlib.Path(sys.argv[1]) / d.name)
+"""
+
+
+@pytest.fixture(scope="session")
+def spelled_by_5(tmp_path_factory):
+    """Where transformers 5 has written the config.json of each tiny model once more."""
+    if not PYTHON5.exists():
+        pytest.skip(f"there is no {PYTHON5.parent.parent}: run test/setup-venv transformers5")
+    out = tmp_path_factory.mktemp("spelled")
+    done = subprocess.run([PYTHON5, "-c", RESPELL, out, *(TINY / m for m in TINY_MODELS)], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return out
+
+
+@pytest.mark.parametrize("model", TINY_MODELS)
+def test_spelling_of_5(model, spelled_by_5, tmp_path):
+    """The same bits from the config.json that transformers 5 writes."""
+    directory = spelled_by_5 / model
+    for path in (TINY / model).iterdir():
+        if not (directory / path.name).exists():
+            (directory / path.name).symlink_to(path)
+    assert np.array_equal(engine_logits(directory, some_ids(model, 24), tmp_path), tiny_ours(model))
 
 
 def mutations():
