@@ -36,9 +36,9 @@ def some_ids(model, n, seed=1):
 
 @functools.cache
 def tiny_reference(model):
-    """Ids, and what transformers makes of them."""
-    ids = some_ids(model, 24)
-    return ids, reference_logits(reference(TINY / model), ids)
+    """Ids, what transformers makes of them, and how many parameters it has."""
+    ids, theirs = some_ids(model, 24), reference(TINY / model)
+    return ids, reference_logits(theirs, ids), theirs.num_parameters()
 
 
 @functools.cache
@@ -49,7 +49,8 @@ def tiny_ours(model):
 
 @pytest.mark.parametrize("model", TINY_MODELS)
 def test_tiny_ref(model, tmp_path):
-    ids, theirs = tiny_reference(model)
+    ids, theirs, n_parameters = tiny_reference(model)
+    assert f"parameters       {n_parameters}\n" in run_engine("inspect", TINY / model).stdout
     assert error(tiny_ours(model), theirs) <= TINY_TOLERANCE
     # prompt chunks must not matter
     assert error(engine_logits(TINY / model, ids, tmp_path, chunk=5), theirs) <= TINY_TOLERANCE
@@ -62,7 +63,7 @@ def test_tiny_fast(model, kernels, flag, tmp_path):
         done = run_engine("logits", TINY / model, "--ids", "1", "--output", tmp_path / "x", kernels=kernels)
         assert done.returncode != 0 and kernels in done.stderr, "kernels that this CPU lacks must be refused by name"
         return
-    ids, theirs = tiny_reference(model)
+    ids, theirs, _ = tiny_reference(model)
     ours = engine_logits(TINY / model, ids, tmp_path, kernels=kernels)
     # 16-bit activations or KV: architectures.md 9 allows 3e-2
     assert error(ours, theirs) <= 3e-2
