@@ -55,8 +55,8 @@ struct MillmBackend
 	MillmCode	(*buffer_create) (MillmBackend *be, int64_t n_rows, int64_t n_columns, MillmBuffer **out, MillmError *err);
 	const float *(*buffer_read) (MillmBackend *be, MillmBuffer *x);	/* in host memory, until the buffer is written */
 
-	/* Begin a step of n tokens: where each is, and the page table of its sequence (borrowed for the step). */
-	void		(*begin) (MillmBackend *be, const int32_t *positions, const int32_t *const *pages, int n);
+	/* Begin a step of n tokens: where each is, and what its sequence is planned for and its page table (borrowed for the step). */
+	void		(*begin) (MillmBackend *be, const int32_t *positions, const int32_t *planned_lengths, const int32_t *const *pages, int n);
 
 	/* y[t] = table[rows[t]], or y[t] += table[rows[t]] */
 	void		(*embed) (MillmBackend *be, MillmBuffer *y, const MillmWeight *table, const int32_t *rows, bool add, int n);

@@ -81,6 +81,7 @@ typedef struct CpuBackend
 	int			n_pairs;		/* rotary_dim / 2, 0 without rope */
 	float	   *cosine,			/* [max_tokens, n_pairs]; behind them, the local rope's */
 			   *sine;
+	float	   *frequencies;	/* [n_pairs], of a length */
 	int64_t		local_angles;	/* where these begin; 0: there is none */
 	float	   *alibi;			/* [n_heads, alibi_stride]: what a key's position adds to its score; NULL without */
 	int64_t		alibi_stride;
@@ -246,6 +247,7 @@ cpu_free(MillmBackend *be)
 	free(c->cosine);
 	free(c->sine);
 	free(c->alibi);
+	free(c->frequencies);
 	free(c->lower);
 	free(c->heap);
 	free(c->ids);
@@ -264,28 +266,34 @@ copy_page(MillmBackend *be, int32_t dst, int32_t src)
 
 /* cosine and sine from element `at` on */
 static void
-compute_angles(CpuBackend *c, const MillmRope *rope, int64_t at, int n)
+compute_angles(CpuBackend *c, const MillmRope *rope, const int32_t *planned_lengths, int64_t at, int n)
 {
+	const float *inv_freq = NULL;
+
 	for (int t = 0; t < n; t++)
+	{
+		if (t == 0 || planned_lengths[t] != planned_lengths[t - 1])
+			inv_freq = millm_rope_frequencies(rope, c->model->config.rotary_dim, planned_lengths[t], c->frequencies);
 		for (int j = 0; j < c->n_pairs; j++, at++)
 		{
-			float		angle = (float) c->positions[t] * rope->inv_freq[j];
+			float		angle = (float) c->positions[t] * inv_freq[j];
 
 			c->cosine[at] = cosf(angle) * rope->attention_factor;
 			c->sine[at] = sinf(angle) * rope->attention_factor;
 		}
+	}
 }
 
 static void
-begin(MillmBackend *be, const int32_t *positions, const int32_t *const *pages, int n)
+begin(MillmBackend *be, const int32_t *positions, const int32_t *planned_lengths, const int32_t *const *pages, int n)
 {
 	CpuBackend *c = cpu(be);
 
 	c->positions = positions;
 	c->pages = pages;
-	compute_angles(c, &c->model->config.rope, 0, n);
+	compute_angles(c, &c->model->config.rope, planned_lengths, 0, n);
 	if (c->local_angles)
-		compute_angles(c, &c->model->config.local_rope, c->local_angles, n);
+		compute_angles(c, &c->model->config.local_rope, planned_lengths, c->local_angles, n);
 }
 
 static void
@@ -878,7 +886,8 @@ millm_backend_cpu_create(const MillmModel *model, const MillmBackendOptions *opt
 		}
 		c->cosine = calloc(n, sizeof(float));
 		c->sine = calloc(n, sizeof(float));
-		if (!c->cosine || !c->sine)
+		c->frequencies = calloc((size_t) c->n_pairs, sizeof(float));
+		if (!c->cosine || !c->sine || !c->frequencies)
 		{
 			rc = millm_fail(err, MILLM_E_INSUFFICIENT_MEMORY, "out of memory");
 			goto failed;

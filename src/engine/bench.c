@@ -164,10 +164,10 @@ open_run(Run *run)
 		.max_batch_tokens = b->n_sequences > 256 ? b->n_sequences : 0};
 	MillmCode	rc;
 
-	if (positions > run->model->config.max_positions)
+	if (positions > run->model->config.max_context)
 	{
 		millm_fail(run->err, MILLM_E_CONTEXT_LENGTH_EXCEEDED, "too many tokens for the model");
-		millm_detail(run->err, "There would be %" PRId64 "; it knows %d positions.", positions, run->model->config.max_positions);
+		millm_detail(run->err, "There would be %" PRId64 "; it knows %d positions.", positions, run->model->config.max_context);
 		return MILLM_E_CONTEXT_LENGTH_EXCEEDED;
 	}
 	if ((rc = millm_forward_create(run->model, &options, &run->fw, run->err)) != MILLM_OK)
@@ -178,7 +178,7 @@ open_run(Run *run)
 	if (!run->batch || !run->sequences)
 		return millm_fail(run->err, MILLM_E_INSUFFICIENT_MEMORY, "out of memory");
 	for (int i = 0; i < b->n_sequences; i++)
-		if (!(run->sequences[i] = millm_sequence_create(run->fw)))
+		if (!(run->sequences[i] = millm_sequence_create(run->fw, (int) positions)))
 			return millm_fail(run->err, MILLM_E_INSUFFICIENT_MEMORY, "out of memory");
 	return MILLM_OK;
 }

@@ -147,7 +147,7 @@ pages_reserve(void *arg, MillmSlot *slot, int length)
 	MillmEngine *e = arg;
 	MillmRequest *r = request_of(slot);
 
-	if (!r->seq && !(r->seq = millm_sequence_create(e->fw)))
+	if (!r->seq && !(r->seq = millm_sequence_create(e->fw, r->n_prompt + r->max_tokens)))
 		return false;
 	return millm_sequence_reserve(r->seq, length);
 }

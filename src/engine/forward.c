@@ -50,6 +50,7 @@ struct MillmForward
 	/* the step, [max_batch_tokens] each */
 	int32_t    *tokens;
 	int32_t    *positions;
+	int32_t    *planned;		/* lengths that the sequences are planned for */
 	int32_t    *wanted;			/* rows whose logits are wanted */
 	MillmTop   *tops;			/* which of them */
 	const int32_t **pages;
@@ -160,11 +161,12 @@ millm_forward_create(const MillmModel *model, const MillmForwardOptions *options
 	fw->max_batch_tokens = n;
 	fw->tokens = calloc((size_t) n, sizeof(*fw->tokens));
 	fw->positions = calloc((size_t) n, sizeof(*fw->positions));
+	fw->planned = calloc((size_t) n, sizeof(*fw->planned));
 	fw->wanted = calloc((size_t) n, sizeof(*fw->wanted));
 	fw->tops = calloc((size_t) n, sizeof(*fw->tops));
 	fw->pages = calloc((size_t) n, sizeof(*fw->pages));
 	fw->is_screened = model->screen.codes.data && !options->full_head && millm_config_can_screen(&model->config);
-	if (!fw->tokens || !fw->positions || !fw->wanted || !fw->tops || !fw->pages)
+	if (!fw->tokens || !fw->positions || !fw->planned || !fw->wanted || !fw->tops || !fw->pages)
 		rc = millm_fail(err, MILLM_E_INSUFFICIENT_MEMORY, "out of memory");
 	else if ((rc = millm_backend_cpu_create(model, &bo, &fw->be, err)) == MILLM_OK &&
 			 (rc = create_buffers(fw, err)) == MILLM_OK)
@@ -188,6 +190,7 @@ millm_forward_free(MillmForward *fw)
 		fw->be->free(fw->be);
 	free(fw->tokens);
 	free(fw->positions);
+	free(fw->planned);
 	free(fw->wanted);
 	free(fw->tops);
 	free(fw->pages);
@@ -231,9 +234,13 @@ millm_kv_pages_free(const MillmForward *fw)
 }
 
 MillmSequence *
-millm_sequence_create(MillmForward *fw)
+millm_sequence_create(MillmForward *fw, int planned_length)
 {
-	return millm_kv_create(&fw->pool);
+	MillmSequence *seq = millm_kv_create(&fw->pool);
+
+	if (seq)
+		seq->planned_length = planned_length;
+	return seq;
 }
 
 MillmCode
@@ -274,6 +281,7 @@ take_batch(MillmForward *fw, const MillmBatchToken *batch, int n, int *n_wanted,
 		previous = seq;
 		fw->tokens[t] = b->token;
 		fw->positions[t] = b->position;
+		fw->planned[t] = seq->planned_length;
 		fw->pages[t] = seq->tables[0].pages;
 		if (b->want_logits)
 		{
@@ -459,7 +467,7 @@ run_step(MillmForward *fw, int n, int n_wanted, bool (*should_stop) (void *arg),
 	const MillmModel *model = fw->model;
 	const MillmConfig *c = &model->config;
 
-	be->begin(be, fw->positions, fw->pages, n);
+	be->begin(be, fw->positions, fw->planned, fw->pages, n);
 	embed(fw, n);
 	if (model->embedding_norm.data)
 		norm(fw, fw->x, fw->x, &model->embedding_norm, &model->embedding_norm_bias, n);

@@ -57,8 +57,11 @@ extern MillmHeadUse millm_forward_head_use(const MillmForward *fw);
 extern int64_t millm_kv_pages_total(const MillmForward *fw);
 extern int64_t millm_kv_pages_free(const MillmForward *fw);
 
-/* An empty sequence; NULL when out of memory.  free gives its pages back. */
-extern MillmSequence *millm_sequence_create(MillmForward *fw);
+/*
+ * An empty sequence, planned to grow to so many positions: some models rotate long sequences otherwise (MillmRope).  It may grow
+ * further, as what it was planned for.  NULL when out of memory.  free gives its pages back.
+ */
+extern MillmSequence *millm_sequence_create(MillmForward *fw, int planned_length);
 extern void millm_sequence_free(MillmSequence *seq);	/* NULL is fine */
 /*
  * A second sequence with the same past, NULL when out of memory; pages are shared and copied on write.  Both must

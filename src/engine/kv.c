@@ -150,6 +150,7 @@ millm_sequence_fork(MillmSequence *seq)
 		table->n_pages = n;
 	}
 	copy->length = seq->length;
+	copy->planned_length = seq->planned_length;
 	return copy;
 }
 

@@ -43,6 +43,7 @@ struct MillmSequence
 {
 	MillmKvPool *pool;
 	int			length;			/* positions computed */
+	int			planned_length;	/* forward.c's: decides how its positions are rotated */
 	int			n_in_step;		/* forward.c's: tokens of this sequence in the running step */
 	MillmPageTable tables[MILLM_KV_GROUPS];
 	MillmSequence *next, *previous;

@@ -54,7 +54,7 @@ millm_loaded_release(const MillmLoaded *loaded)
 static MillmCode
 choose_context(const MillmLoadOptions *options, const MillmConfig *config, int *out, MillmError *err)
 {
-	int			max = config->max_positions;
+	int			max = config->max_context;
 
 	if (options->context_length > max)
 	{

@@ -404,15 +404,15 @@ runner_open(Runner *run, const char *dir, const char *mutate, int64_t threads, c
 	if ((!run->model && (rc = millm_model_open(dir, &run->model, err)) != MILLM_OK) ||
 		(mutate && (rc = millm_model_mutate(run->model, mutate, err)) != MILLM_OK))
 		return rc;
-	if (n_positions > run->model->config.max_positions)
+	if (n_positions > run->model->config.max_context)
 	{
 		millm_fail(err, MILLM_E_CONTEXT_LENGTH_EXCEEDED, "too many tokens for the model");
-		millm_detail(err, "There would be %" PRId64 "; it knows %d positions.", n_positions, run->model->config.max_positions);
+		millm_detail(err, "There would be %" PRId64 "; it knows %d positions.", n_positions, run->model->config.max_context);
 		return MILLM_E_CONTEXT_LENGTH_EXCEEDED;
 	}
 	if ((rc = millm_forward_create(run->model, &options, &run->fw, err)) != MILLM_OK)
 		return rc;
-	run->seq = millm_sequence_create(run->fw);
+	run->seq = millm_sequence_create(run->fw, (int) n_positions);
 	if (!run->seq || !millm_sequence_reserve(run->seq, (int) n_positions))
 		return millm_fail(err, MILLM_E_INTERNAL, "out of memory");
 	return MILLM_OK;

@@ -242,7 +242,7 @@ static const MillmArch archs[] = {
 		.model_type = "phi3",
 		LLAMA_KEYS, LLAMA_BLOCK, LLAMA_NAMES, LLAMA_MLP_NORM, .act = {"hidden_act"},
 		.default_norm_eps = 1e-5, .default_rope_theta = 10000.0, .default_max_positions = 4096, .default_act = "silu",
-		.yarn_is_longrope = true, .sliding = {.possible = true},
+		.yarn_is_longrope = true, .default_original_positions = 4096, .sliding = {.possible = true},
 		.qkv = "layers.{i}.self_attn.qkv_proj", .gate_up = "layers.{i}.mlp.gate_up_proj",
 	},
 	{

@@ -88,6 +88,7 @@ typedef struct MillmArch
 	MillmKeys	unrotated_every_key;
 	int			default_unrotated_every;	/* 0: the family rotates in all layers */
 	bool		yarn_is_longrope;		/* old files say "su" or "yarn" and mean "longrope" */
+	int			default_original_positions;	/* "original_max_position_embeddings" beside rope_scaling; 0: none, the object has it or there is none */
 	bool		mlp_gated;
 	bool		in_out;					/* Linears are stored [in, out] */
 	MillmWhen	qkv_bias, o_bias, mlp_bias;

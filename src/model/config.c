@@ -171,13 +171,97 @@ parse_act(const char *key, const char *name, const MillmConfig *c, MillmAct *out
 	return unsupported_flag(err, c->model_type, key, name);
 }
 
+/* The r / 2 frequencies of a theta, each divided by its own factor; factors may be NULL. */
+static void
+frequencies(double theta, const float *factors, int r, float *out)
+{
+	for (int j = 0; j < r / 2; j++)
+		out[j] = (float) (1.0 / ((factors ? factors[j] : 1) * pow(theta, 2.0 * j / r)));
+}
+
+const float *
+millm_rope_frequencies(const MillmRope *rope, int rotary_dim, int length, float *computed)
+{
+	double		stretch;
+
+	if (rope->long_above == 0 || length <= rope->long_above)
+		return rope->inv_freq;
+	if (rope->long_inv_freq)
+		return rope->long_inv_freq;
+	stretch = rope->factor * length / rope->long_above - (rope->factor - 1);
+	frequencies(rope->theta * pow(stretch, rotary_dim / (rotary_dim - 2.0)), NULL, rotary_dim, computed);
+	return computed;
+}
+
+/* The list of n factors, each a divisor, under a key of rope_scaling. */
+static MillmCode
+get_factors(json_t *scaling, const char *key, int n, float *out, MillmError *err)
+{
+	json_t	   *list = get(scaling, key), *v;
+	size_t		i;
+	char		expected[80];
+
+	snprintf(expected, sizeof(expected), "a list of %d numbers from 0.001 to 1e+06", n);
+	if (!json_is_array(list) || json_array_size(list) != (size_t) n)
+		return bad_value(err, key, list, expected);
+	json_array_foreach(list, i, v)
+	{
+		if (!json_is_number(v) || !(json_number_value(v) >= 1e-3 && json_number_value(v) <= 1e6))
+			return bad_value(err, key, v, expected);
+		out[i] = (float) json_number_value(v);
+	}
+	return MILLM_OK;
+}
+
+/*
+ * The rope_type "longrope": a factor for each frequency, of short sequences and of those of more than the original number of positions.  That
+ * number beside rope_scaling, or the family's, counts before one inside, and then what it is stretched by is no longer the object's to say.
+ */
+static MillmCode
+resolve_longrope(json_t *json, json_t *scaling, double theta, double factor, double attention_factor, const MillmArch *arch, MillmConfig *c,
+				 MillmRope *rope, MillmError *err)
+{
+	const MillmKeys original_key = {"original_max_position_embeddings"};
+	const int	r = c->rotary_dim;
+	int			original = arch->default_original_positions, inside = 0;
+	float		factors[MILLM_MAX_HEAD_DIM / 2];
+	double		stretch;
+	MillmCode	rc;
+
+	if ((rc = get_int(json, original_key, 2, MILLM_MAX_POSITIONS, &original, err)) != MILLM_OK ||
+		(rc = get_int(scaling, original_key, 2, MILLM_MAX_POSITIONS, &inside, err)) != MILLM_OK)
+		return rc;
+	rope->long_above = original ? original : inside ? inside : c->max_positions;
+	stretch = !original && !isnan(factor) ? factor : (double) c->max_positions / rope->long_above;
+	if (isnan(attention_factor))
+		attention_factor = stretch <= 1 ? 1 : sqrt(1 + log(stretch) / log(rope->long_above));
+	rope->attention_factor = (float) attention_factor;
+	if ((rc = get_factors(scaling, "short_factor", r / 2, factors, err)) != MILLM_OK)
+		return rc;
+	frequencies(theta, factors, r, rope->inv_freq);
+	if ((rc = get_factors(scaling, "long_factor", r / 2, factors, err)) != MILLM_OK)
+		return rc;
+	if (!(rope->long_inv_freq = calloc((size_t) r / 2, sizeof(float))))
+		return millm_fail(err, MILLM_E_INSUFFICIENT_MEMORY, "out of memory");
+	frequencies(theta, factors, r, rope->long_inv_freq);
+	return MILLM_OK;
+}
+
+/* Rope scaling lets positions up to so many be asked for, too. */
+static void
+allow_context(MillmConfig *c, double positions)
+{
+	if (positions > c->max_context)
+		c->max_context = positions < MILLM_MAX_POSITIONS ? (int) positions : MILLM_MAX_POSITIONS;
+}
+
 /*
  * The rotary frequencies, [r/2], and the attention factor, by an object of parameters, or NULL for the default ones, whose theta and
  * part of the head, unless it names them, are those given.  Formulas: transformers' modeling_rope_utils.py; the exponent's denominator is
  * r, the number of dims that rotate, which all of a model's ropes share.
  */
 static MillmCode
-resolve_one_rope(json_t *scaling, double theta, double partial, const MillmArch *arch, MillmConfig *c, MillmRope *rope, MillmError *err)
+resolve_one_rope(json_t *json, json_t *scaling, double theta, double partial, const MillmArch *arch, MillmConfig *c, MillmRope *rope, MillmError *err)
 {
 	const char *type = "default";
 	double		factor = NAN, attention_factor = NAN;
@@ -229,11 +313,24 @@ resolve_one_rope(json_t *scaling, double theta, double partial, const MillmArch 
 	rope->inv_freq = calloc((size_t) r / 2, sizeof(float));
 	if (!rope->inv_freq)
 		return millm_fail(err, MILLM_E_INSUFFICIENT_MEMORY, "out of memory");
-	for (int j = 0; j < r / 2; j++)
-		rope->inv_freq[j] = (float) (1.0 / pow(theta, 2.0 * j / r));
+	frequencies(theta, NULL, r, rope->inv_freq);
 
 	if (strcmp(type, "default") == 0)
 		return MILLM_OK;
+	if (strcmp(type, "longrope") == 0)
+		return resolve_longrope(json, scaling, theta, factor, attention_factor, arch, c, rope, err);
+	if (strcmp(type, "dynamic") == 0)
+	{
+		if (isnan(factor))
+			return bad_value(err, "factor", NULL, "a number, for rope_type \"dynamic\"");
+		if (r < 4)
+			return unsupported_flag(err, c->model_type, "rope_type", "dynamic, of two dimensions,");
+		rope->long_above = c->max_positions;
+		rope->theta = theta;
+		rope->factor = factor;
+		allow_context(c, factor * c->max_positions);
+		return MILLM_OK;
+	}
 	if (strcmp(type, "linear") == 0)
 	{
 		if (isnan(factor))
@@ -271,6 +368,7 @@ resolve_one_rope(json_t *scaling, double theta, double partial, const MillmArch 
 			return bad_value(err, "beta_fast", get(scaling, "beta_fast"), "more than beta_slow");
 		if (isnan(factor))
 			factor = (double) c->max_positions / original;
+		allow_context(c, factor * original);
 		lo = r * log(original / (fast * 2 * M_PI)) / (2 * log(theta));
 		hi = r * log(original / (slow * 2 * M_PI)) / (2 * log(theta));
 
@@ -336,11 +434,11 @@ resolve_rope(json_t *json, const MillmArch *arch, MillmConfig *c, MillmError *er
 		if ((scaling && !json_is_object(scaling)) || (local && !json_is_object(local)))
 			return bad_value(err, spelling, get(json, spelling), "an object for each of the layer_types");
 	}
-	if ((rc = resolve_one_rope(scaling, theta, partial, arch, c, &c->rope, err)) != MILLM_OK || !arch->local_theta_key)
+	if ((rc = resolve_one_rope(json, scaling, theta, partial, arch, c, &c->rope, err)) != MILLM_OK || !arch->local_theta_key)
 		return rc;
 	if ((rc = get_double(json, arch->local_theta_key, MIN_ROPE_THETA, 1e12, &local_theta, err)) != MILLM_OK)
 		return rc;
-	return resolve_one_rope(local, local_theta, partial, arch, c, &c->local_rope, err);
+	return resolve_one_rope(json, local, local_theta, partial, arch, c, &c->local_rope, err);
 }
 
 /* Token ids that config.json and generation_config.json give as an int or a list. */
@@ -560,6 +658,7 @@ resolve(json_t *json, const MillmArch *arch, MillmConfig *c, MillmError *err)
 		(rc = get_int(json, (const MillmKeys) {arch->embedding_size}, 1, MILLM_MAX_HIDDEN, &c->embedding_size, err)) != MILLM_OK ||
 		(rc = get_double(json, arch->norm_eps[0], 0.0, 1.0, &eps, err)) != MILLM_OK)
 		return rc;
+	c->max_context = c->max_positions;
 	if (!c->hidden_size)
 		return missing(err, arch->hidden_size[0]);
 	if (!c->n_layers)
@@ -746,8 +845,14 @@ millm_config_can_screen(const MillmConfig *config)
 void
 millm_config_free(MillmConfig *config)
 {
-	free(config->rope.inv_freq);
-	free(config->local_rope.inv_freq);
+	MillmRope  *ropes[] = {&config->rope, &config->local_rope};
+
+	for (int i = 0; i < 2; i++)
+	{
+		free(ropes[i]->inv_freq);
+		free(ropes[i]->long_inv_freq);
+		ropes[i]->inv_freq = ropes[i]->long_inv_freq = NULL;
+	}
 	free(config->alibi_slopes);
-	config->rope.inv_freq = config->local_rope.inv_freq = config->alibi_slopes = NULL;
+	config->alibi_slopes = NULL;
 }

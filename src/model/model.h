@@ -30,11 +30,17 @@ typedef enum MillmAct {MILLM_ACT_SILU, MILLM_ACT_GELU_TANH, MILLM_ACT_GELU_ERF, 
 #define MILLM_MAX_VOCAB			(4 << 20)
 #define MILLM_MAX_POSITIONS		(16 << 20)
 
-/* The angles of rope: position times these. */
+/*
+ * The angles of rope: position times these.  Two kinds of scaling have other frequencies for long sequences ("longrope", "dynamic");
+ * a sequence keeps to those of the length that it was planned for, since its keys are rotated once.
+ */
 typedef struct MillmRope
 {
 	float	   *inv_freq;			/* [rotary_dim / 2], owned; NULL without rope */
 	float		attention_factor;	/* multiplies cosine and sine */
+	int			long_above;			/* longer sequences are long; 0: none is */
+	float	   *long_inv_freq;		/* theirs, owned; NULL with long_above: theta grows with the length */
+	double		theta, factor;		/* of these */
 } MillmRope;
 
 /* The resolved numbers and flags of one model: config.json, then aliases, then class defaults. */
@@ -52,6 +58,7 @@ typedef struct MillmConfig
 	int			vocab_size;			/* rows of the embedding */
 	int			embedding_size;		/* its columns, and the LM head's: hidden_size, or what is projected from and to it */
 	int			max_positions;
+	int			max_context;		/* positions that may be asked for: max_positions, unless rope scaling stretches them */
 	float		embedding_scale;	/* 1: none.  Once open, one that is the root of the hidden size is rounded to the embedding's dtype, as the library does */
 	float		residual_scale;		/* of what attention and MLP add; 1: none */
 	float		logit_scale;		/* 1: none */
@@ -201,5 +208,8 @@ extern const char *millm_supported_model_types(void);
  */
 extern MillmCode millm_config_parse(const char *json, size_t len, MillmConfig *config, MillmError *err);
 extern void millm_config_free(MillmConfig *config);
+
+/* The frequencies, [rotary_dim / 2], of a sequence planned for that many positions: the rope's own, or in computed, a buffer of that size. */
+extern const float *millm_rope_frequencies(const MillmRope *rope, int rotary_dim, int length, float *computed);
 
 #endif

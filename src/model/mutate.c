@@ -35,6 +35,7 @@ static void norm_eps(MillmModel *m) { m->config.norm_eps *= 100; }
 static void rope_interleaved(MillmModel *m) { m->config.rope_interleaved = !m->config.rope_interleaved; }
 static void rotary_dim(MillmModel *m) { m->config.rotary_dim -= m->config.rotary_dim > 2 ? 2 : 0; }
 static void rope_attention_factor(MillmModel *m) { m->config.rope.attention_factor *= 1.1f; }
+static void rope_long_above(MillmModel *m) { m->config.rope.long_above = 0; }
 static void parallel(MillmModel *m) { m->config.parallel = !m->config.parallel; }
 static void norm_after(MillmModel *m) { m->config.norm_after = !m->config.norm_after; }
 
@@ -225,7 +226,7 @@ static const struct
 	void		(*layer) (MillmLayer *l);
 }			mutations[] = {
 	{"norm", norm, NULL}, {"norm_eps", norm_eps, NULL}, {"rope_interleaved", rope_interleaved, NULL}, {"rotary_dim", rotary_dim, NULL},
-	{"inv_freq", inv_freq, NULL}, {"rope_attention_factor", rope_attention_factor, NULL}, {"attention_scale", attention_scale, NULL},
+	{"inv_freq", inv_freq, NULL}, {"rope_attention_factor", rope_attention_factor, NULL}, {"rope_long_above", rope_long_above, NULL}, {"attention_scale", attention_scale, NULL},
 	{"layer_inv_scale", layer_inv_scale, NULL}, {"act", act, NULL}, {"position_embedding", position_embedding, NULL},
 	{"final_norm_bias", final_norm_bias, NULL}, {"head", head, NULL}, {"n_kv_heads", NULL, l_n_kv_heads},
 	{"local_rope", local_rope, NULL}, {"norm_plus_one", norm_plus_one, NULL}, {"embedding_scale", embedding_scale, NULL},

@@ -241,7 +241,7 @@ compare(const char *dir, const char *path)
 		for (int s = 0; s < N_SETTINGS; s++)
 			if (!(samplers[s] = millm_sampler_create(&settings[s].sampling, c.n_vocab)))
 				return 2;
-		if (!(seq = millm_sequence_create(fw)) || !millm_sequence_reserve(seq, (int) n))
+		if (!(seq = millm_sequence_create(fw, (int) n)) || !millm_sequence_reserve(seq, (int) n))
 			return 2;
 		for (int at = 0, k; at < (int) n; at += k)
 		{

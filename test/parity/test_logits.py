@@ -56,6 +56,15 @@ def test_tiny_ref(model, tmp_path):
     assert error(engine_logits(TINY / model, ids, tmp_path, chunk=5), theirs) <= TINY_TOLERANCE
 
 
+@pytest.mark.parametrize("model", ["llama-dynamic", "phi3-long"])
+def test_short_sequences(model, tmp_path):
+    """What rotates long sequences otherwise, as short ones, one token at a time too."""
+    ids = some_ids(model, 12)
+    theirs = reference_logits(reference(TINY / model), ids)
+    assert error(engine_logits(TINY / model, ids, tmp_path), theirs) <= TINY_TOLERANCE
+    assert error(engine_logits(TINY / model, ids, tmp_path, chunk=1), theirs) <= TINY_TOLERANCE
+
+
 @pytest.mark.parametrize("kernels, flag", [("avx2", " avx2 "), ("avx512", " avx512_bf16 "), ("amx", " amx_bf16 ")])
 @pytest.mark.parametrize("model", TINY_MODELS)
 def test_tiny_fast(model, kernels, flag, tmp_path):

@@ -402,6 +402,18 @@ two_spellings(void **state)
 	}
 }
 
+static void
+must_rotate(const MillmRope *r, int length, const double *inv_freq)
+{
+	float		computed[8];
+	const float *f = millm_rope_frequencies(r, 16, length, computed);
+
+	for (int j = 0; j < 8; j++)
+		assert_near(f[j], inv_freq[j]);
+}
+
+#define LISTS "\"short_factor\": [1, 2.0, 1, 1, 1, 1, 1, 1], \"long_factor\": [1, 1, 4, 1, 1, 1, 1, 8]"
+
 /* The vectors of reference/architectures.md 1.3: r = 16, theta = 1e4. */
 static void
 rope(void **state)
@@ -451,6 +463,40 @@ rope(void **state)
 	must_parse(LLAMA, "\"head_dim\": 64, \"rope_theta\": 150000, \"rope_scaling\": {\"rope_type\": \"yarn\", \"factor\": 32.0,"
 			   " \"original_max_position_embeddings\": 4096}", &c);
 	assert_near(c.rope.inv_freq[9], pow(150000, -18.0 / 64) * (1 - 0.1 * 31 / 32));
+	millm_config_free(&c);
+	/* dynamic: by the length that a sequence is planned for, beyond what the model knows */
+	must_parse(LLAMA, "\"max_position_embeddings\": 64, \"rope_scaling\": {\"type\": \"dynamic\", \"factor\": 4}", &c);
+	assert_int_equal(c.max_context, 256);
+	must_rotate(&c.rope, 64, (double[]) {1, .31622777, .1, .031622777, .01, .0031622777, .001, .00031622777});
+	must_rotate(&c.rope, 256, (double[]) {1, .21921246, .048054103, .010534058, .0023091968, .0005062047, .00011096638, 2.4325213e-5});
+	millm_config_free(&c);
+	/* longrope: lists for short and long; the number outside counts, and what is inside only without it */
+	for (int i = 0; i < 4; i++)
+	{
+		static const struct
+		{
+			const char *family, *change;
+			int			above;
+			double		attention_factor;
+		}			longropes[] = {
+			{FAMILY("phi3"), "\"max_position_embeddings\": 131072, \"rope_scaling\": {\"type\": \"su\", " LISTS "}", 4096, 1.19023807},
+			{FAMILY("phi3"), "\"max_position_embeddings\": 256, \"original_max_position_embeddings\": 32, \"rope_scaling\": {\"type\": \"longrope\", \"factor\": 7,"
+			" \"original_max_position_embeddings\": 64, " LISTS "}", 32, 1.26491106},
+			{LLAMA, "\"max_position_embeddings\": 256, \"rope_scaling\": {\"rope_type\": \"longrope\", \"factor\": 16, \"original_max_position_embeddings\": 16, "
+			LISTS "}", 16, 1.41421356},
+			{LLAMA, "\"rope_scaling\": {\"rope_type\": \"longrope\", \"factor\": 16, \"attention_factor\": 1.5, " LISTS "}", 128, 1.5},
+		};
+
+		must_parse(longropes[i].family, longropes[i].change, &c);
+		assert_int_equal(c.max_context, c.max_positions);
+		assert_near(c.rope.attention_factor, longropes[i].attention_factor);
+		must_rotate(&c.rope, longropes[i].above, (double[]) {1, .31622777 / 2, .1, .031622777, .01, .0031622777, .001, .00031622777});
+		must_rotate(&c.rope, longropes[i].above + 1, (double[]) {1, .31622777, .1 / 4, .031622777, .01, .0031622777, .001, .00031622777 / 8});
+		millm_config_free(&c);
+	}
+	/* as published: Qwen2.5's yarn is of four times what the file says that the model knows, Phi-3.5's long factors are of what it says */
+	must_parse(FAMILY("qwen2"), "\"max_position_embeddings\": 32768, \"rope_scaling\": {\"type\": \"yarn\", \"factor\": 4.0, \"original_max_position_embeddings\": 32768}", &c);
+	assert_int_equal(c.max_context, 131072);
 	millm_config_free(&c);
 	/* partial: the denominator is r */
 	must_parse(LLAMA, "\"head_dim\": 32, \"partial_rotary_factor\": 0.5", &c);
@@ -548,8 +594,8 @@ refused(void **state)
 		{FAMILY("mistral"), "\"sliding_window\": 0", MILLM_E_INVALID_MODEL_FILE, "\"sliding_window\""},
 		{FAMILY("qwen2"), "\"use_sliding_window\": 1", MILLM_E_INVALID_MODEL_FILE, "\"use_sliding_window\""},
 		{FAMILY("qwen2"), "\"max_window_layers\": -1", MILLM_E_INVALID_MODEL_FILE, "\"max_window_layers\""},
-		{FAMILY("phi3"), "\"rope_scaling\": {\"type\": \"yarn\", \"factor\": 2}", MILLM_E_UNSUPPORTED_ARCHITECTURE, "\"rope_type\": longrope"},
-		{FAMILY("phi3"), "\"rope_scaling\": {\"type\": \"su\"}", MILLM_E_UNSUPPORTED_ARCHITECTURE, "\"rope_type\": longrope"},
+		{FAMILY("phi3"), "\"rope_scaling\": {\"type\": \"yarn\", \"factor\": 2}", MILLM_E_INVALID_MODEL_FILE, "\"short_factor\""},
+		{FAMILY("phi3"), "\"rope_scaling\": {\"type\": \"su\"}", MILLM_E_INVALID_MODEL_FILE, "\"short_factor\""},
 		{LLAMA, "\"layer_types\": [4]", MILLM_E_UNSUPPORTED_ARCHITECTURE, "not a string"},
 		{LLAMA, "\"layer_types\": \"full_attention\"", MILLM_E_INVALID_MODEL_FILE, "\"layer_types\""},
 		{LLAMA, "\"quantization_config\": {\"quant_method\": \"gptq\", \"bits\": 4}", MILLM_E_UNSUPPORTED, "quant_method \"gptq\""},
@@ -567,8 +613,13 @@ refused(void **state)
 		{LLAMA, "\"rope_scaling\": \"linear\"", MILLM_E_INVALID_MODEL_FILE, "\"rope_scaling\""},
 		{LLAMA, "\"rope_parameters\": [1]", MILLM_E_INVALID_MODEL_FILE, "\"rope_parameters\""},
 		{LLAMA, "\"rope_parameters\": {\"full_attention\": {\"rope_type\": \"default\"}}", MILLM_E_UNSUPPORTED_ARCHITECTURE, "full_attention"},
-		{LLAMA, "\"rope_scaling\": {\"type\": \"dynamic\", \"factor\": 2}", MILLM_E_UNSUPPORTED_ARCHITECTURE, "\"rope_type\": dynamic"},
-		{LLAMA, "\"rope_scaling\": {\"rope_type\": \"longrope\"}", MILLM_E_UNSUPPORTED_ARCHITECTURE, "\"rope_type\": longrope"},
+		{LLAMA, "\"rope_scaling\": {\"type\": \"dynamic\"}", MILLM_E_INVALID_MODEL_FILE, "\"factor\""},
+		{LLAMA, "\"head_dim\": 2, \"rope_scaling\": {\"type\": \"dynamic\", \"factor\": 2}", MILLM_E_UNSUPPORTED_ARCHITECTURE, "\"rope_type\": dynamic"},
+		{LLAMA, "\"rope_scaling\": {\"rope_type\": \"longrope\"}", MILLM_E_INVALID_MODEL_FILE, "\"short_factor\""},
+		{LLAMA, "\"rope_scaling\": {\"rope_type\": \"longrope\", \"short_factor\": [1, 1, 1, 1, 1, 1, 1, 1]}", MILLM_E_INVALID_MODEL_FILE, "\"long_factor\""},
+		{LLAMA, "\"rope_scaling\": {\"rope_type\": \"longrope\", \"short_factor\": [1, 1, 1, 1, 1, 1, 1]}", MILLM_E_INVALID_MODEL_FILE, "\"short_factor\""},
+		{LLAMA, "\"rope_scaling\": {\"rope_type\": \"longrope\", \"short_factor\": [1, 1, 1, 1, 1, 1, 1, 0]}", MILLM_E_INVALID_MODEL_FILE, "\"short_factor\""},
+		{LLAMA, "\"original_max_position_embeddings\": 1, \"rope_scaling\": {\"rope_type\": \"longrope\", " LISTS "}", MILLM_E_INVALID_MODEL_FILE, "original_max"},
 		{LLAMA, "\"rope_scaling\": {\"rope_type\": \"su\"}", MILLM_E_UNSUPPORTED_ARCHITECTURE, "\"rope_type\": su"},
 		{LLAMA, "\"rope_scaling\": {\"rope_type\": 3}", MILLM_E_INVALID_MODEL_FILE, "\"rope_type\""},
 		{LLAMA, "\"rope_scaling\": {\"rope_type\": \"linear\"}", MILLM_E_INVALID_MODEL_FILE, "\"factor\""},

@@ -218,7 +218,7 @@ step(MillmForward *fw, const MillmBatchToken *batch, int n, float *out)
 static void
 run_alone(MillmForward *fw, int sequence, int n, int chunk, float *out)
 {
-	MillmSequence *seq = millm_sequence_create(fw);
+	MillmSequence *seq = millm_sequence_create(fw, POSITIONS);
 	MillmBatchToken batch[128];
 
 	for (int at = 0; at < n; at += chunk)
@@ -302,7 +302,7 @@ deterministic_rows(const Tiny *t, const char *variant)
 	/* prefill chunks and decode tokens of four sequences side by side */
 	for (int s = 0; s < 4; s++)
 	{
-		seq[s] = millm_sequence_create(fw);
+		seq[s] = millm_sequence_create(fw, POSITIONS);
 		if (past[s] > 0)
 			step(fw, batch, append(batch, 0, seq[s], s, 0, past[s]), NULL);
 	}
@@ -366,7 +366,7 @@ forked(const Tiny *t, const char *variant)
 {
 	enum {PAST = 21, MORE = 20};
 	MillmForward *fw = open_forward(t, variant, true, 2);
-	MillmSequence *a = millm_sequence_create(fw),
+	MillmSequence *a = millm_sequence_create(fw, POSITIONS),
 			   *b;
 	MillmBatchToken batch[128];
 	int64_t		used;
@@ -416,7 +416,7 @@ test_cancel_leaves_nothing(void **state)
 {
 	Tiny	   *t = tiny(false);
 	MillmForward *fw = open_forward(t, NULL, true, 2);
-	MillmSequence *seq = millm_sequence_create(fw);
+	MillmSequence *seq = millm_sequence_create(fw, POSITIONS);
 	MillmBatchToken batch[128];
 	MillmError	err;
 	const float *logits;
@@ -445,7 +445,7 @@ test_wanted_rows(void **state)
 {
 	Tiny	   *t = tiny(false);
 	MillmForward *fw = open_forward(t, NULL, true, 2);
-	MillmSequence *seq = millm_sequence_create(fw);
+	MillmSequence *seq = millm_sequence_create(fw, POSITIONS);
 	MillmBatchToken batch[128];
 	MillmError	err;
 	const float *logits;
@@ -529,7 +529,7 @@ screened_rows(const Tiny *unscreened, const char *variant)
 	add_screen(t);
 	full = open_forward(unscreened, variant, true, 2);
 	fw = open_forward(t, variant, true, 2);
-	seq = millm_sequence_create(fw);
+	seq = millm_sequence_create(fw, POSITIONS);
 	run_alone(full, 1, N_LONG, N_LONG, rows_a);
 	for (int n = 1; n <= 7; n += n < 3 ? 1 : 4)
 		for (int k = 1; k <= 20; k += 19, at += n)
@@ -601,8 +601,8 @@ test_bad_steps_are_refused(void **state)
 {
 	Tiny	   *t = tiny(true);
 	MillmForward *fw = open_forward(t, NULL, false, 1);
-	MillmSequence *a = millm_sequence_create(fw),
-			   *b = millm_sequence_create(fw);
+	MillmSequence *a = millm_sequence_create(fw, POSITIONS),
+			   *b = millm_sequence_create(fw, POSITIONS);
 	MillmBatchToken batch[128];
 	MillmError	err;
 	const float *logits;
