@@ -86,6 +86,8 @@ struct MillmBackend
 	void		(*scale) (MillmBackend *be, MillmBuffer *x, float scale, int n);	/* x = scale x */
 	/* x = cap tanh(x / cap) */
 	void		(*softcap) (MillmBackend *be, MillmBuffer *x, float cap, int n);
+	/* y[rows[t]] += weights[t] x[t], for rows that differ; rows NULL: row t */
+	void		(*add_rows) (MillmBackend *be, MillmBuffer *y, MillmBuffer *x, const int32_t *rows, const float *weights, int n);
 	void		(*select) (MillmBackend *be, MillmBuffer *y, MillmBuffer *x, const int32_t *rows, int n);	/* y[t] = x[rows[t]] */
 	bool		(*is_finite) (MillmBackend *be, MillmBuffer *x, int n);
 

@@ -728,6 +728,37 @@ add(MillmBackend *be, MillmBuffer *y, MillmBuffer *x, float scale, int n)
 	run_rows(l.c, add_rows, &l, n, y->n_columns);
 }
 
+typedef struct AddLoop
+{
+	MillmBuffer *y, *x;
+	const int32_t *rows;
+	const float *weights;
+} AddLoop;
+
+static void
+add_weighted_row(void *arg, int64_t begin_row, int64_t end_row)
+{
+	AddLoop    *l = arg;
+
+	for (int64_t t = begin_row; t < end_row; t++)
+	{
+		float	   *y = row(l->y, l->rows ? l->rows[t] : t);
+		const float *x = row(l->x, t);
+
+		for (int64_t i = 0; i < l->y->n_columns; i++)
+			y[i] += l->weights[t] * x[i];
+	}
+}
+
+static void
+add_weighted_rows(MillmBackend *be, MillmBuffer *y, MillmBuffer *x, const int32_t *rows, const float *weights, int n)
+{
+	AddLoop		l = {y, x, rows, weights};
+
+	y->n_packed = 0;
+	run_rows(cpu(be), add_weighted_row, &l, n, y->n_columns);
+}
+
 static void
 scale_rows(void *arg, int64_t begin_row, int64_t end_row)
 {
@@ -864,6 +895,7 @@ millm_backend_cpu_create(const MillmModel *model, const MillmBackendOptions *opt
 		.add = add,
 		.scale = scale,
 		.softcap = softcap,
+		.add_rows = add_weighted_rows,
 		.select = select_rows,
 		.is_finite = is_finite,
 		.copy_page = copy_page,

@@ -136,6 +136,12 @@ matrix_bytes(const MillmWeight *w)
 	return bytes;
 }
 
+static int64_t
+mlp_bytes(const MillmMlp *mlp)
+{
+	return matrix_bytes(&mlp->gate) + matrix_bytes(&mlp->up) + matrix_bytes(&mlp->down);
+}
+
 /* head_rows: of the head, that are read for a token; < 0: all. */
 static int64_t
 decode_bytes(const MillmModel *m, double head_rows)
@@ -150,6 +156,8 @@ decode_bytes(const MillmModel *m, double head_rows)
 
 		for (size_t k = 0; k < sizeof(w) / sizeof(w[0]); k++)
 			bytes += matrix_bytes(w[k]);
+		if (l->experts)
+			bytes += matrix_bytes(&l->router) + m->config.n_chosen * mlp_bytes(&l->experts[0]) + mlp_bytes(&l->shared);
 	}
 	return bytes;
 }

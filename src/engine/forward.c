@@ -13,15 +13,18 @@
  *	 each layer:  x += o(attention(rope(head norms(qkv(norm(x))))))
  *	              x += down(act(gate(norm(x))) * up(norm(x)))
  *	              (some families norm what is added, too, or only that; in others, both read the same x: parallel)
+ *	              or, in place of the MLP, those of the experts that a token chooses, each times its weight
  *	 logits = softcap(head(norm(x of the wanted rows)))  [n_wanted, vocab]
  */
 #include "forward.h"
 
+#include <math.h>
 #include <stdlib.h>
 #include <string.h>
 
 #include "backend.h"
 #include "kv.h"
+#include "route.h"
 
 #define DEFAULT_BATCH_TOKENS	256
 #define MAX_BATCH_TOKENS		65536
@@ -47,6 +50,13 @@ struct MillmForward
 	MillmBuffer *gate;			/* [n, FFN]; absent without mlp_gated */
 	MillmBuffer *up;			/* [n, FFN] */
 	MillmBuffer *logits;		/* [n, vocab] */
+	/* of models with mixtures of experts */
+	MillmBuffer *scores;		/* [n, experts] */
+	MillmBuffer *shared_score;	/* [n, 1]; absent without a shared expert */
+	MillmBuffer *picked;		/* [n, hidden]: an expert's tokens */
+	MillmBuffer *answer;		/* [n, hidden]: and what it makes of them */
+	MillmRoutes routes;
+	float	   *shares;			/* [max_batch_tokens]: of the shared expert */
 	/* the step, [max_batch_tokens] each */
 	int32_t    *tokens;
 	int32_t    *positions;
@@ -80,7 +90,7 @@ widths(const MillmModel *model)
 		w.q = larger(w.q, (int64_t) layer->n_heads * layer->head_dim);
 		w.kv = larger(w.kv, (int64_t) layer->n_kv_heads * layer->head_dim);
 		w.qkv = larger(w.qkv, layer->qkv.n_out);
-		w.ffn = larger(w.ffn, layer->up.n_out);
+		w.ffn = larger(w.ffn, larger(layer->up.n_out, larger(layer->experts ? layer->experts[0].up.n_out : 0, layer->shared.up.n_out)));
 	}
 	return w;
 }
@@ -103,8 +113,10 @@ millm_forward_workspace_bytes(const MillmModel *model, const MillmForwardOptions
 	const MillmConfig *c = &model->config;
 	Widths		w = widths(model);
 	int			n = batch_tokens(options);
+	int64_t		experts = c->n_experts == 0 ? 0 : 2 * millm_backend_cpu_buffer_bytes(n, c->hidden_size) +
+		millm_backend_cpu_buffer_bytes(n, c->n_experts) + millm_backend_cpu_buffer_bytes(n, 1) + (int64_t) n * c->n_chosen * 16;
 
-	return 2 * millm_backend_cpu_buffer_bytes(n, c->hidden_size) + 2 * millm_backend_cpu_buffer_bytes(n, w.q) +
+	return experts + 2 * millm_backend_cpu_buffer_bytes(n, c->hidden_size) + 2 * millm_backend_cpu_buffer_bytes(n, w.q) +
 		2 * millm_backend_cpu_buffer_bytes(n, w.kv) + (c->mlp_gated ? 2 : 1) * millm_backend_cpu_buffer_bytes(n, w.ffn) +
 		(w.qkv ? millm_backend_cpu_buffer_bytes(n, w.qkv) : 0) + (model->project_in.data ? millm_backend_cpu_buffer_bytes(n, c->embedding_size) : 0) +
 		millm_backend_cpu_buffer_bytes(n, c->vocab_size) + millm_backend_cpu_own_bytes(model, n, options->n_pages);
@@ -131,6 +143,8 @@ create_buffers(MillmForward *fw, MillmError *err)
 		{&fw->x, c->hidden_size}, {&fw->h, c->hidden_size}, {&fw->q, w.q}, {&fw->k, w.kv}, {&fw->v, w.kv}, {&fw->a, w.q},
 		{&fw->up, w.ffn}, {&fw->logits, c->vocab_size}, {&fw->gate, c->mlp_gated ? w.ffn : 0}, {&fw->qkv, w.qkv},
 		{&fw->e, fw->model->project_in.data ? c->embedding_size : 0},
+		{&fw->scores, c->n_experts}, {&fw->shared_score, c->n_experts > 0 && c->shared_expert_size > 0}, {&fw->picked, c->n_experts > 0 ? c->hidden_size : 0},
+		{&fw->answer, c->n_experts > 0 ? c->hidden_size : 0},
 	};
 
 	for (size_t i = 0; i < sizeof(wanted) / sizeof(wanted[0]); i++)
@@ -141,6 +155,9 @@ create_buffers(MillmForward *fw, MillmError *err)
 			(rc = fw->be->buffer_create(fw->be, fw->max_batch_tokens, wanted[i].n_columns, wanted[i].buffer, err)) != MILLM_OK)
 			return rc;
 	}
+	if (c->n_experts > 0 && (!millm_routes_init(&fw->routes, c->n_experts, c->n_chosen, fw->max_batch_tokens) ||
+							 !(fw->shares = calloc((size_t) fw->max_batch_tokens, sizeof(float)))))
+		return millm_fail(err, MILLM_E_INSUFFICIENT_MEMORY, "out of memory");
 	return MILLM_OK;
 }
 
@@ -194,6 +211,8 @@ millm_forward_free(MillmForward *fw)
 	free(fw->wanted);
 	free(fw->tops);
 	free(fw->pages);
+	millm_routes_free(&fw->routes);
+	free(fw->shares);
 	free(fw);
 }
 
@@ -355,6 +374,57 @@ norm_heads(MillmForward *fw, MillmBuffer *x, const MillmVector *weight, const Mi
 		fw->be->norm(fw->be, x, x, c->norm, weight, bias, c->norm_eps, n_heads, head_dim, n);
 }
 
+/* The answers of an MLP without biases to n rows of in */
+static void
+answer(MillmForward *fw, const MillmMlp *mlp, MillmBuffer *in, int n)
+{
+	static const MillmVector none;
+	MillmBackend *be = fw->be;
+	const MillmProjection up_gate[] = {{fw->up, &mlp->up, &none, false}, {fw->gate, &mlp->gate, &none, false}};
+	const MillmProjection down = {fw->answer, &mlp->down, &none, false};
+
+	be->matmul(be, up_gate, 2, in, n);
+	be->activation(be, fw->up, fw->model->config.act, fw->gate, fw->up, mlp->up.n_out, n);
+	be->matmul(be, &down, 1, fw->up, n);
+}
+
+/* x += what the experts that each row of in chooses make of it, and the shared one.  Of the other experts nothing is read. */
+static void
+run_mixture(MillmForward *fw, const MillmLayer *l, MillmBuffer *in, int n)
+{
+	static const MillmVector none;
+	MillmBackend *be = fw->be;
+	MillmRoutes *r = &fw->routes;
+	const MillmProjection scores = {fw->scores, &l->router, &none, false};
+
+	be->matmul(be, &scores, 1, in, n);
+	millm_route(r, be->buffer_read(be, fw->scores), fw->model->config.experts_sum_to_one, n);
+	for (int e = 0; e < r->n_experts; e++)
+	{
+		const int32_t first = r->first[e];
+		const int	n_rows = r->first[e + 1] - first;
+
+		if (n_rows == 0)
+			continue;
+		if (n_rows < n)
+			be->select(be, fw->picked, in, r->rows + first, n_rows);
+		answer(fw, &l->experts[e], n_rows < n ? fw->picked : in, n_rows);
+		be->add_rows(be, fw->x, fw->answer, r->rows + first, r->weights + first, n_rows);
+	}
+	if (l->shared.up.data)
+	{
+		const MillmProjection score = {fw->shared_score, &l->shared_router, &none, false};
+		const float *s;
+
+		be->matmul(be, &score, 1, in, n);
+		s = be->buffer_read(be, fw->shared_score);
+		for (int t = 0; t < n; t++)
+			fw->shares[t] = 1 / (1 + expf(-s[t]));
+		answer(fw, &l->shared, in, n);
+		be->add_rows(be, fw->x, fw->answer, NULL, fw->shares, n);
+	}
+}
+
 static void
 run_layer(MillmForward *fw, int i, int n)
 {
@@ -392,6 +462,11 @@ run_layer(MillmForward *fw, int i, int n)
 	add_branch(fw, &l->o, &l->o_bias, &l->attn_post_norm, fw->a, n);
 	if (c->norm_after)
 		norm(fw, fw->x, fw->x, &l->attn_norm, &l->attn_norm_bias, n);
+	if (l->experts)
+	{
+		run_mixture(fw, l, normed(fw, &l->mlp_norm, &l->mlp_norm_bias, n), n);
+		return;
+	}
 	if (!c->parallel)
 		run_mlp(fw, l, normed(fw, &l->mlp_norm, &l->mlp_norm_bias, n), n);
 	add_branch(fw, &l->down, &l->down_bias, &l->mlp_post_norm, fw->up, n);

@@ -669,6 +669,9 @@ command_inspect(int argc, char **argv)
 	printf("layers           %d\n", c->n_layers);
 	printf("hidden size      %d\n", c->hidden_size);
 	printf("FFN size         %d%s\n", c->intermediate_size, c->mlp_gated ? ", gated" : "");
+	if (c->n_experts > 0)
+		printf("experts          %d of size %d, %d for each token%s\n", c->n_experts, c->expert_size, c->n_chosen,
+			   c->shared_expert_size ? " and a shared one" : "");
 	printf("heads            %d, %d for keys and values, %d dimensions each\n", c->n_heads, c->n_kv_heads, c->head_dim);
 	printf("positions        %d, %s\n", c->max_positions, c->position == MILLM_POS_ROPE ? "rotary" : "learned");
 	printf("vocabulary       %d\n", c->vocab_size);

@@ -308,22 +308,41 @@ quantized_bytes(MillmRecastTarget target, int64_t n_out, int64_t n_in)
 	return bytes;
 }
 
+static int
+count_mixtures(const MillmConfig *c)
+{
+	int			n = 0;
+
+	for (int l = 0; l < c->n_layers; l++)
+		n += c->is_mixture[l];
+	return n;
+}
+
 /* From the sizes that the config states for the Linears, and what the repository's files take for the rest. */
 int64_t
 millm_plan_disk_bytes(const MillmPlan *p, MillmRecastTarget target)
 {
 	const MillmConfig *c = &p->config;
 	const int64_t h = c->hidden_size, q = (int64_t) c->n_heads * c->head_dim, kv = (int64_t) c->n_kv_heads * c->head_dim, ffn = c->intermediate_size;
-	const int64_t shapes[][2] = {{q, h}, {kv, h}, {kv, h}, {h, q}, {ffn, h}, {h, ffn}, {c->mlp_gated ? ffn : 0, h}};
+	const int64_t n_all = c->n_layers, n_mixtures = count_mixtures(c), n_mlps = n_all - n_mixtures;
+	const int64_t n_experts = n_mixtures * c->n_experts, size = c->expert_size, shared = c->shared_expert_size;
+	const struct
+	{
+		int64_t		n, n_out, n_in;
+	}			linears[] = {
+		{n_all, q, h}, {2 * n_all, kv, h}, {n_all, h, q}, {n_mlps * (c->mlp_gated ? 2 : 1), ffn, h}, {n_mlps, h, ffn},
+		{2 * n_experts, size, h}, {n_experts, h, size}, {2 * n_mixtures, shared, h}, {n_mixtures, h, shared},
+	};
 	int64_t		bytes = p->choice.total_bytes - (p->is_f32 ? millm_plan_weights_bytes(p) / 2 : 0), linear = 0, quantized = 0;
 
 	if (target == MILLM_RECAST_16BIT)
 		return bytes;
-	for (size_t i = 0; i < sizeof(shapes) / sizeof(shapes[0]); i++)
-	{
-		linear += shapes[i][0] * shapes[i][1] * 2 * c->n_layers;
-		quantized += shapes[i][0] > 0 ? quantized_bytes(target, shapes[i][0], shapes[i][1]) * c->n_layers : 0;
-	}
+	for (size_t i = 0; i < sizeof(linears) / sizeof(linears[0]); i++)
+		if (linears[i].n * linears[i].n_out * linears[i].n_in > 0)
+		{
+			linear += linears[i].n * linears[i].n_out * linears[i].n_in * 2;
+			quantized += linears[i].n * quantized_bytes(target, linears[i].n_out, linears[i].n_in);
+		}
 	if (linear < bytes)			/* else the config and the files are of different models: the engine will say so */
 		bytes += quantized - linear + millm_screen_file_bytes(c->vocab_size, h);
 	return bytes;

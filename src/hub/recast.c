@@ -75,6 +75,7 @@ struct MillmRecast
 	bool		in_out;			/* the family stores its Linears [in, out] */
 	char		head_name[128];	/* module of the LM head */
 	char		project_in[128], project_out[128];	/* modules outside of the blocks that the family may have; or "" */
+	bool		has_experts;
 	char		tapped[160];	/* tensor that the screening copy is made from */
 	bool		has_converted;
 
@@ -1058,6 +1059,7 @@ millm_recast_create(MillmStore *store, MillmRecastTarget target, const MillmConf
 	r->fd = r->screen_fd = -1;
 	r->dtype16 = millm_config_dtype(config_json) == MILLM_F16 ? MILLM_F16 : MILLM_BF16;
 	r->in_out = arch->in_out;
+	r->has_experts = config->n_experts > 0;
 	snprintf(r->head_name, sizeof(r->head_name), "%s", arch->head);
 	if (config->embedding_size != config->hidden_size)
 	{
@@ -1159,12 +1161,20 @@ MillmCode
 millm_recast_complete(MillmRecast *r, const MillmHubFile *const *files, size_t n, MillmError *err)
 {
 	json_t	   *config = json_deep_copy(r->config_json);
-	const char *skip[] = {r->head_name, r->project_in, r->project_out};
+	const char *skip[3 + MILLM_QUANT_N_ROUTERS] = {r->head_name};
+	int			n_skip = 1;
 	const char *dtype = r->dtype16 == MILLM_F16 ? "float16" : "bfloat16";
 	MillmCode	rc = MILLM_OK;
 
 	if (!config)
 		return no_memory(err);
+	if (r->project_in[0])
+	{
+		skip[n_skip++] = r->project_in;
+		skip[n_skip++] = r->project_out;
+	}
+	for (int i = 0; r->has_experts && i < MILLM_QUANT_N_ROUTERS; i++)
+		skip[n_skip++] = millm_quant_routers()[i];
 	if (r->has_converted)
 	{
 		bool		has_new = json_object_get(config, "dtype") != NULL;
@@ -1174,7 +1184,7 @@ millm_recast_complete(MillmRecast *r, const MillmHubFile *const *files, size_t n
 		if (!has_new || json_object_get(config, "torch_dtype"))
 			json_object_set_new(config, "torch_dtype", json_string(dtype));
 	}
-	if (r->target != MILLM_RECAST_16BIT && json_object_set_new(config, "quantization_config", millm_quant_config_json(format(r), r->dtype16, skip, r->project_in[0] ? 3 : 1)) != 0)
+	if (r->target != MILLM_RECAST_16BIT && json_object_set_new(config, "quantization_config", millm_quant_config_json(format(r), r->dtype16, skip, n_skip)) != 0)
 		rc = no_memory(err);
 	if (rc == MILLM_OK && n > 1)
 		rc = write_index(r, files, n, err);

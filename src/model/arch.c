@@ -32,6 +32,10 @@
 #define HEAD_NORMS .head_norms = {.by_default = true}, .q_norm = "layers.{i}.self_attn.q_norm", .k_norm = "layers.{i}.self_attn.k_norm"
 #define QWEN_SLIDING \
 	.sliding = {.possible = true, .default_window = 4096, .switch_key = "use_sliding_window", .first_key = "max_window_layers", .default_first = 28}
+#define QWEN_MIXTURE(n, chosen, width) \
+	.possible = true, .default_n = n, .default_chosen = chosen, .size_key = "moe_intermediate_size", .default_size = width, .sum_switch = "norm_topk_prob", \
+	.step_key = "decoder_sparse_step", .dense_key = "mlp_only_layers", .router = "layers.{i}.mlp.gate", .gate = "layers.{i}.mlp.{e}.gate_proj", \
+	.up = "layers.{i}.mlp.{e}.up_proj", .down = "layers.{i}.mlp.{e}.down_proj"
 
 #define NEOX \
 	.model_type = "gpt_neox", LLAMA_SIZES, .norm_eps = {"layer_norm_eps"}, .act = {"hidden_act"}, \
@@ -205,6 +209,15 @@ static const MillmArch archs[] = {
 		.sliding = {.possible = true, .default_window = 4096},
 	},
 	{
+		/* Mixtral 8x7B, 8x22B: of the intermediate size are its experts */
+		.model_type = "mixtral",
+		LLAMA_KEYS, LLAMA_BLOCK, LLAMA_NAMES, LLAMA_QKV, LLAMA_MLP_NORM, .act = {"hidden_act"},
+		.default_norm_eps = 1e-5, .default_rope_theta = 1000000.0, .default_max_positions = 131072, .default_act = "silu",
+		.sliding = {.possible = true},
+		.mixture = {.possible = true, .default_n = 8, .default_chosen = 2, .router = "layers.{i}.block_sparse_moe.gate",
+			.gate = "layers.{i}.block_sparse_moe.{e}.w1", .up = "layers.{i}.block_sparse_moe.{e}.w3", .down = "layers.{i}.block_sparse_moe.{e}.w2"},
+	},
+	{
 		/* OLMo 2: no norm before attention and MLP, one behind each; q and k are normed as wholes */
 		.model_type = "olmo2",
 		LLAMA_KEYS, LLAMA_ENDS, LLAMA_QKV, LLAMA_GATE_UP, HEAD_NORMS, .act = {"hidden_act"}, LLAMA_BLOCK,
@@ -253,11 +266,31 @@ static const MillmArch archs[] = {
 		.qkv_bias = {.by_default = true}, QWEN_SLIDING,
 	},
 	{
+		/* Qwen1.5-MoE, Qwen2-57B-A14B: a shared expert.  What slides when is not the same in all versions of transformers; no published model does */
+		.model_type = "qwen2_moe",
+		LLAMA_KEYS, LLAMA_BLOCK, LLAMA_NAMES, LLAMA_QKV, LLAMA_MLP_NORM, LLAMA_GATE_UP, .act = {"hidden_act"},
+		.default_norm_eps = 1e-6, .default_rope_theta = 10000.0, .default_max_positions = 32768, .default_act = "silu",
+		.qkv_bias = {.by_default = true, .key = "qkv_bias"},
+		.mixture = {QWEN_MIXTURE(60, 4, 1408), .shared_size_key = "shared_expert_intermediate_size", .default_shared_size = 5632,
+			.shared_router = "layers.{i}.mlp.shared_expert_gate"},
+		.refused = {"use_sliding_window", "mlp_layer_types"},
+	},
+	{
 		/* Qwen3: norms of the heads of q and k */
 		.model_type = "qwen3",
 		LLAMA_KEYS, LLAMA_BLOCK, LLAMA_NAMES, LLAMA_QKV, LLAMA_MLP_NORM, LLAMA_GATE_UP, .act = {"hidden_act"},
 		.default_norm_eps = 1e-6, .default_rope_theta = 10000.0, .default_max_positions = 32768, .default_act = "silu", .default_head_dim = 128,
 		.qkv_bias = {.key = "attention_bias"}, .o_bias = {.key = "attention_bias"}, QWEN_SLIDING, HEAD_NORMS,
+	},
+	{
+		/* Qwen3-30B-A3B, 235B-A22B, Qwen3-Coder: all layers slide, or none */
+		.model_type = "qwen3_moe",
+		LLAMA_KEYS, LLAMA_BLOCK, LLAMA_NAMES, LLAMA_QKV, LLAMA_MLP_NORM, LLAMA_GATE_UP, HEAD_NORMS, .act = {"hidden_act"},
+		.default_norm_eps = 1e-6, .default_rope_theta = 10000.0, .default_max_positions = 32768, .default_act = "silu",
+		.qkv_bias = {.key = "attention_bias"}, .o_bias = {.key = "attention_bias"},
+		.sliding = {.possible = true, .default_window = 4096, .switch_key = "use_sliding_window"},
+		.mixture = {QWEN_MIXTURE(128, 8, 768)},
+		.refused = {"mlp_layer_types"},
 	},
 	{
 		/* SmolLM3: every fourth layer without rope */
@@ -301,5 +334,5 @@ millm_arch_find(const char *model_type, int i)
 const char *
 millm_supported_model_types(void)
 {
-	return "bloom, cohere, falcon, gemma, gemma2, gemma3_text, glm4, gpt2, gpt_neox, granite, llama, mistral, olmo2, opt, phi, phi3, qwen2, qwen3, smollm3, stablelm, starcoder2";
+	return "bloom, cohere, falcon, gemma, gemma2, gemma3_text, glm4, gpt2, gpt_neox, granite, llama, mistral, mixtral, olmo2, opt, phi, phi3, qwen2, qwen2_moe, qwen3, qwen3_moe, smollm3, stablelm, starcoder2";
 }

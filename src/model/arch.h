@@ -47,6 +47,24 @@ typedef struct MillmSliding
 	bool		unrotated_only;		/* and no layer slides that has rope */
 } MillmSliding;
 
+/*
+ * A mixture of experts: MLPs of which each token takes a few, by the scores of a router.  Layer i has it unless the config lists it as dense, or
+ * (i + 1) % step != 0.  In the names, {e} stands for "experts.N", or the shared expert that every token takes.
+ */
+typedef struct MillmMixture
+{
+	bool		possible;
+	int			default_n, default_chosen;
+	const char *size_key;			/* of an expert; NULL: the intermediate size */
+	int			default_size;
+	const char *shared_size_key;	/* NULL: no shared expert */
+	int			default_shared_size;
+	const char *sum_switch;			/* boolean key, false by default: the chosen weights are made to sum to 1; NULL: always */
+	const char *step_key, *dense_key;	/* NULL: all layers have it */
+	const char *router, *shared_router;
+	const char *gate, *up, *down;
+} MillmMixture;
+
 typedef struct MillmArch
 {
 	const char *model_type;
@@ -97,6 +115,7 @@ typedef struct MillmArch
 	MillmHeadNorms head_norm_kind;
 	bool		head_norm_bias;			/* SHARED only */
 	MillmSliding sliding;
+	MillmMixture mixture;
 	const char *scale_key;				/* attention_scale is the inverse root of it; NULL: of head_dim */
 	double		default_scale_key;
 	const char *attention_scale_key;	/* attention_scale itself, 1 by default; NULL: no such key */
@@ -124,7 +143,7 @@ typedef struct MillmArch
 	const char *ignored[6];				/* suffixes of buffers that old files carry */
 
 	/* keys that must be false, null or absent for this engine; a key that must not be false */
-	const char *refused[4];
+	const char *refused[6];
 	const char *required;
 } MillmArch;
 

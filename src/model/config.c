@@ -514,7 +514,7 @@ refuse_flags(json_t *json, const MillmArch *arch, MillmError *err)
 		return rc;
 	if (!flag)
 		return unsupported_flag(err, arch->model_type, arch->required, "false");
-	for (size_t i = 0; i < 4 && arch->refused[i]; i++)
+	for (size_t i = 0; i < sizeof(arch->refused) / sizeof(arch->refused[0]) && arch->refused[i]; i++)
 	{
 		json_t	   *value = get(json, arch->refused[i]);
 		char	   *text = value && !json_is_false(value) ? json_dumps(value, JSON_ENCODE_ANY) : NULL;
@@ -628,6 +628,50 @@ resolve_scales(json_t *json, const MillmArch *arch, MillmConfig *c, MillmError *
 		(rc = get_scale(json, arch->logit_divisor_key, 1, &divisor, err)) != MILLM_OK)
 		return rc;
 	c->logit_scale /= divisor;
+	return MILLM_OK;
+}
+
+/* The mixture of experts, and which layers have it. */
+static MillmCode
+resolve_mixture(json_t *json, const MillmArch *arch, MillmConfig *c, MillmError *err)
+{
+	const MillmMixture *x = &arch->mixture;
+	json_t	   *dense = x->dense_key ? get(json, x->dense_key) : NULL, *layer;
+	int			step = 1;
+	size_t		i;
+	MillmCode	rc;
+
+	if (!x->possible)
+		return MILLM_OK;
+	c->n_experts = x->default_n;
+	c->n_chosen = x->default_chosen;
+	c->expert_size = x->size_key ? x->default_size : c->intermediate_size;
+	c->shared_expert_size = x->default_shared_size;
+	c->experts_sum_to_one = !x->sum_switch;
+	/* any of the counts' spellings for any family: transformers 5 may write another than it reads */
+	if ((rc = get_int(json, (const MillmKeys) {"num_experts", "num_local_experts", "n_routed_experts"}, arch->up ? 0 : 1, MILLM_MAX_EXPERTS, &c->n_experts, err)) != MILLM_OK)
+		return rc;
+	if (c->n_experts == 0)
+		return MILLM_OK;
+	if (c->n_chosen > c->n_experts)
+		c->n_chosen = c->n_experts;
+	if ((rc = get_int(json, (const MillmKeys) {"num_experts_per_tok"}, 1, c->n_experts, &c->n_chosen, err)) != MILLM_OK ||
+		(rc = get_int(json, (const MillmKeys) {x->size_key}, 1, 16 * MILLM_MAX_HIDDEN, &c->expert_size, err)) != MILLM_OK ||
+		(rc = get_int(json, (const MillmKeys) {x->shared_size_key}, 1, 16 * MILLM_MAX_HIDDEN, &c->shared_expert_size, err)) != MILLM_OK ||
+		(rc = get_int(json, (const MillmKeys) {x->step_key}, 1, INT_MAX, &step, err)) != MILLM_OK ||
+		(x->sum_switch && (rc = get_bool(json, x->sum_switch, &c->experts_sum_to_one, err)) != MILLM_OK))
+		return rc;
+	for (int l = 0; l < c->n_layers; l++)
+		c->is_mixture[l] = (l + 1) % step == 0;
+	if (dense && !json_is_array(dense))
+		return bad_value(err, x->dense_key, dense, "a list of layers");
+	json_array_foreach(dense, i, layer)
+	{
+		if (!json_is_integer(layer))
+			return bad_value(err, x->dense_key, layer, "the number of a layer");
+		if (json_integer_value(layer) >= 0 && json_integer_value(layer) < c->n_layers)
+			c->is_mixture[json_integer_value(layer)] = false;
+	}
 	return MILLM_OK;
 }
 
@@ -752,7 +796,8 @@ resolve(json_t *json, const MillmArch *arch, MillmConfig *c, MillmError *err)
 	if ((rc = parse_act(act_key, act, c, &c->act, err)) != MILLM_OK)
 		return rc;
 	if ((rc = resolve_unrotated(json, arch, c, err)) != MILLM_OK ||
-		(rc = resolve_sliding(json, arch, c, err)) != MILLM_OK)
+		(rc = resolve_sliding(json, arch, c, err)) != MILLM_OK ||
+		(rc = resolve_mixture(json, arch, c, err)) != MILLM_OK)
 		return rc;
 	if (c->position == MILLM_POS_ROPE && (rc = resolve_rope(json, arch, c, err)) != MILLM_OK)
 		return rc;

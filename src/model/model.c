@@ -676,12 +676,75 @@ bind_gate_up(Binder *b, int i, MillmLayer *l)
 	return rc;
 }
 
+/* An expert's matrices, each under its name with expert in place of {e}. */
+static MillmCode
+bind_expert(Binder *b, int i, const char *expert, int64_t size, MillmMlp *mlp)
+{
+	const MillmMixture *x = &b->arch->mixture;
+	const int64_t h = b->model->config.hidden_size;
+	const struct
+	{
+		const char *name;
+		int64_t		n_out, n_in;
+		MillmWeight *w;
+	}			parts[] = {{x->gate, size, h, &mlp->gate}, {x->up, size, h, &mlp->up}, {x->down, h, size, &mlp->down}};
+	MillmCode	rc = MILLM_OK;
+
+	for (int k = 0; k < 3 && rc == MILLM_OK; k++)
+	{
+		const char *hole = strstr(parts[k].name, "{e}");
+		char		name[MAX_NAME];
+
+		snprintf(name, sizeof(name), "%.*s%s%s", (int) (hole - parts[k].name), parts[k].name, expert, hole + 3);
+		rc = bind_matrix(b, b->prefix, name, i, parts[k].n_out, parts[k].n_in, false, parts[k].w);
+	}
+	return rc;
+}
+
+static MillmCode
+bind_mixture(Binder *b, int i, MillmLayer *l)
+{
+	const MillmMixture *x = &b->arch->mixture;
+	const MillmConfig *c = &b->model->config;
+	char		expert[32];
+	MillmCode	rc;
+
+	if (!(l->experts = calloc((size_t) c->n_experts, sizeof(MillmMlp))))
+		return millm_fail(b->err, MILLM_E_INSUFFICIENT_MEMORY, "out of memory");
+	rc = bind_matrix(b, b->prefix, x->router, i, c->n_experts, c->hidden_size, false, &l->router);
+	for (int e = 0; e < c->n_experts && rc == MILLM_OK; e++)
+	{
+		snprintf(expert, sizeof(expert), "experts.%d", e);
+		rc = bind_expert(b, i, expert, c->expert_size, &l->experts[e]);
+	}
+	if (rc != MILLM_OK || !c->shared_expert_size || (rc = bind_expert(b, i, "shared_expert", c->shared_expert_size, &l->shared)) != MILLM_OK)
+		return rc;
+	return bind_matrix(b, b->prefix, x->shared_router, i, 1, c->hidden_size, false, &l->shared_router);
+}
+
+static MillmCode
+bind_mlp(Binder *b, int i, MillmLayer *l)
+{
+	const MillmArch *a = b->arch;
+	const MillmConfig *c = &b->model->config;
+	const int64_t h = c->hidden_size, ffn = c->intermediate_size;
+	MillmCode	rc;
+
+	if ((rc = bind_gate_up(b, i, l)) != MILLM_OK ||
+		(rc = bind_matrix(b, b->prefix, a->down, i, h, ffn, a->in_out, &l->down)) != MILLM_OK || !c->mlp_bias)
+		return rc;
+	if ((c->mlp_gated && (rc = bind_vector(b, b->prefix, a->gate, i, ".bias", ffn, &l->gate_bias)) != MILLM_OK) ||
+		(rc = bind_vector(b, b->prefix, a->up, i, ".bias", ffn, &l->up_bias)) != MILLM_OK)
+		return rc;
+	return bind_vector(b, b->prefix, a->down, i, ".bias", h, &l->down_bias);
+}
+
 static MillmCode
 bind_layer(Binder *b, int i, MillmLayer *l)
 {
 	const MillmArch *a = b->arch;
 	const MillmConfig *c = &b->model->config;
-	int64_t		h = c->hidden_size, ffn = c->intermediate_size;
+	int64_t		h = c->hidden_size;
 	MillmCode	rc;
 
 	l->n_heads = c->n_heads;
@@ -696,14 +759,9 @@ bind_layer(Binder *b, int i, MillmLayer *l)
 		(c->o_bias && (rc = bind_vector(b, b->prefix, a->o, i, ".bias", h, &l->o_bias)) != MILLM_OK) ||
 		(a->attn_post_norm && (rc = bind_norm_weight(b, a->attn_post_norm, i, h, &l->attn_post_norm)) != MILLM_OK) ||
 		(a->mlp_post_norm && (rc = bind_norm_weight(b, a->mlp_post_norm, i, h, &l->mlp_post_norm)) != MILLM_OK) ||
-		(rc = bind_norm(b, a->mlp_norm, i, &l->mlp_norm, &l->mlp_norm_bias)) != MILLM_OK ||
-		(rc = bind_gate_up(b, i, l)) != MILLM_OK ||
-		(rc = bind_matrix(b, b->prefix, a->down, i, h, ffn, a->in_out, &l->down)) != MILLM_OK || !c->mlp_bias)
+		(rc = bind_norm(b, a->mlp_norm, i, &l->mlp_norm, &l->mlp_norm_bias)) != MILLM_OK)
 		return rc;
-	if ((c->mlp_gated && (rc = bind_vector(b, b->prefix, a->gate, i, ".bias", ffn, &l->gate_bias)) != MILLM_OK) ||
-		(rc = bind_vector(b, b->prefix, a->up, i, ".bias", ffn, &l->up_bias)) != MILLM_OK)
-		return rc;
-	return bind_vector(b, b->prefix, a->down, i, ".bias", h, &l->down_bias);
+	return c->is_mixture[i] ? bind_mixture(b, i, l) : bind_mlp(b, i, l);
 }
 
 /*
@@ -931,6 +989,7 @@ millm_model_close(MillmModel *m)
 
 		for (size_t k = 0; k < sizeof(vectors) / sizeof(vectors[0]); k++)
 			free(vectors[k]->data);
+		free(l->experts);
 	}
 	free(m->layers);
 	free(m->embedding_norm.data);
@@ -1024,6 +1083,19 @@ linear_bytes(const MillmWeight *w, const char *quantization)
 	return bytes;
 }
 
+static int64_t
+mlp_bytes(const MillmMlp *mlp, const char *quantization)
+{
+	return linear_bytes(&mlp->gate, quantization) + linear_bytes(&mlp->up, quantization) + linear_bytes(&mlp->down, quantization);
+}
+
+/* Which stays as it is with 16 bits or more, and becomes so when somebody has quantized it. */
+static int64_t
+router_bytes(const MillmWeight *w)
+{
+	return w->dtype < MILLM_N_FLOAT_DTYPES ? 0 : linear_bytes(w, "FP16");
+}
+
 int64_t
 millm_model_weights_bytes_as(const MillmModel *m, const char *quantization)
 {
@@ -1042,6 +1114,9 @@ millm_model_weights_bytes_as(const MillmModel *m, const char *quantization)
 
 		for (size_t k = 0; k < sizeof(linears) / sizeof(linears[0]); k++)
 			bytes += linear_bytes(linears[k], quantization);
+		for (int e = 0; l->experts && e < m->config.n_experts; e++)
+			bytes += mlp_bytes(&l->experts[e], quantization);
+		bytes += mlp_bytes(&l->shared, quantization) + router_bytes(&l->router) + router_bytes(&l->shared_router);
 	}
 	bytes -= m->screen.codes.data && screen > 0 ? screen : 0;
 	bytes += strcmp(quantization, "FP16") != 0 && screen > 0 ? screen : 0;
@@ -1071,9 +1146,9 @@ hook_points(const MillmModel *m)
 		{"model.layers.{i}.hook_attn_out", true},
 		{"model.layers.{i}.hook_resid_mid", !c->parallel},
 		{"model.layers.{i}.ln2.hook_normalized", m->layers[0].mlp_norm.data != NULL},
-		{"model.layers.{i}.mlp.hook_pre", true},
-		{"model.layers.{i}.mlp.hook_pre_linear", c->mlp_gated},
-		{"model.layers.{i}.mlp.hook_post", true},
+		{"model.layers.{i}.mlp.hook_pre", c->n_experts == 0},	/* an expert sees some of the tokens only */
+		{"model.layers.{i}.mlp.hook_pre_linear", c->mlp_gated && c->n_experts == 0},
+		{"model.layers.{i}.mlp.hook_post", c->n_experts == 0},
 		{"model.layers.{i}.hook_mlp_out", true},
 		{"model.layers.{i}.hook_resid_post", true},
 		{"model.ln_final.hook_normalized", m->final_norm.data != NULL},
@@ -1097,7 +1172,7 @@ json_t *
 millm_model_inspect_json(const MillmModel *m)
 {
 	const MillmConfig *c = &m->config;
-	json_t	   *files = json_array();
+	json_t	   *files = json_array(), *object;
 
 	for (int i = 0; i < m->files->n_shards; i++)
 	{
@@ -1106,7 +1181,7 @@ millm_model_inspect_json(const MillmModel *m)
 
 		json_array_append_new(files, json_string(slash ? slash + 1 : path));
 	}
-	return json_pack("{s:s, s:s, s:i, s:i, s:i, s:i, s:i, s:i, s:i, s:i, s:b, s:s, s:s?, s:I, s:I, s:o, s:o}",
+	object = json_pack("{s:s, s:s, s:i, s:i, s:i, s:i, s:i, s:i, s:i, s:i, s:b, s:s, s:s?, s:I, s:I, s:o, s:o}",
 					 "model_type", c->model_type, "architecture", c->architecture, "hidden_size", c->hidden_size,
 					 "intermediate_size", c->intermediate_size, "num_hidden_layers", c->n_layers, "num_attention_heads", c->n_heads,
 					 "num_key_value_heads", c->n_kv_heads, "head_dim", c->head_dim, "vocab_size", c->vocab_size,
@@ -1114,4 +1189,11 @@ millm_model_inspect_json(const MillmModel *m)
 					 "quantization", m->quantization,
 					 "params", (json_int_t) m->n_params, "weights_bytes", (json_int_t) m->weights_bytes, "files", files,
 					 "hook_points", hook_points(m));
+	if (object && c->n_experts > 0)
+	{
+		json_object_set_new(object, "num_experts", json_integer(c->n_experts));
+		json_object_set_new(object, "num_experts_per_tok", json_integer(c->n_chosen));
+		json_object_set_new(object, "moe_intermediate_size", json_integer(c->expert_size));
+	}
+	return object;
 }

@@ -27,6 +27,7 @@ typedef enum MillmAct {MILLM_ACT_SILU, MILLM_ACT_GELU_TANH, MILLM_ACT_GELU_ERF, 
 #define MILLM_MAX_HIDDEN		65536
 #define MILLM_MAX_HEADS			1024
 #define MILLM_MAX_HEAD_DIM		1024
+#define MILLM_MAX_EXPERTS		1024
 #define MILLM_MAX_VOCAB			(4 << 20)
 #define MILLM_MAX_POSITIONS		(16 << 20)
 
@@ -90,6 +91,13 @@ typedef struct MillmConfig
 	MillmAct	act;
 	bool		mlp_gated;
 	bool		qkv_bias, o_bias, mlp_bias, head_bias;
+	/* mixtures of experts */
+	int			n_experts;			/* 0: there are none */
+	int			n_chosen;			/* experts that a token takes */
+	int			expert_size;		/* of each, as intermediate_size; of the shared one, 0 when there is none */
+	int			shared_expert_size;
+	bool		experts_sum_to_one;	/* the weights of a token's experts do; else they are parts of a softmax over all */
+	bool		is_mixture[MILLM_MAX_LAYERS];	/* layers that have them, the others have an MLP */
 	bool		tied;				/* the LM head is the embedding; once open: it is, whatever the file says */
 	/* ids that end a text */
 	int			eos_ids[32];
@@ -116,6 +124,12 @@ typedef struct MillmVector
 	int64_t		n;
 } MillmVector;
 
+/* y = down(act(gate(x)) * up(x)) */
+typedef struct MillmMlp
+{
+	MillmWeight gate, up, down;
+} MillmMlp;
+
 /* One transformer block.  Sizes are per layer because newer families vary them. */
 typedef struct MillmLayer
 {
@@ -134,6 +148,11 @@ typedef struct MillmLayer
 	MillmVector mlp_norm, mlp_norm_bias;	/* optional */
 	MillmWeight gate, up, down;	/* gate is absent without mlp_gated */
 	MillmVector gate_bias, up_bias, down_bias;
+	/* in place of these, in a layer with a mixture of experts */
+	MillmMlp   *experts;		/* [n_experts], owned; NULL: an MLP */
+	MillmWeight router;			/* [n_experts, hidden]: the scores */
+	MillmMlp	shared;			/* every token's; optional */
+	MillmWeight shared_router;	/* [1, hidden]: it counts by the sigmoid of its score */
 } MillmLayer;
 
 /* An INT8 copy of the LM head that tells which rows cannot be among the largest logits (quant/screen.h); optional. */

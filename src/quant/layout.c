@@ -58,6 +58,24 @@ millm_quant_layout(MillmQuantFormat format, MillmDtype dtype, int64_t n_out, int
 	return millm_fail(err, MILLM_E_UNSUPPORTED, "cannot quantize to FP4");
 }
 
+const char *const *
+millm_quant_routers(void)
+{
+	static const char *const names[MILLM_QUANT_N_ROUTERS + 1] = {"gate", "shared_expert_gate", NULL};
+
+	return names;
+}
+
+/* Is module the last part of the tensor's name but ".weight"? */
+static bool
+is_weight_of(const char *tensor, const char *module)
+{
+	const char *dot = strrchr(tensor, '.');
+	size_t		n = strlen(module);
+
+	return dot - tensor > (ptrdiff_t) n && memcmp(dot - n, module, n) == 0 && dot[-1 - (ptrdiff_t) n] == '.';
+}
+
 bool
 millm_quant_is_quantized(const char *tensor, int n_dims)
 {
@@ -66,6 +84,9 @@ millm_quant_is_quantized(const char *tensor, int n_dims)
 
 	if (n_dims != 2 || len < sizeof(weight) || strcmp(tensor + len - (sizeof(weight) - 1), weight) != 0 || strstr(tensor, "_norm.weight"))
 		return false;
+	for (const char *const *router = millm_quant_routers(); *router; router++)
+		if (is_weight_of(tensor, *router))
+			return false;
 	for (const char *dot = strchr(tensor, '.'); dot; dot = strchr(dot + 1, '.'))
 	{
 		size_t		digits = strspn(dot + 1, "0123456789");

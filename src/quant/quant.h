@@ -212,10 +212,17 @@ extern void millm_quant_dequantize(float *y, const MillmQuantWeight *w, int64_t 
 
 /*
  * Is this tensor of a decoder the weight of a Linear (or of GPT-2's Conv1D, to be transposed first) that is quantized:
- * a matrix "....weight" in one of the numbered blocks?  Embeddings and the LM head lie outside of these; norms
+ * a matrix "....weight" in one of the numbered blocks, but no router?  Embeddings and the LM head lie outside of these; norms
  * have one dimension, or, where each head has its own, a name that says so.  The LM head's module name must then be in the skip list, or transformers expects it quantized.
  */
 extern bool millm_quant_is_quantized(const char *tensor, int n_dims);
+
+/*
+ * Modules of a mixture of experts, the last part of their names, that choose experts: small, and an error in them is a wrong choice, so they are never
+ * quantized here, and the skip list of such a model must have them.  NULL-terminated, static.
+ */
+#define MILLM_QUANT_N_ROUTERS 2
+extern const char *const *millm_quant_routers(void);
 
 /*
  * The value of "quantization_config" in config.json; a new reference, NULL without memory.  compute is the model's

@@ -97,7 +97,7 @@ def test_tiny_ref(model, tmp_path):
 
 
 @pytest.mark.parametrize("quantization", ["Q4", "Q8"])
-@pytest.mark.parametrize("family", ["mistral", "phi3", "qwen2-sliding", "qwen3", "gemma", "gemma2", "gemma3", "phi-norms", "neox", "stablelm", "olmo2", "granite", "smollm3", "starcoder2", "cohere-norms", "glm4", "opt-after", "falcon-new", "bloom-6"])
+@pytest.mark.parametrize("family", ["mistral", "phi3", "qwen2-sliding", "qwen3", "gemma", "gemma2", "gemma3", "phi-norms", "neox", "stablelm", "olmo2", "granite", "smollm3", "starcoder2", "cohere-norms", "glm4", "opt-after", "falcon-new", "bloom-6", "mixtral", "qwen2_moe", "qwen3_moe"])
 def test_families(family, quantization, tmp_path):
     """Every family as millm-hub quantizes it."""
     made = tmp_path / "made"

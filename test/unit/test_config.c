@@ -162,6 +162,43 @@ sliding(void **state)
 	must_slide(FAMILY("gemma3_text"), "\"_sliding_window_pattern\": 2, \"num_hidden_layers\": 6", "sfsfsf", 4096);
 }
 
+static void
+must_mix(const char *base, const char *change, const char *layers, int n, int chosen, int size, int shared, bool sums_to_one)
+{
+	MillmConfig c;
+
+	must_parse(base, change, &c);
+	for (int l = 0; l < c.n_layers; l++)
+		if (c.is_mixture[l] != (layers[l] == 'x'))
+			fail_msg("%s: layer %d %s experts", change, l, c.is_mixture[l] ? "has" : "has no");
+	assert_int_equal(c.n_experts, n);
+	assert_int_equal(c.n_chosen, chosen);
+	assert_int_equal(c.expert_size, size);
+	assert_int_equal(c.shared_expert_size, shared);
+	assert_int_equal(c.experts_sum_to_one, sums_to_one);
+	millm_config_free(&c);
+}
+
+static void
+mixtures(void **state)
+{
+	MillmConfig c;
+
+	(void) state;
+	must_mix(FAMILY("mixtral"), "", "xxxx", 8, 2, 172, 0, true);
+	must_mix(FAMILY("mixtral"), "\"num_local_experts\": 4, \"num_experts_per_tok\": 3", "xxxx", 4, 3, 172, 0, true);
+	must_mix(FAMILY("qwen2_moe"), "", "xxxx", 60, 4, 1408, 5632, false);
+	must_mix(FAMILY("qwen2_moe"), "\"decoder_sparse_step\": 2, \"shared_expert_intermediate_size\": 7, \"norm_topk_prob\": true", "-x-x", 60, 4, 1408, 7, true);
+	must_mix(FAMILY("qwen3_moe"), "\"mlp_only_layers\": [1, 3, 9, -1], \"moe_intermediate_size\": 44", "x-x-", 128, 8, 44, 0, false);
+	must_mix(FAMILY("qwen3_moe"), "\"num_local_experts\": 2, \"norm_topk_prob\": true", "xxxx", 2, 2, 768, 0, true);
+	must_parse(FAMILY("qwen3_moe"), "\"num_experts\": 0", &c);
+	assert_true(c.n_experts == 0 && !c.is_mixture[0]);
+	millm_config_free(&c);
+	must_parse(FAMILY("qwen2_moe"), "\"qkv_bias\": false", &c);
+	assert_false(c.qkv_bias);
+	millm_config_free(&c);
+}
+
 /* What a family has when its file does not say. */
 static void
 families(void **state)
@@ -601,6 +638,17 @@ refused(void **state)
 		{LLAMA, "\"quantization_config\": {\"quant_method\": \"gptq\", \"bits\": 4}", MILLM_E_UNSUPPORTED, "quant_method \"gptq\""},
 		{LLAMA, "\"quantization_config\": {}", MILLM_E_UNSUPPORTED, "quant_method \"unknown\""},
 		{LLAMA, "\"quantization_config\": false", MILLM_E_UNSUPPORTED, "quant_method \"unknown\""},
+		/* experts */
+		{FAMILY("mixtral"), "\"num_local_experts\": 0", MILLM_E_INVALID_MODEL_FILE, "\"num_local_experts\""},
+		{FAMILY("mixtral"), "\"num_local_experts\": 1025", MILLM_E_INVALID_MODEL_FILE, "\"num_local_experts\""},
+		{FAMILY("mixtral"), "\"num_experts_per_tok\": 9", MILLM_E_INVALID_MODEL_FILE, "\"num_experts_per_tok\""},
+		{FAMILY("qwen3_moe"), "\"moe_intermediate_size\": 0", MILLM_E_INVALID_MODEL_FILE, "\"moe_intermediate_size\""},
+		{FAMILY("qwen3_moe"), "\"decoder_sparse_step\": 0", MILLM_E_INVALID_MODEL_FILE, "\"decoder_sparse_step\""},
+		{FAMILY("qwen3_moe"), "\"mlp_only_layers\": 3", MILLM_E_INVALID_MODEL_FILE, "\"mlp_only_layers\""},
+		{FAMILY("qwen3_moe"), "\"mlp_only_layers\": [\"3\"]", MILLM_E_INVALID_MODEL_FILE, "\"mlp_only_layers\""},
+		{FAMILY("qwen3_moe"), "\"norm_topk_prob\": 1", MILLM_E_INVALID_MODEL_FILE, "\"norm_topk_prob\""},
+		{FAMILY("qwen3_moe"), "\"mlp_layer_types\": [\"sparse\"]", MILLM_E_UNSUPPORTED_ARCHITECTURE, "\"mlp_layer_types\""},
+		{FAMILY("qwen2_moe"), "\"use_sliding_window\": true", MILLM_E_UNSUPPORTED_ARCHITECTURE, "\"use_sliding_window\""},
 		/* rope */
 		{LLAMA, "\"head_dim\": 15", MILLM_E_INVALID_MODEL_FILE, "of head_dim 15 gives 15"},
 		{LLAMA, "\"head_dim\": 1", MILLM_E_INVALID_MODEL_FILE, "gives 1"},
@@ -799,6 +847,7 @@ main(void)
 	const struct CMUnitTest tests[] = {
 		cmocka_unit_test(llama),
 		cmocka_unit_test(sliding),
+		cmocka_unit_test(mixtures),
 		cmocka_unit_test(families),
 		cmocka_unit_test(gpt2),
 		cmocka_unit_test(two_spellings),

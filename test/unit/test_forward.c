@@ -2,7 +2,7 @@
  * test_forward.c -- the forward pass over small random models made in memory: what may change a row
  * (nothing but its own past) and what a failed step leaves (nothing).
  *
- * Two shapes with odd sizes: llama-like (bfloat16, RMS norm, rope, grouped heads, gated silu) and
+ * Two shapes with odd sizes: llama-like (bfloat16, RMS norm, rope, grouped heads, gated silu, a mixture of experts in one layer) and
  * gpt2-like (float32 [in, out] slices of a fused tensor, LayerNorm, biases, learned positions, erf GELU).
  * That the numbers are the right ones is the parity tests' matter.
  */
@@ -30,6 +30,8 @@
 #define N_HEADS		4
 #define N_LAYERS	3
 #define POSITIONS	96
+#define N_EXPERTS	5
+#define EXPERT_FFN	19
 #define MAX_OWNED	256
 
 /*
@@ -88,6 +90,26 @@ vector(Tiny *t, int n, float centre)
 	for (int i = 0; i < n; i++)
 		v.data[i] = centre + 0.1f * uniform(t);
 	return v;
+}
+
+static MillmMlp
+mlp(Tiny *t, int size)
+{
+	return (MillmMlp) {.gate = weight(t, MILLM_BF16, false, size, HIDDEN), .up = weight(t, MILLM_BF16, false, size, HIDDEN),
+		.down = weight(t, MILLM_BF16, false, HIDDEN, size)};
+}
+
+/* A mixture in place of the layer's MLP. */
+static void
+make_mixture(Tiny *t, MillmLayer *l)
+{
+	l->gate = l->up = l->down = (MillmWeight) {.data = NULL};
+	l->router = weight(t, MILLM_BF16, false, N_EXPERTS, HIDDEN);
+	l->experts = own(t, sizeof(MillmMlp) * N_EXPERTS);
+	for (int e = 0; e < N_EXPERTS; e++)
+		l->experts[e] = mlp(t, EXPERT_FFN);
+	l->shared = mlp(t, FFN + 4);
+	l->shared_router = weight(t, MILLM_BF16, false, 1, HIDDEN);
 }
 
 static Tiny *
@@ -159,6 +181,15 @@ tiny(bool is_gpt2)
 		l->o = weight(t, dtype, is_gpt2, HIDDEN, N_HEADS * HEAD_DIM);
 		l->up = weight(t, dtype, is_gpt2, FFN, HIDDEN);
 		l->down = weight(t, dtype, is_gpt2, HIDDEN, FFN);
+	}
+	if (!is_gpt2)
+	{
+		c->n_experts = N_EXPERTS;
+		c->n_chosen = 2;
+		c->expert_size = EXPERT_FFN;
+		c->shared_expert_size = FFN + 4;
+		c->experts_sum_to_one = true;
+		make_mixture(t, &m->layers[1]);
 	}
 	return t;
 }
@@ -403,6 +434,33 @@ test_fork_and_truncate(void **state)
 {
 	(void) state;
 	for_all(forked);
+}
+
+/* Of experts that nobody chooses nothing is read: here they lie where nothing is. */
+static void
+test_only_chosen_experts_are_read(void **state)
+{
+	Tiny	   *t = tiny(false);
+	MillmLayer *l = &t->model.layers[1];
+	uint16_t   *router = own(t, N_EXPERTS * HIDDEN * 2);
+	MillmForward *fw;
+
+	(void) state;
+	/* the scores are s, -s and zeros, so that the largest is never one of these */
+	memcpy(router, l->router.data, HIDDEN * 2);
+	for (int i = 0; i < HIDDEN; i++)
+		router[HIDDEN + i] = router[i] ^ 0x8000;
+	l->router.data = router;
+	t->model.config.n_chosen = 1;
+	fw = open_forward(t, NULL, false, 2);
+	run_alone(fw, 1, N_LONG, 64, rows_a);
+	for (int e = 2; e < N_EXPERTS; e++)
+		l->experts[e].gate.data = l->experts[e].up.data = l->experts[e].down.data = (const void *) 64;
+	run_alone(fw, 1, N_LONG, 64, rows_b);
+	assert_same_bits("experts that are not there", rows_b, rows_a, N_LONG);
+	run_alone(fw, 1, 3, 1, rows_b);
+	millm_forward_free(fw);
+	tiny_free(t);
 }
 
 static bool
@@ -736,6 +794,7 @@ main(void)
 		cmocka_unit_test(test_deterministic_rows),
 		cmocka_unit_test(test_variants_agree_with_ref),
 		cmocka_unit_test(test_fork_and_truncate),
+		cmocka_unit_test(test_only_chosen_experts_are_read),
 		cmocka_unit_test(test_cancel_leaves_nothing),
 		cmocka_unit_test(test_wanted_rows),
 		cmocka_unit_test(test_screened_rows),

@@ -776,8 +776,8 @@ config_and_files(void **state)
 	}
 	write_llama(", \"quantization_config\": {\"quant_method\": \"awq\"}");
 	must_fail(MILLM_E_UNSUPPORTED, "awq");
-	write_llama(", \"model_type\": \"mixtral\"");
-	must_fail(MILLM_E_UNSUPPORTED_ARCHITECTURE, "mixtral");
+	write_llama(", \"model_type\": \"mamba2\"");
+	must_fail(MILLM_E_UNSUPPORTED_ARCHITECTURE, "mamba2");
 	assert_non_null(strstr(millm_supported_model_types(), "llama"));
 }
 
