@@ -16,6 +16,7 @@ typedef enum MillmDtype
 	MILLM_N_FLOAT_DTYPES,		/* the ones above are what a published weight may be */
 	MILLM_4BIT = MILLM_N_FLOAT_DTYPES,	/* codes of a codebook of 16, two to a byte, with a scale per block: NF4, FP4 */
 	MILLM_INT8,					/* int8 with a scale per row: LLM.int8 */
+	MILLM_MXFP4,				/* floats of 4 bits with a power of two per 32 of them: OCP Microscaling */
 	MILLM_N_WEIGHT_DTYPES,		/* the ones above can be multiplied; the ones below are only stored */
 	MILLM_I8 = MILLM_N_WEIGHT_DTYPES,
 	MILLM_U8,
@@ -35,6 +36,9 @@ typedef enum MillmDtype
  * stride is the distance, in elements, between consecutive stored rows: larger than the row
  * when this is a slice of a fused tensor (the q part of GPT-2's c_attn).  The quantized formats have stride n_in.
  *
+ * MXFP4: w[o, i] = v * 2^(scale[o, i / 32] - 127), of bytes; v is {0, 0.5, 1, 1.5, 2, 3, 4, 6}[nibble % 8], less than zero from nibble 8 on, element
+ * o * n_in + i is in byte e / 2, the low nibble first (even e).  n_in is a multiple of 32.
+ *
  * INT8: w[o, i] = data[o * n_in + i] * scale[o] / 127; data and scale begin with the slice.
  *
  * 4BIT: the stored tensor is flat.  Element e = first + o * n_in + i is the nibble e of data (even e: the high one of byte
@@ -51,7 +55,7 @@ typedef struct MillmWeight
 	int64_t		n_in;
 	int64_t		stride;
 	const void *data;			/* NULL: this weight does not exist in this model */
-	const void *scale;			/* INT8: float32 [n_out] */
+	const void *scale;			/* INT8: float32 [n_out]; MXFP4: uint8 [n_out, n_in / 32] */
 	/* 4BIT */
 	int64_t		first;
 	const float *codebook;		/* [16] */
@@ -68,7 +72,7 @@ typedef struct MillmWeight
 static inline int64_t
 millm_weight_bytes(MillmDtype dtype, int64_t n)
 {
-	return dtype == MILLM_F32 ? n * 4 : dtype == MILLM_4BIT ? (n + 1) / 2 : dtype == MILLM_INT8 ? n : n * 2;
+	return dtype == MILLM_F32 ? n * 4 : dtype == MILLM_4BIT || dtype == MILLM_MXFP4 ? (n + 1) / 2 : dtype == MILLM_INT8 ? n : n * 2;
 }
 
 #endif

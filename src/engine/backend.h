@@ -30,6 +30,7 @@ typedef struct MillmAttention
 	int			window;			/* keys a query sees, itself included; 0: all */
 	float		scale;
 	float		softcap;		/* of the scores; 0: none */
+	const float *sinks;			/* [n_heads], or NULL (MillmLayer) */
 	bool		local;			/* rotates by the model's local_rope, if it has one */
 	bool		unrotated;		/* does not rotate */
 } MillmAttention;
@@ -80,7 +81,7 @@ struct MillmBackend
 	void		(*rope_and_store) (MillmBackend *be, const MillmAttention *a, MillmBuffer *q, MillmBuffer *k, MillmBuffer *v, int n);
 	/* y = attention of q over what the pages hold, each token up to its own position */
 	void		(*attention) (MillmBackend *be, const MillmAttention *a, MillmBuffer *y, MillmBuffer *q, int n);
-	/* y = act(x), times up unless NULL; y may be x */
+	/* y = act(x), times up unless NULL; y may be x.  n_columns: of y; x has twice as many for an act of pairs, which has no up */
 	void		(*activation) (MillmBackend *be, MillmBuffer *y, MillmAct act, MillmBuffer *x, MillmBuffer *up, int64_t n_columns, int n);
 	void		(*add) (MillmBackend *be, MillmBuffer *y, MillmBuffer *x, float scale, int n);	/* y += scale x */
 	void		(*scale) (MillmBackend *be, MillmBuffer *x, float scale, int n);	/* x = scale x */

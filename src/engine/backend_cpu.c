@@ -581,6 +581,7 @@ attention_loop(MillmBackend *be, const MillmAttention *a)
 			.softcap = a->softcap,
 			.bias = c->alibi,
 			.bias_stride = c->alibi_stride,
+			.sinks = a->sinks,
 		},
 	};
 }
@@ -674,6 +675,7 @@ attention(MillmBackend *be, const MillmAttention *a, MillmBuffer *y, MillmBuffer
 typedef struct ActivationLoop
 {
 	void		(*unary) (float *y, const float *x, const float *up, int64_t n);
+	void		(*pairs) (float *y, const float *x, int64_t n);	/* instead, unless NULL */
 	MillmBuffer *y, *x, *up;
 	int64_t		n_columns;
 } ActivationLoop;
@@ -684,7 +686,10 @@ activation_rows(void *arg, int64_t begin_row, int64_t end_row)
 	ActivationLoop *l = arg;
 
 	for (int64_t t = begin_row; t < end_row; t++)
-		l->unary(row(l->y, t), row(l->x, t), l->up ? row(l->up, t) : NULL, l->n_columns);
+		if (l->pairs)
+			l->pairs(row(l->y, t), row(l->x, t), l->n_columns);
+		else
+			l->unary(row(l->y, t), row(l->x, t), l->up ? row(l->up, t) : NULL, l->n_columns);
 }
 
 static void
@@ -696,7 +701,8 @@ activation(MillmBackend *be, MillmBuffer *y, MillmAct act, MillmBuffer *x, Millm
 		[MILLM_ACT_GELU_ERF] = MILLM_UNARY_GELU_ERF,
 		[MILLM_ACT_RELU] = MILLM_UNARY_RELU,
 	};
-	ActivationLoop l = {cpu(be)->k.unary[unary_of[act]], y, x, up, n_columns};
+	const bool	has_pairs = act == MILLM_ACT_SWIGLU_PAIRS;
+	ActivationLoop l = {has_pairs ? NULL : cpu(be)->k.unary[unary_of[act]], has_pairs ? cpu(be)->k.swiglu_pairs : NULL, y, x, up, n_columns};
 
 	y->n_packed = 0;
 	run_rows(cpu(be), activation_rows, &l, n, n_columns * 4);

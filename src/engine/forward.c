@@ -374,17 +374,18 @@ norm_heads(MillmForward *fw, MillmBuffer *x, const MillmVector *weight, const Mi
 		fw->be->norm(fw->be, x, x, c->norm, weight, bias, c->norm_eps, n_heads, head_dim, n);
 }
 
-/* The answers of an MLP without biases to n rows of in */
+/* The answers of an expert to n rows of in */
 static void
 answer(MillmForward *fw, const MillmMlp *mlp, MillmBuffer *in, int n)
 {
 	static const MillmVector none;
 	MillmBackend *be = fw->be;
-	const MillmProjection up_gate[] = {{fw->up, &mlp->up, &none, false}, {fw->gate, &mlp->gate, &none, false}};
-	const MillmProjection down = {fw->answer, &mlp->down, &none, false};
+	const bool	has_gate = mlp->gate.data;
+	const MillmProjection up_gate[] = {{fw->up, &mlp->up, &mlp->up_bias, false}, {fw->gate, &mlp->gate, &none, false}};
+	const MillmProjection down = {fw->answer, &mlp->down, &mlp->down_bias, false};
 
-	be->matmul(be, up_gate, 2, in, n);
-	be->activation(be, fw->up, fw->model->config.act, fw->gate, fw->up, mlp->up.n_out, n);
+	be->matmul(be, up_gate, has_gate ? 2 : 1, in, n);
+	be->activation(be, fw->up, fw->model->config.act, has_gate ? fw->gate : fw->up, has_gate ? fw->up : NULL, mlp->down.n_in, n);
 	be->matmul(be, &down, 1, fw->up, n);
 }
 
@@ -395,7 +396,7 @@ run_mixture(MillmForward *fw, const MillmLayer *l, MillmBuffer *in, int n)
 	static const MillmVector none;
 	MillmBackend *be = fw->be;
 	MillmRoutes *r = &fw->routes;
-	const MillmProjection scores = {fw->scores, &l->router, &none, false};
+	const MillmProjection scores = {fw->scores, &l->router, &l->router_bias, false};
 
 	be->matmul(be, &scores, 1, in, n);
 	millm_route(r, be->buffer_read(be, fw->scores), fw->model->config.experts_sum_to_one, n);
@@ -439,6 +440,7 @@ run_layer(MillmForward *fw, int i, int n)
 		.window = l->window,
 		.scale = c->layer_inv_scale ? c->attention_scale / (float) (i + 1) : c->attention_scale,
 		.softcap = c->attention_softcap,
+		.sinks = l->sinks.data,
 		.local = l->window > 0 && c->local_rope.inv_freq,
 		.unrotated = l->unrotated,
 	};

@@ -141,11 +141,11 @@ plan_memory(const MillmModel *model, const MillmLoadOptions *options, int64_t we
 	return rc;
 }
 
-/* What the weights would take as Q4; -1 when they are quantized. */
+/* What the weights would take as Q4; -1 when they are quantized, or cannot be. */
 static int64_t
 q4_bytes(const MillmModel *model)
 {
-	return model->quantization ? -1 : millm_model_weights_bytes_as(model, "Q4");
+	return model->quantization || model->config.has_fused_experts ? -1 : millm_model_weights_bytes_as(model, "Q4");
 }
 
 MillmCode

@@ -241,7 +241,8 @@ prequantized(const json_t *config)
 	const json_t *q = json_object_get(config, "quantization_config");
 	const char *type = json_string_value(json_object_get(q, "bnb_4bit_quant_type"));
 
-	if (!json_is_object(q))
+	if (!json_is_object(q) || json_string_value(json_object_get(q, "quant_method")) == NULL ||
+		strcmp(json_string_value(json_object_get(q, "quant_method")), "bitsandbytes") != 0)
 		return NULL;
 	if (json_is_true(json_object_get(q, "load_in_8bit")))
 		return "int8";
@@ -261,6 +262,13 @@ choose_form(MillmPlan *p, MillmError *err)
 		millm_fail(err, MILLM_E_INVALID_ARGUMENT, "there is no quantization \"%.40s\"", p->quantization);
 		millm_hint(err, "There are \"Q4\", \"Q8\" and \"FP16\".");
 		return MILLM_E_INVALID_ARGUMENT;
+	}
+	if (p->config.has_fused_experts && p->target != MILLM_RECAST_16BIT)
+	{
+		millm_fail(err, MILLM_E_UNSUPPORTED, "models of type \"%s\" cannot be quantized to %s", p->config.model_type, p->quantization);
+		millm_detail(err, "Their experts are not Linears: neither bitsandbytes nor transformers would read them. They are published in MXFP4, which has 4 bits.");
+		millm_hint(err, "Use quantization => 'FP16', which leaves them as they are published.");
+		return MILLM_E_UNSUPPORTED;
 	}
 	p->prequantized = prequantized(p->config_json);
 	if (p->prequantized)
@@ -335,7 +343,7 @@ millm_plan_disk_bytes(const MillmPlan *p, MillmRecastTarget target)
 	};
 	int64_t		bytes = p->choice.total_bytes - (p->is_f32 ? millm_plan_weights_bytes(p) / 2 : 0), linear = 0, quantized = 0;
 
-	if (target == MILLM_RECAST_16BIT)
+	if (target == MILLM_RECAST_16BIT || c->has_fused_experts)
 		return bytes;
 	for (size_t i = 0; i < sizeof(linears) / sizeof(linears[0]); i++)
 		if (linears[i].n * linears[i].n_out * linears[i].n_in > 0)

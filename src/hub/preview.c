@@ -163,7 +163,7 @@ sizes(const MillmPlan *p)
 	json_t	   *out = json_object();
 
 	for (size_t i = 0; i < sizeof(forms) / sizeof(forms[0]); i++)
-		json_object_set_new(out, forms[i].name, !p->prequantized ? size_in(p, forms[i].target) :
+		json_object_set_new(out, forms[i].name, p->config.has_fused_experts && forms[i].target != MILLM_RECAST_16BIT ? json_null() : !p->prequantized ? size_in(p, forms[i].target) :
 							strcmp(p->quantization, forms[i].name) == 0 ? size_in(p, MILLM_RECAST_16BIT) : json_null());
 	return out;
 }

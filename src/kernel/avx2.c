@@ -294,8 +294,8 @@ attention(float *y, const float *q, const MillmKvLayer *kv, const int32_t *pages
 	{
 		const float *qh = q + (int64_t) (kv_head * kv->group + g) * hd;
 		float	   *yh = y + (int64_t) (kv_head * kv->group + g) * hd;
-		float		max = -INFINITY,
-					sum = 0;
+		float		max = kv->sinks ? kv->sinks[kv_head * kv->group + g] : -INFINITY,
+					sum = kv->sinks ? 1 : 0;
 
 		memset(yh, 0, sizeof(float) * (size_t) hd);
 		for (int64_t p = first / MILLM_KERNEL_PAGE; p * MILLM_KERNEL_PAGE <= position; p++)

@@ -466,10 +466,10 @@ panel_products(const MillmMatmul *m, const float *panel, int64_t o, int64_t n_ro
 
 /* Rows that are not whole blocks are decoded by the reference: correct, and slow for a single token. */
 static void
-matmul_4bit(const MillmMatmul *m, int64_t begin, int64_t end)
+matmul_panels(const MillmMatmul *m, int64_t begin, int64_t end)
 {
 	const int64_t n = m->w->n_in;
-	const bool	is_fast = millm_is_blocky(m->w) && n / 64 <= MAX_GROUPS;
+	const bool	is_fast = m->w->dtype == MILLM_4BIT && millm_is_blocky(m->w) && n / 64 <= MAX_GROUPS;
 	int64_t		n_rows = PANEL_BYTES / 4 / n;
 	_Alignas(64) float panel[PANEL_BYTES / 4];
 
@@ -502,7 +502,8 @@ best_form(const MillmWeight *w, int n_tokens)
 void
 millm_kernels_avx2_quant(MillmKernels *k)
 {
-	k->matmul[MILLM_FORM_F32][MILLM_4BIT][0] = matmul_4bit;
+	k->matmul[MILLM_FORM_F32][MILLM_4BIT][0] = matmul_panels;
+	k->matmul[MILLM_FORM_F32][MILLM_MXFP4][0] = matmul_panels;
 	k->matmul[MILLM_FORM_F32][MILLM_INT8][0] = matmul_int8;
 	k->matmul[MILLM_FORM_I16_NIBBLES][MILLM_4BIT][0] = matmul_i16_nibbles;
 	k->pack[MILLM_FORM_I16_NIBBLES] = pack_i16_nibbles;

@@ -636,7 +636,7 @@ attention_block(float *y, const float *q, int n_heads, const MillmKvLayer *kv, c
 }
 
 INLINE void
-attention_heads(float *y, const float *q, int n_heads, const MillmKvLayer *kv, const int32_t *pages, int64_t position, int64_t head_offset, const float *bias)
+attention_heads(float *y, const float *q, int n_heads, int first_head, const MillmKvLayer *kv, const int32_t *pages, int64_t position, int64_t head_offset, const float *bias)
 {
 	const int	hd = kv->head_dim;
 	const int64_t first = kv->window > 0 && position >= kv->window ? position - kv->window + 1 : 0;
@@ -647,8 +647,8 @@ attention_heads(float *y, const float *q, int n_heads, const MillmKvLayer *kv, c
 
 	for (int g = 0; g < n_heads; g++)
 	{
-		softmax.max[g] = -INFINITY;
-		softmax.sum[g] = 0;
+		softmax.max[g] = kv->sinks ? kv->sinks[first_head + g] : -INFINITY;
+		softmax.sum[g] = kv->sinks ? 1 : 0;
 	}
 	memset(y, 0, sizeof(float) * (size_t) (n_heads * hd));
 	for (int64_t p = first / MILLM_KERNEL_PAGE; p <= last_page; from = 0)
@@ -676,18 +676,19 @@ attention(float *y, const float *q, const MillmKvLayer *kv, const int32_t *pages
 
 	for (int g = 0; g < kv->group;)
 	{
-		int64_t		at = (int64_t) (kv_head * kv->group + g) * kv->head_dim;
+		int			head = kv_head * kv->group + g;
+		int64_t		at = (int64_t) head * kv->head_dim;
 		int			n = kv->group - g;
 		const float *bias = kv->bias ? kv->bias + (kv_head * kv->group + g) * kv->bias_stride : NULL;
 
 		if (n >= 4)
-			attention_heads(y + at, q + at, 4, kv, pages, position, head_offset, bias);
+			attention_heads(y + at, q + at, 4, head, kv, pages, position, head_offset, bias);
 		else if (n == 3)
-			attention_heads(y + at, q + at, 3, kv, pages, position, head_offset, bias);
+			attention_heads(y + at, q + at, 3, head, kv, pages, position, head_offset, bias);
 		else if (n == 2)
-			attention_heads(y + at, q + at, 2, kv, pages, position, head_offset, bias);
+			attention_heads(y + at, q + at, 2, head, kv, pages, position, head_offset, bias);
 		else
-			attention_heads(y + at, q + at, 1, kv, pages, position, head_offset, bias);
+			attention_heads(y + at, q + at, 1, head, kv, pages, position, head_offset, bias);
 		g += n >= 4 ? 4 : n;
 	}
 }

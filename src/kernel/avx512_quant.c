@@ -618,6 +618,106 @@ matmul_int8_bf16_form(const MillmMatmul *m, int64_t begin, int64_t end)
 	}
 }
 
+/* ---- MXFP4 ---- */
+
+#define MXFP4_ROWS			4		/* that share one load of the activation */
+#define MIN_MXFP4_TOKENS	8
+
+/* The power of two of a scale byte; 0 is the smallest, a subnormal, and 255 infinity. */
+INLINE __m512
+mxfp4_scale(uint8_t byte)
+{
+	return _mm512_castsi512_ps(_mm512_set1_epi32(byte == 0 ? 0x00400000 : byte << 23));
+}
+
+/* 32 weights without their scale: those of even number, and those of odd number. */
+INLINE void
+mxfp4_values(const uint8_t *p, __m512 *even, __m512 *odd)
+{
+	const __m512 values = _mm512_setr_ps(0, 0.5f, 1, 1.5f, 2, 3, 4, 6, -0.0f, -0.5f, -1, -1.5f, -2, -3, -4, -6);
+	__m512i		codes = _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i *) p));
+
+	*even = _mm512_permutexvar_ps(codes, values);
+	*odd = _mm512_permutexvar_ps(_mm512_srli_epi32(codes, 4), values);
+}
+
+/* A few rows of weights, read once as they lie, with one token; the sums of a row's 32s are scaled one by one. */
+INLINE void
+mxfp4_tile(const MillmMatmul *m, int64_t t, int64_t o, int n_rows)
+{
+	const __m512i evens = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
+	const __m512i odds = _mm512_setr_epi32(1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31);
+	const int64_t n = m->w->n_in;
+	const uint8_t *data = (const uint8_t *) m->w->data + o * n / 2;
+	const uint8_t *scale = (const uint8_t *) m->w->scale + o * n / 32;
+	const float *x = (const float *) ((const char *) m->x + t * m->x_stride);
+	__m512		acc[MXFP4_ROWS];
+
+	for (int r = 0; r < n_rows; r++)
+		acc[r] = _mm512_setzero_ps();
+	for (int64_t i = 0; i < n; i += 32)
+	{
+		__m512		a = _mm512_loadu_ps(x + i),
+					b = _mm512_loadu_ps(x + i + 16);
+		__m512		x_even = _mm512_permutex2var_ps(a, evens, b),
+					x_odd = _mm512_permutex2var_ps(a, odds, b);
+
+		for (int r = 0; r < n_rows; r++)
+		{
+			__m512		even,
+						odd;
+
+			if (i % 128 == 0)
+				prefetch_ahead(data + (r * n + i) / 2);
+			mxfp4_values(data + (r * n + i) / 2, &even, &odd);
+			acc[r] = _mm512_fmadd_ps(_mm512_fmadd_ps(odd, x_odd, _mm512_mul_ps(even, x_even)), mxfp4_scale(scale[(r * n + i) / 32]), acc[r]);
+		}
+	}
+	for (int r = 0; r < n_rows; r++)
+		finish(m, t, o + r, _mm512_reduce_add_ps(acc[r]));
+}
+
+static void
+matmul_mxfp4(const MillmMatmul *m, int64_t begin, int64_t end)
+{
+	for (int64_t o = begin; o < end; o += MXFP4_ROWS)
+		for (int64_t t = 0; t < m->n_tokens; t++)
+			if (end - o >= MXFP4_ROWS)
+				mxfp4_tile(m, t, o, MXFP4_ROWS);
+			else
+				for (int64_t r = o; r < end; r++)
+					mxfp4_tile(m, t, r, 1);
+}
+
+/* MXFP4 are exact in bfloat16. */
+static void
+matmul_mxfp4_bf16_form(const MillmMatmul *m, int64_t begin, int64_t end)
+{
+	const int64_t n = m->w->n_in;
+	int64_t		n_rows = panel_rows(n * 2, 4);
+	_Alignas(64) uint16_t panel[PANEL_BYTES / 2];
+
+	for (int64_t o = begin; o < end; o += n_rows)
+	{
+		const uint8_t *data = (const uint8_t *) m->w->data + o * n / 2;
+		const uint8_t *scale = (const uint8_t *) m->w->scale + o * n / 32;
+
+		n_rows = end - o < n_rows ? end - o : n_rows;
+		for (int64_t i = 0; i < n_rows * n; i += 32)
+		{
+			__m512		even,
+						odd;
+
+			mxfp4_values(data + i / 2, &even, &odd);
+			even = _mm512_mul_ps(even, mxfp4_scale(scale[i / 32]));
+			odd = _mm512_mul_ps(odd, mxfp4_scale(scale[i / 32]));
+			_mm512_storeu_si512(panel + i, _mm512_or_si512(_mm512_srli_epi32(_mm512_castps_si512(even), 16),
+														   _mm512_and_si512(_mm512_castps_si512(odd), _mm512_set1_epi32((int) 0xFFFF0000))));
+		}
+		run_panel(m, millm_avx512_bf16_form, MILLM_BF16, MILLM_FORM_BF16, panel, n, o, n_rows, NULL);
+	}
+}
+
 /* Whatever the fast paths do not know: float32 panels, decoded by the reference. */
 static void
 matmul_f32_panel(const MillmMatmul *m, int64_t begin, int64_t end)
@@ -668,6 +768,8 @@ millm_avx512_best_form(const MillmWeight *w, int n_tokens)
 {
 	if (w->dtype == MILLM_BF16)
 		return !w->in_out && n_tokens >= MIN_BF16_TOKENS ? MILLM_FORM_BF16 : MILLM_FORM_F32;
+	if (w->dtype == MILLM_MXFP4)
+		return n_tokens >= MIN_MXFP4_TOKENS && fits_panel(w->n_in) ? MILLM_FORM_BF16 : MILLM_FORM_F32;
 	if (w->dtype == MILLM_INT8)
 		return n_tokens >= MIN_INT8_TOKENS && fits_panel(w->n_in) ? MILLM_FORM_BF16 : MILLM_FORM_I16;
 	if (is_fast_4bit(w))
@@ -682,6 +784,7 @@ millm_kernels_avx512_quant(MillmKernels *k, unsigned cpu)
 		return;					/* AVX2's 4-bit and INT8 kernels stay */
 	k->matmul[MILLM_FORM_F32][MILLM_4BIT][0] = matmul_f32_panel;
 	k->matmul[MILLM_FORM_F32][MILLM_INT8][0] = matmul_int8;
+	k->matmul[MILLM_FORM_F32][MILLM_MXFP4][0] = matmul_mxfp4;
 	k->matmul[MILLM_FORM_I16_NIBBLES][MILLM_4BIT][0] = matmul_i16_nibbles;
 	k->pack[MILLM_FORM_I16_NIBBLES] = pack_i16_nibbles;
 	k->matmul[MILLM_FORM_I16][MILLM_INT8][0] = matmul_int8_i16;
@@ -692,6 +795,7 @@ millm_kernels_avx512_quant(MillmKernels *k, unsigned cpu)
 		k->matmul[MILLM_FORM_BF16_NIBBLES][MILLM_4BIT][0] = matmul_bf16_nibbles;
 		k->pack[MILLM_FORM_BF16_NIBBLES] = pack_bf16_nibbles;
 		k->matmul[MILLM_FORM_BF16][MILLM_INT8][0] = matmul_int8_bf16_form;
+		k->matmul[MILLM_FORM_BF16][MILLM_MXFP4][0] = matmul_mxfp4_bf16_form;
 		k->best_form = millm_avx512_best_form;
 	}
 }

@@ -98,6 +98,7 @@ typedef struct MillmKvLayer
 	float		softcap;		/* c: scaled scores become c tanh(score / c); 0: none */
 	const float *bias;			/* [heads, bias_stride]: what the score of the key at a position gets added, last; NULL: nothing */
 	int64_t		bias_stride;	/* a multiple of 16 */
+	const float *sinks;			/* [query heads]: a score that takes its share of the softmax and has no value; NULL: none */
 } MillmKvLayer;
 
 typedef enum MillmUnary {MILLM_UNARY_SILU, MILLM_UNARY_GELU_TANH, MILLM_UNARY_GELU_ERF, MILLM_UNARY_RELU, MILLM_N_UNARY} MillmUnary;
@@ -136,6 +137,8 @@ typedef struct MillmKernels
 							  int64_t position, int kv_head);
 	/* y[i] = f(x[i]), times up[i] unless up is NULL; y may be x */
 	void		(*unary[MILLM_N_UNARY]) (float *y, const float *x, const float *up, int64_t n);
+	/* y[i] = (up + 1) gate sigmoid(1.702 gate), gate = min(x[2 i], 7), up = x[2 i + 1] within -7 and 7; y may be x [2 n] */
+	void		(*swiglu_pairs) (float *y, const float *x, int64_t n);
 	/* x[i] = cap tanh(x[i] / cap) */
 	void		(*softcap) (float *x, float cap, int64_t n);
 	/* y[i] = w[i], or y[i] += w[i]: n stored values of a dtype to float32 */

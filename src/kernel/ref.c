@@ -131,9 +131,24 @@ decode_4bit(float *y, const MillmWeight *w, int64_t first, int64_t n)
 	}
 }
 
+static void
+decode_mxfp4(float *y, const MillmWeight *w, int64_t first, int64_t n)
+{
+	static const float values[16] = {0, 0.5f, 1, 1.5f, 2, 3, 4, 6, -0.0f, -0.5f, -1, -1.5f, -2, -3, -4, -6};
+	const uint8_t *data = w->data, *scale = w->scale;
+
+	for (int64_t e = first; e < first + n; e++)
+		*y++ = ldexpf(values[e % 2 == 0 ? data[e / 2] & 15 : data[e / 2] >> 4], scale[e / 32] - 127);
+}
+
 void
 millm_weight_decode(float *y, const MillmWeight *w, int64_t o, int64_t i, int64_t n)
 {
+	if (w->dtype == MILLM_MXFP4)
+	{
+		decode_mxfp4(y, w, o * w->n_in + i, n);
+		return;
+	}
 	if (w->dtype == MILLM_4BIT)
 		decode_4bit(y, w, w->first + o * w->n_in + i, n);
 	else if (w->dtype == MILLM_INT8)
@@ -313,8 +328,8 @@ attention(float *y, const float *q, const MillmKvLayer *kv, const int32_t *pages
 	{
 		const float *qh = q + (int64_t) (kv_head * kv->group + g) * hd;
 		float	   *yh = y + (int64_t) (kv_head * kv->group + g) * hd;
-		float		max = -INFINITY,
-					sum = 0;
+		float		max = kv->sinks ? kv->sinks[kv_head * kv->group + g] : -INFINITY,
+					sum = kv->sinks ? 1 : 0;
 
 		memset(yh, 0, sizeof(float) * (size_t) hd);
 		for (int64_t p = first / MILLM_KERNEL_PAGE; p * MILLM_KERNEL_PAGE <= position; p++)
@@ -378,6 +393,20 @@ UNARY(gelu_erf, 0.5f * v * (1 + erff(v * 0.7071067812f)))
 UNARY(relu, v < 0 ? 0 : v)
 
 static void
+swiglu_pairs(float *y, const float *x, int64_t n)
+{
+	const float alpha = 1.702f, limit = 7;
+
+	for (int64_t i = 0; i < n; i++)
+	{
+		float		gate = x[2 * i] > limit ? limit : x[2 * i];
+		float		up = x[2 * i + 1] > limit ? limit : x[2 * i + 1] < -limit ? -limit : x[2 * i + 1];
+
+		y[i] = (up + 1) * gate / (1 + expf(-alpha * gate));
+	}
+}
+
+static void
 softcap(float *x, float cap, int64_t n)
 {
 	for (int64_t i = 0; i < n; i++)
@@ -414,6 +443,7 @@ millm_kernels_ref(MillmKernels *k)
 				[MILLM_BF16] = {rows_bf16, columns_bf16},
 				[MILLM_4BIT] = {millm_matmul_decoded, NULL},
 				[MILLM_INT8] = {millm_matmul_decoded, NULL},
+				[MILLM_MXFP4] = {millm_matmul_decoded, NULL},
 			},
 		},
 		.best_form = best_form,
@@ -428,6 +458,7 @@ millm_kernels_ref(MillmKernels *k)
 			[MILLM_UNARY_GELU_ERF] = gelu_erf,
 			[MILLM_UNARY_RELU] = relu,
 		},
+		.swiglu_pairs = swiglu_pairs,
 		.softcap = softcap,
 		.load_row = load_row,
 		.is_finite = is_finite,

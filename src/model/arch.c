@@ -163,6 +163,16 @@ static const MillmArch archs[] = {
 		.attention_scale_key = "attention_multiplier", .logit_divisor_key = "logits_scaling",
 	},
 	{
+		/* gpt-oss 20B, 120B: sinks, every other layer slides, experts of pairs in MXFP4 */
+		.model_type = "gpt_oss",
+		LLAMA_KEYS, LLAMA_BLOCK, LLAMA_NAMES, LLAMA_QKV, LLAMA_MLP_NORM, .act = {"hidden_act"},
+		.default_norm_eps = 1e-5, .default_rope_theta = 150000.0, .rope_is_scaled = true, .default_max_positions = 131072, .default_act = "silu", .default_head_dim = 64,
+		.qkv_bias = {.by_default = true}, .o_bias = {.by_default = true}, .sinks = "layers.{i}.self_attn.sinks",
+		.sliding = {.possible = true, .default_window = 128, .default_every = 2},
+		.mixture = {.possible = true, .default_n = 128, .default_chosen = 4, .router = "layers.{i}.mlp.router", .router_bias = true,
+			.fused_gate_up = "layers.{i}.mlp.experts.gate_up_proj", .fused_down = "layers.{i}.mlp.experts.down_proj"},
+	},
+	{
 		/* Gemma: old files say "gelu" and mean its approximation */
 		.model_type = "gemma",
 		LLAMA_KEYS, GEMMA_BLOCK, LLAMA_NAMES, LLAMA_QKV, LLAMA_MLP_NORM, LLAMA_GATE_UP, .act = {"hidden_activation", "hidden_act"},
@@ -334,5 +344,5 @@ millm_arch_find(const char *model_type, int i)
 const char *
 millm_supported_model_types(void)
 {
-	return "bloom, cohere, falcon, gemma, gemma2, gemma3_text, glm4, gpt2, gpt_neox, granite, llama, mistral, mixtral, olmo2, opt, phi, phi3, qwen2, qwen2_moe, qwen3, qwen3_moe, smollm3, stablelm, starcoder2";
+	return "bloom, cohere, falcon, gemma, gemma2, gemma3_text, glm4, gpt2, gpt_neox, gpt_oss, granite, llama, mistral, mixtral, olmo2, opt, phi, phi3, qwen2, qwen2_moe, qwen3, qwen3_moe, smollm3, stablelm, starcoder2";
 }

@@ -63,6 +63,12 @@ typedef struct MillmMixture
 	const char *step_key, *dense_key;	/* NULL: all layers have it */
 	const char *router, *shared_router;
 	const char *gate, *up, *down;
+	/*
+	 * All experts in one tensor each, gate and up in one as well, even and odd: "...", [n, in, out], or "..._blocks" and "..._scales" in MXFP4; and
+	 * "..._bias".  What such experts compute is MILLM_ACT_SWIGLU_PAIRS, whatever the config calls it.
+	 */
+	const char *fused_gate_up, *fused_down;
+	bool		router_bias;
 } MillmMixture;
 
 typedef struct MillmArch
@@ -76,6 +82,7 @@ typedef struct MillmArch
 	double		default_rope_theta;
 	MillmKeys	rope_theta, rotary_part;	/* keys; none: "rope_theta", "partial_rotary_factor" */
 	double		default_rotary_part;	/* of a head; 0: the whole */
+	bool		rope_is_scaled;			/* "rope_scaling" has a default that is not none, and must be there */
 	const char *local_theta_key;		/* layers that slide rotate by this theta, unscaled; NULL: as the others */
 	double		default_local_theta;
 	int			default_max_positions;
@@ -132,6 +139,7 @@ typedef struct MillmArch
 	const char *final_norm;				/* NULL: none */
 	const char *attn_norm, *mlp_norm;	/* NULL: none */
 	const char *attn_post_norm, *mlp_post_norm;	/* of what is added to the residual; NULL: none */
+	const char *sinks;					/* NULL: none */
 	const char *q, *k, *v;				/* separate, or */
 	const char *qkv;					/* q, k and v concatenated along the output, or */
 	const char *grouped_qkv;			/* KV head after KV head: the queries of its group, k, v */

@@ -415,7 +415,7 @@ resolve_rope(json_t *json, const MillmArch *arch, MillmConfig *c, MillmError *er
 
 	if (!scaling || (json_is_object(scaling) && json_object_size(scaling) == 0))
 		scaling = get(json, spelling = "rope_parameters");
-	if (scaling && !json_is_object(scaling))
+	if ((scaling && !json_is_object(scaling)) || (!scaling && arch->rope_is_scaled))
 		return bad_value(err, spelling, scaling, "an object");
 	json_object_foreach(scaling, key, value)
 		if (json_is_object(value))
@@ -495,7 +495,7 @@ refuse_flags(json_t *json, const MillmArch *arch, MillmError *err)
 		const char *method = json_string_value(json_object_get(quantization, "quant_method"));
 
 		/* what is quantized, and how, the tensors say themselves */
-		if (!method || strcmp(method, "bitsandbytes") != 0)
+		if (!method || (strcmp(method, "bitsandbytes") != 0 && !(arch->mixture.fused_down && strcmp(method, "mxfp4") == 0)))
 		{
 			millm_fail(err, MILLM_E_UNSUPPORTED, "quantized checkpoints of quant_method \"%s\" are not supported", method ? shown(method).text : "unknown");
 			millm_hint(err, "Use a repository that holds the 16-bit weights, or one that bitsandbytes quantized; millm quantizes while it downloads.");
@@ -648,6 +648,17 @@ resolve_mixture(json_t *json, const MillmArch *arch, MillmConfig *c, MillmError 
 	c->expert_size = x->size_key ? x->default_size : c->intermediate_size;
 	c->shared_expert_size = x->default_shared_size;
 	c->experts_sum_to_one = !x->sum_switch;
+	c->has_fused_experts = x->fused_down;
+	if (c->has_fused_experts)
+	{
+		double		limit = 7, alpha = 1.702;
+
+		if ((rc = get_double(json, "swiglu_limit", 0, 1e6, &limit, err)) != MILLM_OK || (rc = get_double(json, "swiglu_alpha", 0, 1e6, &alpha, err)) != MILLM_OK)
+			return rc;
+		if (limit != 7 || alpha != 1.702)
+			return unsupported_flag(err, c->model_type, limit != 7 ? "swiglu_limit" : "swiglu_alpha", limit != 7 ? "another than 7" : "another than 1.702");
+		c->act = MILLM_ACT_SWIGLU_PAIRS;
+	}
 	/* any of the counts' spellings for any family: transformers 5 may write another than it reads */
 	if ((rc = get_int(json, (const MillmKeys) {"num_experts", "num_local_experts", "n_routed_experts"}, arch->up ? 0 : 1, MILLM_MAX_EXPERTS, &c->n_experts, err)) != MILLM_OK)
 		return rc;

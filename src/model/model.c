@@ -701,6 +701,78 @@ bind_expert(Binder *b, int i, const char *expert, int64_t size, MillmMlp *mlp)
 	return rc;
 }
 
+/* The named tensor of n_dims dims, of bytes if is_codes, else of floats.  A missing one is noted, and *out is NULL. */
+static MillmCode
+take_stack(Binder *b, const char *name, bool is_codes, const int64_t *dims, int n_dims, const MillmStTensor **out)
+{
+	Entry	   *e = find(b, name);
+
+	*out = NULL;
+	if (!e)
+	{
+		add_name(&b->missing, name);
+		return MILLM_OK;
+	}
+	if (e->tensor->n_dims != n_dims || memcmp(e->tensor->dims, dims, sizeof(*dims) * (size_t) n_dims) != 0)
+	{
+		millm_fail(b->err, MILLM_E_INVALID_MODEL_FILE, "tensor \"%s\" has the wrong shape", name);
+		millm_detail(b->err, "The config implies [%lld, %lld, %lld, ...]; it has %d dimensions, the first is %lld.", (long long) dims[0], (long long) dims[1],
+					 (long long) (n_dims > 2 ? dims[2] : 0), e->tensor->n_dims, (long long) (e->tensor->n_dims > 0 ? e->tensor->dims[0] : 0));
+		return MILLM_E_INVALID_MODEL_FILE;
+	}
+	if (is_codes ? e->tensor->dtype != MILLM_U8 : e->tensor->dtype >= MILLM_N_FLOAT_DTYPES)
+		return millm_fail(b->err, MILLM_E_UNSUPPORTED, "dtype %s of tensor \"%s\" is not supported", millm_dtype_name(e->tensor->dtype), name);
+	e->used = true;
+	if (!is_codes)
+		e->n_params = (int64_t) (e->tensor->bytes / (uint64_t) millm_dtype_bytes(e->tensor->dtype));
+	*out = e->tensor;
+	return MILLM_OK;
+}
+
+/* What all experts have in one tensor: the up, or down, of each, [n_out, n_in]; and their biases, which *bias owns. */
+static MillmCode
+bind_stack(Binder *b, int i, const char *template, int64_t n_out, int64_t n_in, MillmMlp *experts, bool is_down, MillmVector *bias)
+{
+	const int64_t n = b->model->config.n_experts;
+	const MillmStTensor *floats = NULL, *blocks = NULL, *scales = NULL, *biases;
+	char		name[MAX_NAME];
+	MillmCode	rc;
+
+	if ((rc = take_stack(b, tensor_name(name, b->prefix, template, i, "_bias"), false, (const int64_t[]) {n, n_out}, 2, &biases)) != MILLM_OK ||
+		(biases && (rc = create_vector(b, n * n_out, bias)) != MILLM_OK))
+		return rc;
+	if (biases)
+		read_floats(bias->data, biases, n * n_out);
+	if (!find(b, tensor_name(name, b->prefix, template, i, "_blocks")))
+		rc = take_stack(b, tensor_name(name, b->prefix, template, i, ""), false, (const int64_t[]) {n, n_in, n_out}, 3, &floats);
+	else if (n_in % 32 != 0)
+		rc = millm_fail(b->err, MILLM_E_INVALID_MODEL_FILE, "tensor \"%s\" cannot be of rows of %lld weights", name, (long long) n_in);
+	else if ((rc = take_stack(b, name, true, (const int64_t[]) {n, n_out, n_in / 32, 16}, 4, &blocks)) == MILLM_OK)
+		rc = take_stack(b, tensor_name(name, b->prefix, template, i, "_scales"), true, (const int64_t[]) {n, n_out, n_in / 32}, 3, &scales);
+	if (rc != MILLM_OK || (!floats && (!blocks || !scales)))
+		return rc;
+	if (blocks)
+	{
+		find(b, tensor_name(name, b->prefix, template, i, "_blocks"))->n_params = n * n_out * n_in;
+		b->model->quantization = "mxfp4";
+	}
+	for (int64_t e = 0; e < n; e++)
+	{
+		MillmWeight *w = is_down ? &experts[e].down : &experts[e].up;
+		MillmVector *v = is_down ? &experts[e].down_bias : &experts[e].up_bias;
+
+		if (blocks)
+			*w = (MillmWeight) {.dtype = MILLM_MXFP4, .n_out = n_out, .n_in = n_in, .stride = n_in, .data = (const char *) blocks->data + e * n_out * n_in / 2,
+				.scale = (const char *) scales->data + e * n_out * n_in / 32};
+		else
+			*w = (MillmWeight) {.dtype = floats->dtype, .in_out = true, .n_out = n_out, .n_in = n_in, .stride = n_out,
+				.data = (const char *) floats->data + millm_weight_bytes(floats->dtype, e * n_out * n_in)};
+		if (biases)
+			*v = (MillmVector) {bias->data + e * n_out, n_out};
+	}
+	return MILLM_OK;
+}
+
 static MillmCode
 bind_mixture(Binder *b, int i, MillmLayer *l)
 {
@@ -712,6 +784,14 @@ bind_mixture(Binder *b, int i, MillmLayer *l)
 	if (!(l->experts = calloc((size_t) c->n_experts, sizeof(MillmMlp))))
 		return millm_fail(b->err, MILLM_E_INSUFFICIENT_MEMORY, "out of memory");
 	rc = bind_matrix(b, b->prefix, x->router, i, c->n_experts, c->hidden_size, false, &l->router);
+	if (rc == MILLM_OK && x->router_bias)
+		rc = bind_vector(b, b->prefix, x->router, i, ".bias", c->n_experts, &l->router_bias);
+	if (rc == MILLM_OK && c->has_fused_experts)
+	{
+		if ((rc = bind_stack(b, i, x->fused_gate_up, 2 * (int64_t) c->expert_size, c->hidden_size, l->experts, false, &l->experts_up_bias)) != MILLM_OK)
+			return rc;
+		return bind_stack(b, i, x->fused_down, c->hidden_size, c->expert_size, l->experts, true, &l->experts_down_bias);
+	}
 	for (int e = 0; e < c->n_experts && rc == MILLM_OK; e++)
 	{
 		snprintf(expert, sizeof(expert), "experts.%d", e);
@@ -756,6 +836,7 @@ bind_layer(Binder *b, int i, MillmLayer *l)
 		(rc = bind_qkv(b, i, l)) != MILLM_OK ||
 		(rc = bind_head_norms(b, i, l)) != MILLM_OK ||
 		(rc = bind_matrix(b, b->prefix, a->o, i, h, (int64_t) l->n_heads * l->head_dim, a->in_out, &l->o)) != MILLM_OK ||
+		(a->sinks && (rc = bind_vector(b, b->prefix, a->sinks, i, "", l->n_heads, &l->sinks)) != MILLM_OK) ||
 		(c->o_bias && (rc = bind_vector(b, b->prefix, a->o, i, ".bias", h, &l->o_bias)) != MILLM_OK) ||
 		(a->attn_post_norm && (rc = bind_norm_weight(b, a->attn_post_norm, i, h, &l->attn_post_norm)) != MILLM_OK) ||
 		(a->mlp_post_norm && (rc = bind_norm_weight(b, a->mlp_post_norm, i, h, &l->mlp_post_norm)) != MILLM_OK) ||
@@ -985,6 +1066,7 @@ millm_model_close(MillmModel *m)
 		MillmLayer *l = &m->layers[i];
 		MillmVector *vectors[] = {&l->attn_norm, &l->attn_norm_bias, &l->q_bias, &l->k_bias, &l->v_bias, &l->o_bias, &l->qkv_bias, &l->q_norm, &l->k_norm,
 		&l->q_norm_bias, &l->k_norm_bias, &l->attn_post_norm, &l->mlp_post_norm,
+		&l->sinks, &l->router_bias, &l->experts_up_bias, &l->experts_down_bias,
 		&l->mlp_norm, &l->mlp_norm_bias, &l->gate_bias, &l->up_bias, &l->down_bias};
 
 		for (size_t k = 0; k < sizeof(vectors) / sizeof(vectors[0]); k++)
@@ -1054,7 +1136,7 @@ millm_model_populate(const MillmModel *m, bool (*progress) (void *arg, int perce
 const char *
 millm_model_quantization(const MillmModel *m)
 {
-	return !m->quantization ? "FP16" : strcmp(m->quantization, "int8") == 0 ? "Q8" : "Q4";
+	return !m->quantization || strcmp(m->quantization, "mxfp4") == 0 ? "FP16" : strcmp(m->quantization, "int8") == 0 ? "Q8" : "Q4";
 }
 
 /* Of a Linear in a block: its weight, or what a quantization stores beside it. */
@@ -1114,7 +1196,7 @@ millm_model_weights_bytes_as(const MillmModel *m, const char *quantization)
 
 		for (size_t k = 0; k < sizeof(linears) / sizeof(linears[0]); k++)
 			bytes += linear_bytes(linears[k], quantization);
-		for (int e = 0; l->experts && e < m->config.n_experts; e++)
+		for (int e = 0; l->experts && !m->config.has_fused_experts && e < m->config.n_experts; e++)
 			bytes += mlp_bytes(&l->experts[e], quantization);
 		bytes += mlp_bytes(&l->shared, quantization) + router_bytes(&l->router) + router_bytes(&l->shared_router);
 	}

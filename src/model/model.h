@@ -20,7 +20,9 @@ typedef enum MillmNorm {MILLM_NORM_RMS, MILLM_NORM_LAYER} MillmNorm;
 /* Norms of q and k: each head by itself, by one weight for all [head_dim] or each by its own [heads, head_dim]; or all heads as one [heads * head_dim]. */
 typedef enum MillmHeadNorms {MILLM_HEAD_NORMS_SHARED, MILLM_HEAD_NORMS_OWN, MILLM_HEAD_NORMS_WHOLE} MillmHeadNorms;
 typedef enum MillmPosition {MILLM_POS_ROPE, MILLM_POS_LEARNED, MILLM_POS_ALIBI} MillmPosition;
-typedef enum MillmAct {MILLM_ACT_SILU, MILLM_ACT_GELU_TANH, MILLM_ACT_GELU_ERF, MILLM_ACT_RELU} MillmAct;
+typedef enum MillmAct {MILLM_ACT_SILU, MILLM_ACT_GELU_TANH, MILLM_ACT_GELU_ERF, MILLM_ACT_RELU,
+	MILLM_ACT_SWIGLU_PAIRS		/* of gate and up side by side, clamped: kernel.h's swiglu_pairs */
+} MillmAct;
 
 /* Limits on what a config may claim; beyond them a file is refused, not believed. */
 #define MILLM_MAX_LAYERS		1024
@@ -96,6 +98,7 @@ typedef struct MillmConfig
 	int			n_chosen;			/* experts that a token takes */
 	int			expert_size;		/* of each, as intermediate_size; of the shared one, 0 when there is none */
 	int			shared_expert_size;
+	bool		has_fused_experts;	/* stored as tensors of all of a layer's: no Linears, never quantized by bitsandbytes */
 	bool		experts_sum_to_one;	/* the weights of a token's experts do; else they are parts of a softmax over all */
 	bool		is_mixture[MILLM_MAX_LAYERS];	/* layers that have them, the others have an MLP */
 	bool		tied;				/* the LM head is the embedding; once open: it is, whatever the file says */
@@ -124,10 +127,11 @@ typedef struct MillmVector
 	int64_t		n;
 } MillmVector;
 
-/* y = down(act(gate(x)) * up(x)) */
+/* An expert: y = down(act(gate(x)) * up(x)); without a gate, y = down(act(up(x))) of an act of pairs.  Biases are slices of the layer's. */
 typedef struct MillmMlp
 {
 	MillmWeight gate, up, down;
+	MillmVector up_bias, down_bias;
 } MillmMlp;
 
 /* One transformer block.  Sizes are per layer because newer families vary them. */
@@ -137,6 +141,7 @@ typedef struct MillmLayer
 	int			n_kv_heads;
 	int			head_dim;
 	int			window;			/* 0: full attention */
+	MillmVector sinks;			/* [n_heads]: a score of each head that no key has; optional */
 	bool		unrotated;		/* no rope */
 	MillmVector attn_norm, attn_norm_bias;	/* optional */
 	MillmVector attn_post_norm, mlp_post_norm;	/* of what is added to the residual; optional */
@@ -151,6 +156,8 @@ typedef struct MillmLayer
 	/* in place of these, in a layer with a mixture of experts */
 	MillmMlp   *experts;		/* [n_experts], owned; NULL: an MLP */
 	MillmWeight router;			/* [n_experts, hidden]: the scores */
+	MillmVector router_bias;
+	MillmVector experts_up_bias, experts_down_bias;	/* [n_experts * ...], one expert after the other */
 	MillmMlp	shared;			/* every token's; optional */
 	MillmWeight shared_router;	/* [1, hidden]: it counts by the sigmoid of its score */
 } MillmLayer;
@@ -179,7 +186,7 @@ typedef struct MillmModel
 	int64_t		n_params;		/* as stored, tied weights once */
 	uint64_t	weights_bytes;	/* bytes of tensor data mapped, the screening copy's too */
 	char		dtype[8];		/* "BF16", "F16", "F32" of the embedding, for people */
-	const char *quantization;	/* "nf4", "fp4", "int8" of the Linears; NULL: none.  A checkpoint that mixes them shows one of them */
+	const char *quantization;	/* "nf4", "fp4", "int8" of the Linears, "mxfp4" of fused experts; NULL: none.  A checkpoint that mixes them shows one of them */
 	struct MillmModelFiles *files;	/* the mappings; model.c's */
 } MillmModel;
 

@@ -206,8 +206,12 @@ each_4bit(MillmLayer *l, void (*f) (MillmWeight *w))
 
 static void experts_sum_to_one(MillmModel *m) { m->config.experts_sum_to_one = !m->config.experts_sum_to_one; }
 static void n_chosen(MillmModel *m) { m->config.n_chosen -= m->config.n_chosen > 1; }
+static void l_sinks(MillmLayer *l) { drop(&l->sinks); }
+static void l_router_bias(MillmLayer *l) { drop(&l->router_bias); }
+static void l_expert_up_bias(MillmLayer *l) { if (l->experts) l->experts[0].up_bias.data = NULL; }
+static void l_expert_down_bias(MillmLayer *l) { if (l->experts) l->experts[0].down_bias.data = NULL; }
 static void l_experts_order(MillmLayer *l) { if (l->experts) { MillmMlp e = l->experts[0]; l->experts[0] = l->experts[1]; l->experts[1] = e; } }
-static void l_expert_gated(MillmLayer *l) { if (l->experts) { MillmWeight w = l->experts[0].gate; l->experts[0].gate = l->experts[0].up; l->experts[0].up = w; } }
+static void l_expert_gated(MillmLayer *l) { if (l->experts && l->experts[0].gate.data) { MillmWeight w = l->experts[0].gate; l->experts[0].gate = l->experts[0].up; l->experts[0].up = w; } }
 static void l_shared_router(MillmLayer *l) { if (l->experts) { l->shared_router.data = l->router.data; } }
 static void l_shared(MillmLayer *l) { l->shared.up.data = NULL; }
 
@@ -245,6 +249,7 @@ static const struct
 	{"k_bias", NULL, l_k_bias}, {"v_bias", NULL, l_v_bias}, {"o_bias", NULL, l_o_bias}, {"gate_bias", NULL, l_gate_bias}, {"up_bias", NULL, l_up_bias},
 	{"down_bias", NULL, l_down_bias}, {"mlp_gated", NULL, l_mlp_gated}, {"qkv_order", NULL, l_qkv_order}, {"grouped_qkv", NULL, l_grouped_qkv}, {"qkv_bias", NULL, l_qkv_bias}, {"in_out", NULL, l_in_out},
 	{"experts_sum_to_one", experts_sum_to_one, NULL}, {"n_chosen", n_chosen, NULL}, {"experts_order", NULL, l_experts_order},
+	{"sinks", NULL, l_sinks}, {"router_bias", NULL, l_router_bias}, {"expert_up_bias", NULL, l_expert_up_bias}, {"expert_down_bias", NULL, l_expert_down_bias},
 	{"expert_gated", NULL, l_expert_gated}, {"shared_router", NULL, l_shared_router}, {"shared", NULL, l_shared},
 	{"quant_first", NULL, l_quant_first}, {"quant_codebook", NULL, l_quant_codebook}, {"quant_block_size", NULL, l_quant_block_size},
 	{"quant_nested_block_size", NULL, l_quant_nested_block_size}, {"quant_nested_offset", NULL, l_quant_nested_offset},

@@ -46,7 +46,7 @@ def reference(model):
 
     torch.set_grad_enabled(False)
     attention = "sdpa" if getattr(AutoConfig.from_pretrained(model), "alibi", False) else "eager"
-    return AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32, attn_implementation=attention).eval()
+    return AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32, attn_implementation=attention).eval().float()  # it unpacks MXFP4 to bfloat16, exactly
 
 
 def reference_logits(model, ids):

@@ -194,6 +194,11 @@ mixtures(void **state)
 	must_parse(FAMILY("qwen3_moe"), "\"num_experts\": 0", &c);
 	assert_true(c.n_experts == 0 && !c.is_mixture[0]);
 	millm_config_free(&c);
+	must_parse(FAMILY("gpt_oss"), "\"swiglu_limit\": 7.0, \"rope_scaling\": {\"rope_type\": \"yarn\", \"factor\": 32, \"original_max_position_embeddings\": 4096},"
+			   " \"quantization_config\": {\"quant_method\": \"mxfp4\"}", &c);
+	assert_true(c.has_fused_experts && c.experts_sum_to_one && c.act == MILLM_ACT_SWIGLU_PAIRS && c.head_dim == 64 && c.expert_size == 172);
+	assert_true(c.slides[0] && !c.slides[1] && c.window == 128 && c.o_bias && c.n_experts == 128 && c.n_chosen == 4);
+	millm_config_free(&c);
 	must_parse(FAMILY("qwen2_moe"), "\"qkv_bias\": false", &c);
 	assert_false(c.qkv_bias);
 	millm_config_free(&c);
@@ -648,6 +653,10 @@ refused(void **state)
 		{FAMILY("qwen3_moe"), "\"mlp_only_layers\": [\"3\"]", MILLM_E_INVALID_MODEL_FILE, "\"mlp_only_layers\""},
 		{FAMILY("qwen3_moe"), "\"norm_topk_prob\": 1", MILLM_E_INVALID_MODEL_FILE, "\"norm_topk_prob\""},
 		{FAMILY("qwen3_moe"), "\"mlp_layer_types\": [\"sparse\"]", MILLM_E_UNSUPPORTED_ARCHITECTURE, "\"mlp_layer_types\""},
+		{FAMILY("gpt_oss"), "", MILLM_E_INVALID_MODEL_FILE, "\"rope_parameters\""},
+		{FAMILY("gpt_oss"), "\"rope_scaling\": {\"rope_type\": \"default\"}, \"swiglu_limit\": 5", MILLM_E_UNSUPPORTED_ARCHITECTURE, "\"swiglu_limit\""},
+		{FAMILY("gpt_oss"), "\"rope_scaling\": {\"rope_type\": \"default\"}, \"swiglu_alpha\": 1", MILLM_E_UNSUPPORTED_ARCHITECTURE, "\"swiglu_alpha\""},
+		{LLAMA, "\"quantization_config\": {\"quant_method\": \"mxfp4\"}", MILLM_E_UNSUPPORTED, "mxfp4"},
 		{FAMILY("qwen2_moe"), "\"use_sliding_window\": true", MILLM_E_UNSUPPORTED_ARCHITECTURE, "\"use_sliding_window\""},
 		/* rope */
 		{LLAMA, "\"head_dim\": 15", MILLM_E_INVALID_MODEL_FILE, "of head_dim 15 gives 15"},

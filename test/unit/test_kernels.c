@@ -452,6 +452,77 @@ test_int8_extremes(void **state)
 	free(x);
 }
 
+/* The sixteen values times powers of two, by hand; then every variant, in any company. */
+static void
+test_mxfp4(void **state)
+{
+	enum {N_IN = 160, N_OUT = 23, N_TOKENS = 13};
+	static const double values[8] = {0, 0.5, 1, 1.5, 2, 3, 4, 6};
+	static uint8_t data[N_OUT * N_IN / 2 + 1], scale[N_OUT * N_IN / 32 + 1];
+	static float x[N_TOKENS * N_IN], y[N_TOKENS * N_OUT], one[N_OUT];
+	const MillmWeight w = {.dtype = MILLM_MXFP4, .n_out = N_OUT, .n_in = N_IN, .stride = N_IN, .data = data + 1, .scale = scale + 1};
+	char	   *packed = aligned_alloc(64, (size_t) millm_form_row_bytes(MILLM_FORM_BF16, N_IN) * N_TOKENS);
+	float		row[N_IN];
+	MillmKernels k[4];
+	int			n;
+
+	(void) state;
+	for (size_t i = 0; i < sizeof(data); i++)
+		data[i] = (uint8_t) (i * 37 + i / 16);
+	for (size_t i = 0; i < sizeof(scale); i++)
+		scale[i] = (uint8_t) (127 + (int) (i % 9) - 5);
+	scale[3] = 0;				/* a subnormal */
+	fill(x, N_TOKENS * N_IN, ORDINARY);
+	millm_weight_decode(row, &w, 2, 0, N_IN);
+	for (int i = 0; i < N_IN; i++)
+	{
+		int			e = 2 * N_IN + i,
+					nibble = data[1 + e / 2] >> (e % 2 * 4) & 15;
+
+		assert_true(row[i] == (float) ((nibble < 8 ? 1 : -1) * values[nibble % 8] * ldexp(1, scale[1 + e / 32] - 127)));
+	}
+	millm_kernels_ref(&k[0]);
+	n = 1 + variants(k + 1);
+	for (int v = 0; v < n; v++)
+		for (int form = MILLM_FORM_F32; form <= MILLM_FORM_BF16; form++)
+		{
+			const int64_t stride = form == MILLM_FORM_F32 ? N_IN * 4 : millm_form_row_bytes(form, N_IN);
+			MillmMatmul m = {.y = y, .y_stride = N_OUT, .w = &w, .form = form, .x = form == MILLM_FORM_F32 ? (const void *) x : packed, .x_stride = stride,
+				.n_tokens = N_TOKENS};
+
+			if (!k[v].matmul[form][MILLM_MXFP4][0])
+				continue;
+			for (int t = 0; t < N_TOKENS && form != MILLM_FORM_F32; t++)
+				k[v].pack[form] (packed + t * stride, x + t * N_IN, N_IN);
+			k[v].matmul[form][MILLM_MXFP4][0] (&m, 0, N_OUT);
+			for (int t = 0; t < N_TOKENS; t++)
+				for (int o = 0; o < N_OUT; o++)
+				{
+					double		sum = 0,
+								size = 0;
+
+					millm_weight_decode(row, &w, o, 0, N_IN);
+					for (int i = 0; i < N_IN; i++)
+					{
+						sum += (double) row[i] * x[t * N_IN + i];
+						size += fabs((double) row[i] * x[t * N_IN + i]);
+					}
+					if (!(fabs(y[t * N_OUT + o] - sum) <= (form == MILLM_FORM_F32 ? 1e-6 : EPSILON_BF16) * size))
+						fail_msg("%s form %d token %d: [%d] = %.9g, expected %.9g", k[v].variant, form, t, o, y[t * N_OUT + o], sum);
+				}
+			m.n_tokens = 1;
+			m.y = one;
+			for (int t = 0; t < N_TOKENS; t++)
+			{
+				m.x = (const char *) (form == MILLM_FORM_F32 ? (const void *) x : packed) + t * stride;
+				k[v].matmul[form][MILLM_MXFP4][0] (&m, 0, 5);
+				k[v].matmul[form][MILLM_MXFP4][0] (&m, 5, N_OUT);
+				assert_memory_equal(one, y + t * N_OUT, sizeof(one));
+			}
+		}
+	free(packed);
+}
+
 /* A row's bits depend neither on its company nor on how the outputs are split. */
 static void
 test_matmul_is_batch_invariant(void **state)
@@ -513,7 +584,7 @@ compare(const char *what, const char *variant, int64_t n, const float *got, cons
 static void
 test_norms_and_activations(void **state)
 {
-	static float x[700], w[700], b[700], up[700], got[700], expected[700];
+	static float pairs[1400], x[700], w[700], b[700], up[700], got[700], expected[700];
 	static const int sizes[] = {1, 7, 8, 15, 16, 17, 32, 37, 64, 576, 601};
 	static const char *const unary_name[] = {"silu", "gelu_tanh", "gelu_erf", "relu"};
 	MillmKernels ref, k[3];
@@ -539,6 +610,13 @@ test_norms_and_activations(void **state)
 				compare("layer_norm", k[v].variant, n, got, expected, 1e-5, 2e-5);	/* x - mean cancels */
 				memcpy(expected, x + 1, sizeof(float) * (size_t) n);
 				memcpy(got, x + 1, sizeof(float) * (size_t) n);
+				for (int i = 0; i < 2 * n; i++)
+					pairs[i] = 9 * uniform();	/* some beyond the limits */
+				ref.swiglu_pairs(expected, pairs, n);
+				k[v].swiglu_pairs(got, pairs, n);
+				compare("swiglu_pairs", k[v].variant, n, got, expected, 2e-6, 2e-6);
+				memcpy(expected, x + 1, sizeof(float) * (size_t) n);
+				memcpy(got, x + 1, sizeof(float) * (size_t) n);
 				ref.softcap(expected, 3, n);
 				k[v].softcap(got, 3, n);
 				compare("softcap", k[v].variant, n, got, expected, 2e-6, 2e-6);
@@ -559,7 +637,7 @@ test_norms_and_activations(void **state)
 /* Softmax attention in double over plain arrays, keys [position, head_dim]. */
 static void
 plain_attention(double *y, const float *q, const float *keys, const float *values, int hd, int64_t stride, int first, int last, float scale,
-				float softcap, const float *bias)
+				float softcap, const float *bias, const float *sink)
 {
 	double		max = -INFINITY,
 				sum = 0;
@@ -576,6 +654,8 @@ plain_attention(double *y, const float *q, const float *keys, const float *value
 			score[p] += bias[p];
 		max = score[p] > max ? score[p] : max;
 	}
+	max = sink && *sink > max ? *sink : max;
+	sum = sink ? exp(*sink - max) : 0;
 	memset(y, 0, sizeof(*y) * (size_t) hd);
 	for (int p = first; p <= last; p++)
 		sum += score[p] = exp(score[p] - max);
@@ -610,6 +690,7 @@ test_attention(void **state)
 			float	   *q = malloc(sizeof(float) * (size_t) (n_kv * group * hd));
 			float	   *y = malloc(sizeof(float) * (size_t) (n_kv * group * hd));
 			float	   *bias = malloc(sizeof(float) * (size_t) (n_kv * group * N_PAGES * MILLM_KERNEL_PAGE));
+			float		sinks[10];
 			int32_t		pages[N_PAGES] = {3, 0, 5, 1, 4, 2};
 			MillmKvLayer kv = {.k = pool, .v = pool + half_bytes, .page_bytes = 2 * half_bytes, .n_kv_heads = n_kv, .head_dim = hd,
 				.group = group, .scale = 0.7f, .bias_stride = N_PAGES * MILLM_KERNEL_PAGE};
@@ -619,6 +700,8 @@ test_attention(void **state)
 			fill(values, N_POSITIONS * n_kv * hd, ORDINARY);
 			fill(q, n_kv * group * hd, ORDINARY);
 			fill(bias, n_kv * group * N_PAGES * MILLM_KERNEL_PAGE, ORDINARY);
+			fill(sinks, n_kv * group, ORDINARY);
+			sinks[0] = 30;		/* nearly all of the softmax */
 			for (int p = 0; p < N_POSITIONS; p++)
 				k[v].kv_store(&kv, pages[p / MILLM_KERNEL_PAGE], p % MILLM_KERNEL_PAGE, keys + p * n_kv * hd, values + p * n_kv * hd);
 			for (size_t w = 0; w < sizeof(windows) / sizeof(windows[0]); w++)
@@ -627,6 +710,7 @@ test_attention(void **state)
 					kv.window = windows[w];
 					kv.softcap = position % 4 == 0 ? 0 : 1.5f;
 					kv.bias = position % 3 == 0 && position % 9 != 0 ? bias : NULL;
+					kv.sinks = position % 5 == 0 ? NULL : sinks;
 					for (int h = 0; h < n_kv; h++)
 						k[v].attention(y, q, &kv, pages, position, h);
 					for (int h = 0; h < n_kv * group; h++)
@@ -635,7 +719,7 @@ test_attention(void **state)
 						int			first = windows[w] > 0 && position >= windows[w] ? position - windows[w] + 1 : 0;
 
 						plain_attention(expected, q + h * hd, keys + h / group * hd, values + h / group * hd, hd, n_kv * hd, first, position, 0.7f,
-										kv.softcap, kv.bias ? kv.bias + h * kv.bias_stride : NULL);
+										kv.softcap, kv.bias ? kv.bias + h * kv.bias_stride : NULL, kv.sinks ? kv.sinks + h : NULL);
 						for (int d = 0; d < hd; d++)
 							if (!(fabs(y[h * hd + d] - expected[d]) <= (k[v].kv_dtype == MILLM_F32 ? 2e-6 : 8 * EPSILON_F16)))
 								fail_msg("%s attention KV heads %d group %d head_dim %d window %d position %d: head %d [%d] = %.9g, expected %.9g",
@@ -720,6 +804,7 @@ main(void)
 	const struct CMUnitTest tests[] = {
 		cmocka_unit_test(test_matmul),
 		cmocka_unit_test(test_quantized), cmocka_unit_test(test_int8_extremes),
+		cmocka_unit_test(test_mxfp4),
 		cmocka_unit_test(test_matmul_is_batch_invariant),
 		cmocka_unit_test(test_norms_and_activations),
 		cmocka_unit_test(test_attention),
