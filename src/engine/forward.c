@@ -130,6 +130,22 @@ copy_page(void *arg, int32_t dst, int32_t src)
 	be->copy_page(be, dst, src);
 }
 
+/* Positions that any layer sees from one; 0: all, since some layer has no window. */
+static int
+widest_window(const MillmModel *model)
+{
+	int			widest = 0;
+
+	for (int i = 0; i < model->config.n_layers; i++)
+	{
+		if (model->layers[i].window == 0)
+			return 0;
+		if (model->layers[i].window > widest)
+			widest = model->layers[i].window;
+	}
+	return widest;
+}
+
 static MillmCode
 create_buffers(MillmForward *fw, MillmError *err)
 {
@@ -188,6 +204,7 @@ millm_forward_create(const MillmModel *model, const MillmForwardOptions *options
 	else if ((rc = millm_backend_cpu_create(model, &bo, &fw->be, err)) == MILLM_OK &&
 			 (rc = create_buffers(fw, err)) == MILLM_OK)
 		rc = millm_kv_init(&fw->pool, options->n_pages, copy_page, fw->be, err);
+	fw->pool.window = widest_window(model);
 	if (rc != MILLM_OK)
 	{
 		millm_forward_free(fw);
@@ -589,8 +606,11 @@ millm_forward_step(MillmForward *fw, const MillmBatchToken *batch, int n, bool (
 	{
 		MillmSequence *seq = batch[t].seq;
 
-		if (rc == MILLM_OK)
+		if (rc == MILLM_OK && seq->n_in_step > 0)
+		{
 			seq->length += seq->n_in_step;
+			millm_kv_pass(seq);
+		}
 		seq->n_in_step = 0;
 	}
 	if (rc == MILLM_OK && logits)

@@ -69,7 +69,10 @@ extern void millm_sequence_free(MillmSequence *seq);	/* NULL is fine */
  */
 extern MillmSequence *millm_sequence_fork(MillmSequence *seq);
 extern int	millm_sequence_length(const MillmSequence *seq);	/* positions computed so far */
-/* Forget positions from length on (a rejected draft, a preempted sequence: length 0), and pages reserved past it. */
+/*
+ * Forget positions from length on (a rejected draft, a preempted sequence: length 0), and pages reserved past it.  Where windows have let go what
+ * the next position would see, all is forgotten: millm_sequence_length() tells.
+ */
 extern void millm_sequence_truncate(MillmSequence *seq, int length);
 /* Make room for positions up to length; false (and nothing changed) when the pool has too few free pages. */
 extern bool millm_sequence_reserve(MillmSequence *seq, int length);

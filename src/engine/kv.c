@@ -9,6 +9,7 @@
  *	 - a page's count is the number of tables it is in; pages with count 0 are exactly the free list
  *	 - a table has at least the pages of its sequence's length
  *	 - pages past that length (reserved ahead) are in one table only
+ *	 - of a table only pages at its beginning are missing, none of which the sequence's next position sees
  */
 #include "kv.h"
 
@@ -83,6 +84,30 @@ grow_table(MillmPageTable *table, int n_pages)
 	return true;
 }
 
+/* Pages at the beginning that a position does not see. */
+static int
+unseen_pages(const MillmKvPool *pool, int position)
+{
+	return pool->window > 0 && position >= pool->window ? (position - pool->window + 1) / MILLM_KV_PAGE_TOKENS : 0;
+}
+
+void
+millm_kv_pass(MillmSequence *seq)
+{
+	int			n = unseen_pages(seq->pool, seq->length);
+
+	for (int g = 0; g < MILLM_KV_GROUPS; g++)
+	{
+		MillmPageTable *table = &seq->tables[g];
+
+		for (; table->n_passed < n; table->n_passed++)
+		{
+			drop_page(seq->pool, table->pages[table->n_passed]);
+			table->pages[table->n_passed] = -1;
+		}
+	}
+}
+
 /* Is the page of position length there, begun, and somebody else's too? */
 static bool
 must_copy(const MillmSequence *seq, int group)
@@ -145,9 +170,11 @@ millm_sequence_fork(MillmSequence *seq)
 		for (int i = 0; i < n; i++)
 		{
 			table->pages[i] = seq->tables[g].pages[i];
-			seq->pool->references[table->pages[i]]++;
+			if (table->pages[i] >= 0)
+				seq->pool->references[table->pages[i]]++;
 		}
 		table->n_pages = n;
+		table->n_passed = seq->tables[g].n_passed;
 	}
 	copy->length = seq->length;
 	copy->planned_length = seq->planned_length;
@@ -163,7 +190,7 @@ millm_sequence_length(const MillmSequence *seq)
 void
 millm_sequence_truncate(MillmSequence *seq, int length)
 {
-	if (length < 0)
+	if (length < 0 || (length < seq->length && unseen_pages(seq->pool, length) < seq->tables[0].n_passed))
 		length = 0;
 	if (length < seq->length)
 		seq->length = length;
@@ -172,7 +199,10 @@ millm_sequence_truncate(MillmSequence *seq, int length)
 		MillmPageTable *table = &seq->tables[g];
 
 		while (table->n_pages > pages_of(length))
-			drop_page(seq->pool, table->pages[--table->n_pages]);
+			if (--table->n_pages >= table->n_passed)
+				drop_page(seq->pool, table->pages[table->n_pages]);
+		if (length == 0)
+			table->n_passed = 0;
 	}
 }
 
@@ -240,8 +270,14 @@ millm_kv_check(const MillmKvPool *pool, MillmError *err)
 
 			if (table->n_pages < pages_of(seq->length))
 				rc = millm_fail(err, MILLM_E_INTERNAL, "a sequence of %d positions has %d KV pages", seq->length, table->n_pages);
+			if (table->n_passed > unseen_pages(pool, seq->length))
+				rc = millm_fail(err, MILLM_E_INTERNAL, "a sequence of %d positions has given %d KV pages back", seq->length, table->n_passed);
 			for (int i = 0; i < table->n_pages; i++)
 			{
+				if ((table->pages[i] < 0) != (i < table->n_passed))
+					rc = millm_fail(err, MILLM_E_INTERNAL, "KV page %d of a table is missing, of which %d are", i, table->n_passed);
+				if (table->pages[i] < 0)
+					continue;
 				counts[table->pages[i]]++;
 				if (i >= pages_of(seq->length) && pool->references[table->pages[i]] != 1)
 					rc = millm_fail(err, MILLM_E_INTERNAL, "KV page %d is reserved ahead and shared", table->pages[i]);

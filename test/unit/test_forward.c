@@ -463,6 +463,70 @@ test_only_chosen_experts_are_read(void **state)
 	tiny_free(t);
 }
 
+/*
+ * Where all layers slide, a long text takes no more pages than the widest window and one at either end.  Two sequences share a pool that
+ * is too small for either, so that one soon writes where the other was: the rows are those that they get alone, computed at once.
+ */
+static void
+window_lets_go(const Tiny *t, const char *variant)
+{
+	enum {LENGTH = 400, WINDOW = 21, PAGES = 2 * (WINDOW / MILLM_KV_PAGE_TOKENS + 2), TAIL = 7};
+	static float whole[2][TAIL * VOCAB];
+	MillmForwardOptions options = {.n_threads = 2, .max_batch_tokens = 128, .n_pages = PAGES, .deterministic = true, .kernels = variant};
+	MillmForward *large, *small;
+	MillmSequence *seq[2];
+	MillmBatchToken batch[128];
+	MillmError	err;
+	int			least_free = PAGES;
+
+	if (t->model.position_embedding.data)
+		return;
+	for (int i = 0; i < N_LAYERS; i++)
+		t->model.layers[i].window = i == 1 ? 7 : WINDOW;
+	large = open_forward(t, variant, true, 2);
+	for (int s = 0; s < 2; s++)
+	{
+		seq[s] = millm_sequence_create(large, LENGTH);
+		for (int at = 0; at < LENGTH; at += 100)
+			step(large, batch, append(batch, 0, seq[s], s, at, 100), rows_c);
+		memcpy(whole[s], rows_c + (100 - TAIL) * VOCAB, sizeof(whole[s]));
+		millm_sequence_free(seq[s]);
+	}
+	millm_forward_free(large);
+
+	if (millm_forward_create(&t->model, &options, &small, &err) != MILLM_OK)
+		fail_msg("%s", err.message);
+	seq[0] = millm_sequence_create(small, LENGTH);
+	seq[1] = millm_sequence_create(small, LENGTH);
+	for (int at = 0; at < LENGTH; at++)
+	{
+		step(small, batch, append(batch, append(batch, 0, seq[0], 0, at, 1), seq[1], 1, at, 1), rows_c);
+		if (millm_kv_pages_free(small) < least_free)
+			least_free = (int) millm_kv_pages_free(small);
+		for (int s = 0; s < 2 && at >= LENGTH - TAIL; s++)
+			assert_same_bits("one at a time, in few pages", rows_c + s * VOCAB, whole[s] + (at - LENGTH + TAIL) * VOCAB, 1);
+	}
+	assert_true(least_free < 2);	/* or the pool was not small */
+	/* what has gone cannot be had again */
+	millm_sequence_truncate(seq[0], LENGTH - 1);
+	assert_int_equal(millm_sequence_length(seq[0]), LENGTH - 1);
+	millm_sequence_truncate(seq[0], LENGTH - 30);
+	assert_int_equal(millm_sequence_length(seq[0]), 0);
+	millm_sequence_free(seq[0]);
+	millm_sequence_free(seq[1]);
+	assert_int_equal(millm_kv_pages_free(small), PAGES);
+	millm_forward_free(small);
+	for (int i = 0; i < N_LAYERS; i++)
+		t->model.layers[i].window = i == 1 ? 11 : 0;
+}
+
+static void
+test_windows_let_pages_go(void **state)
+{
+	(void) state;
+	for_all(window_lets_go);
+}
+
 static bool
 stop_at_second(void *arg)
 {
@@ -795,6 +859,7 @@ main(void)
 		cmocka_unit_test(test_variants_agree_with_ref),
 		cmocka_unit_test(test_fork_and_truncate),
 		cmocka_unit_test(test_only_chosen_experts_are_read),
+		cmocka_unit_test(test_windows_let_pages_go),
 		cmocka_unit_test(test_cancel_leaves_nothing),
 		cmocka_unit_test(test_wanted_rows),
 		cmocka_unit_test(test_screened_rows),

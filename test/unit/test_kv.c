@@ -138,6 +138,54 @@ test_copy_needs_a_free_page(void **state)
 	millm_kv_reset(&pool);
 }
 
+/* What no position to come sees goes back; what is shared stays the other's. */
+static void
+test_window(void **state)
+{
+	MillmKvPool pool;
+	MillmSequence *a, *b;
+	Copies		copies = {0};
+
+	(void) state;
+	assert_int_equal(millm_kv_init(&pool, 8, count_copy, &copies, NULL), MILLM_OK);
+	pool.window = PAGE + 4;
+	a = millm_kv_create(&pool);
+	assert_true(millm_sequence_reserve(a, 3 * PAGE));
+	a->length = 2 * PAGE + 2;	/* the next sees PAGE - 1 and on */
+	millm_kv_pass(a);
+	assert_int_equal(pool.n_free, 5);
+	a->length++;				/* and now PAGE */
+	millm_kv_pass(a);
+	assert_int_equal(pool.n_free, 6);
+	assert_int_equal(a->tables[0].pages[0], -1);
+	check(&pool);
+
+	/* a fork shares what is left, and each gives back its own */
+	b = millm_sequence_fork(a);
+	assert_int_equal(pool.n_free, 6);
+	check(&pool);
+	assert_true(millm_sequence_reserve(b, 5 * PAGE));
+	b->length = 5 * PAGE;
+	millm_kv_pass(b);
+	check(&pool);
+	assert_int_equal(b->tables[0].n_passed, 3);
+	assert_int_equal(a->tables[0].n_passed, 1);
+	/* a cut that keeps all that the next position sees, and one that does not */
+	millm_sequence_truncate(b, 4 * PAGE + 9);
+	assert_int_equal(millm_sequence_length(b), 4 * PAGE + 9);
+	check(&pool);
+	millm_sequence_truncate(b, 3 * PAGE + 2);
+	assert_int_equal(millm_sequence_length(b), 0);
+	assert_int_equal(b->tables[0].n_pages + b->tables[0].n_passed, 0);
+	check(&pool);
+	assert_true(millm_sequence_reserve(b, 1));
+	millm_sequence_free(a);
+	millm_sequence_free(b);
+	assert_int_equal(pool.n_free, 8);
+	check(&pool);
+	millm_kv_reset(&pool);
+}
+
 static void
 test_bounds(void **state)
 {
@@ -152,17 +200,18 @@ test_bounds(void **state)
 
 /* 16 sequences live, grow, fork, are cut and die in any order; the ledger agrees with itself after each change. */
 static void
-test_random_life(void **state)
+random_life(int window)
 {
-	enum {N_SEQUENCES = 16, N_PAGES = 64, N_EVENTS = 20000};
+	enum {N_SEQUENCES = 16, N_EVENTS = 20000};
+	const int	n_pages = window > 0 ? 24 : 64;
 	MillmKvPool pool;
 	MillmSequence *seq[N_SEQUENCES] = {NULL};
 	Copies		copies = {0};
 	unsigned	random = 1;
 	int			n_refused = 0;
 
-	(void) state;
-	assert_int_equal(millm_kv_init(&pool, N_PAGES, count_copy, &copies, NULL), MILLM_OK);
+	assert_int_equal(millm_kv_init(&pool, n_pages, count_copy, &copies, NULL), MILLM_OK);
+	pool.window = window;
 	for (int event = 0; event < N_EVENTS; event++)
 	{
 		int			i,
@@ -189,6 +238,7 @@ test_random_life(void **state)
 			{
 				assert_true(millm_kv_has_room(seq[i], length));
 				seq[i]->length += j;	/* a step that used part of it */
+				millm_kv_pass(seq[i]);
 			}
 			else
 			{
@@ -201,9 +251,18 @@ test_random_life(void **state)
 	assert_true(n_refused > 0 && copies.n > 0);		/* or this test has seen nothing */
 	for (int i = 0; i < N_SEQUENCES; i++)
 		millm_sequence_free(seq[i]);
-	assert_int_equal(pool.n_free, N_PAGES);
+	assert_int_equal(pool.n_free, n_pages);
 	check(&pool);
 	millm_kv_reset(&pool);
+}
+
+static void
+test_random_life(void **state)
+{
+	random_life(0);
+	random_life(1);
+	random_life(37);
+	(void) state;
 }
 
 int
@@ -213,6 +272,7 @@ main(void)
 		cmocka_unit_test(test_reserve_is_all_or_nothing),
 		cmocka_unit_test(test_fork_shares_and_copies_on_write),
 		cmocka_unit_test(test_copy_needs_a_free_page),
+		cmocka_unit_test(test_window),
 		cmocka_unit_test(test_bounds),
 		cmocka_unit_test(test_random_life),
 	};
