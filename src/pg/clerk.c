@@ -138,13 +138,20 @@ look_for_extension(void *found)
 	*(Oid *) found = OidIsValid(namespace) && OidIsValid(get_relname_relid("registry", namespace)) ? get_extension_oid("millm", true) : InvalidOid;
 }
 
-/* The extension was dropped: its downloads end and its model leaves the engine; files stay. */
 static void
-abandon(void)
+unload_dropped(void)
 {
 	uint64		number;
 	MillmError	err;
 
+	if (millm_command_unload(-1, &number, &err) != MILLM_OK && err.code != MILLM_E_MODEL_NOT_LOADED)
+		ereport(LOG, (errmsg("could not unload the model of the dropped extension: %s", err.message)));
+}
+
+/* The extension was dropped: its downloads end and its model leaves the engine; files stay. */
+static void
+abandon(void)
+{
 	LWLockAcquire(millm_shared->lock, LW_EXCLUSIVE);
 	for (int i = 0; i < MILLM_MAX_JOBS; i++)
 	{
@@ -158,8 +165,48 @@ abandon(void)
 	explicit_bzero(millm_shared->tokens, sizeof(millm_shared->tokens));
 	LWLockRelease(millm_shared->lock);
 	millm_wake_supervisor();
-	if (millm_command_unload(-1, &number, &err) != MILLM_OK && err.code != MILLM_E_MODEL_NOT_LOADED)
-		ereport(LOG, (errmsg("could not unload the model of the dropped extension: %s", err.message)));
+	unload_dropped();
+}
+
+typedef struct Known
+{
+	char		uuid[37];
+	bool		is_known;
+} Known;
+
+static void
+look_for_model(void *arg)
+{
+	Known	   *known = arg;
+	Oid			type = UUIDOID;
+	Datum		value = uuid_datum(known->uuid);
+
+	known->is_known = execute("SELECT FROM millm.registry WHERE uuid = $1", 1, &type, &value, NULL) > 0;
+}
+
+/*
+ * The extension was dropped and there is another one, whose first model may be in the engine already, or on its way: only one that the new
+ * registry does not know leaves it.  Downloads of the old one are hand_over()'s.  False: the registry could not be read.
+ */
+static bool
+abandon_unknown(void)
+{
+	const MillmCommand *c = &millm_shared->command;
+	Known		known = {.uuid = ""};
+
+	LWLockAcquire(millm_shared->lock, LW_SHARED);
+	if (c->kind == MILLM_LOAD && millm_model_in_engine(c->model.uuid))
+		strlcpy(known.uuid, c->model.uuid, sizeof(known.uuid));
+	else if (millm_shared->is_loaded)
+		strlcpy(known.uuid, millm_shared->loaded.uuid, sizeof(known.uuid));
+	LWLockRelease(millm_shared->lock);
+	if (!known.uuid[0])
+		return true;
+	if (!run_step(look_for_model, &known))
+		return false;
+	if (!known.is_known)
+		unload_dropped();
+	return true;
 }
 
 /* --- From the registry to jobs ---------------------------------------------------------------------------------- */
@@ -646,7 +693,12 @@ scan(void)
 	if (!run_step(look_for_extension, &found))
 		return false;
 	if (OidIsValid(extension) && found != extension && !RecoveryInProgress())
-		abandon();
+	{
+		if (!OidIsValid(found))
+			abandon();
+		else if (!abandon_unknown())
+			return false;
+	}
 	extension = found;
 	if (!OidIsValid(extension))
 		return true;

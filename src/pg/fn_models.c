@@ -687,6 +687,7 @@ cancel(MillmModelKey key)
 	bool		full = false;
 
 	millm_check_ready();
+	PreventCommandDuringRecovery("millm.cancel()");
 	m = millm_model_require(key);
 	refuse_uncommitted(m, "cancel");
 	if (strcmp(m->status, "pending") != 0)

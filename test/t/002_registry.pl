@@ -2,7 +2,6 @@
 use strict;
 use warnings;
 use Cwd qw(abs_path);
-use JSON::PP;
 use PostgreSQL::Test::Cluster;
 use PostgreSQL::Test::Utils;
 use Test::More;
@@ -44,16 +43,7 @@ is(sql("SELECT name, repo_id, revision, quantization, status, download_progress,
 ok(-f "$cache/huggingface/millm-test--tiny-llama--FP16/model.safetensors", 'the files are in the cache');
 
 # The events that a LISTENer has had
-my @events;
-wait_true(sub {
-	my $result = $session->send('SELECT 1');
-	while (my ($type, $payload) = $session->message)
-	{
-		push @events, decode_json((split /\0/, substr($payload, 4))[1]) if $type eq 'A';
-		last if $type eq 'Z';
-	}
-	return grep { $_->{event} eq 'model:download:complete' } @events;
-});
+my @events = $session->events(sub { $_[0]{event} eq 'model:download:complete' });
 is($events[-1]{event}, 'model:download:complete', 'the last event is the end');
 is($events[-1]{bytes_downloaded}, $events[-1]{total_bytes}, 'all came over the network');
 my @progress = grep { $_->{event} eq 'model:download:progress' } @events;
@@ -61,6 +51,7 @@ cmp_ok(scalar @progress, '>=', 3, 'after some of the progress');
 is(join(' ', map { $_->{progress} } @progress), join(' ', sort { $a <=> $b } map { $_->{progress} } @progress), 'which never went back');
 is($progress[-1]{model_id}, $id, 'of that model');
 cmp_ok($progress[-1]{total_bytes}, '>', 500000, 'with its size');
+is_deeply([ grep { $_->{bytes_downloaded} > 0 && $_->{total_bytes} != $events[-1]{total_bytes} } @progress ], [], 'which is known before the first byte');
 
 fails(q(SELECT millm.download('millm-test/tiny-llama', 'FP16', name => 'again')), 'ML002', 'the same repository again');
 like(fails(q(SELECT millm.download('millm-test/tiny-gpt2', 'FP16', name => 'tiny-llama')), 'ML002', 'the same name again'), qr/id is $id/, 'which names the id');
@@ -107,6 +98,8 @@ fails(q(SELECT millm.load('sharded')), 'ML007', 'it cannot be loaded yet');
 is(sql(q(BEGIN; SELECT millm.cancel('sharded'); ROLLBACK)), '', 'cancel() acts at once, whatever the transaction does');
 is(sql(q(SELECT millm.wait('sharded'))), 'error', 'and ends it');
 is(row('sharded'), 'error|CANCELED', 'as an error with a name');
+@events = $session->events(sub { $_[0]{event} eq 'model:download:error' });
+is("$events[-1]{code} $events[-1]{message}", 'CANCELED the download was canceled', 'as an event tells');
 ok(wait_true(sub { !glob("$cache/huggingface/*sharded*") }), 'no file is left') or diag join ' ', glob("$cache/huggingface/*sharded*");
 $hub->faults;
 is(sql(q(BEGIN; SELECT millm.retry('sharded'); ROLLBACK; SELECT status FROM millm.models WHERE name = 'sharded')), "\nerror", 'retry() follows the transaction');
@@ -200,6 +193,7 @@ sql("SELECT millm.register_local('$local', name => 'local'); SELECT millm.load('
 slow();
 sql(q(SELECT millm.download('millm-test/sharded', 'FP16')));
 ok(under_way('sharded'), 'a download under way');
+is(sql('SELECT model FROM millm.status()'), 'local', 'the model of the new extension stays loaded');
 sql('DROP OWNED BY keeper CASCADE; DROP ROLE keeper');
 ok(wait_true(sub { !glob("$cache/huggingface/*sharded*") }), 'DROP OWNED ends downloads, too');
 sql('CREATE EXTENSION millm');

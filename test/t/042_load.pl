@@ -3,7 +3,6 @@ use strict;
 use warnings;
 use Cwd qw(abs_path);
 use File::Copy qw(copy);
-use JSON::PP;
 use PostgreSQL::Test::Utils;
 use Test::More;
 use MillmTest;
@@ -21,22 +20,8 @@ load_model($node, $SMOLLM2);
 my $smol = sql('SELECT model_id FROM millm.status()');
 my $listener = MillmTest::Session->new($node);
 $listener->query('LISTEN millm_progress');
-# The events until one passes the test; then all of them as "name model"
-sub events_until
-{
-	my ($last) = @_;
-	my @events;
-	wait_true(sub {
-		$listener->send('SELECT 1');
-		while (my ($type, $payload) = $listener->message)
-		{
-			push @events, decode_json((split /\0/, substr($payload, 4))[1]) if $type eq 'A';
-			last if $type eq 'Z';
-		}
-		return grep { "$_->{event} $_->{model_id}" eq $last } @events;
-	});
-	return @events;
-}
+# The events until that one of that model
+sub events_until { my ($last) = @_; return $listener->events(sub { "$_[0]{event} $_[0]{model_id}" eq $last }); }
 sub long_request { my $s = MillmTest::Session->new($node)->send("SELECT millm.generate($LONG)"); ok(wait_true(sub { (engine_pages($node))[1] == 1 }), 'a long request runs'); return $s; }
 
 # --- Another model drains the first -----------------------------------------------------------------------------

@@ -74,6 +74,7 @@ my ($state, $error) = sqlstate($standby, q(SELECT millm.load('tiny-llama')));
 is($state, 'ML023', 'on a standby a row whose files did not travel says so');
 like($error, qr/HINT:  A standby downloads nothing: copy the directory from the primary's model cache\./, 'and what to do') or diag $error;
 is((sqlstate($standby, q(SELECT millm.retry('tiny-llama'))))[0] =~ /^(25006|ML003)$/ ? 1 : 0, 1, 'retry() is the primary\'s');
+is((sqlstate($standby, q(SELECT millm.cancel('tiny-llama'))))[0], '25006', 'so is cancel()');
 is($standby->safe_psql('postgres', q(SELECT millm.load('away'))), 'loaded', 'a directory that both can see loads');
 is($standby->safe_psql('postgres', q(SELECT device, used_bytes > 0 FROM millm.memory())), 'cpu|t', 'memory() works there');
 is($standby->safe_psql('postgres', q(SELECT millm.architecture('away')->>'model_type')), 'llama', 'architecture() too');

@@ -129,6 +129,7 @@ package MillmTest::Session;
 
 use IO::Select;
 use IO::Socket::UNIX;
+use JSON::PP;
 use Time::HiRes qw(time);
 
 # Connected and ready for a query.
@@ -199,6 +200,23 @@ sub until_ready
 }
 
 sub query { my ($self, $sql, $seconds) = @_; return $self->send($sql)->until_ready($seconds); }
+# The events that LISTEN brings, as objects, until one passes the test; at most 20 s.
+sub events
+{
+	my ($self, $is_last) = @_;
+	my @events;
+	MillmTest::wait_true(sub {
+		$self->send('SELECT 1');
+		while (my ($type, $payload) = $self->message)
+		{
+			push @events, decode_json((split /\0/, substr($payload, 4))[1]) if $type eq 'A';
+			last if $type eq 'Z';
+		}
+		return grep { $is_last->($_) } @events;
+	});
+	return @events;
+}
+
 sub pid { return $_[0]{pid}; }
 sub hang_up { close $_[0]{sock}; }
 
