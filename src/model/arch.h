@@ -109,7 +109,7 @@ typedef struct MillmArch
 	bool		rope_interleaved;
 	MillmWhen	alibi;					/* instead of position */
 	bool		alibi_rounded;
-	const char *unrotated_key;		/* list of a number for each layer, 0 where it has no rope; absent: every so-manieth has none */
+	const char *unrotated_key;		/* list of a number for each layer, 0 where it has no rope; absent: layer i has none if (i + 1) % every == 0 */
 	MillmKeys	unrotated_every_key;
 	int			default_unrotated_every;	/* 0: the family rotates in all layers */
 	bool		yarn_is_longrope;		/* old files say "su" or "yarn" and mean "longrope" */
