@@ -1,5 +1,5 @@
 /*
- * bytes.c -- a growing run of bytes, and a map from byte strings to numbers (open addressing, load below 1/2).
+ * bytes.c -- a growing run of bytes, and a map from byte strings to numbers (open addressing, load below 3/4).
  */
 #include "bytes.h"
 
@@ -89,6 +89,18 @@ millm_map_prefetch(const StringMap *map, MapKey key)
 		__builtin_prefetch(&map->slots[key.hash & (map->n_slots - 1)]);
 }
 
+void
+millm_map_prefetch_text(const StringMap *map, MapKey key)
+{
+	const StringMapSlot *slot;
+
+	if (map->n_slots == 0)
+		return;
+	slot = &map->slots[key.hash & (map->n_slots - 1)];
+	if (slot->value >= 0)
+		__builtin_prefetch(map->keys.data + slot->key.offset);
+}
+
 /* The slot that holds key, or the free one where it belongs.  The map has slots. */
 static inline StringMapSlot *
 find_slot(const StringMap *map, MapKey key)
@@ -114,9 +126,10 @@ millm_map_reserve(StringMap *map, size_t n, size_t key_bytes)
 	StringMapSlot *old = map->slots;
 	StringMapSlot *slots;
 
-	if (n > SIZE_MAX / 4 - map->n || !millm_bytes_reserve(&map->keys, key_bytes))
+	if (n > SIZE_MAX / 8 - map->n || !millm_bytes_reserve(&map->keys, key_bytes))
 		return false;
-	while (n_slots < 2 * (map->n + n))
+	/* 2/3 at most: some more fit, without another table */
+	while (n_slots / 3 * 2 < map->n + n)
 		n_slots *= 2;
 	if (n_slots == map->n_slots)
 		return true;
@@ -158,7 +171,7 @@ millm_map_add(StringMap *map, MapKey key, int32_t value, bool *is_new)
 	size_t		offset = map->keys.n;
 	StringMapSlot *slot;
 
-	if (map->n >= map->n_slots / 2 && !millm_map_reserve(map, map->n + 1, 0))
+	if (map->n >= map->n_slots / 4 * 3 && !millm_map_reserve(map, map->n + 1, 0))
 		return false;
 	slot = find_slot(map, key);
 	*is_new = slot->value < 0;

@@ -57,6 +57,8 @@ typedef struct MapKey
 extern MapKey millm_map_key(const char *text, uint32_t n);
 /* Fetch the place of a key that will be asked for soon: a large map is read at the speed of memory, not of the cache. */
 extern void millm_map_prefetch(const StringMap *map, MapKey key);
+/* The same, of the text to which that place is likely to point: some time later. */
+extern void millm_map_prefetch_text(const StringMap *map, MapKey key);
 /* The value under a key, or -1. */
 extern int32_t millm_map_find(const StringMap *map, MapKey key);
 extern int32_t millm_map_get(const StringMap *map, const char *key, size_t n);

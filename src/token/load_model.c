@@ -325,6 +325,12 @@ add_merges(Loader *l, BulkMerge *merges, size_t n, size_t first, size_t prefix_n
 		millm_map_prefetch(&tok->contents, right[i]);
 	}
 	for (size_t i = 0; i < n; i++)
+		if (left[i].text)
+		{
+			millm_map_prefetch_text(&tok->contents, left[i]);
+			millm_map_prefetch_text(&tok->contents, right[i]);
+		}
+	for (size_t i = 0; i < n; i++)
 	{
 		int32_t		a;
 		int32_t		b;

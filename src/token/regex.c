@@ -104,6 +104,16 @@ set_has(const Set *set, uint32_t cp)
 	return in != set->negated;
 }
 
+/* Is the block of cp, its first, one of the many that are alike and have no new character: ideographs, syllables, unassigned? */
+static bool
+is_old_block(uint32_t cp)
+{
+	uint16_t	block = millm_unicode_index[cp >> MILLM_UNICODE_SHIFT];
+
+	return block == millm_unicode_index[0x4E00 >> MILLM_UNICODE_SHIFT] || block == millm_unicode_index[0xAC00 >> MILLM_UNICODE_SHIFT] ||
+		block == millm_unicode_index[0x40000 >> MILLM_UNICODE_SHIFT] || block == millm_unicode_index[0xF0000 >> MILLM_UNICODE_SHIFT];
+}
+
 /* The ranges of a set, as they stand inside of [ ].  only_new: those that PCRE2 may not know. */
 static void
 put_ranges(Translation *t, const Set *set, bool only_new)
@@ -112,6 +122,11 @@ put_ranges(Translation *t, const Set *set, bool only_new)
 	{
 		uint32_t	first = cp;
 
+		if (only_new && cp % (1 << MILLM_UNICODE_SHIFT) == 0 && is_old_block(cp))
+		{
+			cp += (1 << MILLM_UNICODE_SHIFT) - 1;
+			continue;
+		}
 		while (cp < 0x110000 && set_has(set, cp) && (!only_new || millm_unicode_class(cp) & UC_IS_NEW))
 			cp++;
 		if (cp == first || (first >= 0xD800 && cp <= 0xE000))
