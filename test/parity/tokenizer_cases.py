@@ -152,6 +152,29 @@ def corpus(n_bytes=1_200_000):
     return out
 
 
+def translations(n_bytes):
+    """Text of many languages: (language, text), from the message catalogues of packages that are installed (`msgid` and `msgstr` of *.mo)."""
+    import gettext
+    import site
+
+    files = sorted({f for d in [*site.getsitepackages(), sysconfig.get_paths()["stdlib"], "/usr/share/locale"] for f in Path(d).glob("**/*.mo")})
+    random.Random(8).shuffle(files)
+    size = 0
+    for path in files:
+        language = path.parent.parent.name
+        try:
+            with path.open("rb") as f:
+                text = "\n".join(m for m in gettext.GNUTranslations(f)._catalog.values() if isinstance(m, str))
+        except (OSError, UnicodeDecodeError, struct.error):
+            continue
+        if text.isascii():
+            continue
+        yield language, text[:60000]
+        size += len(text[:60000].encode())
+        if size > n_bytes:
+            return
+
+
 # ---- small tokenizers ----
 
 SPECIALS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]

@@ -123,6 +123,118 @@ test_long_word(void **state)
 	millm_tokenizer_close(tok);
 }
 
+/* Scores: the best sum wins, of equals the way that was found first; unknown neighbours are one, and may be a piece or bytes. */
+static void
+test_unigram(void **state)
+{
+	static const char json[] = "{\"model\":{\"type\":\"Unigram\",\"unk_id\":0,\"byte_fallback\":true,\"vocab\":[[\"<unk>\",0],[\"a\",-1],[\"b\",-1],"
+		"[\"ab\",-2],[\"abc\",-9],[\"c\",-1],[\"xy\",-20],[\"<0x7A>\",0]]}}";
+	MillmTokenizer *tok = open_text(json, NULL);
+	MillmEncodeOptions none = {0};
+
+	(void) state;
+	assert_ids(tok, "", none, "");
+	assert_ids(tok, "ab", none, "3");			/* as good as a, b: the first way to the end is the piece that starts earlier */
+	assert_ids(tok, "abc", none, "3 5");
+	assert_ids(tok, "aqqb", none, "1 0 2");
+	assert_ids(tok, "xya", none, "6 1");
+	assert_ids(tok, "zz", none, "7 7");
+	assert_ids(tok, "zq", none, "0");
+	millm_tokenizer_close(tok);
+}
+
+static void
+test_word_piece(void **state)
+{
+	static const char json[] = "{\"pre_tokenizer\":{\"type\":\"BertPreTokenizer\"},\"decoder\":{\"type\":\"WordPiece\",\"prefix\":\"##\",\"cleanup\":true},"
+		"\"model\":{\"type\":\"WordPiece\",\"unk_token\":\"?\",\"continuing_subword_prefix\":\"##\",\"max_input_chars_per_word\":6,"
+		"\"vocab\":{\"?\":0,\"un\":1,\"##do\":2,\"##d\":3,\"undo\":4,\"##ne\":5,\".\":6}}}";
+	MillmTokenizer *tok = open_text(json, NULL);
+	MillmEncodeOptions none = {0};
+	size_t		len;
+	char	   *text;
+	MillmError	err;
+
+	(void) state;
+	assert_ids(tok, "un undo undone.", none, "1 4 4 5 6");
+	assert_ids(tok, "undox un", none, "0 1");	/* a word with an unknown part is unknown, all of it */
+	assert_ids(tok, "undodod", none, "0");		/* too long */
+	assert_int_equal(millm_decode(tok, (int32_t[]) {4, 5, 6, 1}, 4, false, &text, &len, &err), MILLM_OK);
+	assert_string_equal(text, "undone. un");
+	free(text);
+	millm_tokenizer_close(tok);
+}
+
+/* Without a token for what is unknown, such a text is refused; and so is one that a regex would take for ever on. */
+static void
+test_refused_texts(void **state)
+{
+	static const char level[] = "{\"model\":{\"type\":\"WordLevel\",\"unk_token\":\"?\",\"vocab\":{\"a\":0}}}";
+	static const char explodes[] = "{\"pre_tokenizer\":{\"type\":\"Split\",\"behavior\":\"Isolated\",\"invert\":false,\"pattern\":{\"Regex\":\"(a+)+[bc]\"}},"
+		"\"model\":{\"type\":\"WordLevel\",\"unk_token\":\"a\",\"vocab\":{\"a\":0}}}";
+	MillmTokenizer *tok = open_text(level, NULL);
+	MillmIds	ids = {0};
+	MillmError	err;
+	char		text[5000];
+
+	(void) state;
+	assert_ids(tok, "a", (MillmEncodeOptions) {0}, "0");
+	assert_int_equal(millm_encode(tok, "b", 1, (MillmEncodeOptions) {0}, 0, &ids, &err), MILLM_E_INVALID_ARGUMENT);
+	assert_non_null(strstr(err.message, "does not know"));
+	millm_tokenizer_close(tok);
+	tok = open_text(explodes, NULL);
+	memset(text, 'a', sizeof(text));
+	assert_int_equal(millm_encode(tok, text, sizeof(text), (MillmEncodeOptions) {0}, 0, &ids, &err), MILLM_E_INVALID_ARGUMENT);
+	assert_non_null(strstr(err.message, "regular expression"));
+	assert_non_null(strstr(err.detail, "limit"));
+	millm_ids_free(&ids);
+	millm_tokenizer_close(tok);
+}
+
+/* vocab.json with merges.txt, and what is no tokenizer.model. */
+static void
+test_legacy(void **state)
+{
+	static const char vocabulary[] = "{\"a\":0,\"b\":1,\"ab\":2,\"<|endoftext|>\":3}";
+	static const char merges[] = "#version: 0.2\r\na b\r\n\r\n";
+	static const char config[] = "{\"tokenizer_class\":\"RobertaTokenizer\"}";
+	static const struct
+	{
+		const char *bytes;
+		size_t		n;
+		const char *says;
+	}			models[] = {
+		{"", 0, "0 pieces"}, {"\x0a", 1, "before byte"}, {"\x0a\x05" "abc", 5, "before byte"}, {"\xff\xff\xff\xff\xff\xff\xff\xff\xff\xff\xff", 11, "before byte"},
+		{"\x0a\x03\x0a\x01\xff", 5, "Piece 0"}, {"\x0a\x02\x18\x09", 4, "Piece 0"}, {"\x0a\x05\x15\x00\x00\xc0\x7f", 7, "Piece 0"},
+		{"\x0a\x03\x0a\x01" "a\x12\x02\x28\xff", 9, "settings"}, {"\x0a\x03\x0a\x01" "a\x12\x03\xc0\x02\x07", 10, "unknown piece is 7"},
+		{"\x0a\x03\x0a\x01" "a\x12\x02\x18\x03", 9, "words or characters"},
+	};
+	FileBytes	files[N_TOKENIZER_FILES] = {[FILE_VOCABULARY] = {vocabulary, sizeof(vocabulary) - 1}, [FILE_MERGES] = {merges, sizeof(merges) - 1}};
+	MillmTokenizer *tok = NULL;
+	MillmError	err;
+
+	(void) state;
+	assert_int_equal(millm_tokenizer_parse_files(files, &tok, &err), MILLM_OK);
+	assert_ids(tok, "aba<|endoftext|>", (MillmEncodeOptions) {.parse_special = true}, "2 0 3");
+	millm_tokenizer_close(tok);
+	files[FILE_CONFIG] = (FileBytes) {config, sizeof(config) - 1};
+	assert_int_equal(millm_tokenizer_parse_files(files, &tok, &err), MILLM_E_UNSUPPORTED);
+	assert_non_null(strstr(err.message, "RobertaTokenizer"));
+	files[FILE_CONFIG] = (FileBytes) {0};
+	files[FILE_MERGES] = (FileBytes) {"a  b", 4};
+	assert_int_equal(millm_tokenizer_parse_files(files, &tok, &err), MILLM_E_INVALID_MODEL_FILE);
+	assert_non_null(strstr(err.detail, "Merge 0"));
+	for (size_t i = 0; i < sizeof(models) / sizeof(models[0]); i++)
+	{
+		FileBytes	model[N_TOKENIZER_FILES] = {[FILE_MODEL] = {models[i].bytes, models[i].n}};
+
+		err = (MillmError) {0};
+		(void) millm_tokenizer_parse_files(model, &tok, &err);
+		if (!strstr(err.detail, models[i].says) && !strstr(err.message, models[i].says))
+			fail_msg("model %zu: %s; %s", i, err.message, err.detail);
+	}
+}
+
 static void
 test_limits(void **state)
 {
@@ -580,6 +692,7 @@ main(void)
 		cmocka_unit_test(test_merges),
 		cmocka_unit_test(test_origins_behind_a_normalizer),
 		cmocka_unit_test(test_long_word),
+		cmocka_unit_test(test_unigram), cmocka_unit_test(test_word_piece), cmocka_unit_test(test_refused_texts), cmocka_unit_test(test_legacy),
 		cmocka_unit_test(test_limits),
 		cmocka_unit_test(test_stream),
 		cmocka_unit_test(test_config),
