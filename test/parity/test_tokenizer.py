@@ -205,7 +205,7 @@ def test_config_over_tokenizer(tmp_path):
         assert ours.decode([pad], "K") == ""
 
 
-PUBLISHED = ["qwen3", "llama3.1", "deepseek-v3", "mistral", "gpt-oss", "gemma3"]
+PUBLISHED = ["qwen3", "llama3.1", "deepseek-v3", "mistral", "gpt-oss", "gemma3", "minilm"]
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
@@ -213,7 +213,10 @@ def test_published(name):
     """Tokenizers as their authors published them.  MILLM_TOKENIZER_BYTES: so much text of many languages too, and all of the corpus."""
     directory = FIXTURES / "gemma-3-270m" if name == "gemma3" else FIXTURES / "tokenizers" / name
     much = int(os.environ.get("MILLM_TOKENIZER_BYTES", 0))
+    assert directory.is_dir(), "run test/fixture/make"
     genuine = cases.Tokenizer.from_file(str(directory / "tokenizer.json"))
+    genuine.no_padding()
+    genuine.no_truncation()
     texts = [t for t in cases.EDGES if much or len(t) < 30000] + [cases.MULTILINGUAL] + cases.corpus(max(much // 3, 1_200_000))[2:None if much else 12]
     texts += list(cases.neighbour_texts())[::1 if much else 200]
     languages = set()
