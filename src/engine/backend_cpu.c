@@ -163,13 +163,13 @@ millm_backend_cpu_buffer_bytes(int64_t n_rows, int64_t n_columns)
 	return (n_rows * n_columns * (int64_t) sizeof(float) + 63) / 64 * 64 + packed_rows * millm_form_row_bytes(MILLM_FORM_I16_NIBBLES, n_columns);
 }
 
-/* Positions that a sequence can have, in whole pages. */
+/* Positions that a sequence can have, in whole pages; more than the pool's where windows give them back. */
 static int64_t
 alibi_stride(const MillmModel *model, int64_t n_pages)
 {
 	int64_t		known = (model->config.max_positions + MILLM_KERNEL_PAGE - 1) / MILLM_KERNEL_PAGE;
 
-	return (known < n_pages ? known : n_pages) * MILLM_KERNEL_PAGE;
+	return (known < n_pages || model->config.window > 0 ? known : n_pages) * MILLM_KERNEL_PAGE;
 }
 
 int64_t

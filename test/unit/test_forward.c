@@ -2,8 +2,8 @@
  * test_forward.c -- the forward pass over small random models made in memory: what may change a row
  * (nothing but its own past) and what a failed step leaves (nothing).
  *
- * Two shapes with odd sizes: llama-like (bfloat16, RMS norm, rope, grouped heads, gated silu, a mixture of experts in one layer) and
- * gpt2-like (float32 [in, out] slices of a fused tensor, LayerNorm, biases, learned positions, erf GELU).
+ * Three shapes with odd sizes: llama-like (bfloat16, RMS norm, rope, grouped heads, gated silu, a mixture of experts in one layer),
+ * gpt2-like (float32 [in, out] slices of a fused tensor, LayerNorm, biases, learned positions, erf GELU) and falcon_like().
  * That the numbers are the right ones is the parity tests' matter.
  */
 #include <setjmp.h>
@@ -46,6 +46,7 @@ typedef struct Tiny
 	MillmModel	model;
 	void	   *owned[MAX_OWNED];
 	int			n_owned;
+	int			shape;
 	uint64_t	seed;
 } Tiny;
 
@@ -287,13 +288,52 @@ assert_same_bits(const char *what, const float *got, const float *expected, int 
 }
 
 /* Every variant that runs here, both models: work(tiny, variant, is_gpt2). */
+/* ALiBi, q, k and v of one tensor, group after group, attention and MLP beside each other; the embedding normed, branches scaled. */
+static Tiny *
+falcon_like(void)
+{
+	enum {N_KV = 2, QKV = (N_HEADS + 2 * N_KV) * HEAD_DIM};
+	Tiny	   *t = tiny(true);
+	MillmModel *m = &t->model;
+	MillmConfig *c = &m->config;
+
+	c->position = MILLM_POS_ALIBI;
+	c->alibi_slopes = own(t, sizeof(float) * N_HEADS);
+	for (int h = 0; h < N_HEADS; h++)
+		c->alibi_slopes[h] = exp2f(-2.0f * (float) (h + 1));
+	c->alibi_rounded = c->parallel = true;
+	c->n_kv_heads = N_KV;
+	c->residual_scale = 0.5f;
+	c->logit_scale = 3;
+	m->position_embedding.data = NULL;
+	m->embedding_norm = vector(t, HIDDEN, 1);
+	m->embedding_norm_bias = vector(t, HIDDEN, 0);
+	for (int i = 0; i < N_LAYERS; i++)
+	{
+		MillmLayer *l = &m->layers[i];
+
+		l->n_kv_heads = N_KV;
+		l->q.data = l->k.data = l->v.data = NULL;
+		l->qkv = weight(t, MILLM_F32, false, QKV, HIDDEN);
+		l->qkv_bias = vector(t, QKV, 0);
+		if (i == 1)
+			l->mlp_norm.data = l->mlp_norm_bias.data = NULL;
+	}
+	return t;
+}
+
+static Tiny *llama_like(void) { return tiny(false); }
+static Tiny *gpt2_like(void) { return tiny(true); }
+static Tiny *(*const shapes[]) (void) = {llama_like, gpt2_like, falcon_like};
+
 static void
 for_all(void (*work) (const Tiny *t, const char *variant))
 {
-	for (int is_gpt2 = 0; is_gpt2 < 2; is_gpt2++)
+	for (int shape = 0; shape < (int) (sizeof(shapes) / sizeof(shapes[0])); shape++)
 	{
-		Tiny	   *t = tiny(is_gpt2);
+		Tiny	   *t = shapes[shape] ();
 
+		t->shape = shape;
 		for (const char *const *name = millm_kernels_names(); *name; name++)
 		{
 			MillmKernels k;
@@ -479,7 +519,7 @@ window_lets_go(const Tiny *t, const char *variant)
 	MillmError	err;
 	int			least_free = PAGES;
 
-	if (t->model.position_embedding.data)
+	if (t->model.config.position != MILLM_POS_ROPE)
 		return;
 	for (int i = 0; i < N_LAYERS; i++)
 		t->model.layers[i].window = i == 1 ? 7 : WINDOW;
@@ -635,7 +675,7 @@ assert_screened(const float *got, const float *full, int k)
 static void
 screened_rows(const Tiny *unscreened, const char *variant)
 {
-	Tiny	   *t = tiny(unscreened->model.config.norm == MILLM_NORM_LAYER);
+	Tiny	   *t = shapes[unscreened->shape] ();
 	MillmForward *full;
 	MillmForward *fw;
 	MillmSequence *seq;
