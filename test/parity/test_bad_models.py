@@ -292,3 +292,41 @@ def test_every_byte_of_the_header_may_be_wrong(model):
         done = run_engine("inspect", model, timeout=60)
         assert done.returncode in (0, 1), (at, done.returncode, done.stderr)
         assert done.returncode == 0 or done.stderr.startswith("millm-engine: "), done.stderr
+
+
+def damaged_header(model, change):
+    """Another header for the same bytes: sizes of tensors stay what they were, so that only their meaning is damaged."""
+    header, data = read_st(model / "model.safetensors")
+    change(header)
+    write_st(model / "model.safetensors", header, data)
+
+
+def rename(header, tensor):
+    header[tensor + "_"] = header.pop(tensor)
+
+
+EXPERTS = "model.layers.1.mlp.experts."
+
+
+@pytest.mark.parametrize("change, code, text", [
+    (lambda h: rename(h, EXPERTS + "down_proj_scales"), "INVALID_MODEL_FILE", EXPERTS + "down_proj_scales"),
+    (lambda h: rename(h, EXPERTS + "gate_up_proj_bias"), "INVALID_MODEL_FILE", EXPERTS + "gate_up_proj_bias"),
+    (lambda h: rename(h, "model.layers.1.self_attn.sinks"), "INVALID_MODEL_FILE", "model.layers.1.self_attn.sinks"),
+    (lambda h: h[EXPERTS + "gate_up_proj_blocks"]["shape"].reverse(), "INVALID_MODEL_FILE", EXPERTS + "gate_up_proj_blocks"),
+    (lambda h: h[EXPERTS + "down_proj_scales"]["shape"].reverse(), "INVALID_MODEL_FILE", EXPERTS + "down_proj_scales"),
+    (lambda h: h[EXPERTS + "gate_up_proj_scales"].update(dtype="I8"), "UNSUPPORTED", EXPERTS + "gate_up_proj_scales"),
+    (lambda h: h[EXPERTS + "down_proj_bias"]["shape"].reverse(), "INVALID_MODEL_FILE", EXPERTS + "down_proj_bias"),
+])
+def test_fused_experts(change, code, text, tmp_path):
+    model = tmp_path / "model"
+    shutil.copytree(TINY / "gpt_oss-mxfp4", model)
+    damaged_header(model, change)
+    refused(model, code, text)
+
+
+@pytest.mark.parametrize("changes, text", [(dict(num_local_experts=5), "gate"), (dict(num_local_experts=3), "gate"), (dict(intermediate_size=43), "w1")])
+def test_experts(changes, text, tmp_path):
+    model = tmp_path / "model"
+    shutil.copytree(TINY / "mixtral", model)
+    edit_config(model, **changes)
+    refused(model, "INVALID_MODEL_FILE", text)

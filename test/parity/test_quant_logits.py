@@ -15,7 +15,7 @@ import pytest
 import torch
 from bitsandbytes.backends.default.ops import _dequantize_4bit_compute
 from bitsandbytes.functional import QuantState, dequantize_4bit, dequantize_blockwise
-from conftest import ENGINE, FIXTURES, SMOLLM2, engine_logits, error, reference_logits, run_engine, smollm2_ids
+from conftest import ENGINE, FIXTURES, SMOLLM2, engine_logits, error, reference, reference_logits, run_engine, smollm2_ids
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
@@ -110,6 +110,22 @@ def test_families(family, quantization, tmp_path):
         scale = model.config.hidden_size**0.5
         model.model.embed_tokens.register_forward_hook(lambda _, __, x: x * (float(torch.tensor(scale).bfloat16()) / scale))
     assert error(engine_logits(made, ids, tmp_path), reference_logits(model, ids)) <= TINY_TOLERANCE
+
+
+@pytest.mark.parametrize("quantization", ["Q4", "Q8", "FP16"])
+@pytest.mark.parametrize("model", ["gpt_oss", "gpt_oss-mxfp4"])
+def test_experts_that_are_no_linears(model, quantization, tmp_path):
+    """Refused by name, or left as they are; float32 becomes bfloat16."""
+    made = tmp_path / "made"
+    done = subprocess.run([ENGINE.parent / "millm-hub", "quantize", FIXTURES / "tiny" / model, "--output", made, "--quantization", quantization],
+                          capture_output=True, text=True, timeout=60)
+    if quantization != "FP16":
+        assert done.returncode != 0 and f'models of type "gpt_oss" cannot be quantized to {quantization}' in done.stderr
+        assert not made.exists()
+        return
+    assert done.returncode == 0, done.stderr
+    ids = some_ids(made, 24)
+    assert error(engine_logits(made, ids, tmp_path), reference_logits(reference(made), ids)) <= TINY_TOLERANCE
 
 
 def fast_kernels():
