@@ -237,7 +237,7 @@ def test_contradicts_the_files(model, key, value):
     (dict(hidden_act="quick_gelu"), "UNSUPPORTED_ARCHITECTURE", "quick_gelu"),
     (dict(is_encoder_decoder=True), "UNSUPPORTED_ARCHITECTURE", "is_encoder_decoder"),
     (dict(layer_types=["sliding_attention"] * 4), "UNSUPPORTED_ARCHITECTURE", "sliding_attention"),
-    (dict(rope_scaling={"rope_type": "dynamic", "factor": 2.0}), "UNSUPPORTED_ARCHITECTURE", "dynamic"),
+    (dict(rope_scaling={"rope_type": "proportional", "factor": 2.0}), "UNSUPPORTED_ARCHITECTURE", "proportional"),
     (dict(rope_scaling={"type": "llama3"}), "INVALID_MODEL_FILE", "factor"),
     (dict(rope_theta=-1.0), "INVALID_MODEL_FILE", "rope_theta"),
     (dict(quantization_config={"quant_method": "gptq"}), "UNSUPPORTED", "gptq"),
