@@ -323,17 +323,26 @@ is_escaped(Run *run, Value v, const Value *arg)
 }
 
 static bool
+is_all(Run *run, Value v, CharClass class)
+{
+	Str			s = millm_value_str(&run->w, v);
+
+	millm_work_pay_chars(&run->w, s.n);
+	return millm_str_is_all(s, class);
+}
+
+static bool
 is_lower(Run *run, Value v, const Value *arg)
 {
 	(void) arg;
-	return millm_str_is_all(millm_value_str(&run->w, v), CLASS_LOWER);
+	return is_all(run, v, CLASS_LOWER);
 }
 
 static bool
 is_upper(Run *run, Value v, const Value *arg)
 {
 	(void) arg;
-	return millm_str_is_all(millm_value_str(&run->w, v), CLASS_UPPER);
+	return is_all(run, v, CLASS_UPPER);
 }
 
 static bool

@@ -171,11 +171,12 @@ filter_trim(Run *run, Value v, const Value *arg, const Arguments *all)
 	Str			s = soft_str(run, v);
 
 	UNUSED(all);
+	millm_work_pay_chars(&run->w, s.n);
 	if (!is_given(arg[0]) || arg[0].kind == V_NONE)
 		return string(run, millm_str_strip(s, NULL, STRIP_BOTH));
 	if (arg[0].kind != V_STRING)
 		millm_work_fail(&run->w, MILLM_E_INVALID_ARGUMENT, "what is trimmed must be str, not %s", millm_value_type(arg[0]));
-	millm_work_pay(&run->w, (uint64_t) (s.n / 32 + 1) * (arg[0].str->n / 2 + 1));
+	millm_work_pay(&run->w, (uint64_t) (s.n / 4 + 1) * (arg[0].str->n / 2 + 1));
 	return string(run, millm_str_strip(s, arg[0].str, STRIP_BOTH));
 }
 
@@ -418,6 +419,8 @@ filter_int(Run *run, Value v, const Value *arg, const Arguments *all)
 	millm_value_require(&run->w, v);
 	if (base < 2 || base > 36)
 		millm_work_fail(&run->w, MILLM_E_UNSUPPORTED, "int with a base that is not 2 to 36");
+	if (v.kind == V_STRING)
+		millm_work_pay_chars(&run->w, v.str->n);
 	if (v.kind == V_STRING && read_int(*v.str, (int) base, &i, &overflows))
 	{
 		if (overflows)
@@ -440,6 +443,8 @@ filter_float(Run *run, Value v, const Value *arg, const Arguments *all)
 	millm_value_require(&run->w, v);
 	if (millm_value_is_number(v))
 		return (Value) {.kind = V_FLOAT, .real = millm_value_to_real(v)};
+	if (v.kind == V_STRING)
+		millm_work_pay_chars(&run->w, v.str->n);
 	if (v.kind == V_STRING && read_real(*v.str, &x))
 		return (Value) {.kind = V_FLOAT, .real = x};
 	return is_given(arg[0]) ? arg[0] : (Value) {.kind = V_FLOAT, .real = 0};

@@ -49,10 +49,11 @@ strip(Run *run, Value self, const Value *arg, StripSides sides)
 {
 	Str			chars;
 
+	millm_work_pay_chars(&run->w, self.str->n);
 	if (arg[0].kind == V_ABSENT || arg[0].kind == V_NONE)
 		return millm_value_string(&run->w, millm_str_strip(*self.str, NULL, sides));
 	chars = want_string(run, arg[0], "what is stripped");
-	millm_work_pay(&run->w, (uint64_t) (self.str->n / 32 + 1) * (chars.n / 2 + 1));
+	millm_work_pay(&run->w, (uint64_t) (self.str->n / 4 + 1) * (chars.n / 2 + 1));
 	return millm_value_string(&run->w, millm_str_strip(*self.str, &chars, sides));
 }
 
@@ -101,6 +102,7 @@ str_rsplit(Run *run, Value self, const Value *arg)
 static Value
 str_splitlines(Run *run, Value self, const Value *arg)
 {
+	millm_work_pay_chars(&run->w, self.str->n);
 	return millm_str_split_lines(&run->w, *self.str, millm_value_is_true(arg[0]));
 }
 
@@ -327,6 +329,7 @@ name(Run *run, Value self, const Value *arg) \
 { \
 	(void) run; \
 	(void) arg; \
+	millm_work_pay_chars(&run->w, self.str->n); \
 	return millm_value_bool(millm_str_is_all(*self.str, class)); \
 }
 CLASS_METHOD(str_isalpha, CLASS_ALPHA)

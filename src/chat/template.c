@@ -16,6 +16,7 @@
 #define MAX_OUTPUT_BYTES (16u << 20)
 #define FREE_STEPS 2000000
 #define STEPS_PER_BYTE 20
+#define MAX_RENDER_SECONDS 5		/* of CPU time */
 
 static MillmCode
 parse(MillmTemplate *t, const char *source, size_t n)
@@ -111,6 +112,7 @@ millm_template_render(const MillmTemplate *t, const json_t *trusted, const json_
 	run.w.err = err;
 	run.w.left_bytes = MAX_RENDER_BYTES;
 	run.w.left_steps = FREE_STEPS + STEPS_PER_BYTE * n_input;
+	millm_work_limit_time(&run.w, MAX_RENDER_SECONDS);
 	rc = run_template(&run, MAX_OUTPUT_BYTES, trusted, variables, &text);
 	if (rc == MILLM_OK)
 	{

@@ -155,6 +155,7 @@ reverse_list(List *list)
 static void
 split_words(Work *w, List *parts, Str s, int64_t n)
 {
+	millm_work_pay_chars(w, s.n);
 	s = millm_str_strip(s, NULL, STRIP_LEFT);
 	while (s.n > 0)
 	{

@@ -278,6 +278,8 @@ static Entry *
 find_entry(Work *w, const Dict *dict, Value key)
 {
 	millm_work_pay(w, dict->n / 8 + 1);
+	if (key.kind == V_STRING)
+		millm_work_pay_bytes(w, key.str->n);
 	for (size_t i = 0; i < dict->n; i++)
 	{
 		Entry	   *entry = &dict->entries[i];
@@ -584,10 +586,10 @@ millm_value_equal(Work *w, Value a, Value b)
 
 	if (millm_value_is_number(a) && millm_value_is_number(b))
 		return compare_numbers(a, b) == 0;
+	millm_work_pay(w, 1);
 	if (a.kind != b.kind)
 		return false;
 	millm_work_enter(w);
-	millm_work_pay(w, 1);
 	switch (a.kind)
 	{
 		case V_UNDEFINED:
@@ -596,7 +598,7 @@ millm_value_equal(Work *w, Value a, Value b)
 			break;
 		case V_STRING:
 			result = millm_str_equal(*a.str, *b.str);
-			millm_work_pay_bytes(w, result ? a.str->n : 0);
+			millm_work_pay_bytes(w, a.str->n == b.str->n ? a.str->n : 0);
 			break;
 		case V_LIST:
 		case V_TUPLE:
@@ -639,6 +641,7 @@ millm_value_compare(Work *w, Value a, Value b)
 	{
 		uint32_t	n = a.str->n < b.str->n ? a.str->n : b.str->n;
 
+		millm_work_pay_bytes(w, n);
 		/* UTF-8 sorts as its code points do */
 		c = n ? memcmp(a.str->data, b.str->data, n) : 0;
 		c = c ? c : (a.str->n > b.str->n) - (a.str->n < b.str->n);
@@ -682,7 +685,7 @@ millm_value_contains(Work *w, Value container, Value v)
 		case V_STRING:
 			if (v.kind != V_STRING)
 				millm_work_fail(w, MILLM_E_INVALID_ARGUMENT, "'in <string>' requires string as left operand, not %s", millm_value_type(v));
-			millm_work_pay_bytes(w, container.str->n);
+			millm_work_pay_chars(w, container.str->n);
 			return v.str->n == 0 || memmem(container.str->data, container.str->n, v.str->data, v.str->n) != NULL;
 		case V_DICT:
 			require_hashable(w, v);

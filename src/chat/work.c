@@ -7,6 +7,7 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <time.h>
 
 #include "arith.h"
 #include "shown.h"
@@ -14,6 +15,7 @@
 #define ALIGNMENT 16
 #define FIRST_BLOCK_BYTES (32u << 10)
 #define MAX_BLOCK_BYTES (1u << 20)
+#define PAYMENTS_PER_LOOK 256
 
 struct WorkBlock
 {
@@ -116,12 +118,33 @@ millm_work_fail(Work *w, MillmCode code, const char *fmt, ...)
 	longjmp(w->door, (int) code);
 }
 
+static int64_t
+cpu_time(void)
+{
+	struct timespec t;
+
+	clock_gettime(CLOCK_THREAD_CPUTIME_ID, &t);
+	return t.tv_sec * INT64_C(1000000000) + t.tv_nsec;
+}
+
 void
 millm_work_pay(Work *w, uint64_t n)
 {
 	if (n > w->left_steps)
 		millm_work_fail(w, MILLM_E_INVALID_ARGUMENT, "the template takes too many steps");
 	w->left_steps -= n;
+	if (w->deadline && ++w->unlooked == PAYMENTS_PER_LOOK)
+	{
+		w->unlooked = 0;
+		if (cpu_time() > w->deadline)
+			millm_work_fail(w, MILLM_E_INVALID_ARGUMENT, "the template takes too long");
+	}
+}
+
+void
+millm_work_limit_time(Work *w, int seconds)
+{
+	w->deadline = cpu_time() + seconds * INT64_C(1000000000);
 }
 
 void

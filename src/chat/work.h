@@ -25,6 +25,8 @@ typedef struct Work
 	char	   *end;
 	size_t		left_bytes;		/* what the arena may still grow */
 	uint64_t	left_steps;
+	int			unlooked;		/* payments since the clock was looked at */
+	int64_t		deadline;		/* of the thread's CPU time, in ns; 0: none */
 	int			depth;
 	int			line;			/* of the template, for messages */
 	MillmError *err;
@@ -50,6 +52,15 @@ millm_work_pay_bytes(Work *w, size_t n)
 {
 	millm_work_pay(w, n / 32 + 1);
 }
+/* For what looks at n bytes one by one. */
+static inline void
+millm_work_pay_chars(Work *w, size_t n)
+{
+	millm_work_pay(w, n / 4 + 1);
+}
+
+/* Give it so many seconds of this thread's CPU time, from now on: for what costs more than it pays. */
+extern void millm_work_limit_time(Work *w, int seconds);
 
 /* One level deeper; every enter has its leave (a failure needs none). */
 extern void millm_work_enter(Work *w);

@@ -2,7 +2,8 @@
  * fuzz_template.c -- no chat template and no conversation may do more than fail by name, within bounds.
  *
  * The input is a template, a zero byte, and the variables as JSON; without the latter there are some that most
- * templates like.  What renders must be valid UTF-8.
+ * templates like.  What renders must be valid UTF-8, each byte of
+ * it the template's or the caller's.
  */
 #include <stdint.h>
 #include <stdlib.h>
@@ -47,6 +48,9 @@ LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
 		{
 			if (millm_utf8_valid_bytes(r.text, r.n) != r.n)
 				abort();
+			for (size_t i = 0; i < r.n; i++)
+				if (r.origins[i] > 1)
+					abort();
 			millm_rendering_free(&r);
 		}
 		else if (rc == MILLM_E_INTERNAL || !err.message[0])

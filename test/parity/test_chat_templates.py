@@ -150,6 +150,12 @@ CONTEXTS = {
                                          {"role": "tool", "name": "get_weather", "tool_call_id": "abcdefghi", "content": "5"}, {"role": "tool", "name": "get_time", "tool_call_id": "ihgfedcba", "content": "noon"},
                                          YO, BYE], "tools": [WEATHER, TIME]},
     "tool results without calls": {"messages": [USER, {"role": "tool", "content": "x"}]},
+    # templates that recurse over the types of a schema never end on these
+    "schemas": {"messages": [USER], "tools": [{"type": "function", "function": {"name": "f", "description": None, "parameters": {
+        "type": ["object", "null"], "$defs": {"t": {"type": "string"}}, "properties": {
+            "n": {"type": ["integer", "null"], "minimum": 0, "default": 1.0}, "r": {"$ref": "#/$defs/t"}, "u": {"anyOf": [{"type": "string"}, {"type": "null"}]},
+            "e": {"enum": ["a", 1, None, True]}, "o": {"type": "object", "additionalProperties": {"type": "array", "items": {"type": ["number", "string"]}}},
+            "items": {"type": "array"}, "deep": {"type": "object", "properties": {"x": {"type": "object", "properties": {"y": {"type": "boolean"}}}}}}}}}]},
     "documents": {"messages": [USER], "documents": [{"title": "A", "text": "aaa"}, {"title": "B", "text": "b\nb"}]},
     "thinking": {"messages": [USER, {"role": "assistant", "content": "<think>\nhm\n</think>\n\nHello", "reasoning_content": "hm"}, BYE], "enable_thinking": True, "thinking": True},
     "not thinking": {"messages": [USER, {"role": "assistant", "content": "<think>\nhm\n</think>\n\nHello"}, BYE], "enable_thinking": False, "thinking": False},

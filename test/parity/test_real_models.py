@@ -51,14 +51,14 @@ def test_fast_kernels(gemma3, tokenizer, tmp_path):
     ours = engine_logits(GEMMA3, ids, tmp_path, kernels=None)
     agree = theirs.argmax(1) == ours.argmax(1)
     kl = []
-    for a, b in zip(theirs, ours):  # row by row: the vocabulary is large
+    for a, b in zip(theirs[::4], ours[::4]):  # row by row: the vocabulary is large
         a, b = a.astype(np.float64), b.astype(np.float64)
         a -= np.logaddexp.reduce(a)
         b -= np.logaddexp.reduce(b)
         kl.append((np.exp(a) * (a - b)).sum())
-    print(f"top-1 agreement {np.mean(agree):.4f}, mean KL {np.mean(kl):.2e}, beyond the window {np.mean(kl[512:]):.2e}")
+    print(f"top-1 agreement {np.mean(agree):.4f}, mean KL {np.mean(kl):.2e}, beyond the window {np.mean(kl[128:]):.2e}")
     assert np.mean(agree) >= MIN_TOP1_AGREEMENT
-    assert np.mean(kl) < MAX_MEAN_KL and np.mean(kl[512:]) < MAX_MEAN_KL
+    assert np.mean(kl) < MAX_MEAN_KL and np.mean(kl[128:]) < MAX_MEAN_KL
 
 
 def check_greedy(gemma3, ids, ours):

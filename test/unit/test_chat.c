@@ -136,6 +136,39 @@ hostile(void **state)
 	free(deep);
 }
 
+/* What looks at a long text pays for its length, not once: else a loop over it would take hours. */
+static void
+long_texts(void **state)
+{
+	static const char *const looks[] = {"c|trim", "c.strip()", "c.rstrip('x ')", "c|int", "c|float", "c == d", "c < d", "c in d", "c in [d]", "c.isspace()", "c is lower",
+		"c.splitlines()|length", "c.rsplit('q')|length", "c.split()|length", "{d: 1}[c]", "'q' in m"};
+	size_t		n = 200000;
+	char	   *spaces = malloc(n + 1);
+	char	   *variables;
+	json_t	   *v;
+	json_t	   *m = json_array();
+
+	(void) state;
+	memset(spaces, ' ', n);
+	spaces[n] = '\0';
+	for (int i = 0; i < 10000; i++)
+		json_array_append_new(m, json_pack("{s:i}", "a", i));
+	v = json_pack("{s:s, s:o}", "c", spaces, "m", m);
+	spaces[n - 1] = 'z';
+	json_object_set_new(v, "d", json_string(spaces));
+	variables = json_dumps(v, JSON_COMPACT);
+	for (size_t i = 0; i < sizeof(looks) / sizeof(looks[0]); i++)
+	{
+		char		source[256];
+
+		snprintf(source, sizeof(source), "{%% for i in range(100000) %%}{%% for j in range(100000) %%}{%% if %s %%}{%% endif %%}{%% endfor %%}{%% endfor %%}", looks[i]);
+		refuses(source, variables, MILLM_E_INVALID_ARGUMENT, "the template ");
+	}
+	free(variables);
+	json_decref(v);
+	free(spaces);
+}
+
 /* The origin of each byte, as the tokenizer gets it. */
 static void
 origins_are(const char *source, const char *text, const char *origins)
@@ -203,6 +236,7 @@ main(void)
 		cmocka_unit_test(errors_name_the_line),
 		cmocka_unit_test(refusal_in_its_own_words),
 		cmocka_unit_test(hostile),
+		cmocka_unit_test(long_texts),
 		cmocka_unit_test(origins),
 		cmocka_unit_test(uses),
 	};
