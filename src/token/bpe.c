@@ -175,6 +175,20 @@ has_fallback(const Bpe *bpe, const char *s, size_t n)
 	return true;
 }
 
+/* The id of a piece, or -1. */
+static int32_t
+find_piece(const Bpe *bpe, const char *text, size_t n)
+{
+	int32_t		id;
+
+	if (bpe->is_byte_level)
+		return millm_map_get(&bpe->pieces, text, n);
+	id = millm_map_get(bpe->names, text, n);
+	if (id >= bpe->n_ids || (id >= 0 && atomic_load_explicit(&bpe->is_whole[id], memory_order_relaxed) == WHOLE_NO_PIECE))
+		return -1;
+	return id;
+}
+
 /*
  * The symbols that a word starts as, into s->ids.  An unknown character waits in `unknown` until the next known
  * one, so that neighbours can become one; the bytes of a fallback do not end such a run, as in the genuine library.
@@ -204,12 +218,12 @@ split_characters(const Bpe *bpe, BpeScratch *s, const char *word, size_t n)
 				return false;
 			character = s->key.data;
 			character_n = s->key.n;
-			id = millm_map_get(&bpe->pieces, character, character_n);
+			id = find_piece(bpe, character, character_n);
 		}
 		else if (bpe->is_byte_level)
 			id = bpe->byte_ids[(unsigned char) *character];
 		else
-			id = millm_map_get(&bpe->pieces, character, character_n);
+			id = find_piece(bpe, character, character_n);
 
 		if (id >= 0)
 		{
@@ -394,7 +408,7 @@ merge_long(const Bpe *bpe, BpeScratch *s)
 bool
 millm_bpe_encode(const Bpe *bpe, BpeScratch *s, const char *word, size_t n)
 {
-	int32_t		whole = n <= bpe->longest ? millm_map_get(&bpe->pieces, word, n) : -1;
+	int32_t		whole = n <= bpe->longest ? find_piece(bpe, word, n) : -1;
 	bool		ask = false;
 
 	s->n = 0;

@@ -34,7 +34,8 @@ typedef struct Bpe
 	char	   *suffix;			/* of the last character of a word; or NULL.  Owned */
 	size_t		suffix_n;
 
-	StringMap	pieces;			/* string to id; raw bytes if is_byte_level */
+	StringMap	pieces;			/* is_byte_level: raw bytes to id.  Owned */
+	const StringMap *names;		/* otherwise: string to id, of the whole tokenizer, so also of tokens that are no pieces.  Borrowed */
 	size_t		longest;		/* of them, in bytes */
 	int32_t		byte_ids[256];	/* is_byte_level: the id of that byte alone, or -1 */
 	int32_t		fallback_ids[256];	/* the id of "<0xHH>", or -1 */
@@ -45,16 +46,18 @@ typedef struct Bpe
 
 	/*
 	 * By id: does the word that reads as this piece become this piece?  Asked for the first time, the word is
-	 * encoded and the answer kept: any thread finds the same.  WHOLE_UNKNOWN at first.  Owned.
+	 * encoded and the answer kept: any thread finds the same.  WHOLE_UNKNOWN at first, or WHOLE_NO_PIECE.  Owned.
 	 */
 	_Atomic uint8_t *is_whole;
+	int32_t		n_ids;			/* that is_whole has; the ids from there on are no pieces */
 } Bpe;
 
 enum
 {
 	WHOLE_UNKNOWN,
 	WHOLE_YES,
-	WHOLE_NO
+	WHOLE_NO,
+	WHOLE_NO_PIECE				/* the model has no piece of that id */
 };
 
 /* The working memory of one caller; zeroed is empty. */

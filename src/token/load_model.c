@@ -187,7 +187,8 @@ add_entries(Loader *l, const BulkEntry *entries, size_t n)
 			decoded->n += piece_n;
 		}
 		millm_map_prefetch(&l->tok->contents, contents[i]);
-		millm_map_prefetch(&bpe->pieces, pieces[i]);
+		if (bpe->is_byte_level)
+			millm_map_prefetch(&bpe->pieces, pieces[i]);
 	}
 	for (size_t i = n; i-- > 0;)
 	{
@@ -198,7 +199,7 @@ add_entries(Loader *l, const BulkEntry *entries, size_t n)
 		l->n_vocabulary++;
 		if (!is_piece[i])
 			continue;
-		if (!millm_map_add(&bpe->pieces, pieces[i], (int32_t) entries[i].value.id, &is_new))
+		if (bpe->is_byte_level && !millm_map_add(&bpe->pieces, pieces[i], (int32_t) entries[i].value.id, &is_new))
 			return millm_load_out_of_memory(l->err);
 		if (bpe->is_byte_level)
 			l->tok->tokens[entries[i].value.id].bytes = (Span) {(uint32_t) (pieces[i].text - decoded->data), pieces[i].n};
@@ -218,7 +219,8 @@ load_bpe_vocabulary(Loader *l, const json_t *model)
 
 	if (rc != MILLM_OK)
 		return rc;
-	if (!millm_map_reserve(&bpe->pieces, bulk->n_entries, key_bytes) || !millm_bytes_reserve(&l->tok->decoded, key_bytes))
+	if (bpe->is_byte_level &&
+		(!millm_map_reserve(&bpe->pieces, bulk->n_entries, key_bytes) || !millm_bytes_reserve(&l->tok->decoded, key_bytes)))
 		return millm_load_out_of_memory(l->err);
 	for (size_t end = bulk->n_entries, n; end > 0 && rc == MILLM_OK; end -= n)
 	{
@@ -423,14 +425,21 @@ load_bpe(Loader *l, const json_t *json)
 		if (bpe->unknown_id < 0 && !has_all_bytes)
 			return millm_load_invalid(l, "The \"unk_token\" \"%.100s\" is not in the vocabulary.", json_string_value(unknown));
 	}
-	bpe->is_whole = calloc((size_t) l->tok->n_ids, sizeof(*bpe->is_whole));
-	return bpe->is_whole ? MILLM_OK : millm_load_out_of_memory(l->err);
+	bpe->names = &l->tok->contents;
+	bpe->n_ids = l->tok->n_ids;
+	bpe->is_whole = calloc((size_t) bpe->n_ids, sizeof(*bpe->is_whole));
+	if (!bpe->is_whole)
+		return millm_load_out_of_memory(l->err);
+	for (int32_t id = 0; id < bpe->n_ids; id++)
+		if (!l->tok->tokens[id].exists)
+			atomic_init(&bpe->is_whole[id], WHOLE_NO_PIECE);
+	return MILLM_OK;
 }
 
 /* ---- Unigram, WordPiece, WordLevel ---- */
 
 /*
- * Put the vocabulary into the trie.  Forwards: of equal pieces of Unigram the last one counts, but each has its id and is decoded;
+ * Put the vocabulary into the trie.  Backwards: of equal pieces of Unigram the last one counts, but each has its id and is decoded;
  * of equal keys of an object, as in any reader of JSON, only the last is there.
  */
 static MillmCode
