@@ -66,8 +66,8 @@ LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
 	if (c.rope.inv_freq)
 	{
 		check(c.rotary_dim >= 2 && c.rotary_dim % 2 == 0 && c.rotary_dim <= c.head_dim && isfinite(c.rope.attention_factor));
-		for (int j = 0; j < c.rotary_dim / 2; j++)
-			check(c.rope.inv_freq[j] >= 0 && c.rope.inv_freq[j] <= 1);
+		for (int j = 0; j < c.rotary_dim / 2; j++)	/* longrope's factors may make them larger than 1 */
+			check(c.rope.inv_freq[j] >= 0 && (c.rope.long_inv_freq ? isfinite(c.rope.inv_freq[j]) && isfinite(c.rope.long_inv_freq[j]) : c.rope.inv_freq[j] <= 1));
 	}
 	check(c.attention_softcap >= 0 && c.logit_softcap >= 0 && c.window >= 0 && c.window <= MILLM_MAX_POSITIONS);
 	for (int i = 0; i < c.n_layers; i++)

@@ -17,6 +17,7 @@
 #include <unistd.h>
 
 #include "arith.h"
+#include "arch.h"
 #include "recast.h"
 #include "safetensors.h"
 #include "screen.h"
@@ -212,7 +213,7 @@ static Result
 run(const Plan *plan, const uint8_t *data, size_t size, size_t len, bool pieces)
 {
 	static const char *const dtypes[] = {"{}", "{\"dtype\": \"float16\"}", "{\"torch_dtype\": \"bfloat16\"}"};
-	MillmConfig config = {.tied = (plan->flags & IS_TIED) != 0};
+	MillmConfig config = {.tied = (plan->flags & IS_TIED) != 0, .arch = millm_arch_find(plan->flags & IS_GPT2 ? "gpt2" : "llama", 0)};
 	MillmHubFile file = {.path = FILE_NAME, .size = (int64_t) size};
 	json_t	   *json = json_loads(dtypes[plan->dtype % 3], 0, NULL);
 	uint32_t	random = millm_get_le32(plan->seed);
@@ -228,7 +229,7 @@ run(const Plan *plan, const uint8_t *data, size_t size, size_t len, bool pieces)
 	bool		is_tampered = false;
 
 	memset(file.hash, 'a', 64);
-	strcpy(config.model_type, plan->flags & IS_GPT2 ? "gpt2" : "llama");
+	strcpy(config.model_type, config.arch->model_type);
 	check(millm_recast_create(store, (MillmRecastTarget) (plan->target % 3), &config, json, &recast, &err) == MILLM_OK);
 	sink = millm_recast_sink(recast);
 	millm_hash_begin(&hash, file.hash, file.size);
