@@ -25,6 +25,8 @@
 
 #define DISK_MARGIN			((int64_t) 64 << 20)
 #define REPORT_MS			200
+#define SPEED_MS			1000	/* that a speed is measured over; the first one sooner */
+#define FIRST_SPEED_MS		250
 
 static const MillmPatience patient = {.attempts = 3, .timeout_ms = 30000, .outage_ms = MILLM_OUTAGE_MS};
 
@@ -91,7 +93,9 @@ report(Meter *m, bool now)
 
 	if (!now && t - m->last_ms < REPORT_MS)
 		return;
-	if (t - m->window_ms >= 1000)
+	if (m->fetched == 0)
+		m->window_ms = t;
+	if (t - m->window_ms >= (m->progress.bytes_per_second < 0 ? FIRST_SPEED_MS : SPEED_MS))
 	{
 		double		speed = (double) (m->fetched - m->window_bytes) * 1000 / (double) (t - m->window_ms);
 

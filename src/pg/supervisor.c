@@ -683,9 +683,15 @@ job_progress(MillmJson object)
 		job->percent = Max(job->percent, (int) Min(100, job->bytes * 100 / job->total_bytes));
 	if (now >= job_event_at)
 	{
+		char		total[32] = "null";
+		char		mbps[32] = "null";
+
+		if (job->total_bytes > 0)
+			snprintf(total, sizeof(total), INT64_FORMAT, job->total_bytes);
+		if (job->bytes_per_second >= 0)
+			snprintf(mbps, sizeof(mbps), "%.1f", job->bytes_per_second / 1e6);
 		millm_push_event("{\"event\":\"model:download:progress\",\"model_id\":" INT64_FORMAT ",\"progress\":%d,\"bytes_downloaded\":" INT64_FORMAT
-						 ",\"total_bytes\":" INT64_FORMAT ",\"speed_mbps\":%.1f}", job->model_id, job->percent, job->bytes, job->total_bytes,
-						 Max(0, job->bytes_per_second) / 1e6);
+						 ",\"total_bytes\":%s,\"speed_mbps\":%s}", job->model_id, job->percent, job->bytes, total, mbps);
 		job_event_at = now + EVENT_MS * INT64CONST(1000);
 	}
 	LWLockRelease(millm_shared->lock);

@@ -51,6 +51,7 @@ cmp_ok(scalar @progress, '>=', 3, 'after some of the progress');
 is(join(' ', map { $_->{progress} } @progress), join(' ', sort { $a <=> $b } map { $_->{progress} } @progress), 'which never went back');
 is($progress[-1]{model_id}, $id, 'of that model');
 cmp_ok($progress[-1]{total_bytes}, '>', 500000, 'with its size');
+is_deeply([ grep { defined $_->{total_bytes} && $_->{total_bytes} == 0 || defined $_->{speed_mbps} && $_->{bytes_downloaded} == 0 } @progress ], [], 'nothing unknown is zero');
 is_deeply([ grep { $_->{bytes_downloaded} > 0 && $_->{total_bytes} != $events[-1]{total_bytes} } @progress ], [], 'which is known before the first byte');
 
 fails(q(SELECT millm.download('millm-test/tiny-llama', 'FP16', name => 'again')), 'ML002', 'the same repository again');
