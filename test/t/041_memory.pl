@@ -40,8 +40,22 @@ load_model($node, 'tiny');	# what the first load of an engine's life leaves behi
 sql('SELECT millm.unload()');
 my %model = ('llama' => "$fixtures/tiny/llama-bf16", 'gpt2' => "$fixtures/tiny/gpt2", 'sharded' => "$fixtures/tiny/llama-sharded", 'nf4' => "$fixtures/tiny-bnb/nf4",
 	'fp4-gpt2' => "$fixtures/tiny-bnb/fp4-gpt2", 'int8' => "$fixtures/tiny-bnb/int8", 'smol' => "$fixtures/SmolLM2-135M-Instruct", 'smol-q8' => "$fixtures/SmolLM2-135M-Instruct-int8");
-# every family, as it is and quantized
-my @families = qw(mistral phi3 qwen2 qwen3 gemma gemma2 gemma3);
+# of each family: heads, KV heads, head_dim, FFN size; which of the points that not every family has
+my %family = (
+	'bloom' => '4 4 16 256 ln1 resid_mid ln2 ln_final', 'cohere' => '4 2 16 172 ln1 rot_q pre_linear ln_final', 'falcon' => '4 1 16 172 ln1 rot_q ln_final',
+	'falcon-new' => '4 2 16 256 ln1 rot_q ln2 ln_final', 'falcon-rw' => '16 16 6 384 ln1 resid_mid ln2 ln_final', 'gemma' => '4 1 24 172 ln1 rot_q resid_mid ln2 pre_linear ln_final',
+	'gemma2' => '4 2 24 172 ln1 rot_q resid_mid ln2 pre_linear ln_final', 'gemma3' => '4 2 24 172 ln1 rot_q resid_mid ln2 pre_linear ln_final',
+	'glm4' => '4 2 24 172 ln1 rot_q resid_mid ln2 pre_linear ln_final', 'granite' => '4 2 16 172 ln1 rot_q resid_mid ln2 pre_linear ln_final',
+	'mistral' => '4 2 24 172 ln1 rot_q resid_mid ln2 pre_linear ln_final', 'neox' => '4 4 24 172 ln1 rot_q ln2 ln_final',
+	'neox-sequential' => '4 4 24 172 ln1 rot_q resid_mid ln2 ln_final', 'olmo2' => '4 2 16 172 rot_q resid_mid pre_linear ln_final',
+	'opt' => '4 4 16 172 pos_embed ln1 resid_mid ln2 ln_final', 'opt-after' => '4 4 16 172 pos_embed ln1 resid_mid ln2', 'phi' => '4 4 16 172 ln1 rot_q ln_final',
+	'phi3' => '4 2 16 172 ln1 rot_q resid_mid ln2 pre_linear ln_final', 'qwen2' => '4 2 16 172 ln1 rot_q resid_mid ln2 pre_linear ln_final',
+	'qwen3' => '4 2 24 172 ln1 rot_q resid_mid ln2 pre_linear ln_final', 'smollm3' => '4 2 16 172 ln1 rot_q resid_mid ln2 pre_linear ln_final',
+	'stablelm' => '4 2 16 172 ln1 rot_q resid_mid ln2 pre_linear ln_final', 'stablelm-parallel' => '4 2 16 172 ln1 rot_q pre_linear ln_final',
+	'starcoder2' => '4 2 16 172 ln1 rot_q resid_mid ln2 ln_final');
+# every family, as it is and, but for gpt-oss, quantized
+my @families = (sort(keys %family), qw(mixtral qwen2_moe qwen3_moe));
+$model{gpt_oss} = "$fixtures/tiny/gpt_oss";
 $model{$_} = "$fixtures/tiny/$_" for @families;
 my @made = ((map { ([ $_, 'Q4' ], [ $_, 'Q8' ]) } 'llama', 'gpt2', @families), [ 'smol', 'Q4' ]);
 sql("SELECT millm.register_local('$model{$_}', name => '$_')") for sort keys %model;
@@ -125,23 +139,10 @@ ok((grep { $_ eq 'model.layers.{i}.hook_resid_post' } @{ $smol->{hook_points} })
 my $gpt2 = decode_json(sql(q(SELECT millm.architecture('gpt2-Q4'))));
 is("$gpt2->{model_type} $gpt2->{quantization}", 'gpt2 nf4', 'of a quantized one');
 is(join(' ', grep { /pos_embed|rot_q|pre_linear/ } @{ $gpt2->{hook_points} }), 'model.hook_pos_embed', 'as its family has them');
-# of each family: heads, KV heads, head_dim, FFN size; which of the points that not every family has
-my %family = (
-	'bloom' => '4 4 16 256 ln1 resid_mid ln2 ln_final', 'cohere' => '4 2 16 172 ln1 rot_q pre_linear ln_final', 'falcon' => '4 1 16 172 ln1 rot_q ln_final',
-	'falcon-new' => '4 2 16 256 ln1 rot_q ln2 ln_final', 'falcon-rw' => '16 16 6 384 ln1 resid_mid ln2 ln_final', 'gemma' => '4 1 24 172 ln1 rot_q resid_mid ln2 pre_linear ln_final',
-	'gemma2' => '4 2 24 172 ln1 rot_q resid_mid ln2 pre_linear ln_final', 'gemma3' => '4 2 24 172 ln1 rot_q resid_mid ln2 pre_linear ln_final',
-	'glm4' => '4 2 24 172 ln1 rot_q resid_mid ln2 pre_linear ln_final', 'granite' => '4 2 16 172 ln1 rot_q resid_mid ln2 pre_linear ln_final',
-	'mistral' => '4 2 24 172 ln1 rot_q resid_mid ln2 pre_linear ln_final', 'neox' => '4 4 24 172 ln1 rot_q ln2 ln_final',
-	'neox-sequential' => '4 4 24 172 ln1 rot_q resid_mid ln2 ln_final', 'olmo2' => '4 2 16 172 rot_q resid_mid pre_linear ln_final',
-	'opt' => '4 4 16 172 pos_embed ln1 resid_mid ln2 ln_final', 'opt-after' => '4 4 16 172 pos_embed ln1 resid_mid ln2', 'phi' => '4 4 16 172 ln1 rot_q ln_final',
-	'phi3' => '4 2 16 172 ln1 rot_q resid_mid ln2 pre_linear ln_final', 'qwen2' => '4 2 16 172 ln1 rot_q resid_mid ln2 pre_linear ln_final',
-	'qwen3' => '4 2 24 172 ln1 rot_q resid_mid ln2 pre_linear ln_final', 'smollm3' => '4 2 16 172 ln1 rot_q resid_mid ln2 pre_linear ln_final',
-	'stablelm' => '4 2 16 172 ln1 rot_q resid_mid ln2 pre_linear ln_final', 'stablelm-parallel' => '4 2 16 172 ln1 rot_q pre_linear ln_final',
-	'starcoder2' => '4 2 16 172 ln1 rot_q resid_mid ln2 ln_final');
-sql(join ';', map { "SELECT millm.register_local('$fixtures/tiny/$_', name => 'family $_')" } sort keys %family);
+# its sizes and points
 for my $name (sort keys %family)
 {
-	my $made_of = decode_json(sql("SELECT millm.architecture('family $name')"));
+	my $made_of = decode_json(sql("SELECT millm.architecture('$name')"));
 	my @points = map { /(pos_embed|rot_q|resid_mid|pre_linear|ln1|ln2|ln_final)/ ? $1 : () } @{ $made_of->{hook_points} };
 	is(join(' ', @$made_of{qw(num_attention_heads num_key_value_heads head_dim intermediate_size)}, @points), $family{$name}, "architecture of $name");
 }

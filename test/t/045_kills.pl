@@ -60,7 +60,8 @@ for my $what ('helper', 'server')
 			cmp_ok($bytes, '<', $size, sprintf('%s, %s at %d %%', $form, $what, 100 * $bytes / $size));
 			if ($what eq 'helper') { kill('KILL', sql('SELECT hub_pid FROM millm.status()')); }
 			else { kill_server($node); }
-			$hub->faults({ where => 'cdn', bytes_per_second => 100 * $MB });
+			# slower towards the end, which must not come before the kill
+			$hub->faults({ where => 'cdn', bytes_per_second => ($percent == 60 ? 30 : 100) * $MB });
 			my @begins;
 			ok(wait_true(sub { @begins = begins(); @begins > 0 }), 'goes on by itself');
 			my ($first) = sort { $a <=> $b } @begins;
