@@ -23,7 +23,8 @@ typedef struct MillmBuffer MillmBuffer;	/* [max rows, columns] float32, the back
 /* The attention of one layer, as numbers. */
 typedef struct MillmAttention
 {
-	int			layer;
+	int			page_group;		/* its page table among those of a token */
+	int			page_place;		/* where it is in these pages */
 	int			n_heads;
 	int			n_kv_heads;
 	int			head_dim;
@@ -56,7 +57,7 @@ struct MillmBackend
 	MillmCode	(*buffer_create) (MillmBackend *be, int64_t n_rows, int64_t n_columns, MillmBuffer **out, MillmError *err);
 	const float *(*buffer_read) (MillmBackend *be, MillmBuffer *x);	/* in host memory, until the buffer is written */
 
-	/* Begin a step of n tokens: where each is, and what its sequence is planned for and its page table (borrowed for the step). */
+	/* Begin a step of n tokens: where each is, what its sequence is planned for, and the page tables of it [n, n_groups] (borrowed for the step). */
 	void		(*begin) (MillmBackend *be, const int32_t *positions, const int32_t *planned_lengths, const int32_t *const *pages, int n);
 
 	/* y[t] = table[rows[t]], or y[t] += table[rows[t]] */
@@ -101,14 +102,16 @@ typedef struct MillmBackendOptions
 	bool		deterministic;
 	const char *kernels;		/* a variant by name; NULL: $MILLM_KERNELS, else the best */
 	int			max_tokens;		/* of a step */
-	int64_t		n_pages;
+	int64_t		n_pages;		/* of the KV cache */
+	int			layers_per_page;
+	int			n_groups;		/* page tables of a sequence */
 } MillmBackendOptions;
 
 /* The model is borrowed for the backend's life. */
 extern MillmCode millm_backend_cpu_create(const MillmModel *model, const MillmBackendOptions *options, MillmBackend **out, MillmError *err);
 
 /* What it will take, for the prediction; -1 when kernels cannot be chosen (create says why). */
-extern int64_t millm_backend_cpu_page_bytes(const MillmModel *model, const char *kernels);
+extern int64_t millm_backend_cpu_page_bytes(const MillmModel *model, const char *kernels, int layers_per_page);
 extern int64_t millm_backend_cpu_buffer_bytes(int64_t n_rows, int64_t n_columns);
 extern int64_t millm_backend_cpu_own_bytes(const MillmModel *model, int max_tokens, int64_t n_pages);
 

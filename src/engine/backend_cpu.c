@@ -9,7 +9,7 @@
  * stay valid until the buffer is written again or a weight asks for another form.  Small loops run on the calling thread alone: waking
  * others takes longer.
  *
- * KV pages: for each layer K [n_kv_heads, head_dim, 16] then V [n_kv_heads, 16, head_dim], in the
+ * KV pages: for each layer of a group K [n_kv_heads, head_dim, 16] then V [n_kv_heads, 16, head_dim], in the
  * kernels' kv_dtype: float32 for ref, which is exact, float16 otherwise.
  */
 #include "backend.h"
@@ -74,10 +74,11 @@ typedef struct CpuBackend
 	char	   *kv;				/* [n_pages, page_bytes] */
 	size_t		kv_bytes;
 	int64_t		page_bytes;
-	int64_t    *layer_offset;	/* [n_layers]: bytes from the page's begin */
+	int64_t		layer_bytes;	/* of a layer in a page */
 	/* the step */
 	const int32_t *positions;
-	const int32_t *const *pages;
+	const int32_t *const *pages;	/* [n, n_groups] */
+	int			n_groups;
 	int			n_pairs;		/* rotary_dim / 2, 0 without rope */
 	float	   *cosine,			/* [max_tokens, n_pairs]; behind them, the local rope's */
 			   *sine;
@@ -116,13 +117,21 @@ run_rows(CpuBackend *c, void (*work) (void *arg, int64_t begin, int64_t end), vo
 
 /* ---- memory ---- */
 
+/* Of any layer in a KV page: the largest counts. */
 static int64_t
-layer_bytes(const MillmLayer *layer, MillmDtype dtype)
+layer_bytes(const MillmModel *model, MillmDtype dtype)
 {
-	/* bounded by MILLM_MAX_HEADS and MILLM_MAX_HEAD_DIM: no overflow */
-	int64_t		bytes = (int64_t) 2 * layer->n_kv_heads * layer->head_dim * MILLM_KERNEL_PAGE * millm_weight_bytes(dtype, 1);
+	int64_t		largest = 0;
 
-	return (bytes + 63) / 64 * 64;
+	for (int i = 0; i < model->config.n_layers; i++)
+	{
+		const MillmLayer *layer = &model->layers[i];
+		/* bounded by MILLM_MAX_HEADS and MILLM_MAX_HEAD_DIM: no overflow */
+		int64_t		bytes = (int64_t) 2 * layer->n_kv_heads * layer->head_dim * MILLM_KERNEL_PAGE * millm_weight_bytes(dtype, 1);
+
+		largest = bytes > largest ? bytes : largest;
+	}
+	return (largest + 63) / 64 * 64;
 }
 
 static bool
@@ -143,16 +152,11 @@ choose_kernels(const char *name, MillmKernels *k, MillmError *err)
 }
 
 int64_t
-millm_backend_cpu_page_bytes(const MillmModel *model, const char *kernels)
+millm_backend_cpu_page_bytes(const MillmModel *model, const char *kernels, int layers_per_page)
 {
 	MillmKernels k;
-	int64_t		bytes = 0;
 
-	if (!choose_kernels(kernels, &k, NULL))
-		return -1;
-	for (int i = 0; i < model->config.n_layers; i++)
-		bytes += layer_bytes(&model->layers[i], k.kv_dtype);
-	return bytes;
+	return choose_kernels(kernels, &k, NULL) ? layers_per_page * layer_bytes(model, k.kv_dtype) : -1;
 }
 
 int64_t
@@ -243,7 +247,6 @@ cpu_free(MillmBackend *be)
 	if (c->kv)
 		munmap(c->kv, c->kv_bytes);
 	millm_team_free(c->team);
-	free(c->layer_offset);
 	free(c->cosine);
 	free(c->sine);
 	free(c->alibi);
@@ -564,7 +567,7 @@ attention_loop(MillmBackend *be, const MillmAttention *a)
 {
 	CpuBackend *c = cpu(be);
 	int64_t		k_bytes = (int64_t) a->n_kv_heads * a->head_dim * MILLM_KERNEL_PAGE * millm_weight_bytes(c->k.kv_dtype, 1);
-	char	   *layer = c->kv + c->layer_offset[a->layer];
+	char	   *layer = c->kv + a->page_place * c->layer_bytes;
 
 	return (AttentionLoop) {
 		.c = c,
@@ -584,6 +587,13 @@ attention_loop(MillmBackend *be, const MillmAttention *a)
 			.sinks = a->sinks,
 		},
 	};
+}
+
+/* The page table of a token for these layers. */
+static const int32_t *
+pages_of(const CpuBackend *c, const MillmAttention *a, int64_t t)
+{
+	return c->pages[t * c->n_groups + a->page_group];
 }
 
 static void
@@ -625,7 +635,7 @@ rope_and_store_rows(void *arg, int64_t begin_row, int64_t end_row)
 			c->k.rope(row(l->q, t), l->a->n_heads, l->a->head_dim, c->n_pairs, interleaved, cosine, sine);
 			c->k.rope(row(l->k, t), l->a->n_kv_heads, l->a->head_dim, c->n_pairs, interleaved, cosine, sine);
 		}
-		c->k.kv_store(&l->kv, c->pages[t][position / MILLM_KERNEL_PAGE], position % MILLM_KERNEL_PAGE, row(l->k, t), row(l->v, t));
+		c->k.kv_store(&l->kv, pages_of(c, l->a, t)[position / MILLM_KERNEL_PAGE], position % MILLM_KERNEL_PAGE, row(l->k, t), row(l->v, t));
 	}
 }
 
@@ -651,7 +661,7 @@ attention_items(void *arg, int64_t begin_item, int64_t end_item)
 	{
 		int64_t		t = i / l->a->n_kv_heads;
 
-		l->c->k.attention(row(l->y, t), row(l->q, t), &l->kv, l->c->pages[t], l->c->positions[t], (int) (i % l->a->n_kv_heads));
+		l->c->k.attention(row(l->y, t), row(l->q, t), &l->kv, pages_of(l->c, l->a, t), l->c->positions[t], (int) (i % l->a->n_kv_heads));
 	}
 }
 
@@ -823,17 +833,10 @@ is_finite(MillmBackend *be, MillmBuffer *x, int n)
 /* ---- create ---- */
 
 static MillmCode
-create_kv(CpuBackend *c, int64_t n_pages, MillmError *err)
+create_kv(CpuBackend *c, int64_t n_pages, int layers_per_page, MillmError *err)
 {
-	int			n_layers = c->model->config.n_layers;
-
-	if (!(c->layer_offset = calloc((size_t) n_layers + 1, sizeof(*c->layer_offset))))
-		return millm_fail(err, MILLM_E_INSUFFICIENT_MEMORY, "out of memory");
-	for (int i = 0; i < n_layers; i++)
-	{
-		c->layer_offset[i] = c->page_bytes;
-		c->page_bytes += layer_bytes(&c->model->layers[i], c->k.kv_dtype);
-	}
+	c->layer_bytes = layer_bytes(c->model, c->k.kv_dtype);
+	c->page_bytes = layers_per_page * c->layer_bytes;
 	if (n_pages < 1 || !millm_mul_size((size_t) n_pages, (size_t) c->page_bytes, &c->kv_bytes))
 		return millm_fail(err, MILLM_E_INVALID_ARGUMENT, "invalid number of KV pages: %" PRId64, n_pages);
 	if (!(c->kv = map(c->kv_bytes, "the KV cache", err)))
@@ -877,6 +880,7 @@ millm_backend_cpu_create(const MillmModel *model, const MillmBackendOptions *opt
 	if (!c)
 		return millm_fail(err, MILLM_E_INSUFFICIENT_MEMORY, "out of memory");
 	c->model = model;
+	c->n_groups = options->n_groups;
 	c->deterministic = options->deterministic;
 	if (!choose_kernels(options->kernels, &c->k, err))
 	{
@@ -907,7 +911,7 @@ millm_backend_cpu_create(const MillmModel *model, const MillmBackendOptions *opt
 		.copy_page = copy_page,
 	};
 	if ((rc = millm_team_create(options->n_threads, &c->team, err)) != MILLM_OK ||
-		(rc = create_kv(c, options->n_pages, err)) != MILLM_OK ||
+		(rc = create_kv(c, options->n_pages, options->layers_per_page, err)) != MILLM_OK ||
 		(rc = create_alibi(c, options->n_pages, err)) != MILLM_OK)
 		goto failed;
 	c->base.n_threads = millm_team_size(c->team);

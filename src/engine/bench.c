@@ -10,6 +10,7 @@
 #include <string.h>
 #include <time.h>
 
+#include "kv.h"
 #include "sampler.h"
 
 typedef struct Run
@@ -54,31 +55,38 @@ token_id(const Run *run, int i)
 	return (int32_t) (millm_random_uniform(1, 0, i) * run->model->config.vocab_size);
 }
 
-/* Every sequence forgets what it has and makes room for n positions. */
-static MillmCode
-start_over(Run *run, int n_sequences, int n)
+static void
+start_over(Run *run)
 {
 	for (int i = 0; i < run->bench->n_sequences; i++)
 		millm_sequence_truncate(run->sequences[i], 0);
+}
+
+/* The next step, of n tokens of the batch, for which the first n_sequences grow to that length. */
+static MillmCode
+step(Run *run, int n, int n_sequences, int length)
+{
+	const float *logits;
+
 	for (int i = 0; i < n_sequences; i++)
-		if (!millm_sequence_reserve(run->sequences[i], n))
+		if (!millm_sequence_reserve(run->sequences[i], length))
 			return millm_fail(run->err, MILLM_E_INTERNAL, "the KV cache is too small");
-	return MILLM_OK;
+	return millm_forward_step(run->fw, run->batch, n, NULL, NULL, &logits, run->err);
 }
 
 static MillmCode
 prefill(Run *run, int n)
 {
-	const float *logits;
-	MillmCode	rc = start_over(run, 1, n);
+	MillmCode	rc = MILLM_OK;
 
+	start_over(run);
 	for (int at = 0, k; at < n && rc == MILLM_OK; at += k)
 	{
 		k = n - at < run->max_batch ? n - at : run->max_batch;
 		for (int i = 0; i < k; i++)
 			run->batch[i] = (MillmBatchToken) {.seq = run->sequences[0], .position = at + i, .token = token_id(run, at + i),
 				.want_logits = at + i == n - 1};
-		rc = millm_forward_step(run->fw, run->batch, k, NULL, NULL, &logits, run->err);
+		rc = step(run, k, 1, at + k);
 	}
 	return rc;
 }
@@ -87,7 +95,6 @@ prefill(Run *run, int n)
 static MillmCode
 decode(Run *run, int first, int n)
 {
-	const float *logits;
 	MillmCode	rc = MILLM_OK;
 
 	for (int at = first; at < first + n && rc == MILLM_OK; at++)
@@ -95,7 +102,7 @@ decode(Run *run, int first, int n)
 		for (int i = 0; i < run->bench->n_sequences; i++)
 			run->batch[i] = (MillmBatchToken) {.seq = run->sequences[i], .position = at, .token = token_id(run, at + 7 * i), .want_logits = true,
 				.top = {.k = 1, .margin = INFINITY}};
-		rc = millm_forward_step(run->fw, run->batch, run->bench->n_sequences, NULL, NULL, &logits, run->err);
+		rc = step(run, run->bench->n_sequences, run->bench->n_sequences, at + 1);
 	}
 	return rc;
 }
@@ -108,7 +115,8 @@ measure(Run *run, int n_prompt, int n_gen, double *prefill_s, double *decode_s)
 	MillmCode	rc = prefill(run, n_prompt);
 
 	*prefill_s = now_s() - start;
-	if (rc == MILLM_OK && (rc = start_over(run, run->bench->n_sequences, n_gen + 1)) == MILLM_OK)
+	start_over(run);
+	if (rc == MILLM_OK)
 		rc = decode(run, 0, 1);
 	start = now_s();
 	if (rc == MILLM_OK)
@@ -167,9 +175,9 @@ open_run(Run *run)
 {
 	const MillmBench *b = run->bench;
 	int64_t		positions = b->n_prompt > b->n_gen + 1 ? b->n_prompt : b->n_gen + 1;
-	int64_t		pages = (positions + MILLM_KV_PAGE_TOKENS - 1) / MILLM_KV_PAGE_TOKENS;
-	MillmForwardOptions options = {.n_threads = b->n_threads, .kernels = b->kernels, .n_pages = pages * b->n_sequences, .full_head = b->full_head,
-		.max_batch_tokens = b->n_sequences > 256 ? b->n_sequences : 0};
+	MillmForwardOptions options = {.n_threads = b->n_threads, .kernels = b->kernels, .full_head = b->full_head,
+		.max_batch_tokens = b->n_sequences > 256 ? b->n_sequences : 256};
+	MillmKvLayout layout;
 	MillmCode	rc;
 
 	if (positions > run->model->config.max_context)
@@ -178,6 +186,8 @@ open_run(Run *run)
 		millm_detail(run->err, "There would be %" PRId64 "; it knows %d positions.", positions, run->model->config.max_context);
 		return MILLM_E_CONTEXT_LENGTH_EXCEEDED;
 	}
+	millm_forward_kv_layout(run->model, &layout);
+	options.n_pages = millm_kv_pages(&layout, (int) positions, options.max_batch_tokens) * b->n_sequences;
 	if ((rc = millm_forward_create(run->model, &options, &run->fw, run->err)) != MILLM_OK)
 		return rc;
 	run->max_batch = millm_forward_max_batch_tokens(run->fw);

@@ -168,6 +168,12 @@ pages_n_free(void *arg)
 	return millm_kv_pages_free(((MillmEngine *) arg)->fw);
 }
 
+static int64_t
+pages_needs(void *arg, int length)
+{
+	return millm_kv_pages_needed(((MillmEngine *) arg)->fw, length);
+}
+
 /* ---- a step -------------------------------------------------------------------------------- */
 
 typedef struct Step
@@ -311,7 +317,7 @@ free_model(MillmEngine *e)
 static MillmCode
 set_up_steps(MillmEngine *e, const MillmLoaded *loaded, MillmError *err)
 {
-	MillmSchedPages pages = {pages_reserve, pages_release, pages_n_free, MILLM_KV_PAGE_TOKENS, e};
+	MillmSchedPages pages = {pages_reserve, pages_release, pages_n_free, pages_needs, e};
 	int			max_batch = millm_forward_max_batch_tokens(e->fw);
 
 	e->sched = millm_sched_create(&pages, loaded->max_sequences, loaded->max_queue, max_batch);

@@ -35,6 +35,7 @@ struct MillmForward
 {
 	const MillmModel *model;
 	MillmBackend *be;
+	MillmKvLayout kv;
 	MillmKvPool pool;
 	int			max_batch_tokens;
 	bool		is_screened;	/* the head has a copy that may be used */
@@ -63,7 +64,7 @@ struct MillmForward
 	int32_t    *planned;		/* lengths that the sequences are planned for */
 	int32_t    *wanted;			/* rows whose logits are wanted */
 	MillmTop   *tops;			/* which of them */
-	const int32_t **pages;
+	const int32_t **pages;		/* [max_batch_tokens, groups]: page tables */
 };
 
 /* Columns of the buffers: the widest layer decides. */
@@ -101,10 +102,23 @@ batch_tokens(const MillmForwardOptions *options)
 	return options->max_batch_tokens == 0 ? DEFAULT_BATCH_TOKENS : options->max_batch_tokens;
 }
 
+void
+millm_forward_kv_layout(const MillmModel *model, MillmKvLayout *layout)
+{
+	int			windows[MILLM_MAX_LAYERS];
+
+	for (int i = 0; i < model->config.n_layers; i++)
+		windows[i] = model->layers[i].window;
+	millm_kv_layout(layout, windows, model->config.n_layers);
+}
+
 int64_t
 millm_kv_page_bytes(const MillmModel *model, const MillmForwardOptions *options)
 {
-	return millm_backend_cpu_page_bytes(model, options->kernels);
+	MillmKvLayout layout;
+
+	millm_forward_kv_layout(model, &layout);
+	return millm_backend_cpu_page_bytes(model, options->kernels, layout.layers_per_page);
 }
 
 int64_t
@@ -128,22 +142,6 @@ copy_page(void *arg, int32_t dst, int32_t src)
 	MillmBackend *be = arg;
 
 	be->copy_page(be, dst, src);
-}
-
-/* Positions that any layer sees from one; 0: all, since some layer has no window. */
-static int
-widest_window(const MillmModel *model)
-{
-	int			widest = 0;
-
-	for (int i = 0; i < model->config.n_layers; i++)
-	{
-		if (model->layers[i].window == 0)
-			return 0;
-		if (model->layers[i].window > widest)
-			widest = model->layers[i].window;
-	}
-	return widest;
 }
 
 static MillmCode
@@ -192,19 +190,21 @@ millm_forward_create(const MillmModel *model, const MillmForwardOptions *options
 		return millm_fail(err, MILLM_E_INSUFFICIENT_MEMORY, "out of memory");
 	fw->model = model;
 	fw->max_batch_tokens = n;
+	millm_forward_kv_layout(model, &fw->kv);
+	bo.layers_per_page = fw->kv.layers_per_page;
+	bo.n_groups = fw->kv.n_groups;
 	fw->tokens = calloc((size_t) n, sizeof(*fw->tokens));
 	fw->positions = calloc((size_t) n, sizeof(*fw->positions));
 	fw->planned = calloc((size_t) n, sizeof(*fw->planned));
 	fw->wanted = calloc((size_t) n, sizeof(*fw->wanted));
 	fw->tops = calloc((size_t) n, sizeof(*fw->tops));
-	fw->pages = calloc((size_t) n, sizeof(*fw->pages));
+	fw->pages = calloc((size_t) n * (size_t) fw->kv.n_groups, sizeof(*fw->pages));
 	fw->is_screened = model->screen.codes.data && !options->full_head && millm_config_can_screen(&model->config);
 	if (!fw->tokens || !fw->positions || !fw->planned || !fw->wanted || !fw->tops || !fw->pages)
 		rc = millm_fail(err, MILLM_E_INSUFFICIENT_MEMORY, "out of memory");
 	else if ((rc = millm_backend_cpu_create(model, &bo, &fw->be, err)) == MILLM_OK &&
 			 (rc = create_buffers(fw, err)) == MILLM_OK)
-		rc = millm_kv_init(&fw->pool, options->n_pages, copy_page, fw->be, err);
-	fw->pool.window = widest_window(model);
+		rc = millm_kv_init(&fw->pool, options->n_pages, fw->kv.windows, fw->kv.n_groups, n, copy_page, fw->be, err);
 	if (rc != MILLM_OK)
 	{
 		millm_forward_free(fw);
@@ -269,6 +269,12 @@ millm_kv_pages_free(const MillmForward *fw)
 	return fw->pool.n_free;
 }
 
+int64_t
+millm_kv_pages_needed(const MillmForward *fw, int length)
+{
+	return millm_kv_pages(&fw->kv, length, fw->max_batch_tokens);
+}
+
 MillmSequence *
 millm_sequence_create(MillmForward *fw, int planned_length)
 {
@@ -318,7 +324,8 @@ take_batch(MillmForward *fw, const MillmBatchToken *batch, int n, int *n_wanted,
 		fw->tokens[t] = b->token;
 		fw->positions[t] = b->position;
 		fw->planned[t] = seq->planned_length;
-		fw->pages[t] = seq->tables[0].pages;
+		for (int g = 0; g < fw->kv.n_groups; g++)
+			fw->pages[(size_t) t * (size_t) fw->kv.n_groups + (size_t) g] = seq->tables[g].pages;
 		if (b->want_logits)
 		{
 			fw->tops[*n_wanted] = b->top;
@@ -450,7 +457,8 @@ run_layer(MillmForward *fw, int i, int n)
 	const MillmConfig *c = &fw->model->config;
 	const MillmLayer *l = &fw->model->layers[i];
 	const MillmAttention attention = {
-		.layer = i,
+		.page_group = fw->kv.groups[i],
+		.page_place = fw->kv.places[i],
 		.n_heads = l->n_heads,
 		.n_kv_heads = l->n_kv_heads,
 		.head_dim = l->head_dim,

@@ -18,6 +18,7 @@
 #include "shortlist.h"
 
 typedef struct MillmForward MillmForward;
+typedef struct MillmKvLayout MillmKvLayout;		/* kv.h */
 typedef struct MillmSequence MillmSequence;		/* a growing list of tokens: its page tables and its length */
 
 #define MILLM_KV_PAGE_TOKENS 16
@@ -26,7 +27,7 @@ typedef struct MillmForwardOptions
 {
 	int			n_threads;		/* 0: one per CPU this process may use */
 	int			max_batch_tokens;	/* rows of one step; 0: 256 */
-	int64_t		n_pages;		/* KV pages of MILLM_KV_PAGE_TOKENS positions, all layers */
+	int64_t		n_pages;		/* KV pages of MILLM_KV_PAGE_TOKENS positions (kv.h) */
 	bool		deterministic;	/* batch-invariant kernels: a row's bits do not depend on its company */
 	bool		full_head;		/* read all of the LM head, even if it has a screening copy: the tokens are the same */
 	const char *kernels;		/* "ref", "avx2", "avx512", "amx"; NULL: the best, or $MILLM_KERNELS */
@@ -40,9 +41,11 @@ extern void millm_forward_free(MillmForward *fw);
 extern const char *millm_forward_kernels(const MillmForward *fw);	/* the variant in use */
 extern int	millm_forward_threads(const MillmForward *fw);
 extern int	millm_forward_max_batch_tokens(const MillmForward *fw);
+/* Which layers of a model share KV pages; millm_kv_pages() tells how many pages a sequence takes. */
+extern void millm_forward_kv_layout(const MillmModel *model, MillmKvLayout *layout);
 /*
- * Bytes of one KV page over all layers with the kernels of these options (float32 for "ref", float16 for the others;
- * -1 when there are no such kernels: create says why), and what a forward pass of these options takes besides.
+ * Bytes of one KV page with the kernels of these options (float32 for "ref", float16 for the others; -1 when there are no such
+ * kernels: create says why), and what a forward pass of these options takes besides.
  */
 extern int64_t millm_kv_page_bytes(const MillmModel *model, const MillmForwardOptions *options);
 extern int64_t millm_forward_workspace_bytes(const MillmModel *model, const MillmForwardOptions *options);
@@ -56,6 +59,7 @@ typedef struct MillmHeadUse
 extern MillmHeadUse millm_forward_head_use(const MillmForward *fw);
 extern int64_t millm_kv_pages_total(const MillmForward *fw);
 extern int64_t millm_kv_pages_free(const MillmForward *fw);
+extern int64_t millm_kv_pages_needed(const MillmForward *fw, int length);	/* by a sequence that grows to it */
 
 /*
  * An empty sequence, planned to grow to so many positions: some models rotate long sequences otherwise (MillmRope).  It may grow
@@ -74,7 +78,10 @@ extern int	millm_sequence_length(const MillmSequence *seq);	/* positions compute
  * the next position would see, all is forgotten: millm_sequence_length() tells.
  */
 extern void millm_sequence_truncate(MillmSequence *seq, int length);
-/* Make room for positions up to length; false (and nothing changed) when the pool has too few free pages. */
+/*
+ * Make room for positions up to length; false (and nothing changed) when the pool has too few free pages.  Layers with a window get
+ * room for one step, since they give pages back as the sequence grows: to be called before every step.
+ */
 extern bool millm_sequence_reserve(MillmSequence *seq, int length);
 /* For tests: INTERNAL when the pages, their counts and the sequences contradict each other. */
 extern MillmCode millm_forward_check(const MillmForward *fw, MillmError *err);

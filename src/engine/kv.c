@@ -9,7 +9,7 @@
  *	 - a page's count is the number of tables it is in; pages with count 0 are exactly the free list
  *	 - a table has at least the pages of its sequence's length
  *	 - pages past that length (reserved ahead) are in one table only
- *	 - of a table only pages at its beginning are missing, none of which the sequence's next position sees
+ *	 - of a table only pages at its beginning are missing, none of which the sequence's next position sees in that group
  */
 #include "kv.h"
 
@@ -24,8 +24,70 @@ pages_of(int length)
 	return (int) (((int64_t) length + MILLM_KV_PAGE_TOKENS - 1) / MILLM_KV_PAGE_TOKENS);
 }
 
+static int
+greatest_common_divisor(int a, int b)
+{
+	while (b > 0)
+	{
+		int			rest = a % b;
+
+		a = b;
+		b = rest;
+	}
+	return a;
+}
+
+void
+millm_kv_layout(MillmKvLayout *layout, const int *windows, int n_layers)
+{
+	int			per_page = 0;
+
+	for (int i = 0; i < n_layers; i++)
+	{
+		int			n_alike = 0;
+
+		for (int j = 0; j < n_layers; j++)
+			n_alike += windows[j] == windows[i];
+		per_page = greatest_common_divisor(n_alike, per_page);
+	}
+	layout->layers_per_page = per_page;
+	layout->n_groups = 0;
+	for (int i = 0; i < n_layers; i++)
+	{
+		int			n_before = 0;
+		int			last = -1;
+
+		for (int j = 0; j < i; j++)
+			if (windows[j] == windows[i])
+			{
+				n_before++;
+				last = layout->groups[j];
+			}
+		layout->places[i] = n_before % per_page;
+		layout->groups[i] = layout->places[i] > 0 ? last : layout->n_groups++;
+		layout->windows[layout->groups[i]] = windows[i];
+	}
+}
+
+int64_t
+millm_kv_pages(const MillmKvLayout *layout, int length, int step)
+{
+	const int64_t all = pages_of(length);
+	int64_t		n = 0;
+
+	for (int g = 0; g < layout->n_groups; g++)
+	{
+		/* from the first page that position L sees, unseen_pages(L), to that of position L + step - 1, wherever L is */
+		const int64_t seen = ((int64_t) layout->windows[g] + step + 2 * MILLM_KV_PAGE_TOKENS - 3) / MILLM_KV_PAGE_TOKENS;
+
+		n += layout->windows[g] > 0 && seen < all ? seen : all;
+	}
+	return n;
+}
+
 MillmCode
-millm_kv_init(MillmKvPool *pool, int64_t n_pages, void (*copy_page) (void *arg, int32_t dst, int32_t src), void *arg, MillmError *err)
+millm_kv_init(MillmKvPool *pool, int64_t n_pages, const int *windows, int n_groups, int step,
+			  void (*copy_page) (void *arg, int32_t dst, int32_t src), void *arg, MillmError *err)
 {
 	memset(pool, 0, sizeof(*pool));
 	if (n_pages < 1 || n_pages > INT32_MAX / MILLM_KV_PAGE_TOKENS)	/* so that a length fits an int */
@@ -40,6 +102,9 @@ millm_kv_init(MillmKvPool *pool, int64_t n_pages, void (*copy_page) (void *arg, 
 	pool->n_pages = pool->n_free = (int32_t) n_pages;
 	for (int32_t i = 0; i < pool->n_pages; i++)
 		pool->free_pages[i] = pool->n_pages - 1 - i;	/* page 0 is taken first */
+	pool->windows = windows;
+	pool->n_groups = n_groups;
+	pool->step = step;
 	pool->copy_page = copy_page;
 	pool->arg = arg;
 	return MILLM_OK;
@@ -84,21 +149,20 @@ grow_table(MillmPageTable *table, int n_pages)
 	return true;
 }
 
-/* Pages at the beginning that a position does not see. */
+/* Pages at the beginning that a position does not see through a window. */
 static int
-unseen_pages(const MillmKvPool *pool, int position)
+unseen_pages(int window, int position)
 {
-	return pool->window > 0 && position >= pool->window ? (position - pool->window + 1) / MILLM_KV_PAGE_TOKENS : 0;
+	return window > 0 && position >= window ? (position - window + 1) / MILLM_KV_PAGE_TOKENS : 0;
 }
 
 void
 millm_kv_pass(MillmSequence *seq)
 {
-	int			n = unseen_pages(seq->pool, seq->length);
-
-	for (int g = 0; g < MILLM_KV_GROUPS; g++)
+	for (int g = 0; g < seq->pool->n_groups; g++)
 	{
 		MillmPageTable *table = &seq->tables[g];
+		int			n = unseen_pages(seq->pool->windows[g], seq->length);
 
 		for (; table->n_passed < n; table->n_passed++)
 		{
@@ -121,7 +185,7 @@ must_copy(const MillmSequence *seq, int group)
 MillmSequence *
 millm_kv_create(MillmKvPool *pool)
 {
-	MillmSequence *seq = calloc(1, sizeof(*seq));
+	MillmSequence *seq = calloc(1, sizeof(*seq) + (size_t) pool->n_groups * sizeof(seq->tables[0]));
 
 	if (!seq)
 		return NULL;
@@ -139,7 +203,7 @@ millm_sequence_free(MillmSequence *seq)
 	if (!seq)
 		return;
 	millm_sequence_truncate(seq, 0);
-	for (int g = 0; g < MILLM_KV_GROUPS; g++)
+	for (int g = 0; g < seq->pool->n_groups; g++)
 		free(seq->tables[g].pages);
 	if (seq->next)
 		seq->next->previous = seq->previous;
@@ -158,7 +222,7 @@ millm_sequence_fork(MillmSequence *seq)
 
 	if (!copy)
 		return NULL;
-	for (int g = 0; g < MILLM_KV_GROUPS; g++)
+	for (int g = 0; g < seq->pool->n_groups; g++)
 	{
 		MillmPageTable *table = &copy->tables[g];
 
@@ -190,11 +254,14 @@ millm_sequence_length(const MillmSequence *seq)
 void
 millm_sequence_truncate(MillmSequence *seq, int length)
 {
-	if (length < 0 || (length < seq->length && unseen_pages(seq->pool, length) < seq->tables[0].n_passed))
+	if (length < 0)
 		length = 0;
+	for (int g = 0; g < seq->pool->n_groups; g++)
+		if (length < seq->length && unseen_pages(seq->pool->windows[g], length) < seq->tables[g].n_passed)
+			length = 0;
 	if (length < seq->length)
 		seq->length = length;
-	for (int g = 0; g < MILLM_KV_GROUPS; g++)
+	for (int g = 0; g < seq->pool->n_groups; g++)
 	{
 		MillmPageTable *table = &seq->tables[g];
 
@@ -206,30 +273,41 @@ millm_sequence_truncate(MillmSequence *seq, int length)
 	}
 }
 
+/* Pages that a group's table shall have to make room up to length: all, or with a window those of the next step. */
+static int
+wanted_pages(const MillmSequence *seq, int group, int length)
+{
+	if (seq->pool->windows[group] > 0 && length - seq->length > seq->pool->step)
+		length = seq->length + seq->pool->step;
+	return pages_of(length);
+}
+
 bool
 millm_sequence_reserve(MillmSequence *seq, int length)
 {
 	MillmKvPool *pool = seq->pool;
-	int			n = pages_of(length);
 	int64_t		n_needed = 0;
 
 	if (length <= seq->length)
 		return true;
-	for (int g = 0; g < MILLM_KV_GROUPS; g++)
+	for (int g = 0; g < pool->n_groups; g++)
 	{
+		int			n = wanted_pages(seq, g, length);
+
 		if (n > seq->tables[g].n_pages)
 			n_needed += n - seq->tables[g].n_pages;
 		n_needed += must_copy(seq, g);
 	}
 	if (n_needed > pool->n_free)
 		return false;
-	for (int g = 0; g < MILLM_KV_GROUPS; g++)
-		if (!grow_table(&seq->tables[g], n))
+	for (int g = 0; g < pool->n_groups; g++)
+		if (!grow_table(&seq->tables[g], wanted_pages(seq, g, length)))
 			return false;
 
-	for (int g = 0; g < MILLM_KV_GROUPS; g++)
+	for (int g = 0; g < pool->n_groups; g++)
 	{
 		MillmPageTable *table = &seq->tables[g];
+		int			n = wanted_pages(seq, g, length);
 
 		if (must_copy(seq, g))
 		{
@@ -249,7 +327,7 @@ millm_sequence_reserve(MillmSequence *seq, int length)
 bool
 millm_kv_has_room(const MillmSequence *seq, int length)
 {
-	for (int g = 0; g < MILLM_KV_GROUPS; g++)
+	for (int g = 0; g < seq->pool->n_groups; g++)
 		if (pages_of(length) > seq->tables[g].n_pages || (length > seq->length && must_copy(seq, g)))
 			return false;
 	return true;
@@ -264,13 +342,13 @@ millm_kv_check(const MillmKvPool *pool, MillmError *err)
 	if (!counts)
 		return millm_fail(err, MILLM_E_INSUFFICIENT_MEMORY, "out of memory");
 	for (const MillmSequence *seq = pool->sequences; seq; seq = seq->next)
-		for (int g = 0; g < MILLM_KV_GROUPS; g++)
+		for (int g = 0; g < pool->n_groups; g++)
 		{
 			const MillmPageTable *table = &seq->tables[g];
 
 			if (table->n_pages < pages_of(seq->length))
 				rc = millm_fail(err, MILLM_E_INTERNAL, "a sequence of %d positions has %d KV pages", seq->length, table->n_pages);
-			if (table->n_passed > unseen_pages(pool, seq->length))
+			if (table->n_passed > unseen_pages(pool->windows[g], seq->length))
 				rc = millm_fail(err, MILLM_E_INTERNAL, "a sequence of %d positions has given %d KV pages back", seq->length, table->n_passed);
 			for (int i = 0; i < table->n_pages; i++)
 			{

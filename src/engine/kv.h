@@ -3,9 +3,9 @@
  *
  * The bytes of a page lie in the backend's memory; this is the ledger.  A page holds
  * MILLM_KV_PAGE_TOKENS positions of every layer of a group and is shared by reference count.  Only the
- * page of the position that is written next needs to be a sequence's own: millm_kv_reserve() sees to it,
- * copying it (through the pool's copy_page) when it is shared.  Where all layers have a window, pages that the next position does not see
- * go back as the sequence grows.
+ * page of the position that is written next needs to be a sequence's own: millm_sequence_reserve() sees to it,
+ * copying it (through the pool's copy_page) when it is shared.  A group's layers have the same window: its pages that the next
+ * position does not see go back as the sequence grows.
  */
 #ifndef MILLM_KV_H
 #define MILLM_KV_H
@@ -17,10 +17,22 @@
 #include "forward.h"
 
 /*
- * Layers that keep the same positions share a page table.  One group holds them all: where only some slide, their part of a page
- * is kept for the sake of the others.
+ * Which layers share pages.  Groups are of the same number of layers, so that one pool serves them all: a model whose layers see the same
+ * has one group; where 22 layers slide and 4 do not, 13 groups of 2.
  */
-#define MILLM_KV_GROUPS 1
+typedef struct MillmKvLayout
+{
+	int			n_groups;
+	int			layers_per_page;
+	int			windows[MILLM_MAX_LAYERS];	/* [n_groups]: positions that a layer sees from one, itself included; 0: all */
+	int			groups[MILLM_MAX_LAYERS];	/* [n_layers]: where a layer is */
+	int			places[MILLM_MAX_LAYERS];	/* [n_layers]: in a page of that group */
+} MillmKvLayout;
+
+/* For layers [n_layers] of these windows. */
+extern void millm_kv_layout(MillmKvLayout *layout, const int *windows, int n_layers);
+/* Pages that a sequence takes at most that grows to length, by at most step positions at a time. */
+extern int64_t millm_kv_pages(const MillmKvLayout *layout, int length, int step);
 
 typedef struct MillmPageTable
 {
@@ -36,7 +48,9 @@ typedef struct MillmKvPool
 	int32_t		n_free;
 	int32_t    *free_pages;		/* [n_pages], the first n_free are free: a stack, so warm pages come back first */
 	int32_t    *references;		/* [n_pages] */
-	int			window;			/* positions that one sees, itself included; 0: all.  Set before there is a sequence */
+	int			n_groups;
+	const int  *windows;		/* [n_groups], as in MillmKvLayout; borrowed */
+	int			step;			/* positions that a sequence grows by at most at a time */
 	void		(*copy_page) (void *arg, int32_t dst, int32_t src);
 	void	   *arg;
 	MillmSequence *sequences;	/* all that live, for the check */
@@ -48,12 +62,12 @@ struct MillmSequence
 	int			length;			/* positions computed */
 	int			planned_length;	/* forward.c's: decides how its positions are rotated */
 	int			n_in_step;		/* forward.c's: tokens of this sequence in the running step */
-	MillmPageTable tables[MILLM_KV_GROUPS];
 	MillmSequence *next, *previous;
+	MillmPageTable tables[];	/* [n_groups] */
 };
 
-extern MillmCode millm_kv_init(MillmKvPool *pool, int64_t n_pages, void (*copy_page) (void *arg, int32_t dst, int32_t src),
-							   void *arg, MillmError *err);
+extern MillmCode millm_kv_init(MillmKvPool *pool, int64_t n_pages, const int *windows, int n_groups, int step,
+							   void (*copy_page) (void *arg, int32_t dst, int32_t src), void *arg, MillmError *err);
 extern void millm_kv_reset(MillmKvPool *pool);	/* no sequence may be left; fine after a failed init */
 
 /* What forward.h promises of sequences, for a pool. */

@@ -120,11 +120,12 @@ plan_memory(const MillmModel *model, const MillmLoadOptions *options, int64_t we
 	MillmCode	rc;
 
 	*fo = (MillmForwardOptions) {.n_threads = options->threads, .deterministic = options->deterministic, .kernels = options->kernels};
-	*plan = (MillmMemoryPlan) {.page_tokens = MILLM_KV_PAGE_TOKENS, .max_sequences = options->max_sequences,
-		.kv_cache_bytes = options->kv_cache_bytes, .weights_bytes = weights_bytes};
+	*plan = (MillmMemoryPlan) {.max_sequences = options->max_sequences, .kv_cache_bytes = options->kv_cache_bytes, .weights_bytes = weights_bytes};
+	millm_forward_kv_layout(model, &plan->layout);
 	if ((rc = choose_context(options, &model->config, &plan->context_length, err)) != MILLM_OK)
 		return rc;
 	fo->max_batch_tokens = options->max_sequences > MIN_BATCH_TOKENS ? options->max_sequences : MIN_BATCH_TOKENS;
+	plan->step_tokens = fo->max_batch_tokens;
 	plan->page_bytes = millm_kv_page_bytes(model, fo);
 	if (plan->page_bytes < 0)
 	{

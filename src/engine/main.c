@@ -19,6 +19,7 @@
 #include "bench.h"
 #include "engine.h"
 #include "forward.h"
+#include "kv.h"
 #include "server.h"
 #include "version.h"
 
@@ -392,13 +393,16 @@ typedef struct Runner
 	MillmTop	top;			/* which logits of a last token are wanted */
 } Runner;
 
-/* A model with one sequence that has room for n_positions. */
+#define BATCH_TOKENS 256			/* of a step */
+
+/* A model with one sequence that can have n_positions. */
 static MillmCode
 runner_open(Runner *run, const char *dir, const char *mutate, int64_t threads, const char *kernels, int64_t n_positions,
 			MillmError *err)
 {
 	MillmForwardOptions options = {.n_threads = (int) threads, .kernels = kernels, .full_head = run->full_head,
-		.n_pages = (n_positions + MILLM_KV_PAGE_TOKENS - 1) / MILLM_KV_PAGE_TOKENS};
+		.max_batch_tokens = BATCH_TOKENS};
+	MillmKvLayout layout;
 	MillmCode	rc;
 
 	if ((!run->model && (rc = millm_model_open(dir, &run->model, err)) != MILLM_OK) ||
@@ -410,12 +414,12 @@ runner_open(Runner *run, const char *dir, const char *mutate, int64_t threads, c
 		millm_detail(err, "There would be %" PRId64 "; it knows %d positions.", n_positions, run->model->config.max_context);
 		return MILLM_E_CONTEXT_LENGTH_EXCEEDED;
 	}
+	millm_forward_kv_layout(run->model, &layout);
+	options.n_pages = millm_kv_pages(&layout, (int) n_positions, BATCH_TOKENS);
 	if ((rc = millm_forward_create(run->model, &options, &run->fw, err)) != MILLM_OK)
 		return rc;
 	run->seq = millm_sequence_create(run->fw, (int) n_positions);
-	if (!run->seq || !millm_sequence_reserve(run->seq, (int) n_positions))
-		return millm_fail(err, MILLM_E_INTERNAL, "out of memory");
-	return MILLM_OK;
+	return run->seq ? MILLM_OK : millm_fail(err, MILLM_E_INTERNAL, "out of memory");
 }
 
 static void
@@ -446,7 +450,8 @@ runner_feed(Runner *run, const int32_t *ids, int n, int chunk, FILE *out, const 
 		for (int i = 0; i < k; i++)
 			batch[i] = (MillmBatchToken) {.seq = run->seq, .position = past + i, .token = ids[at + i],
 				.want_logits = out || at + i == n - 1, .top = run->top};
-		rc = millm_forward_step(run->fw, batch, k, NULL, NULL, last, err);
+		rc = !millm_sequence_reserve(run->seq, past + k) ? millm_fail(err, MILLM_E_INTERNAL, "out of memory") :
+			millm_forward_step(run->fw, batch, k, NULL, NULL, last, err);
 		if (rc == MILLM_OK && out && fwrite(*last, sizeof(float) * vocab, (size_t) k, out) != (size_t) k)
 			rc = millm_fail(err, MILLM_E_INTERNAL, "could not write: %s", strerror(errno));
 	}
@@ -652,6 +657,7 @@ command_inspect(int argc, char **argv)
 	const MillmConfig *c;
 	MillmForwardOptions best_kernels = {0};
 	int64_t		page_bytes;
+	MillmKvLayout layout;
 	MillmError	err;
 	MillmError	tok_err;
 
@@ -679,9 +685,19 @@ command_inspect(int argc, char **argv)
 	for (int i = 0; i < c->n_eos; i++)
 		printf(" %d", c->eos_ids[i]);
 	printf("%s\n", c->n_eos ? "" : " none");
+	millm_forward_kv_layout(model, &layout);
 	page_bytes = millm_kv_page_bytes(model, &best_kernels);
 	if (page_bytes > 0)
-		printf("KV cache         %.1f kB per token\n", (double) page_bytes / MILLM_KV_PAGE_TOKENS / 1e3);
+	{
+		int			n_slide = 0;
+
+		for (int g = 0; g < layout.n_groups; g++)
+			n_slide += layout.windows[g] > 0;
+		printf("KV cache         %.1f kB per token", (double) page_bytes * layout.n_groups / MILLM_KV_PAGE_TOKENS / 1e3);
+		if (n_slide > 0)
+			printf(", of which %.1f kB for those in the window only", (double) page_bytes * n_slide / MILLM_KV_PAGE_TOKENS / 1e3);
+		printf("\n");
+	}
 	if (millm_tokenizer_open(args[0], &tok, &tok_err) == MILLM_OK)
 		printf("tokenizer        %d ids%s\n", millm_tokenizer_n_ids(tok),
 			   millm_tokenizer_has_chat_template(tok) ? ", with a chat template" : "");

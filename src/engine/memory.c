@@ -35,9 +35,9 @@ mb(int64_t bytes)
 }
 
 static int64_t
-context_pages(const MillmMemoryPlan *plan)
+context_pages(const MillmMemoryPlan *plan, int length)
 {
-	return ((int64_t) plan->context_length + plan->page_tokens - 1) / plan->page_tokens;
+	return millm_kv_pages(&plan->layout, length, plan->step_tokens);
 }
 
 /* Pages that fit beside weights_bytes of weights; negative: not even these fit. */
@@ -49,6 +49,28 @@ fitting_pages(const MillmMemoryPlan *plan, int64_t weights_bytes)
 	return left < 0 ? -1 : left / plan->page_bytes;
 }
 
+/* The longest context that fits beside weights_bytes of weights, a multiple of SHOWN_TOKENS unless it is all; 0: none. */
+static int
+fitting_context(const MillmMemoryPlan *plan, int64_t weights_bytes)
+{
+	const int64_t pages = fitting_pages(plan, weights_bytes);
+	int			fits = 0;		/* times SHOWN_TOKENS: known to fit, and not to */
+	int			not = plan->context_length / SHOWN_TOKENS + 1;
+
+	if (context_pages(plan, plan->context_length) <= pages)
+		return plan->context_length;
+	while (not - fits > 1)
+	{
+		int			middle = fits + (not - fits) / 2;
+
+		if (context_pages(plan, middle * SHOWN_TOKENS) <= pages)
+			fits = middle;
+		else
+			not = middle;
+	}
+	return fits * SHOWN_TOKENS;
+}
+
 static int64_t
 smaller(int64_t a, int64_t b)
 {
@@ -58,7 +80,7 @@ smaller(int64_t a, int64_t b)
 MillmCode
 millm_memory_plan(MillmMemoryPlan *plan, MillmError *err)
 {
-	const int64_t least = context_pages(plan);
+	const int64_t least = context_pages(plan, plan->context_length);
 	int64_t		pages = plan->max_sequences * least;
 
 	if (plan->kv_cache_bytes > 0)
@@ -86,7 +108,8 @@ millm_memory_plan(MillmMemoryPlan *plan, MillmError *err)
 MillmCode
 millm_memory_check(const MillmMemoryPlan *plan, int64_t q4_weights_bytes, MillmError *err)
 {
-	const int64_t fits = fitting_pages(plan, plan->weights_bytes) * plan->page_tokens / SHOWN_TOKENS * SHOWN_TOKENS;
+	const int	fits = fitting_context(plan, plan->weights_bytes);
+	const int	fits_q4 = q4_weights_bytes >= 0 ? fitting_context(plan, q4_weights_bytes) : 0;
 
 	if (plan->available_bytes < 0 || plan->total_bytes <= plan->available_bytes)
 		return MILLM_OK;
@@ -94,12 +117,11 @@ millm_memory_check(const MillmMemoryPlan *plan, int64_t q4_weights_bytes, MillmE
 	millm_detail(err, "It needs %.1f MB (weights %.1f MB, a KV cache for contexts of %d tokens %.1f MB, workspace %.1f MB), only %.1f MB are available.",
 				 mb(plan->total_bytes), mb(plan->weights_bytes), plan->context_length, mb(plan->kv_bytes), mb(plan->workspace_bytes),
 				 mb(plan->available_bytes));
-	if (fits >= SHOWN_TOKENS)
-		millm_hint(err, "A context length of %" PRId64 " would fit%s.", smaller(fits, plan->context_length),
+	if (fits > 0)
+		millm_hint(err, "A context length of %d would fit%s.", fits,
 				   plan->kv_cache_bytes > 0 ? ", with a KV cache no larger than that needs" : "");
-	else if (q4_weights_bytes >= 0 && fitting_pages(plan, q4_weights_bytes) * plan->page_tokens >= SHOWN_TOKENS)
-		millm_hint(err, "As Q4 its weights would take %.1f MB, which would fit with a context length of %" PRId64 ".", mb(q4_weights_bytes),
-				   smaller(fitting_pages(plan, q4_weights_bytes) * plan->page_tokens / SHOWN_TOKENS * SHOWN_TOKENS, plan->context_length));
+	else if (fits_q4 > 0)
+		millm_hint(err, "As Q4 its weights would take %.1f MB, which would fit with a context length of %d.", mb(q4_weights_bytes), fits_q4);
 	else
 		millm_hint(err, "No shorter context would fit%s. Free memory, or use a smaller model.", q4_weights_bytes >= 0 ? ", nor would Q4" : "");
 	return MILLM_E_INSUFFICIENT_MEMORY;

@@ -7,6 +7,7 @@
 #include <stdint.h>
 
 #include "error.h"
+#include "kv.h"
 
 /* What this process has to itself, in bytes: neither files nor the page cache.  -1 when it cannot be read. */
 extern int64_t millm_memory_private(void);
@@ -15,7 +16,8 @@ typedef struct MillmMemoryPlan
 {
 	/* given */
 	int64_t		page_bytes;			/* of one KV page */
-	int			page_tokens;
+	MillmKvLayout layout;
+	int			step_tokens;		/* that a sequence grows by at most at a time */
 	int			context_length;
 	int			max_sequences;
 	int64_t		kv_cache_bytes;		/* 0: choose */

@@ -10,7 +10,7 @@
  * Borrows:  the slots (embedded in their owner), KV pages through MillmSchedPages.
  * Does not: know text, token ids, clients or time; cancels come as millm_sched_remove().
  *
- *     waiting --admit: pages for all its tokens--> running --finished, cancelled--> removed
+ *     waiting --admit: pages for its tokens--> running --finished, cancelled--> removed
  *        ^________preempt: pages released, n_past 0____|
  *
  * First come, first served, without overtaking: the head of the line waits for pages and nobody passes it.  When a
@@ -157,8 +157,8 @@ admit(MillmScheduler *s)
 	if (at == s->n || s->n_running == s->max_running)
 		return NULL;
 	slot = s->slots[at];
-	need = ((int64_t) slot->n_tokens + s->pages.page_tokens - 1) / s->pages.page_tokens;
-	if (s->n_running > 0 && s->pages.n_free(s->pages.arg) < need + s->n_running)
+	need = s->pages.needs(s->pages.arg, slot->n_tokens) + s->n_running * s->pages.needs(s->pages.arg, 1);
+	if (s->n_running > 0 && s->pages.n_free(s->pages.arg) < need)
 		return NULL;
 	if (!s->pages.reserve(s->pages.arg, slot, slot->n_tokens))
 		return NULL;
@@ -167,6 +167,25 @@ admit(MillmScheduler *s)
 	insert(s, slot, 0, s->n_running);
 	s->n_running++;
 	return slot;
+}
+
+/* Room for what the i-th running slot does next, if need be at the cost of younger ones; false, and it waits again, when there are none. */
+static bool
+make_room(MillmScheduler *s, int i)
+{
+	MillmSlot  *slot = s->slots[i];
+
+	while (!s->pages.reserve(s->pages.arg, slot, slot->n_tokens))
+	{
+		if (i == s->n_running - 1)
+		{
+			if (i > 0)
+				preempt(s);		/* it is the youngest itself */
+			return false;
+		}
+		preempt(s);
+	}
+	return true;
 }
 
 /* The slot's next chunk; returns its tokens. */
@@ -190,18 +209,8 @@ millm_sched_plan(MillmScheduler *s, MillmPlanItem *items)
 	for (int i = 0; i < s->n_running; i++)
 	{
 		MillmSlot  *slot = s->slots[i];
-		bool		room;
 
-		if (slot->is_paused || owed(slot) != 1)
-			continue;
-		while (!(room = s->pages.reserve(s->pages.arg, slot, slot->n_tokens)) && i < s->n_running - 1)
-			preempt(s);
-		if (!room && i > 0)
-		{
-			preempt(s);			/* it is the youngest itself */
-			break;
-		}
-		if (room)
+		if (!slot->is_paused && make_room(s, i) && owed(slot) == 1)
 			items[n_items++] = (MillmPlanItem) {slot, 1};
 	}
 	n_decode = n_items;

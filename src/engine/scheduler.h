@@ -28,7 +28,7 @@ typedef struct MillmSchedPages
 	/* Give all pages of the slot back. */
 	void		(*release) (void *arg, MillmSlot *slot);
 	int64_t		(*n_free) (void *arg);		/* pages */
-	int			page_tokens;				/* positions of a page */
+	int64_t		(*needs) (void *arg, int length);	/* pages that a slot of so many tokens takes at most */
 	void	   *arg;
 } MillmSchedPages;
 

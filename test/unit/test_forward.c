@@ -18,6 +18,7 @@
 #include <string.h>
 
 #include "forward.h"
+#include "kv.h"
 #include "half.h"
 #include "kernel.h"
 #include "screen.h"
@@ -206,7 +207,7 @@ tiny_free(Tiny *t)
 static MillmForward *
 open_forward(const Tiny *t, const char *kernels, bool deterministic, int n_threads)
 {
-	MillmForwardOptions options = {.n_threads = n_threads, .max_batch_tokens = 128, .n_pages = 40, .deterministic = deterministic,
+	MillmForwardOptions options = {.n_threads = n_threads, .max_batch_tokens = 128, .n_pages = 40 * N_LAYERS, .deterministic = deterministic,
 		.kernels = kernels};
 	MillmForward *fw;
 	MillmError	err;
@@ -441,6 +442,7 @@ forked(const Tiny *t, const char *variant)
 			   *b;
 	MillmBatchToken batch[128];
 	int64_t		used;
+	int			from;
 
 	run_alone(fw, 1, PAST + MORE, 64, rows_a);
 	step(fw, batch, append(batch, 0, a, 1, 0, PAST), NULL);
@@ -456,14 +458,16 @@ forked(const Tiny *t, const char *variant)
 	step(fw, batch, append(batch, 0, a, 1, PAST, MORE), rows_b);
 	assert_same_bits("the original after a fork", rows_b, rows_a + PAST * VOCAB, MORE);
 
-	/* rewind both into the shared part and swap what they say */
+	/* rewind both into the shared part, which a layer that slides has let go, and swap what they say */
 	millm_sequence_truncate(b, 9);
 	millm_sequence_truncate(a, 9);
-	step(fw, batch, append(batch, 0, b, 1, 9, MORE), rows_b);
-	assert_same_bits("recomputed after truncate", rows_b, rows_a + 9 * VOCAB, MORE);
+	from = t->model.layers[1].window > 0 ? 0 : 9;
+	assert_int_equal(millm_sequence_length(a), from);
+	step(fw, batch, append(batch, 0, b, 1, from, MORE), rows_b);
+	assert_same_bits("recomputed after truncate", rows_b, rows_a + from * VOCAB, MORE);
 	millm_sequence_free(b);
-	step(fw, batch, append(batch, 0, a, 1, 9, MORE), rows_b);
-	assert_same_bits("recomputed after the fork was freed", rows_b, rows_a + 9 * VOCAB, MORE);
+	step(fw, batch, append(batch, 0, a, 1, from, MORE), rows_b);
+	assert_same_bits("recomputed after the fork was freed", rows_b, rows_a + from * VOCAB, MORE);
 	millm_sequence_free(a);
 	assert_int_equal(millm_kv_pages_free(fw), millm_kv_pages_total(fw));
 	millm_forward_free(fw);
@@ -504,25 +508,28 @@ test_only_chosen_experts_are_read(void **state)
 }
 
 /*
- * Where all layers slide, a long text takes no more pages than the widest window and one at either end.  Two sequences share a pool that
+ * Of layers that slide, a long text takes no more pages than their window and one at either end.  Two sequences share a pool that
  * is too small for either, so that one soon writes where the other was: the rows are those that they get alone, computed at once.
  */
 static void
-window_lets_go(const Tiny *t, const char *variant)
+lets_go(const Tiny *t, const char *variant, bool slides)
 {
-	enum {LENGTH = 400, WINDOW = 21, PAGES = 2 * (WINDOW / MILLM_KV_PAGE_TOKENS + 2), TAIL = 7};
+	enum {LENGTH = 400, WINDOW = 21, TAIL = 7};
 	static float whole[2][TAIL * VOCAB];
-	MillmForwardOptions options = {.n_threads = 2, .max_batch_tokens = 128, .n_pages = PAGES, .deterministic = true, .kernels = variant};
+	MillmForwardOptions options = {.n_threads = 2, .max_batch_tokens = 128, .deterministic = true, .kernels = variant};
+	MillmKvLayout layout;
 	MillmForward *large, *small;
 	MillmSequence *seq[2];
 	MillmBatchToken batch[128];
 	MillmError	err;
-	int			least_free = PAGES;
+	int			least_free = INT32_MAX;
 
 	if (t->model.config.position != MILLM_POS_ROPE)
 		return;
 	for (int i = 0; i < N_LAYERS; i++)
-		t->model.layers[i].window = i == 1 ? 7 : WINDOW;
+		t->model.layers[i].window = i == 1 ? 7 : slides || i > 0 ? WINDOW : 0;
+	millm_forward_kv_layout(&t->model, &layout);
+	options.n_pages = 2 * millm_kv_pages(&layout, LENGTH, 1);
 	large = open_forward(t, variant, true, 2);
 	for (int s = 0; s < 2; s++)
 	{
@@ -546,7 +553,7 @@ window_lets_go(const Tiny *t, const char *variant)
 		for (int s = 0; s < 2 && at >= LENGTH - TAIL; s++)
 			assert_same_bits("one at a time, in few pages", rows_c + s * VOCAB, whole[s] + (at - LENGTH + TAIL) * VOCAB, 1);
 	}
-	assert_true(least_free < 2);	/* or the pool was not small */
+	assert_true(least_free <= layout.n_groups);	/* or the pool was not small */
 	/* what has gone cannot be had again */
 	millm_sequence_truncate(seq[0], LENGTH - 1);
 	assert_int_equal(millm_sequence_length(seq[0]), LENGTH - 1);
@@ -554,10 +561,18 @@ window_lets_go(const Tiny *t, const char *variant)
 	assert_int_equal(millm_sequence_length(seq[0]), 0);
 	millm_sequence_free(seq[0]);
 	millm_sequence_free(seq[1]);
-	assert_int_equal(millm_kv_pages_free(small), PAGES);
+	assert_int_equal(millm_kv_pages_free(small), options.n_pages);
 	millm_forward_free(small);
 	for (int i = 0; i < N_LAYERS; i++)
 		t->model.layers[i].window = i == 1 ? 11 : 0;
+}
+
+/* All layers slide, or all but the first. */
+static void
+window_lets_go(const Tiny *t, const char *variant)
+{
+	lets_go(t, variant, true);
+	lets_go(t, variant, false);
 }
 
 static void
@@ -843,7 +858,9 @@ test_create_refuses(void **state)
 	options.n_threads = -1;
 	assert_int_equal(millm_forward_create(&t->model, &options, &fw, &err), MILLM_E_INVALID_ARGUMENT);
 	assert_null(fw);
-	/* [layer][K, V][KV heads][head_dim][16] float32 */
+	/* [layer][K, V][KV heads][head_dim][16] float32; of one layer, since one of them slides, or of all */
+	assert_int_equal(millm_kv_page_bytes(&t->model, &options), 2 * 2 * HEAD_DIM * 16 * 4);
+	t->model.layers[1].window = 0;
 	assert_int_equal(millm_kv_page_bytes(&t->model, &options), N_LAYERS * 2 * 2 * HEAD_DIM * 16 * 4);
 	tiny_free(t);
 }

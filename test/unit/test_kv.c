@@ -27,6 +27,16 @@ count_copy(void *arg, int32_t dst, int32_t src)
 	c->src = src;
 }
 
+#define ANY_STEP	(1 << 20)
+
+static const int no_window[] = {0};
+
+static void
+init(MillmKvPool *pool, int n_pages, const int *windows, int n_groups, int step, Copies *copies)
+{
+	assert_int_equal(millm_kv_init(pool, n_pages, windows, n_groups, step, count_copy, copies, NULL), MILLM_OK);
+}
+
 static void
 check(const MillmKvPool *pool)
 {
@@ -44,7 +54,7 @@ test_reserve_is_all_or_nothing(void **state)
 	Copies		copies = {0};
 
 	(void) state;
-	assert_int_equal(millm_kv_init(&pool, 4, count_copy, &copies, NULL), MILLM_OK);
+	init(&pool, 4, no_window, 1, ANY_STEP, &copies);
 	a = millm_kv_create(&pool);
 	b = millm_kv_create(&pool);
 	assert_true(millm_sequence_reserve(a, 2 * PAGE + 1));
@@ -75,7 +85,7 @@ test_fork_shares_and_copies_on_write(void **state)
 	int32_t		shared;
 
 	(void) state;
-	assert_int_equal(millm_kv_init(&pool, 8, count_copy, &copies, NULL), MILLM_OK);
+	init(&pool, 8, no_window, 1, ANY_STEP, &copies);
 	a = millm_kv_create(&pool);
 	assert_true(millm_sequence_reserve(a, 4 * PAGE));
 	a->length = PAGE + 5;		/* as a step would */
@@ -123,7 +133,7 @@ test_copy_needs_a_free_page(void **state)
 	Copies		copies = {0};
 
 	(void) state;
-	assert_int_equal(millm_kv_init(&pool, 2, count_copy, &copies, NULL), MILLM_OK);
+	init(&pool, 2, no_window, 1, ANY_STEP, &copies);
 	a = millm_kv_create(&pool);
 	assert_true(millm_sequence_reserve(a, PAGE + 1));
 	a->length = PAGE + 1;
@@ -145,10 +155,10 @@ test_window(void **state)
 	MillmKvPool pool;
 	MillmSequence *a, *b;
 	Copies		copies = {0};
+	const int	window = PAGE + 4;
 
 	(void) state;
-	assert_int_equal(millm_kv_init(&pool, 8, count_copy, &copies, NULL), MILLM_OK);
-	pool.window = PAGE + 4;
+	init(&pool, 8, &window, 1, ANY_STEP, &copies);
 	a = millm_kv_create(&pool);
 	assert_true(millm_sequence_reserve(a, 3 * PAGE));
 	a->length = 2 * PAGE + 2;	/* the next sees PAGE - 1 and on */
@@ -193,25 +203,23 @@ test_bounds(void **state)
 	MillmError	err;
 
 	(void) state;
-	assert_int_equal(millm_kv_init(&pool, 0, count_copy, NULL, &err), MILLM_E_INVALID_ARGUMENT);
-	assert_int_equal(millm_kv_init(&pool, -1, count_copy, NULL, &err), MILLM_E_INVALID_ARGUMENT);
-	assert_int_equal(millm_kv_init(&pool, INT64_MAX, count_copy, NULL, &err), MILLM_E_INVALID_ARGUMENT);
+	assert_int_equal(millm_kv_init(&pool, 0, no_window, 1, 1, count_copy, NULL, &err), MILLM_E_INVALID_ARGUMENT);
+	assert_int_equal(millm_kv_init(&pool, -1, no_window, 1, 1, count_copy, NULL, &err), MILLM_E_INVALID_ARGUMENT);
+	assert_int_equal(millm_kv_init(&pool, INT64_MAX, no_window, 1, 1, count_copy, NULL, &err), MILLM_E_INVALID_ARGUMENT);
 }
 
 /* 16 sequences live, grow, fork, are cut and die in any order; the ledger agrees with itself after each change. */
 static void
-random_life(int window)
+random_life(const int *windows, int n_groups, int n_pages)
 {
 	enum {N_SEQUENCES = 16, N_EVENTS = 20000};
-	const int	n_pages = window > 0 ? 24 : 64;
 	MillmKvPool pool;
 	MillmSequence *seq[N_SEQUENCES] = {NULL};
 	Copies		copies = {0};
 	unsigned	random = 1;
 	int			n_refused = 0;
 
-	assert_int_equal(millm_kv_init(&pool, n_pages, count_copy, &copies, NULL), MILLM_OK);
-	pool.window = window;
+	init(&pool, n_pages, windows, n_groups, 46, &copies);
 	for (int event = 0; event < N_EVENTS; event++)
 	{
 		int			i,
@@ -259,10 +267,94 @@ random_life(int window)
 static void
 test_random_life(void **state)
 {
-	random_life(0);
-	random_life(1);
-	random_life(37);
+	random_life(no_window, 1, 64);
+	random_life((int[]) {1}, 1, 24);
+	random_life((int[]) {37}, 1, 24);
+	random_life((int[]) {0, 37, 37, 5}, 4, 120);
 	(void) state;
+}
+
+/* Layers with the same window share pages, and all pages are of as many layers. */
+static void
+test_layout(void **state)
+{
+	MillmKvLayout l;
+	int			windows[26];
+
+	(void) state;
+	millm_kv_layout(&l, (int[]) {0, 0, 0}, 3);
+	assert_int_equal(l.n_groups, 1);
+	assert_int_equal(l.layers_per_page, 3);
+	assert_int_equal(l.places[2], 2);
+
+	millm_kv_layout(&l, (int[]) {7, 0, 7, 0}, 4);
+	assert_int_equal(l.n_groups, 2);
+	assert_int_equal(l.layers_per_page, 2);
+	for (int i = 0; i < 4; i++)
+	{
+		assert_int_equal(l.groups[i], i % 2);
+		assert_int_equal(l.places[i], i / 2);
+	}
+	assert_int_equal(l.windows[0], 7);
+	assert_int_equal(l.windows[1], 0);
+
+	for (int i = 0; i < 26; i++)
+		windows[i] = (i + 1) % 6 == 0 ? 0 : 512;	/* 4 and 22 */
+	millm_kv_layout(&l, windows, 26);
+	assert_int_equal(l.n_groups, 13);
+	assert_int_equal(l.layers_per_page, 2);
+	for (int i = 0; i < 26; i++)
+	{
+		assert_int_equal(l.windows[l.groups[i]], windows[i]);
+		for (int j = 0; j < i; j++)		/* no two layers in one place */
+			assert_false(l.groups[i] == l.groups[j] && l.places[i] == l.places[j]);
+	}
+}
+
+/* No growth takes more pages than was said, and one takes all of them. */
+static void
+test_needed_pages(void **state)
+{
+	const int	layers[] = {0, 40, 0, 40, 40, 40};	/* groups: 0, 40, 40 */
+
+	(void) state;
+	for (int step = 1; step <= 70; step += 23)
+	{
+		MillmKvLayout l;
+		MillmKvPool pool;
+		Copies		copies = {0};
+		int64_t		needed;
+		int			most = 0;
+		unsigned	random = 1;
+
+		millm_kv_layout(&l, layers, 6);
+		assert_int_equal(l.n_groups, 3);
+		needed = millm_kv_pages(&l, 1000, step);
+		assert_true(needed < 3 * (1000 + PAGE - 1) / PAGE);
+		for (int life = 0; life < 40; life++)
+		{
+			MillmSequence *seq;
+
+			init(&pool, (int) needed, l.windows, l.n_groups, step, &copies);
+			seq = millm_kv_create(&pool);
+			while (seq->length < 1000)
+			{
+				int			n = life == 0 ? step : 1 + (int) ((random = random * 1103515245 + 12345) >> 16) % step;
+
+				n = n < 1000 - seq->length ? n : 1000 - seq->length;
+				assert_true(millm_sequence_reserve(seq, 1000));	/* a whole prompt, of which a step is done at a time */
+				assert_true(millm_kv_has_room(seq, seq->length + n));
+				most = needed - pool.n_free > most ? (int) needed - pool.n_free : most;
+				seq->length += n;
+				millm_kv_pass(seq);
+				check(&pool);
+			}
+			millm_sequence_free(seq);
+			millm_kv_reset(&pool);
+		}
+		assert_int_equal(most, needed);
+		assert_int_equal(millm_kv_pages(&l, 20, step), 3 * 2);
+	}
 }
 
 int
@@ -273,6 +365,8 @@ main(void)
 		cmocka_unit_test(test_fork_shares_and_copies_on_write),
 		cmocka_unit_test(test_copy_needs_a_free_page),
 		cmocka_unit_test(test_window),
+		cmocka_unit_test(test_layout),
+		cmocka_unit_test(test_needed_pages),
 		cmocka_unit_test(test_bounds),
 		cmocka_unit_test(test_random_life),
 	};
