@@ -9,6 +9,7 @@
 #include <string.h>
 #include <time.h>
 
+#include "clock.h"
 #include "serve.h"
 
 #define MAX_FAILURES	5
@@ -23,25 +24,16 @@ static struct
 	int			first_ms;
 	int			n_failures;		/* in a row */
 	int			factor;			/* of first_ms: how long it was last open; 0: closed */
-	int64_t		until_ms;		/* of now_ms(): open; after that half-open */
+	int64_t		until_ms;		/* of millm_now_ms(): open; after that half-open */
 	bool		is_tried;		/* a request is on its way to close it */
 	char		failure[160];	/* the last one */
 } breaker = {.lock = PTHREAD_MUTEX_INITIALIZER, .first_ms = FIRST_MS};
-
-static int64_t
-now_ms(void)
-{
-	struct timespec ts;
-
-	clock_gettime(CLOCK_MONOTONIC, &ts);
-	return ts.tv_sec * 1000 + ts.tv_nsec / 1000000;
-}
 
 /* When, by the clock on the wall. */
 static void
 shown_time(int64_t at_ms, char *buf, size_t size)
 {
-	time_t		t = time(NULL) + (time_t) ((at_ms - now_ms() + 999) / 1000);
+	time_t		t = time(NULL) + (time_t) ((at_ms - millm_now_ms() + 999) / 1000);
 	struct tm	tm;
 
 	strftime(buf, size, "%Y-%m-%d %H:%M:%S UTC", gmtime_r(&t, &tm));
@@ -74,7 +66,7 @@ millm_breaker_enter(const char *endpoint, bool *is_probe, int *wait_ms, MillmErr
 
 	pthread_mutex_lock(&breaker.lock);
 	look_at(endpoint);
-	left = breaker.factor ? breaker.until_ms - now_ms() : 0;
+	left = breaker.factor ? breaker.until_ms - millm_now_ms() : 0;
 	*is_probe = breaker.factor && left <= 0 && !breaker.is_tried;
 	if (*is_probe)
 		breaker.is_tried = true;
@@ -114,7 +106,7 @@ open_it(void)
 	breaker.is_tried = false;
 	ms = (int64_t) breaker.first_ms * breaker.factor;
 	clock_gettime(CLOCK_MONOTONIC, &ts);
-	breaker.until_ms = now_ms() + ms + ms / 10 * (ts.tv_nsec / 1000 % 100) / 100;
+	breaker.until_ms = millm_now_ms() + ms + ms / 10 * (ts.tv_nsec / 1000 % 100) / 100;
 }
 
 void
@@ -136,7 +128,7 @@ millm_breaker_report(const char *endpoint, const char *failure)
 		breaker.n_failures++;
 		snprintf(breaker.failure, sizeof(breaker.failure), "%s", failure);
 		/* while it is open, requests that had begun before may still fail */
-		opened = breaker.factor ? now_ms() >= breaker.until_ms : breaker.n_failures >= MAX_FAILURES;
+		opened = breaker.factor ? millm_now_ms() >= breaker.until_ms : breaker.n_failures >= MAX_FAILURES;
 		if (opened)
 			open_it();
 	}
@@ -158,7 +150,7 @@ millm_breaker_describe(char *buf, size_t size)
 	shown_time(breaker.until_ms, when, sizeof(when));
 	if (!breaker.factor)
 		snprintf(buf, size, "closed");
-	else if (now_ms() < breaker.until_ms)
+	else if (millm_now_ms() < breaker.until_ms)
 		snprintf(buf, size, "open until %s", when);
 	else
 		snprintf(buf, size, "half-open");

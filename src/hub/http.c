@@ -12,6 +12,7 @@
 #include <time.h>
 
 #include "breaker.h"
+#include "clock.h"
 #include "version.h"
 
 #define MAX_HOPS			10
@@ -30,22 +31,13 @@ struct MillmHttp
 	CURLM	   *multi;			/* it alone is in there */
 	char		last_url[MAX_URL];
 	atomic_bool *stop;
-	int64_t		deadline_ms;	/* of now_ms(); 0: none */
+	int64_t		deadline_ms;	/* of millm_now_ms(); 0: none */
 };
 
 void
 millm_http_set_stall_seconds(int seconds)
 {
 	stall_seconds = seconds;
-}
-
-static int64_t
-now_ms(void)
-{
-	struct timespec ts;
-
-	clock_gettime(CLOCK_MONOTONIC, &ts);
-	return ts.tv_sec * 1000 + ts.tv_nsec / 1000000;
 }
 
 /* One hop in flight. */
@@ -128,7 +120,7 @@ millm_http_has_token(const MillmHttp *h)
 void
 millm_http_set_deadline(MillmHttp *h, int ms)
 {
-	h->deadline_ms = now_ms() + ms;
+	h->deadline_ms = millm_now_ms() + ms;
 }
 
 atomic_bool *
@@ -464,7 +456,7 @@ do_hop(Hop *hop, const char *url, int timeout_ms, MillmError *err)
 
 	if (h->deadline_ms)
 	{
-		int64_t		left = h->deadline_ms - now_ms();
+		int64_t		left = h->deadline_ms - millm_now_ms();
 
 		if (left <= 0)
 		{

@@ -15,6 +15,7 @@
 #include <time.h>
 #include <unistd.h>
 
+#include "clock.h"
 #include "convert.h"
 #include "hfcache.h"
 #include "plan.h"
@@ -77,19 +78,10 @@ typedef struct Meter
 	int64_t		fetched;		/* bytes that came over the network */
 } Meter;
 
-static int64_t
-now_ms(void)
-{
-	struct timespec ts;
-
-	clock_gettime(CLOCK_MONOTONIC, &ts);
-	return ts.tv_sec * 1000 + ts.tv_nsec / 1000000;
-}
-
 static void
 report(Meter *m, bool now)
 {
-	int64_t		t = now_ms();
+	int64_t		t = millm_now_ms();
 
 	if (!now && t - m->last_ms < REPORT_MS)
 		return;
@@ -340,7 +332,7 @@ fetch_all(MillmPlan *p, MillmStore *store, MillmRecast *recast, Meter *m, atomic
 		return rc;
 	m->progress.stage = "downloading";
 	m->progress.total_bytes = p->choice.total_bytes;
-	m->window_ms = now_ms();
+	m->window_ms = millm_now_ms();
 	for (size_t i = 0; i < p->choice.n; i++)
 	{
 		const MillmHubFile *f = p->choice.files[i];

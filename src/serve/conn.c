@@ -18,21 +18,13 @@
 #include <time.h>
 #include <unistd.h>
 
+#include "clock.h"
 #include "version.h"
 
 #define MAX_HELLO_BYTES		1024
 #define READ_BYTES			65536
 /* One whole answer and the frames before it that the client has yet to read. */
 #define MAX_OUTGOING_BYTES	((size_t) WIRE_MAX_REPLY_BYTES + (4u << 20))
-
-int64_t
-serve_now_ms(void)
-{
-	struct timespec ts;
-
-	clock_gettime(CLOCK_MONOTONIC, &ts);
-	return (int64_t) ts.tv_sec * 1000 + ts.tv_nsec / 1000000;
-}
 
 /* ---- references ---------------------------------------------------------------------------- */
 
@@ -238,7 +230,7 @@ millm_conn_stalled_ms(MillmConn *conn)
 	pthread_mutex_lock(&conn->server->lock);
 	since = conn->blocked_since_ms;
 	pthread_mutex_unlock(&conn->server->lock);
-	return since ? (int) (serve_now_ms() - since) : 0;
+	return since ? (int) (millm_now_ms() - since) : 0;
 }
 
 /* ---- writing: the loop --------------------------------------------------------------------- */
@@ -287,7 +279,7 @@ flush(MillmConn *conn)
 		conn->blocked_since_ms = 0;
 	}
 	else if (progress || conn->blocked_since_ms == 0)
-		conn->blocked_since_ms = serve_now_ms();
+		conn->blocked_since_ms = millm_now_ms();
 	answered = conn->answered;
 	pthread_mutex_unlock(&server->lock);
 

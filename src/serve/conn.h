@@ -80,6 +80,5 @@ extern void conn_open(Server *server, int fd);
 extern void conn_flush_dirty(Server *server);
 /* End the conversation now; the service hears of it when its answer was not complete. */
 extern void conn_close(MillmConn *conn);
-extern int64_t serve_now_ms(void);		/* CLOCK_MONOTONIC */
 
 #endif

@@ -6,6 +6,7 @@
  * SIGTERM, SIGINT, the end of fd 3 and {"op":"shutdown"} all lead to the same orderly exit, which a
  * watchdog (SIGALRM, default action) bounds.
  */
+#include "clock.h"
 #include "conn.h"
 
 #include <errno.h>
@@ -219,7 +220,7 @@ set_up_process(bool supervised, bool raise_oom_score)
 static void
 say_goodbye(Process *p)
 {
-	int64_t		end = serve_now_ms() + GOODBYE_MS;
+	int64_t		end = millm_now_ms() + GOODBYE_MS;
 
 	p->server.ended = true;
 	for (MillmConn *c = p->server.conns; c; c = c->next)
@@ -234,7 +235,7 @@ say_goodbye(Process *p)
 		for (MillmConn *c = p->server.conns; c && !answering; c = c->next)
 			answering = c->out_end > c->out_start;
 		pthread_mutex_unlock(&p->server.lock);
-		if (!answering || serve_now_ms() >= end)
+		if (!answering || millm_now_ms() >= end)
 			break;
 		event_base_loopexit(p->server.base, &tv);
 		event_base_dispatch(p->server.base);
