@@ -26,7 +26,6 @@
 #include "kv.h"
 #include "route.h"
 
-#define DEFAULT_BATCH_TOKENS	256
 #define MAX_BATCH_TOKENS		65536
 /* Steps that read the full head after one that the screening copy could not decide: who chooses among many goes on so. */
 #define UNSCREENED_STEPS		15
@@ -99,7 +98,7 @@ widths(const MillmModel *model)
 static int
 batch_tokens(const MillmForwardOptions *options)
 {
-	return options->max_batch_tokens == 0 ? DEFAULT_BATCH_TOKENS : options->max_batch_tokens;
+	return options->max_batch_tokens == 0 ? MILLM_BATCH_TOKENS : options->max_batch_tokens;
 }
 
 void

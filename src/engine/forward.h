@@ -22,11 +22,12 @@ typedef struct MillmKvLayout MillmKvLayout;		/* kv.h */
 typedef struct MillmSequence MillmSequence;		/* a growing list of tokens: its page tables and its length */
 
 #define MILLM_KV_PAGE_TOKENS 16
+#define MILLM_BATCH_TOKENS	256	/* rows of one step, unless somebody asks for others */
 
 typedef struct MillmForwardOptions
 {
 	int			n_threads;		/* 0: one per CPU this process may use */
-	int			max_batch_tokens;	/* rows of one step; 0: 256 */
+	int			max_batch_tokens;	/* rows of one step; 0: MILLM_BATCH_TOKENS */
 	int64_t		n_pages;		/* KV pages of MILLM_KV_PAGE_TOKENS positions (kv.h) */
 	bool		deterministic;	/* batch-invariant kernels: a row's bits do not depend on its company */
 	bool		full_head;		/* read all of the LM head, even if it has a screening copy: the tokens are the same */

@@ -14,7 +14,6 @@
 #include "memory.h"
 
 #define DEFAULT_CONTEXT_LENGTH 8192
-#define MIN_BATCH_TOKENS 256
 
 typedef struct Counted
 {
@@ -124,7 +123,7 @@ plan_memory(const MillmModel *model, const MillmLoadOptions *options, int64_t we
 	millm_forward_kv_layout(model, &plan->layout);
 	if ((rc = choose_context(options, &model->config, &plan->context_length, err)) != MILLM_OK)
 		return rc;
-	fo->max_batch_tokens = options->max_sequences > MIN_BATCH_TOKENS ? options->max_sequences : MIN_BATCH_TOKENS;
+	fo->max_batch_tokens = options->max_sequences > MILLM_BATCH_TOKENS ? options->max_sequences : MILLM_BATCH_TOKENS;
 	plan->step_tokens = fo->max_batch_tokens;
 	plan->page_bytes = millm_kv_page_bytes(model, fo);
 	if (plan->page_bytes < 0)

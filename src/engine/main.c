@@ -393,15 +393,13 @@ typedef struct Runner
 	MillmTop	top;			/* which logits of a last token are wanted */
 } Runner;
 
-#define BATCH_TOKENS 256			/* of a step */
-
 /* A model with one sequence that can have n_positions. */
 static MillmCode
 runner_open(Runner *run, const char *dir, const char *mutate, int64_t threads, const char *kernels, int64_t n_positions,
 			MillmError *err)
 {
 	MillmForwardOptions options = {.n_threads = (int) threads, .kernels = kernels, .full_head = run->full_head,
-		.max_batch_tokens = BATCH_TOKENS};
+		.max_batch_tokens = MILLM_BATCH_TOKENS};
 	MillmKvLayout layout;
 	MillmCode	rc;
 
@@ -415,7 +413,7 @@ runner_open(Runner *run, const char *dir, const char *mutate, int64_t threads, c
 		return MILLM_E_CONTEXT_LENGTH_EXCEEDED;
 	}
 	millm_forward_kv_layout(run->model, &layout);
-	options.n_pages = millm_kv_pages(&layout, (int) n_positions, BATCH_TOKENS);
+	options.n_pages = millm_kv_pages(&layout, (int) n_positions, MILLM_BATCH_TOKENS);
 	if ((rc = millm_forward_create(run->model, &options, &run->fw, err)) != MILLM_OK)
 		return rc;
 	run->seq = millm_sequence_create(run->fw, (int) n_positions);
