@@ -42,6 +42,18 @@
 #define MarkGUCPrefixReserved(prefix) EmitWarningsOnPlaceholders(prefix)
 #endif
 
+/* PostgreSQL 16: what a member may do with a role is said by each GRANT; before, by the member's own NOINHERIT. */
+#if PG_VERSION_NUM >= 160000
+#define MILLM_MEMBER_BY_SET_ONLY " WITH INHERIT FALSE, SET TRUE"
+#else
+#define MILLM_MEMBER_BY_SET_ONLY ""
+#endif
+
+/* PostgreSQL 16: how variable-length values are laid out has a header of its own. */
+#if PG_VERSION_NUM >= 160000
+#include "varatt.h"
+#endif
+
 /* Begin a set that is returned in one piece: rsinfo->setResult and setDesc are there afterwards. */
 #if PG_VERSION_NUM >= 160000
 #define millm_init_set(fcinfo) InitMaterializedSRF(fcinfo, 0)

@@ -15,7 +15,9 @@ PG_FUNCTION_INFO_V1(millm_grant_user);
 PG_FUNCTION_INFO_V1(millm_grant_admin);
 
 #define USER_FUNCTIONS "generate,generate_stream,chat,chat_stream,apply_chat_template,tokenize,detokenize,count_tokens,status,memory,estimate_memory,architecture,cache_usage,live,error_list"
-#define ADMIN_FUNCTIONS USER_FUNCTIONS ",preview,download,register_local,wait,cancel,retry,delete,load,unload"
+#define ADMIN_FUNCTIONS USER_FUNCTIONS ",preview,download,register_local,wait,cancel,retry,delete,load,unload,create_api_key,revoke_api_key"
+#define USER_VIEWS "millm.models,millm.progress,millm.errors"
+#define ADMIN_VIEWS USER_VIEWS ",millm.api_keys"
 
 static void
 execute(const char *sql)
@@ -27,7 +29,7 @@ execute(const char *sql)
 }
 
 static void
-grant(Oid role, const char *functions)
+grant(Oid role, const char *functions, const char *views)
 {
 	const char *grantee = quote_identifier(GetUserNameFromId(role, false));
 	int			guc_level = NewGUCNestLevel();
@@ -46,7 +48,7 @@ grant(Oid role, const char *functions)
 	for (uint64 i = 0; i < n; i++)
 		execute(statements[i]);
 	execute(psprintf("GRANT USAGE ON SCHEMA millm TO %s", grantee));
-	execute(psprintf("GRANT SELECT ON millm.models, millm.progress, millm.errors TO %s", grantee));
+	execute(psprintf("GRANT SELECT ON %s TO %s", views, grantee));
 	SPI_finish();
 	AtEOXact_GUC(true, guc_level);
 }
@@ -55,7 +57,7 @@ grant(Oid role, const char *functions)
 Datum
 millm_grant_user(PG_FUNCTION_ARGS)
 {
-	grant(PG_GETARG_OID(0), USER_FUNCTIONS);
+	grant(PG_GETARG_OID(0), USER_FUNCTIONS, USER_VIEWS);
 	PG_RETURN_VOID();
 }
 
@@ -63,6 +65,6 @@ millm_grant_user(PG_FUNCTION_ARGS)
 Datum
 millm_grant_admin(PG_FUNCTION_ARGS)
 {
-	grant(PG_GETARG_OID(0), ADMIN_FUNCTIONS);
+	grant(PG_GETARG_OID(0), ADMIN_FUNCTIONS, ADMIN_VIEWS);
 	PG_RETURN_VOID();
 }
