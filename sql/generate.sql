@@ -1,4 +1,4 @@
--- generate, chat, their streams, apply_chat_template, tokenize, detokenize, count_tokens: what they are declared, and what they refuse
+-- generate, chat, complete, their streams, apply_chat_template, tokenize, detokenize, count_tokens: what they are declared, and what they refuse
 -- before any model is there.  What they return is test/t/010_generate.pl's.
 
 -- Volatility, cost, strictness, parallel safety, and who may execute
@@ -7,7 +7,7 @@ SELECT p.proname, pg_get_function_result(p.oid) AS result, p.provolatile AS vola
 	obj_description(p.oid) IS NOT NULL AS described
 FROM pg_proc p
 WHERE p.pronamespace = 'millm'::regnamespace
-	AND p.proname IN ('generate', 'generate_stream', 'chat', 'chat_stream', 'apply_chat_template', 'tokenize', 'detokenize', 'count_tokens')
+	AND p.proname IN ('generate', 'generate_stream', 'chat', 'chat_stream', 'complete', 'complete_stream', 'apply_chat_template', 'tokenize', 'detokenize', 'count_tokens')
 ORDER BY p.proname;
 
 SELECT regexp_split_to_table(pg_get_function_arguments(oid), ', ') AS argument FROM pg_proc
@@ -16,6 +16,9 @@ SELECT count(DISTINCT pg_get_function_arguments(oid)) FROM pg_proc WHERE proname
 SELECT count(DISTINCT pg_get_function_arguments(oid)) FROM pg_proc WHERE pronamespace = 'millm'::regnamespace AND proname IN ('chat', 'chat_stream');
 SELECT regexp_split_to_table(pg_get_function_arguments(oid), ', ') AS argument FROM pg_proc
 WHERE pronamespace = 'millm'::regnamespace AND proname = 'chat_stream';
+SELECT count(DISTINCT pg_get_function_arguments(oid)) FROM pg_proc WHERE pronamespace = 'millm'::regnamespace AND proname IN ('complete', 'complete_stream');
+SELECT regexp_split_to_table(pg_get_function_arguments(oid), ', ') AS argument FROM pg_proc
+WHERE pronamespace = 'millm'::regnamespace AND proname = 'complete';
 SELECT pg_get_function_arguments(oid) LIKE 'prompt text, tools json%' AS of_text FROM pg_proc
 WHERE pronamespace = 'millm'::regnamespace AND proname = 'chat' ORDER BY 1;
 
@@ -24,6 +27,8 @@ SELECT millm.generate(NULL);
 SELECT millm.generate_stream(NULL);
 SELECT millm.chat(NULL), millm.apply_chat_template(NULL);
 SELECT millm.chat_stream(NULL);
+SELECT millm.complete(NULL, n => 2);
+SELECT millm.complete_stream(NULL);
 SELECT millm.tokenize(NULL), millm.detokenize(NULL), millm.count_tokens(NULL);
 
 -- Refused before the engine is asked
@@ -35,6 +40,13 @@ SELECT millm.generate_stream('x', raw => true, stop => ARRAY['a', NULL]);
 SELECT millm.generate('x', raw => true, model => 'nobody');
 SELECT millm.generate('x', raw => true, model => '12345');
 SELECT millm.chat('[]', stop => ARRAY['a', NULL]);
+SELECT millm.complete('x', temperature => 'NaN');
+SELECT millm.complete_stream('x', stop => ARRAY['a', NULL]);
+SELECT millm.complete('x', model => 'nobody');
+SELECT millm.complete('x', logit_bias => '[1]');
+SELECT millm.complete('x', logit_bias => '{"1": "a"}');
+SELECT millm.complete('x', logit_bias => '{"1": {"2": 3}}');
+SELECT millm.chat('[]', logit_bias => '{"1": 5, "2": 1e400}');
 SELECT millm.apply_chat_template('[]', model => 'nobody');
 SELECT millm.chat(' [{"role": "user", "content": "Hi"}, {"content": [1], "role": "user"}] ');
 SELECT millm.detokenize(ARRAY[1, NULL]);
@@ -49,6 +61,8 @@ SELECT millm.generate_stream('x', raw => true);
 SELECT millm.generate('x', system => 'Be brief.');
 SELECT millm.chat('[]');
 SELECT millm.chat_stream('[]');
+SELECT millm.complete('x');
+SELECT millm.complete_stream('x');
 SELECT millm.apply_chat_template('[]');
 SELECT millm.tokenize('x');
 SELECT millm.detokenize('{1}');

@@ -144,7 +144,8 @@ REVOKE ALL ON millm.models, millm.progress, millm.errors FROM PUBLIC;
 
 CREATE FUNCTION millm.status(OUT engine_pid integer, OUT engine_state text, OUT engine_version text, OUT restarts bigint, OUT last_exit text,
 	OUT model_id bigint, OUT model text, OUT device text, OUT device_reason text, OUT kernels text, OUT deterministic boolean,
-	OUT context_length integer, OUT running integer, OUT waiting integer, OUT hub_pid integer, OUT hub_state text, OUT circuit_breaker text)
+	OUT context_length integer, OUT running integer, OUT waiting integer, OUT hub_pid integer, OUT hub_state text, OUT circuit_breaker text,
+	OUT fingerprint text)
 RETURNS record
 AS 'MODULE_PATHNAME', 'millm_status'
 LANGUAGE C VOLATILE STRICT PARALLEL RESTRICTED;
@@ -274,32 +275,55 @@ COMMENT ON FUNCTION millm.generate_stream(text, text, boolean, integer, float8, 
 CREATE FUNCTION millm.chat(messages jsonb, tools json DEFAULT NULL, template_kwargs jsonb DEFAULT NULL, max_tokens integer DEFAULT NULL,
 	temperature float8 DEFAULT NULL, top_p float8 DEFAULT NULL, top_k integer DEFAULT NULL, min_p float8 DEFAULT NULL,
 	repetition_penalty float8 DEFAULT NULL, frequency_penalty float8 DEFAULT NULL, presence_penalty float8 DEFAULT NULL,
-	seed bigint DEFAULT NULL, stop text[] DEFAULT NULL, model text DEFAULT NULL, documents json DEFAULT NULL, chat_template text DEFAULT NULL)
+	seed bigint DEFAULT NULL, stop text[] DEFAULT NULL, model text DEFAULT NULL, documents json DEFAULT NULL, chat_template text DEFAULT NULL,
+	n integer DEFAULT NULL, logprobs boolean DEFAULT NULL, top_logprobs integer DEFAULT NULL, logit_bias jsonb DEFAULT NULL)
 RETURNS jsonb
 AS 'MODULE_PATHNAME', 'millm_chat'
 LANGUAGE C VOLATILE PARALLEL RESTRICTED COST 1000000;
-COMMENT ON FUNCTION millm.chat(jsonb, json, jsonb, integer, float8, float8, integer, float8, float8, float8, float8, bigint, text[], text, json, text) IS
+COMMENT ON FUNCTION millm.chat(jsonb, json, jsonb, integer, float8, float8, integer, float8, float8, float8, float8, bigint, text[], text, json, text, integer, boolean, integer, jsonb) IS
 	'The loaded model''s answer in a conversation: text, finish_reason, usage, seed';
 
 CREATE FUNCTION millm.chat(prompt text, tools json DEFAULT NULL, template_kwargs jsonb DEFAULT NULL, max_tokens integer DEFAULT NULL,
 	temperature float8 DEFAULT NULL, top_p float8 DEFAULT NULL, top_k integer DEFAULT NULL, min_p float8 DEFAULT NULL,
 	repetition_penalty float8 DEFAULT NULL, frequency_penalty float8 DEFAULT NULL, presence_penalty float8 DEFAULT NULL,
-	seed bigint DEFAULT NULL, stop text[] DEFAULT NULL, model text DEFAULT NULL, documents json DEFAULT NULL, chat_template text DEFAULT NULL)
+	seed bigint DEFAULT NULL, stop text[] DEFAULT NULL, model text DEFAULT NULL, documents json DEFAULT NULL, chat_template text DEFAULT NULL,
+	n integer DEFAULT NULL, logprobs boolean DEFAULT NULL, top_logprobs integer DEFAULT NULL, logit_bias jsonb DEFAULT NULL)
 RETURNS jsonb
 AS 'MODULE_PATHNAME', 'millm_chat_text'
 LANGUAGE C VOLATILE PARALLEL RESTRICTED COST 1000000;
-COMMENT ON FUNCTION millm.chat(text, json, jsonb, integer, float8, float8, integer, float8, float8, float8, float8, bigint, text[], text, json, text) IS
+COMMENT ON FUNCTION millm.chat(text, json, jsonb, integer, float8, float8, integer, float8, float8, float8, float8, bigint, text[], text, json, text, integer, boolean, integer, jsonb) IS
 	'The loaded model''s answer to a user''s message: text, finish_reason, usage, seed';
 
 CREATE FUNCTION millm.chat_stream(messages jsonb, tools json DEFAULT NULL, template_kwargs jsonb DEFAULT NULL, max_tokens integer DEFAULT NULL,
 	temperature float8 DEFAULT NULL, top_p float8 DEFAULT NULL, top_k integer DEFAULT NULL, min_p float8 DEFAULT NULL,
 	repetition_penalty float8 DEFAULT NULL, frequency_penalty float8 DEFAULT NULL, presence_penalty float8 DEFAULT NULL,
-	seed bigint DEFAULT NULL, stop text[] DEFAULT NULL, model text DEFAULT NULL, documents json DEFAULT NULL, chat_template text DEFAULT NULL)
+	seed bigint DEFAULT NULL, stop text[] DEFAULT NULL, model text DEFAULT NULL, documents json DEFAULT NULL, chat_template text DEFAULT NULL,
+	n integer DEFAULT NULL, logprobs boolean DEFAULT NULL, top_logprobs integer DEFAULT NULL, logit_bias jsonb DEFAULT NULL)
 RETURNS SETOF jsonb
 AS 'MODULE_PATHNAME', 'millm_chat_stream'
 LANGUAGE C VOLATILE PARALLEL RESTRICTED COST 1000000;
-COMMENT ON FUNCTION millm.chat_stream(jsonb, json, jsonb, integer, float8, float8, integer, float8, float8, float8, float8, bigint, text[], text, json, text) IS
+COMMENT ON FUNCTION millm.chat_stream(jsonb, json, jsonb, integer, float8, float8, integer, float8, float8, float8, float8, bigint, text[], text, json, text, integer, boolean, integer, jsonb) IS
 	'The text of chat(), piece by piece, and at the end finish_reason, usage, seed';
+
+CREATE FUNCTION millm.complete(prompt text, max_tokens integer DEFAULT NULL, temperature float8 DEFAULT NULL, top_p float8 DEFAULT NULL,
+	top_k integer DEFAULT NULL, min_p float8 DEFAULT NULL, repetition_penalty float8 DEFAULT NULL, frequency_penalty float8 DEFAULT NULL,
+	presence_penalty float8 DEFAULT NULL, seed bigint DEFAULT NULL, stop text[] DEFAULT NULL, model text DEFAULT NULL, parse_special boolean DEFAULT NULL,
+	n integer DEFAULT NULL, logprobs boolean DEFAULT NULL, top_logprobs integer DEFAULT NULL, logit_bias jsonb DEFAULT NULL)
+RETURNS jsonb
+AS 'MODULE_PATHNAME', 'millm_complete'
+LANGUAGE C VOLATILE PARALLEL RESTRICTED COST 1000000;
+COMMENT ON FUNCTION millm.complete(text, integer, float8, float8, integer, float8, float8, float8, float8, bigint, text[], text, boolean, integer, boolean, integer, jsonb) IS
+	'What the loaded model writes after a raw prompt: text, finish_reason, usage, seed';
+
+CREATE FUNCTION millm.complete_stream(prompt text, max_tokens integer DEFAULT NULL, temperature float8 DEFAULT NULL, top_p float8 DEFAULT NULL,
+	top_k integer DEFAULT NULL, min_p float8 DEFAULT NULL, repetition_penalty float8 DEFAULT NULL, frequency_penalty float8 DEFAULT NULL,
+	presence_penalty float8 DEFAULT NULL, seed bigint DEFAULT NULL, stop text[] DEFAULT NULL, model text DEFAULT NULL, parse_special boolean DEFAULT NULL,
+	n integer DEFAULT NULL, logprobs boolean DEFAULT NULL, top_logprobs integer DEFAULT NULL, logit_bias jsonb DEFAULT NULL)
+RETURNS SETOF jsonb
+AS 'MODULE_PATHNAME', 'millm_complete_stream'
+LANGUAGE C VOLATILE PARALLEL RESTRICTED COST 1000000;
+COMMENT ON FUNCTION millm.complete_stream(text, integer, float8, float8, integer, float8, float8, float8, float8, bigint, text[], text, boolean, integer, boolean, integer, jsonb) IS
+	'The text of complete(), piece by piece, and at the end finish_reason, usage, seed';
 
 CREATE FUNCTION millm.apply_chat_template(messages jsonb, tools json DEFAULT NULL, template_kwargs jsonb DEFAULT NULL,
 	add_generation_prompt boolean DEFAULT true, documents json DEFAULT NULL, chat_template text DEFAULT NULL, model text DEFAULT NULL)

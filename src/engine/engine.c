@@ -7,9 +7,9 @@
  *     IDLE --load--> LOADING --done--> LOADED --unload--> UNLOADING --nobody left--> IDLE
  *                       \___failed___________________________________________________/
  *
- * A request is counted in n_active from accept to its end; what is counted and not running is waiting, be it in
- * the hands of an encoding thread, in the inbox, or in the scheduler's line.  A request's pages are back, and the counters say
- * so, before its sink hears of the end.
+ * A request is so many sequences as it has choices.  Each is counted in n_active from accept to its end; what is counted and not
+ * running is waiting, be it in the hands of an encoding thread, in the inbox, or in the scheduler's line.  A choice's pages
+ * are back, and the counters say so, before the sink hears of its end.  The failure of one choice is that of the request, as is a cancel.
  *
  * No wait is without end: a paused stream is looked at every PAUSE_POLL_MS, an unload ends at its deadline.
  */
@@ -54,7 +54,7 @@ struct MillmEngine
 	/* the model thread's */
 	MillmForward *fw;
 	MillmScheduler *sched;
-	MillmRequest **live;			/* [n_live], taken from the inbox and not ended */
+	MillmRequest **live;			/* [n_live] of max_sequences + max_queue: taken from the inbox and not ended */
 	int			n_live;
 	MillmPlanItem *plan;			/* [max_sequences] */
 	MillmBatchToken *batch;			/* [max_batch_tokens] */
@@ -79,25 +79,23 @@ wake_thread(MillmEngine *e)
 
 /* ---- the end of a request ------------------------------------------------------------------ */
 
-/* Give the place back; err NULL is success.  Any thread; the caller's reference goes. */
+/* Give n places back. */
 static void
-end_request(MillmEngine *e, MillmRequest *r, const MillmError *err)
+leave(MillmEngine *e, int n)
 {
 	pthread_mutex_lock(&e->lock);
-	e->n_active--;
+	e->n_active -= n;
 	if (e->state == MILLM_UNLOADING)
 		wake_thread(e);
 	pthread_mutex_unlock(&e->lock);
+}
 
-	if (err)
-		r->sink.failed(r->sink.arg, err);
-	else
-	{
-		MillmResult result = {.text = r->text ? r->text : "", .len = r->len, .stopped = r->stopped,
-			.prompt_tokens = r->n_prompt, .completion_tokens = r->n_completion, .seed = r->sampling.seed};
-
-		r->sink.done(r->sink.arg, &result);
-	}
+/* The end of a request with an error; any thread.  The engine's reference goes. */
+static void
+fail_request(MillmEngine *e, MillmRequest *r, const MillmError *err)
+{
+	leave(e, r->n_left);
+	r->sink.failed(r->sink.arg, err);
 	millm_request_unref(r);
 }
 
@@ -110,16 +108,48 @@ publish(MillmEngine *e)
 	pthread_mutex_unlock(&e->lock);
 }
 
-/* The model thread's requests end here: pages first. */
+/* A request of the model thread's fails: pages first. */
 static void
 retire(MillmEngine *e, int at, const MillmError *err)
 {
 	MillmRequest *r = e->live[at];
 
 	e->live[at] = e->live[--e->n_live];
-	millm_sched_remove(e->sched, &r->slot);
+	for (int i = 0; i < r->n_choices; i++)
+		millm_sched_remove(e->sched, &r->choices[i].slot);
 	publish(e);
-	end_request(e, r, err);
+	fail_request(e, r, err);
+}
+
+/* A choice has said all; with the last one its request is done. */
+static void
+finish_choice(MillmEngine *e, MillmChoice *c)
+{
+	MillmRequest *r = c->request;
+	MillmPiece	piece = generation_last_piece(c);
+
+	millm_sched_remove(e->sched, &c->slot);
+	publish(e);
+	leave(e, 1);
+	if (r->sink.piece)
+		r->sink.piece(r->sink.arg, &piece);
+	if (--r->n_left == 0)
+	{
+		MillmPiece	pieces[MILLM_MAX_CHOICES];
+		MillmResult result = {.choices = pieces, .n = r->n_choices, .prompt_tokens = r->n_prompt, .seed = r->sampling.seed};
+		int			at = 0;
+
+		for (int i = 0; i < r->n_choices; i++)
+		{
+			pieces[i] = generation_last_piece(&r->choices[i]);
+			result.completion_tokens += r->choices[i].n_completion;
+		}
+		while (e->live[at] != r)
+			at++;
+		e->live[at] = e->live[--e->n_live];
+		r->sink.done(r->sink.arg, &result);
+		millm_request_unref(r);
+	}
 }
 
 static void
@@ -135,31 +165,31 @@ canceled(MillmEngine *e, MillmError *err)
 
 /* ---- pages, for the scheduler -------------------------------------------------------------- */
 
-static MillmRequest *
-request_of(MillmSlot *slot)
+static MillmChoice *
+choice_of(MillmSlot *slot)
 {
-	return (MillmRequest *) slot;	/* its first member */
+	return (MillmChoice *) slot;	/* its first member */
 }
 
 static bool
 pages_reserve(void *arg, MillmSlot *slot, int length)
 {
 	MillmEngine *e = arg;
-	MillmRequest *r = request_of(slot);
+	MillmChoice *c = choice_of(slot);
 
-	if (!r->seq && !(r->seq = millm_sequence_create(e->fw, r->n_prompt + r->max_tokens)))
+	if (!c->seq && !(c->seq = millm_sequence_create(e->fw, c->request->n_prompt + c->request->max_tokens)))
 		return false;
-	return millm_sequence_reserve(r->seq, length);
+	return millm_sequence_reserve(c->seq, length);
 }
 
 static void
 pages_release(void *arg, MillmSlot *slot)
 {
-	MillmRequest *r = request_of(slot);
+	MillmChoice *c = choice_of(slot);
 
 	(void) arg;
-	millm_sequence_free(r->seq);
-	r->seq = NULL;
+	millm_sequence_free(c->seq);
+	c->seq = NULL;
 }
 
 static int64_t
@@ -192,19 +222,29 @@ step_is_unwanted(void *arg)
 	if (atomic_load(&step->engine->cancels_all))
 		return true;
 	for (int i = 0; i < step->n; i++)
-		if (!atomic_load(&request_of(step->plan[i].slot)->is_canceled))
+		if (!atomic_load(&choice_of(step->plan[i].slot)->request->is_canceled))
 			return false;
 	return true;
 }
 
-static int
-find_live(MillmEngine *e, MillmRequest *r)
+static void
+note_failure(MillmRequest *r, const MillmError *err)
 {
-	int			i = 0;
+	r->has_failed = true;
+	r->failure = *err;
+}
 
-	while (e->live[i] != r)
-		i++;
-	return i;
+/* Retire the requests in which something has failed. */
+static void
+sweep(MillmEngine *e)
+{
+	for (int i = e->n_live - 1; i >= 0; i--)
+		if (e->live[i]->has_failed)
+		{
+			MillmError	err = e->live[i]->failure;
+
+			retire(e, i, &err);
+		}
 }
 
 /* Run the planned step, choose a token for each sequence that has come to its end, retire what is finished. */
@@ -222,13 +262,13 @@ run_step(MillmEngine *e, int n)
 
 	for (int i = 0; i < n; i++)
 	{
-		MillmRequest *r = request_of(e->plan[i].slot);
-		int			last = r->slot.n_past + e->plan[i].n_tokens;
-		MillmTop	top = generation_needs(r);
+		MillmChoice *c = choice_of(e->plan[i].slot);
+		int			last = c->slot.n_past + e->plan[i].n_tokens;
+		MillmTop	top = generation_needs(c);
 
-		for (int pos = r->slot.n_past; pos < last; pos++)
-			e->batch[n_batch++] = (MillmBatchToken) {.seq = r->seq, .position = pos, .token = r->tokens[pos],
-				.want_logits = pos == r->slot.n_tokens - 1, .top = top};
+		for (int pos = c->slot.n_past; pos < last; pos++)
+			e->batch[n_batch++] = (MillmBatchToken) {.seq = c->seq, .position = pos, .token = generation_token(c, pos),
+				.want_logits = pos == c->slot.n_tokens - 1, .top = top};
 	}
 	rc = millm_forward_step(e->fw, e->batch, n_batch, step_is_unwanted, &step, &logits, &err);
 	if (rc == MILLM_E_CANCELED)
@@ -236,21 +276,25 @@ run_step(MillmEngine *e, int n)
 	if (rc != MILLM_OK)
 	{
 		for (int i = 0; i < n; i++)
-			retire(e, find_live(e, request_of(e->plan[i].slot)), &err);
+			note_failure(choice_of(e->plan[i].slot)->request, &err);
+		sweep(e);
 		return;
 	}
 	millm_sched_done(e->sched, e->plan, n, now_ms() - start);
 
 	for (int i = 0; i < n; i++)
 	{
-		MillmRequest *r = request_of(e->plan[i].slot);
+		MillmChoice *c = choice_of(e->plan[i].slot);
 
-		if (r->slot.n_past < r->slot.n_tokens)
+		if (c->slot.n_past < c->slot.n_tokens)
 			continue;			/* more of its prompt is to come */
-		rc = generation_take(r, logits + (size_t) row++ * (size_t) vocab, &err);
-		if (rc != MILLM_OK || r->is_finished)
-			retire(e, find_live(e, r), rc != MILLM_OK ? &err : NULL);
+		rc = generation_take(c, logits + (size_t) row++ * (size_t) vocab, &err);
+		if (rc != MILLM_OK)
+			note_failure(c->request, &err);
+		else if (c->is_finished)
+			finish_choice(e, c);
 	}
+	sweep(e);
 }
 
 /* Retire what is canceled or stalled; pause whose reader is behind.  Returns whether any is paused. */
@@ -264,6 +308,7 @@ look_at_readers(MillmEngine *e)
 		MillmRequest *r = e->live[i];
 		MillmError	err;
 		int			stalled_ms = 0;
+		bool		is_behind;
 
 		if (atomic_load(&r->is_canceled) || atomic_load(&e->cancels_all))
 		{
@@ -271,9 +316,11 @@ look_at_readers(MillmEngine *e)
 			retire(e, i, &err);
 			continue;
 		}
-		if (!r->sink.text || !r->sink.is_behind)
+		if (!r->sink.piece || !r->sink.is_behind)
 			continue;
-		r->slot.is_paused = r->sink.is_behind(r->sink.arg, &stalled_ms);
+		is_behind = r->sink.is_behind(r->sink.arg, &stalled_ms);
+		for (int k = 0; k < r->n_choices; k++)
+			r->choices[k].slot.is_paused = is_behind;
 		if (stalled_ms > e->loaded->stream_stall_timeout_ms)
 		{
 			millm_fail(&err, MILLM_E_CANCELED, "generation canceled: its reader stopped reading");
@@ -282,7 +329,7 @@ look_at_readers(MillmEngine *e)
 			retire(e, i, &err);
 			continue;
 		}
-		any_paused |= r->slot.is_paused;
+		any_paused |= is_behind;
 	}
 	return any_paused;
 }
@@ -441,7 +488,8 @@ take_inbox(MillmEngine *e)
 
 		/* n_active <= max_sequences + max_queue, so there is room in both. */
 		e->live[e->n_live++] = r;
-		millm_sched_add(e->sched, &r->slot);
+		for (int i = 0; i < r->n_choices; i++)
+			millm_sched_add(e->sched, &r->choices[i].slot);
 		r = next;
 	}
 }
@@ -734,21 +782,29 @@ MillmCode
 millm_engine_accept(MillmEngine *e, MillmRequest *r, MillmError *err)
 {
 	const MillmLoaded *loaded = r->loaded;
+	const int	capacity = loaded->max_sequences + loaded->max_queue;
 	MillmCode	rc = MILLM_OK;
 
+	if (r->n_choices > capacity)
+	{
+		millm_fail(err, MILLM_E_INVALID_ARGUMENT, "n is out of range");
+		millm_detail(err, "It is %d; %d sequences may run and %d wait.", r->n_choices, loaded->max_sequences, loaded->max_queue);
+		millm_hint(err, "Ask for fewer choices, or raise millm.max_queue.");
+		return MILLM_E_INVALID_ARGUMENT;
+	}
 	pthread_mutex_lock(&e->lock);
 	if (e->state != MILLM_LOADED || e->loaded != loaded)
 		rc = not_loaded(e, err);
-	else if (e->n_active >= loaded->max_sequences + loaded->max_queue)
+	else if (r->n_choices > capacity - e->n_active)
 	{
 		rc = millm_fail(err, MILLM_E_SERVER_BUSY, "too many requests for model \"%s\"", loaded->name);
-		millm_detail(err, "%d are running and %d are waiting; at most %d may run and %d wait.", e->n_running,
-					 e->n_active - e->n_running, loaded->max_sequences, loaded->max_queue);
+		millm_detail(err, "%d sequences are running and %d are waiting, of at most %d and %d; the request has %d.", e->n_running,
+					 e->n_active - e->n_running, loaded->max_sequences, loaded->max_queue, r->n_choices);
 		millm_hint(err, "Try again later, or raise millm.max_queue.");
 	}
 	else
 	{
-		e->n_active++;
+		e->n_active += r->n_choices;
 		millm_request_ref(r);
 	}
 	pthread_mutex_unlock(&e->lock);
@@ -763,12 +819,12 @@ millm_engine_submit(MillmEngine *e, MillmRequest *r, const MillmPrompt *prompt)
 	if (atomic_load(&r->is_canceled) || atomic_load(&e->cancels_all))
 	{
 		canceled(e, &err);
-		end_request(e, r, &err);
+		fail_request(e, r, &err);
 		return;
 	}
 	if (generation_begin(r, prompt, &err) != MILLM_OK)
 	{
-		end_request(e, r, &err);
+		fail_request(e, r, &err);
 		return;
 	}
 	pthread_mutex_lock(&e->lock);
@@ -782,7 +838,7 @@ millm_engine_submit(MillmEngine *e, MillmRequest *r, const MillmPrompt *prompt)
 void
 millm_engine_refuse(MillmEngine *e, MillmRequest *r, const MillmError *err)
 {
-	end_request(e, r, err);
+	fail_request(e, r, err);
 }
 
 void

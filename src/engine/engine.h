@@ -132,23 +132,35 @@ extern void millm_engine_status(MillmEngine *engine, MillmEngineStatus *out);
 
 /* ---- generate ------------------------------------------------------------------------------ */
 
+/* What one of the n choices of a request says, or some of it. */
+typedef struct MillmPiece
+{
+	int			choice;			/* 0 .. n - 1 */
+	const char *text;			/* whole characters */
+	size_t		len;
+	bool		is_last;
+	bool		stopped;		/* the last: by an eos id or a stop sequence; else max_tokens are reached */
+} MillmPiece;
+
 typedef struct MillmResult
 {
-	const char *text;			/* all of it; "" when it was streamed */
-	size_t		len;
-	bool		stopped;		/* an eos id or a stop sequence; else max_tokens are reached */
+	const MillmPiece *choices;	/* [n]: the last piece of each, which is all of it when it was not streamed */
+	int			n;
 	int			prompt_tokens;
-	int			completion_tokens;	/* every chosen token, the eos id too */
+	int			completion_tokens;	/* every chosen token of all choices, the eos ids too */
 	int64_t		seed;
 } MillmResult;
 
 typedef struct MillmSink
 {
-	/* The next piece, whole characters, never empty.  NULL: not streamed, the result has the text. */
-	void		(*text) (void *arg, const char *text, size_t len);
-	void		(*done) (void *arg, const MillmResult *result);
+	/*
+	 * The next piece of a choice; has text, unless it is the last, which has none.  NULL: not streamed, the result has the
+	 * texts.
+	 */
+	void		(*piece) (void *arg, const MillmPiece *piece);
+	void		(*done) (void *arg, const MillmResult *result);		/* all choices have ended */
 	void		(*failed) (void *arg, const MillmError *err);
-	/* With text: is the reader behind?  *stalled_ms: for how long nothing could be written to him.  May be NULL. */
+	/* With piece: is the reader behind?  *stalled_ms: for how long nothing could be written to him.  May be NULL. */
 	bool		(*is_behind) (void *arg, int *stalled_ms);
 	void	   *arg;
 } MillmSink;
@@ -163,9 +175,9 @@ extern MillmRequest *millm_request_ref(MillmRequest *r);
 extern void millm_request_unref(MillmRequest *r);		/* NULL is fine */
 
 /*
- * A place for the request: at most max_sequences + max_queue may be under way, the next gets SERVER_BUSY with the figures;
- * MODEL_BUSY while the model is being unloaded, MODEL_NOT_LOADED when it is gone.  After MILLM_OK it ends
- * with done() or failed().
+ * Places for the request's choices: at most max_sequences + max_queue may be under way; who finds too few free gets SERVER_BUSY with the
+ * figures, and who wants more than there are INVALID_ARGUMENT.  MODEL_BUSY while the model is being unloaded, MODEL_NOT_LOADED when it is gone.
+ * After MILLM_OK it ends with done() or failed().
  */
 extern MillmCode millm_engine_accept(MillmEngine *engine, MillmRequest *r, MillmError *err);
 /*

@@ -3,7 +3,7 @@
  *
  *     logits -> sampler -> id -> detokenizer (whole characters) -> U+0000 becomes U+FFFD -> stop sequences -> sink
  *
- * All state is the request's own, and survives when the scheduler takes its pages: a preempted request computes its
+ * All state is the request's own, and survives when the scheduler takes the pages of a choice: a preempted one computes its
  * tokens again and shows nothing twice.
  */
 #include "generation.h"
@@ -11,7 +11,7 @@
 #include <stdlib.h>
 #include <string.h>
 
-/* A text that is not streamed must fit one reply, escaped; a \u00XX escape is six bytes. */
+/* The texts of a request that are not streamed must fit one reply, escaped; a \u00XX escape is six bytes. */
 #define MAX_TEXT_BYTES ((size_t) 10 << 20)
 
 static MillmCode
@@ -29,21 +29,29 @@ millm_request_create(const MillmLoaded *loaded, const MillmGenerateOptions *opti
 
 	if (rc != MILLM_OK)
 		return rc;
-	r = calloc(1, sizeof(*r));
+	r = calloc(1, sizeof(*r) + (size_t) options->n * sizeof(r->choices[0]));
 	if (!r)
 		return out_of_memory(err);
 	atomic_init(&r->refs, 1);
 	atomic_init(&r->is_canceled, false);
 	r->sink = *sink;
 	r->options = *options;
+	r->options.n_stops = 0;
 	millm_sampling_resolve(options, &loaded->model->generation, &r->sampling);
-	r->stop = millm_stop_create(options->stops, options->n_stops);
-	r->detok = millm_detok_create(loaded->tokenizer);
 	r->loaded = millm_loaded_ref(loaded);
-	if (!r->stop || !r->detok)
+	r->n_choices = r->n_left = (int) options->n;
+	for (int i = 0; i < r->n_choices; i++)
 	{
-		millm_request_unref(r);
-		return out_of_memory(err);
+		MillmChoice *c = &r->choices[i];
+
+		c->request = r;
+		c->index = i;
+		c->stop = millm_stop_create(options->stops, options->n_stops);
+		if (!c->stop)
+		{
+			millm_request_unref(r);
+			return out_of_memory(err);
+		}
 	}
 	*out = r;
 	return MILLM_OK;
@@ -61,11 +69,17 @@ millm_request_unref(MillmRequest *r)
 {
 	if (!r || atomic_fetch_sub(&r->refs, 1) != 1)
 		return;
-	free(r->tokens);
-	free(r->text);
-	millm_sampler_free(r->sampler);
-	millm_detok_free(r->detok);
-	millm_stop_free(r->stop);
+	for (int i = 0; i < r->n_choices; i++)
+	{
+		MillmChoice *c = &r->choices[i];
+
+		free(c->generated);
+		free(c->text);
+		millm_sampler_free(c->sampler);
+		millm_detok_free(c->detok);
+		millm_stop_free(c->stop);
+	}
+	free(r->prompt);
 	millm_loaded_release(r->loaded);
 	free(r);
 }
@@ -86,83 +100,99 @@ generation_begin(MillmRequest *r, const MillmPrompt *prompt, MillmError *err)
 			rc = millm_fail(err, MILLM_E_INVALID_ARGUMENT, "prompt contains a token that the model does not know");
 			millm_detail(err, "Token id %d is not below %d, the size of the model's embedding.", (int) ids.ids[i], vocab);
 		}
-	if (rc == MILLM_OK)
+	if (rc != MILLM_OK)
 	{
-		/* n + max_tokens <= context_length, so nothing overflows */
-		r->tokens = malloc((ids.n + (size_t) r->max_tokens) * sizeof(*r->tokens));
-		if (!r->tokens)
-			rc = out_of_memory(err);
-		else
-		{
-			memcpy(r->tokens, ids.ids, ids.n * sizeof(*r->tokens));
-			r->n_prompt = r->slot.n_tokens = (int) ids.n;
-		}
+		millm_ids_free(&ids);
+		return rc;
 	}
-	millm_ids_free(&ids);
-	return rc;
+	r->prompt = ids.ids;
+	r->n_prompt = (int) ids.n;	/* n_prompt + max_tokens <= context_length */
+	for (int i = 0; i < r->n_choices; i++)
+	{
+		MillmChoice *c = &r->choices[i];
+
+		c->slot.n_tokens = r->n_prompt;
+		c->generated = malloc((size_t) r->max_tokens * sizeof(*c->generated));
+		if (!c->generated)
+			return out_of_memory(err);
+	}
+	return MILLM_OK;
+}
+
+int32_t
+generation_token(const MillmChoice *c, int position)
+{
+	const MillmRequest *r = c->request;
+
+	return position < r->n_prompt ? r->prompt[position] : c->generated[position - r->n_prompt];
 }
 
 /* Hand text to the reader, or keep it. */
 static MillmCode
-emit(MillmRequest *r, const char *text, size_t len, MillmError *err)
+emit(MillmChoice *c, const char *text, size_t len, MillmError *err)
 {
+	MillmRequest *r = c->request;
+
 	if (len == 0)
 		return MILLM_OK;
-	if (r->sink.text)
+	if (r->sink.piece)
 	{
-		r->sink.text(r->sink.arg, text, len);
+		MillmPiece	piece = {.choice = c->index, .text = text, .len = len};
+
+		r->sink.piece(r->sink.arg, &piece);
 		return MILLM_OK;
 	}
-	if (len > MAX_TEXT_BYTES - r->len)
+	if (len > MAX_TEXT_BYTES - r->text_bytes)
 	{
 		millm_fail(err, MILLM_E_INVALID_ARGUMENT, "the text is too long for one answer");
 		millm_detail(err, "It has more than %zu bytes.", MAX_TEXT_BYTES);
 		millm_hint(err, "Ask for fewer tokens, or stream the text.");
 		return MILLM_E_INVALID_ARGUMENT;
 	}
-	if (r->len + len > r->capacity)
+	if (c->len + len > c->capacity)
 	{
-		size_t		capacity = 2 * (r->len + len) + 256;
-		char	   *p = realloc(r->text, capacity);
+		size_t		capacity = 2 * (c->len + len) + 256;
+		char	   *p = realloc(c->text, capacity);
 
 		if (!p)
 			return out_of_memory(err);
-		r->text = p;
-		r->capacity = capacity;
+		c->text = p;
+		c->capacity = capacity;
 	}
-	memcpy(r->text + r->len, text, len);
-	r->len += len;
+	memcpy(c->text + c->len, text, len);
+	c->len += len;
+	r->text_bytes += len;
 	return MILLM_OK;
 }
 
 /* Pass text without U+0000 through the stop sequences. */
 static MillmCode
-show(MillmRequest *r, const char *text, size_t len, MillmError *err)
+show(MillmChoice *c, const char *text, size_t len, MillmError *err)
 {
 	const char *out;
 	size_t		out_len;
 
-	if (len == 0 || r->stopped)
+	if (len == 0 || c->stopped)
 		return MILLM_OK;
-	r->stopped = millm_stop_push(r->stop, text, len, &out, &out_len);
+	c->stopped = millm_stop_push(c->stop, text, len, &out, &out_len);
 	if (!out)
 		return out_of_memory(err);
-	return emit(r, out, out_len, err);
+	return emit(c, out, out_len, err);
 }
 
 static MillmCode
-show_piece(MillmRequest *r, const char *piece, size_t len, MillmError *err)
+show_piece(MillmChoice *c, const char *piece, size_t len, MillmError *err)
 {
 	MillmCode	rc = MILLM_OK;
 
-	while (len > 0 && rc == MILLM_OK && !r->stopped)
+	while (len > 0 && rc == MILLM_OK && !c->stopped)
 	{
 		const char *nul = memchr(piece, '\0', len);
 		size_t		n = nul ? (size_t) (nul - piece) : len;
 
-		rc = show(r, piece, n, err);
+		rc = show(c, piece, n, err);
 		if (rc == MILLM_OK && nul)
-			rc = show(r, "\xEF\xBF\xBD", 3, err);
+			rc = show(c, "\xEF\xBF\xBD", 3, err);
 		n += nul != NULL;
 		piece += n;
 		len -= n;
@@ -172,16 +202,16 @@ show_piece(MillmRequest *r, const char *piece, size_t len, MillmError *err)
 
 /* The last token was chosen: show what was held back, unless a stop sequence ends the text. */
 static MillmCode
-show_rest(MillmRequest *r, MillmError *err)
+show_rest(MillmChoice *c, MillmError *err)
 {
 	size_t		len;
-	const char *piece = millm_detok_flush(r->detok, &len);
-	MillmCode	rc = show_piece(r, piece, len, err);
+	const char *piece = millm_detok_flush(c->detok, &len);
+	MillmCode	rc = show_piece(c, piece, len, err);
 
-	if (rc != MILLM_OK || r->stopped)
+	if (rc != MILLM_OK || c->stopped)
 		return rc;
-	millm_stop_flush(r->stop, &piece, &len);
-	return emit(r, piece, len, err);
+	millm_stop_flush(c->stop, &piece, &len);
+	return emit(c, piece, len, err);
 }
 
 static bool
@@ -194,48 +224,64 @@ is_eos(const MillmConfig *config, int32_t id)
 }
 
 MillmTop
-generation_needs(const MillmRequest *r)
+generation_needs(const MillmChoice *c)
 {
 	/* the first choice, which makes the sampler, reads them all */
-	return r->sampler ? millm_sampler_needs(r->sampler) : (MillmTop) {.k = 0};
+	return c->sampler ? millm_sampler_needs(c->sampler) : (MillmTop) {.k = 0};
+}
+
+/* What a choice has from its first token on: the memory of these is that of the sequences that have run, not of those that wait. */
+static MillmCode
+begin_choice(MillmChoice *c, MillmError *err)
+{
+	const MillmRequest *r = c->request;
+	MillmSampling sampling = r->sampling;
+
+	sampling.choice = c->index;
+	c->detok = millm_detok_create(r->loaded->tokenizer);
+	c->sampler = millm_sampler_create(&sampling, r->loaded->model->config.vocab_size);
+	if (!c->detok || !c->sampler)
+		return out_of_memory(err);
+	millm_sampler_note_prompt(c->sampler, r->prompt, r->n_prompt);
+	return MILLM_OK;
 }
 
 MillmCode
-generation_take(MillmRequest *r, const float *logits, MillmError *err)
+generation_take(MillmChoice *c, const float *logits, MillmError *err)
 {
-	const MillmConfig *config = &r->loaded->model->config;
+	const MillmRequest *r = c->request;
 	int32_t		id;
 	const char *piece;
 	size_t		len;
-	MillmCode	rc;
+	MillmCode	rc = c->sampler ? MILLM_OK : begin_choice(c, err);
 
-	if (!r->sampler)
-	{
-		r->sampler = millm_sampler_create(&r->sampling, config->vocab_size);
-		if (!r->sampler)
-			return out_of_memory(err);
-		millm_sampler_note_prompt(r->sampler, r->tokens, r->n_prompt);
-	}
-	rc = millm_sampler_choose(r->sampler, logits, r->slot.n_tokens, &id, err);
+	if (rc == MILLM_OK)
+		rc = millm_sampler_choose(c->sampler, logits, c->slot.n_tokens, &id, err);
 	if (rc != MILLM_OK)
 		return rc;
-	r->n_completion++;
-	if (is_eos(config, id))
+	c->n_completion++;
+	if (is_eos(&r->loaded->model->config, id))
 	{
-		rc = show_rest(r, err);
-		r->is_finished = r->stopped = true;
+		rc = show_rest(c, err);
+		c->is_finished = c->stopped = true;
 		return rc;
 	}
 
-	millm_sampler_note_generated(r->sampler, id);
-	r->tokens[r->slot.n_tokens++] = id;
-	piece = millm_detok_push(r->detok, id, &len);
-	rc = show_piece(r, piece, len, err);
-	if (rc == MILLM_OK && !r->stopped && r->n_completion == r->max_tokens)
+	millm_sampler_note_generated(c->sampler, id);
+	c->generated[c->slot.n_tokens++ - r->n_prompt] = id;
+	piece = millm_detok_push(c->detok, id, &len);
+	rc = show_piece(c, piece, len, err);
+	if (rc == MILLM_OK && !c->stopped && c->n_completion == r->max_tokens)
 	{
-		r->is_finished = true;
-		rc = show_rest(r, err);
+		c->is_finished = true;
+		rc = show_rest(c, err);
 	}
-	r->is_finished |= r->stopped;
+	c->is_finished |= c->stopped;
 	return rc;
+}
+
+MillmPiece
+generation_last_piece(const MillmChoice *c)
+{
+	return (MillmPiece) {.choice = c->index, .text = c->text ? c->text : "", .len = c->len, .is_last = true, .stopped = c->stopped};
 }

@@ -1,5 +1,5 @@
 /*
- * generation.h -- one request on its way: its tokens, its sampler, and the text that comes of it.
+ * generation.h -- one request on its way: its prompt, and the choices that come of it, each with its tokens, sampler and text.
  *
  * Internal to the engine.  The creating thread fills it, then it belongs to the model thread; only refs and
  * is_canceled are shared.
@@ -13,37 +13,55 @@
 #include "forward.h"
 #include "scheduler.h"
 
-struct MillmRequest
+/* One of a request's n answers: a sequence. */
+typedef struct MillmChoice
 {
-	MillmSlot	slot;			/* n_tokens of tokens[] are known */
-	atomic_int	refs;
-	atomic_bool is_canceled;
-	const MillmLoaded *loaded;	/* a reference */
-	MillmSink	sink;
-	MillmGenerateOptions options;	/* stops are not here but in stop */
-	MillmSampling sampling;
-	MillmRequest *next;			/* in the engine's inbox */
-
-	int32_t    *tokens;			/* [n_prompt + max_tokens]: the prompt and what was generated */
-	int			n_prompt;
-	int			max_tokens;
+	MillmSlot	slot;			/* first: the scheduler's view; n_tokens are known, the prompt's and those generated */
+	MillmRequest *request;
+	int			index;
+	int32_t    *generated;		/* [max_tokens] */
 	int			n_completion;	/* chosen so far, the eos id too */
 	bool		is_finished;	/* eos, a stop sequence, or max_tokens */
 	bool		stopped;		/* by the first two */
 	MillmSequence *seq;			/* its positions in the KV cache; NULL: none */
-	MillmSampler *sampler;		/* NULL until the first choice */
+	MillmSampler *sampler;		/* NULL until its first token; then the detokenizer is there too */
 	MillmDetok *detok;
 	MillmStop  *stop;
 	char	   *text;			/* not streamed: all of it */
 	size_t		len;
 	size_t		capacity;
+} MillmChoice;
+
+struct MillmRequest
+{
+	atomic_int	refs;
+	atomic_bool is_canceled;
+	const MillmLoaded *loaded;	/* a reference */
+	MillmSink	sink;
+	MillmGenerateOptions options;	/* its stops are gone: every choice has a copy */
+	MillmSampling sampling;		/* of choice 0 */
+	MillmRequest *next;			/* in the engine's inbox */
+
+	int32_t    *prompt;			/* [n_prompt] */
+	int			n_prompt;
+	int			max_tokens;		/* of a choice */
+	size_t		text_bytes;		/* of all choices, not streamed */
+	bool		has_failed;		/* one of the choices; why is in failure */
+	MillmError	failure;
+	int			n_left;			/* choices that have not ended */
+	int			n_choices;
+	MillmChoice choices[];		/* [n_choices] */
 };
 
-/* Encode the prompt into tokens and resolve what depends on its length.  Errors of millm_encode(), millm_max_tokens_resolve(). */
+/* Encode the prompt and resolve what depends on its length.  Errors of millm_encode(), millm_max_tokens_resolve(). */
 extern MillmCode generation_begin(MillmRequest *r, const MillmPrompt *prompt, MillmError *err);
+/* The token at a position below slot.n_tokens. */
+extern int32_t generation_token(const MillmChoice *c, int position);
 /* Which logits its next choice needs; valid until generation_take(). */
-extern MillmTop generation_needs(const MillmRequest *r);
-/* Choose the next token from logits [vocab_size] and show what text it completes; may finish the request. */
-extern MillmCode generation_take(MillmRequest *r, const float *logits, MillmError *err);
+extern MillmTop generation_needs(const MillmChoice *c);
+/* Choose the next token from logits [vocab_size] and show what text it completes; may finish the choice. */
+extern MillmCode generation_take(MillmChoice *c, const float *logits, MillmError *err);
+/* Its last piece: all of it unless it was streamed.  Lives as long as the request. */
+extern MillmPiece generation_last_piece(const MillmChoice *c);
 
 #endif

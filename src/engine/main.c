@@ -259,7 +259,8 @@ typedef struct Wait
 	sem_t		done;
 	bool		failed;
 	MillmError	err;
-	MillmResult result;
+	MillmResult result;			/* but for its choices */
+	bool		stopped;
 } Wait;
 
 static void
@@ -281,10 +282,10 @@ on_failed(void *arg, const MillmError *err)
 }
 
 static void
-on_text(void *arg, const char *text, size_t len)
+on_piece(void *arg, const MillmPiece *piece)
 {
 	(void) arg;
-	fwrite(text, 1, len, stdout);
+	fwrite(piece->text, 1, piece->len, stdout);
 	fflush(stdout);
 }
 
@@ -294,6 +295,7 @@ on_done(void *arg, const MillmResult *result)
 	Wait	   *w = arg;
 
 	w->result = *result;
+	w->stopped = result->choices[0].stopped;
 	sem_post(&w->done);
 }
 
@@ -310,7 +312,7 @@ static bool
 generate(MillmEngine *engine, const MillmLoadOptions *load, const MillmGenerateOptions *options, const char *prompt, Wait *w)
 {
 	MillmLoadSink load_sink = {.loaded = on_loaded, .failed = on_failed, .arg = w};
-	MillmSink	sink = {.text = on_text, .done = on_done, .failed = on_failed, .arg = w};
+	MillmSink	sink = {.piece = on_piece, .done = on_done, .failed = on_failed, .arg = w};
 	const MillmLoaded *loaded;
 	MillmRequest *r;
 	MillmCode	rc = millm_engine_load(engine, load, &load_sink, &w->err);
@@ -378,7 +380,7 @@ command_generate(int argc, char **argv)
 		return report(&w.err);
 	if (isatty(STDOUT_FILENO))
 		fprintf(stderr, "\n[%d prompt tokens, %d generated, %s, seed %" PRId64 "]\n", w.result.prompt_tokens,
-				w.result.completion_tokens, w.result.stopped ? "stop" : "length", w.result.seed);
+				w.result.completion_tokens, w.stopped ? "stop" : "length", w.result.seed);
 	return 0;
 }
 

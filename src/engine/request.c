@@ -16,7 +16,7 @@ millm_generate_options_init(MillmGenerateOptions *options)
 {
 	*options = (MillmGenerateOptions) {
 		.max_tokens = -1, .temperature = NAN, .top_k = -1, .top_p = NAN, .min_p = NAN,
-		.repetition_penalty = NAN, .frequency_penalty = NAN, .presence_penalty = NAN,
+		.repetition_penalty = NAN, .frequency_penalty = NAN, .presence_penalty = NAN, .n = 1,
 	};
 }
 
@@ -48,6 +48,8 @@ millm_generate_options_check(const MillmGenerateOptions *o, MillmError *err)
 		return out_of_range(err, "frequency_penalty", o->frequency_penalty, "between -2 and 2");
 	if (!isnan(o->presence_penalty) && !(o->presence_penalty >= -2 && o->presence_penalty <= 2))
 		return out_of_range(err, "presence_penalty", o->presence_penalty, "between -2 and 2");
+	if (o->n < 1 || o->n > MILLM_MAX_CHOICES)
+		return out_of_range(err, "n", (double) o->n, "between 1 and 128");
 	if (o->n_stops > MILLM_MAX_STOPS)
 		return out_of_range(err, "number of stop sequences", o->n_stops, "at most 16");
 	for (int i = 0; i < o->n_stops; i++)

@@ -16,6 +16,7 @@
 #define MILLM_MAX_TEMPERATURE		100.0
 #define MILLM_MIN_TEMPERATURE		1e-5	/* between it and 0 a division would overflow: refused */
 #define MILLM_MAX_TOP_K				MILLM_MAX_VOCAB
+#define MILLM_MAX_CHOICES			128
 
 /* As asked: NAN or -1 where the caller said nothing. */
 typedef struct MillmGenerateOptions
@@ -30,6 +31,7 @@ typedef struct MillmGenerateOptions
 	double		presence_penalty;
 	bool		has_seed;
 	int64_t		seed;
+	int64_t		n;				/* choices: answers to the one prompt; 1 unless asked */
 	const char *stops[MILLM_MAX_STOPS];	/* borrowed */
 	int			n_stops;
 } MillmGenerateOptions;
@@ -42,7 +44,7 @@ extern MillmCode millm_generate_options_check(const MillmGenerateOptions *option
 /*
  * Fill *out: the call, then generation_config.json, then the defaults (do_sample absent or false is greedy; true is
  * temperature 1, top_k 50, top_p 1).  An explicit temperature decides alone whether to sample.  Without a seed a
- * random one of 53 bits is drawn, so that every JSON reader can hold it.
+ * random one of 53 bits is drawn, so that every JSON reader can hold it.  It is the sampling of choice 0.
  */
 extern void millm_sampling_resolve(const MillmGenerateOptions *options, const MillmGenerationConfig *config,
 								   MillmSampling *out);

@@ -16,6 +16,7 @@
 #include <string.h>
 #include <unistd.h>
 
+#include "answer.h"
 #include "engine.h"
 #include "serve.h"
 #include "version.h"
@@ -48,7 +49,7 @@ typedef struct Call
 	bool		add_special;
 	bool		parse_special;	/* of the text; a rendered chat has origins instead */
 	bool		counts;			/* count_tokens: the number, not the ids */
-	bool		streams;		/* generate */
+	MillmAnswerForm form;		/* generate */
 	char	   *name;			/* load, unload: for the log; plan, inspect: the path */
 	MillmLoadOptions load;		/* plan, with the two below */
 	const char *quantization;	/* static, or NULL */
@@ -185,11 +186,13 @@ op_status(EngineServer *server, MillmConn *conn, json_t *request)
 	}
 	millm_engine_status(server->engine, &st);
 	m = st.loaded;
-	millm_conn_result(conn, json_pack("{s:s, s:i, s:s, s:o, s:o, s:o, s:s, s:s, s:o, s:o, s:o, s:o, s:i, s:i, s:o, s:o, s:o, s:o, s:o}",
+	millm_conn_result(conn, json_pack("{s:s, s:i, s:s, s:o, s:o, s:o, s:o, s:s, s:s, s:o, s:o, s:o, s:o, s:i, s:i, s:o, s:o, s:o, s:o, s:o}",
 									  "state", states[st.state],
 									  "pid", (int) getpid(),
 									  "version", MILLM_VERSION,
 									  "kernels", string_or_null(m ? m->kernels : NULL),
+									  "fingerprint", m ? json_sprintf("%s/%s/millm-" MILLM_VERSION "-%s", m->name,
+																	  millm_model_quantization(m->model), m->kernels) : json_null(),
 									  "threads", integer_or_null(m, m ? m->threads : 0),
 									  "deterministic", m ? json_boolean(m->deterministic) : json_null(),
 									  "device", "cpu",
@@ -445,12 +448,36 @@ render(const Call *call, MillmRendering *out, MillmError *err)
 
 /* ---- generate ------------------------------------------------------------------------------ */
 
+/* Send what was written, or why it cannot be sent; free it. */
 static void
-generate_text(void *arg, const char *text, size_t len)
+send_answer(Call *call, WireKind kind, MillmAnswer *answer)
+{
+	MillmError	err;
+
+	if (!answer->has_failed)
+		millm_conn_send_bytes(call->conn, kind, answer->json, answer->n);
+	else
+	{
+		millm_fail(&err, MILLM_E_INVALID_ARGUMENT, "the answer is too large");
+		millm_detail(&err, "At most %u bytes are sent in one piece, if there is memory for them.", WIRE_MAX_REPLY_BYTES);
+		millm_hint(&err, "Ask for fewer tokens, or stream the text.");
+		millm_conn_error(call->conn, &err);
+		millm_engine_cancel(call->server->engine, call->generation);
+	}
+	free(answer->json);
+}
+
+static void
+generate_piece(void *arg, const MillmPiece *piece)
 {
 	Call	   *call = arg;
+	MillmAnswer row = {0};
 
-	millm_conn_send(call->conn, WIRE_TEXT, json_pack("{s:s%}", "text", text, len));
+	/* without choices, the result says what the last piece does */
+	if (piece->is_last && !call->form.has_choices)
+		return;
+	millm_answer_row(&row, &call->form, piece);
+	send_answer(call, WIRE_TEXT, &row);
 }
 
 static bool
@@ -466,13 +493,11 @@ static void
 generate_done(void *arg, const MillmResult *r)
 {
 	Call	   *call = arg;
-	json_t	   *result = json_pack("{s:s, s:{s:i, s:i}, s:I}", "finish_reason", r->stopped ? "stop" : "length",
-								   "usage", "prompt_tokens", r->prompt_tokens, "completion_tokens", r->completion_tokens,
-								   "seed", (json_int_t) r->seed);
+	MillmAnswer answer = {0};
 
-	if (!call->streams)
-		json_object_set_new(result, "text", json_stringn(r->text, r->len));
-	end_with_result(call, result);
+	millm_answer_result(&answer, &call->form, r);
+	send_answer(call, WIRE_RESULT, &answer);
+	free_call(call);
 }
 
 static void
@@ -584,13 +609,20 @@ read_stops(json_t *array, MillmGenerateOptions *o, MillmError *err)
 	return MILLM_OK;
 }
 
+static bool
+is_given(const json_t *request, const char *name)
+{
+	const json_t *value = json_object_get(request, name);
+
+	return value && !json_is_null(value);
+}
+
 static void
 read_options(MillmFields *f, MillmGenerateOptions *o)
 {
 	int64_t		seed = INT64_MIN;
 	int64_t		top_k = o->top_k;
 	int64_t		max_tokens = o->max_tokens;
-	json_t	   *given;
 
 	/* The ranges are request.c's, which words them better; -1 is its "not given", so it is refused here. */
 	millm_field_int(f, "max_tokens", 1, INT32_MAX, &max_tokens);
@@ -602,9 +634,9 @@ read_options(MillmFields *f, MillmGenerateOptions *o)
 	millm_field_double(f, "frequency_penalty", -2, 2, &o->frequency_penalty);
 	millm_field_double(f, "presence_penalty", -2, 2, &o->presence_penalty);
 	millm_field_int(f, "seed", INT64_MIN, INT64_MAX, &seed);
-	given = json_object_get(f->object, "seed");
-	o->has_seed = given && !json_is_null(given);
+	o->has_seed = is_given(f->object, "seed");
 	o->seed = seed;
+	millm_field_int(f, "n", 1, MILLM_MAX_CHOICES, &o->n);
 	o->top_k = top_k;
 	o->max_tokens = max_tokens;
 }
@@ -649,10 +681,10 @@ op_generate(EngineServer *server, MillmConn *conn, json_t *request)
 	call = new_call(server, conn);
 	if (!call)
 		return;
-	call->streams = stream;
+	call->form = (MillmAnswerForm) {.streams = stream, .has_choices = is_given(request, "n")};
 	call->parse_special = parse_special;
 	sink.arg = call;
-	sink.text = stream ? generate_text : NULL;
+	sink.piece = stream ? generate_piece : NULL;
 
 	if (!prompt == !chat.messages)
 		millm_fail(&err, MILLM_E_INVALID_ARGUMENT, "one of the fields \"prompt\" and \"messages\" must be there");

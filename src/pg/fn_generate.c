@@ -1,7 +1,7 @@
 /*
- * fn_generate.c -- text from the loaded model: generate() and chat() whole, generate_stream() and chat_stream() piece by piece.
+ * fn_generate.c -- text from the loaded model: generate(), chat() and complete() whole, their streams piece by piece.
  *
- * All are VOLATILE and not STRICT.  chat()'s values are the engine's replies, which are JSON already.  Whatever ends the query ends the generation inside the engine, because it closes
+ * All are VOLATILE and not STRICT.  chat()'s and complete()'s values are the engine's replies, which are JSON already.  Whatever ends the query ends the generation inside the engine, because it closes
  * the connection (client.h).  The stream is a value-per-call function: in a SELECT list each row leaves for the client before
  * we wait for the next.
  */
@@ -18,6 +18,7 @@
 #include "utils/fmgrprotos.h"
 #include "utils/jsonb.h"
 #include "utils/memutils.h"
+#include "utils/numeric.h"
 
 #include "client.h"
 #include "json.h"
@@ -28,22 +29,36 @@ PG_FUNCTION_INFO_V1(millm_generate_stream);
 PG_FUNCTION_INFO_V1(millm_chat);
 PG_FUNCTION_INFO_V1(millm_chat_text);
 PG_FUNCTION_INFO_V1(millm_chat_stream);
+PG_FUNCTION_INFO_V1(millm_complete);
+PG_FUNCTION_INFO_V1(millm_complete_stream);
 PG_FUNCTION_INFO_V1(millm_apply_chat_template);
+
+/* Arguments that several functions have in a row, counted from the first of them. */
+enum
+{
+	OPT_MAX_TOKENS, OPT_TEMPERATURE, OPT_TOP_P, OPT_TOP_K, OPT_MIN_P, OPT_REPETITION_PENALTY, OPT_FREQUENCY_PENALTY, OPT_PRESENCE_PENALTY,
+	OPT_SEED, OPT_STOP, OPT_MODEL, N_OPTIONS
+};
 
 /* The arguments of generate and generate_stream, in the order of the SQL script. */
 enum
 {
-	ARG_PROMPT, ARG_SYSTEM, ARG_RAW, ARG_MAX_TOKENS, ARG_TEMPERATURE, ARG_TOP_P, ARG_TOP_K, ARG_MIN_P, ARG_REPETITION_PENALTY,
-	ARG_FREQUENCY_PENALTY, ARG_PRESENCE_PENALTY, ARG_SEED, ARG_STOP, ARG_MODEL, ARG_PARSE_SPECIAL
+	ARG_PROMPT, ARG_SYSTEM, ARG_RAW, ARG_OPTIONS, ARG_PARSE_SPECIAL = ARG_OPTIONS + N_OPTIONS
 };
 
-/* Those of chat and chat_stream: from max_tokens to model they are the same.  Of chat(text), messages is the prompt. */
+/* Those of chat and chat_stream.  Of chat(text), messages is the prompt. */
 enum
 {
-	ARG_MESSAGES, ARG_TOOLS, ARG_TEMPLATE_KWARGS, ARG_DOCUMENTS = ARG_MODEL + 1, ARG_CHAT_TEMPLATE
+	ARG_MESSAGES, ARG_TOOLS, ARG_TEMPLATE_KWARGS, ARG_CHAT_OPTIONS, ARG_DOCUMENTS = ARG_CHAT_OPTIONS + N_OPTIONS, ARG_CHAT_TEMPLATE, ARG_CHAT_N
 };
 
-/* And those of apply_chat_template: the same up to template_kwargs. */
+/* Of complete and complete_stream; the prompt as of generate. */
+enum
+{
+	ARG_COMPLETE_OPTIONS = 1, ARG_COMPLETE_PARSE_SPECIAL = ARG_COMPLETE_OPTIONS + N_OPTIONS, ARG_COMPLETE_N
+};
+
+/* And those of apply_chat_template: as of chat up to template_kwargs. */
 enum
 {
 	ARG_ADD_GENERATION_PROMPT = ARG_TEMPLATE_KWARGS + 1, ARG_APPLY_DOCUMENTS, ARG_APPLY_CHAT_TEMPLATE, ARG_APPLY_MODEL
@@ -52,19 +67,19 @@ enum
 /* The numeric options; NULL leaves the choice to the engine, which also knows each range. */
 static const struct
 {
-	int			arg;
+	int			option;
 	const char *name;
 	Oid			type;
 }			numbers[] = {
-	{ARG_MAX_TOKENS, "max_tokens", INT4OID},
-	{ARG_TEMPERATURE, "temperature", FLOAT8OID},
-	{ARG_TOP_P, "top_p", FLOAT8OID},
-	{ARG_TOP_K, "top_k", INT4OID},
-	{ARG_MIN_P, "min_p", FLOAT8OID},
-	{ARG_REPETITION_PENALTY, "repetition_penalty", FLOAT8OID},
-	{ARG_FREQUENCY_PENALTY, "frequency_penalty", FLOAT8OID},
-	{ARG_PRESENCE_PENALTY, "presence_penalty", FLOAT8OID},
-	{ARG_SEED, "seed", INT8OID},
+	{OPT_MAX_TOKENS, "max_tokens", INT4OID},
+	{OPT_TEMPERATURE, "temperature", FLOAT8OID},
+	{OPT_TOP_P, "top_p", FLOAT8OID},
+	{OPT_TOP_K, "top_k", INT4OID},
+	{OPT_MIN_P, "min_p", FLOAT8OID},
+	{OPT_REPETITION_PENALTY, "repetition_penalty", FLOAT8OID},
+	{OPT_FREQUENCY_PENALTY, "frequency_penalty", FLOAT8OID},
+	{OPT_PRESENCE_PENALTY, "presence_penalty", FLOAT8OID},
+	{OPT_SEED, "seed", INT8OID},
 };
 
 static void
@@ -150,22 +165,73 @@ loaded_uuid(const text *wanted)
 	return NULL;
 }
 
-/* The options that generate and chat have in common, and the end of the REQUEST. */
+/* The options that all have, in arguments from first on. */
 static void
-append_options(StringInfo request, FunctionCallInfo fcinfo, bool stream)
+append_options(StringInfo request, FunctionCallInfo fcinfo, int first, bool stream)
 {
 	appendStringInfo(request, ",\"stream\":%s", stream ? "true" : "false");
 	for (int i = 0; i < (int) lengthof(numbers); i++)
-		if (!PG_ARGISNULL(numbers[i].arg))
-			append_number(request, numbers[i].name, numbers[i].type, PG_GETARG_DATUM(numbers[i].arg));
-	if (!PG_ARGISNULL(ARG_STOP))
-		append_stop(request, PG_GETARG_ARRAYTYPE_P(ARG_STOP));
-	if (!PG_ARGISNULL(ARG_MODEL))
-		appendStringInfo(request, ",\"model_uuid\":\"%s\"", loaded_uuid(PG_GETARG_TEXT_PP(ARG_MODEL)));
+		if (!PG_ARGISNULL(first + numbers[i].option))
+			append_number(request, numbers[i].name, numbers[i].type, PG_GETARG_DATUM(first + numbers[i].option));
+	if (!PG_ARGISNULL(first + OPT_STOP))
+		append_stop(request, PG_GETARG_ARRAYTYPE_P(first + OPT_STOP));
+	if (!PG_ARGISNULL(first + OPT_MODEL))
+		appendStringInfo(request, ",\"model_uuid\":\"%s\"", loaded_uuid(PG_GETARG_TEXT_PP(first + OPT_MODEL)));
+}
+
+static void
+append_bool(StringInfo request, FunctionCallInfo fcinfo, const char *name, int arg)
+{
+	if (!PG_ARGISNULL(arg))
+		appendStringInfo(request, ",\"%s\":%s", name, PG_GETARG_BOOL(arg) ? "true" : "false");
+}
+
+/* An object of token ids and numbers, which the engine checks; what is no number in its JSON, or too large for it, is refused here. */
+static void
+append_logit_bias(StringInfo request, Jsonb *bias)
+{
+	JsonbIterator *it = JsonbIteratorInit(&bias->root);
+	JsonbIteratorToken token;
+	JsonbValue	v;
+	bool		is_first = true;
+
+	if (!JB_ROOT_IS_OBJECT(bias))
+		refuse(MILLM_E_INVALID_ARGUMENT, "logit_bias must be an object", "Write {\"token id\": bias, ...}.");
+	appendStringInfoString(request, ",\"logit_bias\":{");
+	while ((token = JsonbIteratorNext(&it, &v, true)) != WJB_DONE)
+		if (token == WJB_KEY)
+		{
+			if (!is_first)
+				appendStringInfoChar(request, ',');
+			is_first = false;
+			millm_json_append_string(request, v.val.string.val, v.val.string.len);
+		}
+		else if (token == WJB_VALUE)
+		{
+			double		number = v.type == jbvNumeric ?
+				DatumGetFloat8(DirectFunctionCall1(numeric_float8_no_overflow, NumericGetDatum(v.val.numeric))) : NAN;
+
+			if (!isfinite(number))
+				refuse(MILLM_E_INVALID_ARGUMENT, "logit_bias must have numbers only", "Write {\"token id\": bias, ...}.");
+			appendStringInfo(request, ":%.17g", number);
+		}
 	appendStringInfoChar(request, '}');
 }
 
-/* The REQUEST of a call whose prompt is not NULL. */
+/* Those that chat and complete have besides: n, logprobs, top_logprobs and logit_bias, in arguments from first on. */
+static void
+append_choices(StringInfo request, FunctionCallInfo fcinfo, int first)
+{
+	if (!PG_ARGISNULL(first))
+		append_number(request, "n", INT4OID, PG_GETARG_DATUM(first));
+	append_bool(request, fcinfo, "logprobs", first + 1);
+	if (!PG_ARGISNULL(first + 2))
+		append_number(request, "top_logprobs", INT4OID, PG_GETARG_DATUM(first + 2));
+	if (!PG_ARGISNULL(first + 3))
+		append_logit_bias(request, PG_GETARG_JSONB_P(first + 3));
+}
+
+/* The REQUEST of a call whose first argument is not NULL. */
 static char *
 generate_request(FunctionCallInfo fcinfo, bool stream)
 {
@@ -183,9 +249,24 @@ generate_request(FunctionCallInfo fcinfo, bool stream)
 		millm_append_text(&request, PG_GETARG_TEXT_PP(ARG_SYSTEM));
 	}
 	appendStringInfo(&request, ",\"raw\":%s", raw ? "true" : "false");
-	if (!PG_ARGISNULL(ARG_PARSE_SPECIAL))
-		appendStringInfo(&request, ",\"parse_special\":%s", PG_GETARG_BOOL(ARG_PARSE_SPECIAL) ? "true" : "false");
-	append_options(&request, fcinfo, stream);
+	append_bool(&request, fcinfo, "parse_special", ARG_PARSE_SPECIAL);
+	append_options(&request, fcinfo, ARG_OPTIONS, stream);
+	appendStringInfoChar(&request, '}');
+	return request.data;
+}
+
+static char *
+complete_request(FunctionCallInfo fcinfo, bool stream)
+{
+	StringInfoData request;
+
+	initStringInfo(&request);
+	appendStringInfoString(&request, "{\"op\":\"generate\",\"raw\":true,\"prompt\":");
+	millm_append_text(&request, PG_GETARG_TEXT_PP(ARG_PROMPT));
+	append_bool(&request, fcinfo, "parse_special", ARG_COMPLETE_PARSE_SPECIAL);
+	append_options(&request, fcinfo, ARG_COMPLETE_OPTIONS, stream);
+	append_choices(&request, fcinfo, ARG_COMPLETE_N);
+	appendStringInfoChar(&request, '}');
 	return request.data;
 }
 
@@ -263,14 +344,28 @@ append_conversation(StringInfo request, FunctionCallInfo fcinfo, const char *op,
 }
 
 static char *
-chat_request(FunctionCallInfo fcinfo, bool is_prompt, bool stream)
+conversation_request(FunctionCallInfo fcinfo, bool is_prompt, bool stream)
 {
 	StringInfoData request;
 
 	initStringInfo(&request);
 	append_conversation(&request, fcinfo, "generate", is_prompt, ARG_DOCUMENTS, ARG_CHAT_TEMPLATE);
-	append_options(&request, fcinfo, stream);
+	append_options(&request, fcinfo, ARG_CHAT_OPTIONS, stream);
+	append_choices(&request, fcinfo, ARG_CHAT_N);
+	appendStringInfoChar(&request, '}');
 	return request.data;
+}
+
+static char *
+chat_request(FunctionCallInfo fcinfo, bool stream)
+{
+	return conversation_request(fcinfo, false, stream);
+}
+
+static char *
+chat_text_request(FunctionCallInfo fcinfo, bool stream)
+{
+	return conversation_request(fcinfo, true, stream);
 }
 
 /* A whole reply as jsonb, in the database's encoding. */
@@ -280,45 +375,63 @@ reply_jsonb(StringInfo reply)
 	return DirectFunctionCall1(jsonb_in, CStringGetDatum(pg_any_to_server(reply->data, reply->len, PG_UTF8)));
 }
 
+/* What makes a function's REQUEST of its arguments, the first of which is not NULL. */
+typedef char *(*RequestFn) (FunctionCallInfo fcinfo, bool stream);
+
+/* The whole reply; false, and no call, when the first argument is NULL. */
+static bool
+call_engine(FunctionCallInfo fcinfo, RequestFn request, StringInfo reply)
+{
+	millm_check_ready();
+	if (PG_ARGISNULL(0))
+		return false;
+	initStringInfo(reply);
+	millm_client_call(MILLM_ENGINE, request(fcinfo, false), reply, -1);
+	return true;
+}
+
 /* millm.generate(prompt, system, raw, ...) RETURNS text; a NULL prompt gives NULL without a call. */
 Datum
 millm_generate(PG_FUNCTION_ARGS)
 {
 	StringInfoData reply;
 
-	millm_check_ready();
-	if (PG_ARGISNULL(ARG_PROMPT))
+	if (!call_engine(fcinfo, generate_request, &reply))
 		PG_RETURN_NULL();
-	initStringInfo(&reply);
-	millm_client_call(MILLM_ENGINE, generate_request(fcinfo, false), &reply, -1);
 	PG_RETURN_TEXT_P(millm_reply_text(&reply, "text"));
-}
-
-static Datum
-chat(FunctionCallInfo fcinfo, bool is_prompt)
-{
-	StringInfoData reply;
-
-	millm_check_ready();
-	if (PG_ARGISNULL(ARG_MESSAGES))
-		PG_RETURN_NULL();
-	initStringInfo(&reply);
-	millm_client_call(MILLM_ENGINE, chat_request(fcinfo, is_prompt, false), &reply, -1);
-	return reply_jsonb(&reply);
 }
 
 /* millm.chat(messages jsonb, tools, ...) RETURNS jsonb; NULL messages give NULL without a call. */
 Datum
 millm_chat(PG_FUNCTION_ARGS)
 {
-	return chat(fcinfo, false);
+	StringInfoData reply;
+
+	if (!call_engine(fcinfo, chat_request, &reply))
+		PG_RETURN_NULL();
+	return reply_jsonb(&reply);
 }
 
 /* millm.chat(prompt text, tools, ...) RETURNS jsonb: the same of one user's message. */
 Datum
 millm_chat_text(PG_FUNCTION_ARGS)
 {
-	return chat(fcinfo, true);
+	StringInfoData reply;
+
+	if (!call_engine(fcinfo, chat_text_request, &reply))
+		PG_RETURN_NULL();
+	return reply_jsonb(&reply);
+}
+
+/* millm.complete(prompt, ...) RETURNS jsonb: what goes on from a raw prompt; a NULL prompt gives NULL without a call. */
+Datum
+millm_complete(PG_FUNCTION_ARGS)
+{
+	StringInfoData reply;
+
+	if (!call_engine(fcinfo, complete_request, &reply))
+		PG_RETURN_NULL();
+	return reply_jsonb(&reply);
 }
 
 /* millm.apply_chat_template(messages, tools, ...) RETURNS text: what chat() would have the model continue. */
@@ -342,14 +455,14 @@ millm_apply_chat_template(PG_FUNCTION_ARGS)
 }
 
 /*
- * millm.generate_stream(as generate) RETURNS SETOF text, millm.chat_stream(as chat) RETURNS SETOF jsonb: a row for each piece, of
- * the latter also one for the end.  No rows for a NULL prompt.
+ * millm.generate_stream(as generate) RETURNS SETOF text, chat_stream(as chat) and complete_stream(as complete) RETURNS SETOF jsonb: a
+ * row for each piece, of the latter also one for the end.  No rows for a NULL prompt.
  *
  * The connection lives in the call's multi-call context, which dies with the executor node (LIMIT, a closed cursor) and with
  * the (sub)transaction (error, ROLLBACK TO).
  */
 static Datum
-stream(FunctionCallInfo fcinfo, bool is_chat)
+stream(FunctionCallInfo fcinfo, RequestFn request, bool is_jsonb)
 {
 	FuncCallContext *call;
 	MillmClient *client;
@@ -361,8 +474,8 @@ stream(FunctionCallInfo fcinfo, bool is_chat)
 		millm_check_ready();
 		call = SRF_FIRSTCALL_INIT();
 		old = MemoryContextSwitchTo(call->multi_call_memory_ctx);
-		if (!PG_ARGISNULL(ARG_PROMPT))
-			call->user_fctx = millm_client_open(MILLM_ENGINE, is_chat ? chat_request(fcinfo, false, true) : generate_request(fcinfo, true), -1);
+		if (!PG_ARGISNULL(0))
+			call->user_fctx = millm_client_open(MILLM_ENGINE, request(fcinfo, true), -1);
 		MemoryContextSwitchTo(old);
 	}
 	call = SRF_PERCALL_SETUP();
@@ -376,12 +489,12 @@ stream(FunctionCallInfo fcinfo, bool is_chat)
 		millm_client_flush_rows(client);
 		kind = millm_client_receive(client, &piece, -1);
 		if (kind == WIRE_TEXT)
-			SRF_RETURN_NEXT(call, is_chat ? reply_jsonb(&piece) : PointerGetDatum(millm_reply_text(&piece, "text")));
+			SRF_RETURN_NEXT(call, is_jsonb ? reply_jsonb(&piece) : PointerGetDatum(millm_reply_text(&piece, "text")));
 		millm_client_close(client);
 		if (kind != WIRE_RESULT)
 			millm_reply_invalid("text");
 		call->user_fctx = NULL;
-		if (is_chat)
+		if (is_jsonb)
 			SRF_RETURN_NEXT(call, reply_jsonb(&piece));
 	}
 	SRF_RETURN_DONE(call);
@@ -390,11 +503,17 @@ stream(FunctionCallInfo fcinfo, bool is_chat)
 Datum
 millm_generate_stream(PG_FUNCTION_ARGS)
 {
-	return stream(fcinfo, false);
+	return stream(fcinfo, generate_request, false);
 }
 
 Datum
 millm_chat_stream(PG_FUNCTION_ARGS)
 {
-	return stream(fcinfo, true);
+	return stream(fcinfo, chat_request, true);
+}
+
+Datum
+millm_complete_stream(PG_FUNCTION_ARGS)
+{
+	return stream(fcinfo, complete_request, true);
 }

@@ -102,7 +102,7 @@ put_int(Row row, int column, MillmJson object, const char *field)
 enum
 {
 	ENGINE_PID, ENGINE_STATE, ENGINE_VERSION, RESTARTS, LAST_EXIT, MODEL_ID, MODEL, DEVICE, DEVICE_REASON, KERNELS, DETERMINISTIC,
-	CONTEXT_LENGTH, RUNNING, WAITING, HUB_PID, HUB_STATE, CIRCUIT_BREAKER, STATUS_COLUMNS
+	CONTEXT_LENGTH, RUNNING, WAITING, HUB_PID, HUB_STATE, CIRCUIT_BREAKER, FINGERPRINT, STATUS_COLUMNS
 };
 
 /* millm.status() RETURNS record: helpers as the supervisor sees them, the engine's figures as it gives them itself. */
@@ -152,6 +152,7 @@ millm_status(PG_FUNCTION_ARGS)
 	put_int(row, CONTEXT_LENGTH, object, "context_length");
 	put_int(row, RUNNING, object, "running");
 	put_int(row, WAITING, object, "waiting");
+	put_text(row, FINGERPRINT, millm_json_get_string(object, "fingerprint"));
 	put_pid(row, HUB_PID, hub.pid);
 	put_text(row, HUB_STATE, state_name(hub.state));
 	resetStringInfo(&reply);

@@ -143,6 +143,75 @@ def test_eos_ends(model, tmp_path):
     assert e.stop() == 0
 
 
+def rows_by_choice(rows, n):
+    """What the rows of a stream with choices say of each: its text, and how it ended, which is its last row."""
+    texts, ends = [""] * n, [None] * n
+    for row in rows:
+        assert ends[row["index"]] is None, "a row after the end"
+        texts[row["index"]] += row.get("text", "")
+        ends[row["index"]] = row.get("finish_reason")
+    return [(text, end) for text, end in zip(texts, ends)]
+
+
+def test_choices(engine):
+    for seed in range(3):
+        one = generate(engine, max_tokens=20, temperature=1, seed=seed)
+        several = generate(engine, max_tokens=20, temperature=1, seed=seed, n=5)
+        assert set(several) == {"choices", "usage", "seed"} and several["seed"] == seed
+        assert [c["index"] for c in several["choices"]] == list(range(5))
+        texts = [c["text"] for c in several["choices"]]
+        assert texts[0] == one["text"] and len(set(texts)) == 5
+        assert several["usage"] == {"prompt_tokens": one["usage"]["prompt_tokens"], "completion_tokens": 100}
+        single = generate(engine, max_tokens=20, temperature=1, seed=seed, n=1)
+        assert single["choices"] == several["choices"][:1] and single["usage"] == one["usage"]
+        with engine.open("generate", prompt=PROMPT, max_tokens=20, temperature=1, seed=seed, n=5, stream=True) as c:
+            assert c.result() == {"usage": several["usage"], "seed": seed}
+        assert rows_by_choice([row for _, row in c.before], 5) == [(text, "length") for text in texts]
+    greedy = generate(engine, max_tokens=8, temperature=0)["text"]
+    assert [c["text"] for c in generate(engine, max_tokens=8, temperature=0, n=4)["choices"]] == [greedy] * 4
+    all_free(engine)
+
+
+def test_choices_end_on_their_own(engine):
+    """A stop sequence that some choices meet and others do not."""
+    texts = [c["text"] for c in generate(engine, max_tokens=30, temperature=1, seed=1, n=4)["choices"]]
+    stop = next(texts[2][i:i + 4] for i in range(8, 30) if all(texts[2][i:i + 4] not in text for text in texts[:2]))
+    got = generate(engine, max_tokens=30, temperature=1, seed=1, n=4, stop=[stop])
+    for choice, text in zip(got["choices"], texts):
+        assert choice["text"] == text.split(stop)[0]
+        assert choice["finish_reason"] == ("stop" if stop in text else "length")
+    assert 60 <= got["usage"]["completion_tokens"] < 120
+    with engine.open("generate", prompt=PROMPT, max_tokens=30, temperature=1, seed=1, n=4, stop=[stop], stream=True) as c:
+        assert c.result()["usage"] == got["usage"]
+    assert rows_by_choice([row for _, row in c.before], 4) == [(choice["text"], choice["finish_reason"]) for choice in got["choices"]]
+
+
+def test_choices_take_places(model):
+    """Of two that run and six that wait: choices wait as requests do, and are counted so; the end of one is the end of all."""
+    e = Engine()
+    e.call("load", path=str(model), max_sequences=2, max_queue=6)
+    texts = [c["text"] for c in generate(e, max_tokens=12, temperature=1, seed=1, n=8)["choices"]]
+    assert len(set(texts)) == 8 and texts[0] == generate(e, max_tokens=12, temperature=1, seed=1)["text"]
+    assert texts[:3] == [c["text"] for c in generate(e, max_tokens=12, temperature=1, seed=1, n=3)["choices"]]
+    error = refused("INVALID_ARGUMENT", e, "generate", prompt=PROMPT, n=9)
+    assert "n is out of range" in error.message and "9" in error.detail and "max_queue" in error.hint
+    all_free(e)
+    for stream in (False, True):
+        c = e.open("generate", prompt=PROMPT, max_tokens=5000, temperature=1, n=7, stream=stream)
+        deadline = time.monotonic() + SOON
+        while (s := e.call("status"))["running"] < 2:
+            assert time.monotonic() < deadline
+        assert s["waiting"] == 5
+        error = refused("SERVER_BUSY", e, "generate", prompt=PROMPT, n=2)
+        assert "2 sequences are running and 5 are waiting, of at most 2 and 6; the request has 2" in error.detail
+        c.close()
+        all_free(e)
+    refused("CONTEXT_LENGTH_EXCEEDED", e, "generate", prompt=PROMPT, n=8, max_tokens=1 << 20)
+    all_free(e)
+    assert len(generate(e, max_tokens=2, n=8)["choices"]) == 8
+    assert e.stop() == 0
+
+
 def test_close_frees_pages(engine):
     """In the prefill and in decode: the pages come back long before the generation would have ended by itself."""
     request = {"prompt": "x " * 200, "max_tokens": 1200, "temperature": 1}
@@ -209,6 +278,7 @@ def test_tokenize_while_generating(engine):
     ({"max_tokens": -1}, "max_tokens"), ({"max_tokens": 1 << 40}, "max_tokens"), ({"repetition_penalty": 0}, "repetition_penalty"),
     ({"frequency_penalty": 3}, "frequency_penalty"), ({"presence_penalty": -3}, "presence_penalty"), ({"seed": 1.5}, "seed"),
     ({"stop": [""]}, "stop"), ({"stop": ["a"] * 17}, "stop"), ({"stop": "a"}, "stop"), ({"stop": [5]}, "stop"),
+    ({"n": 0}, "n"), ({"n": 129}, "n"), ({"n": 1.5}, "n"), ({"n": "2"}, "n"),
     ({"stop": ["x" * 1025]}, "stop"), ({"stream": 1}, "stream"), ({"raw": "yes"}, "raw"), ({"tempreature": 1}, "tempreature"),
 ])
 def test_named_refusals(engine, fields, word):
@@ -313,6 +383,8 @@ def test_preempted_sequences_say_the_same(model):
     one = loaded["kv_bytes"] // 16
     prompts = [f"{i} {i * 7}" for i in range(8)]
     alone = [generate(e, prompt=p, max_tokens=40, temperature=1, seed=i)["text"] for i, p in enumerate(prompts)]
+    choices = [c["text"] for c in generate(e, prompt=prompts[0], max_tokens=40, temperature=1, seed=0, n=8)["choices"]]
+    assert choices[0] == alone[0]
     e.call("unload")
     small = e.call("load", path=str(model), context_length=CONTEXT, kv_cache_bytes=one)
     assert small["kv_bytes"] <= one
@@ -320,6 +392,9 @@ def test_preempted_sequences_say_the_same(model):
     for c, text in zip(open_ones, alone):
         c.result()
         assert "".join(p["text"] for _, p in c.before) == text
+    all_free(e)
+    together = e.open("generate", prompt=prompts[0], max_tokens=40, temperature=1, seed=0, n=8)
+    assert [c["text"] for c in together.result()["choices"]] == choices
     all_free(e)
     refused("INVALID_ARGUMENT", e, "load", path=str(model), kv_cache_bytes="all")
     e.call("unload")
