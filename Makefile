@@ -19,7 +19,7 @@ help:
 	@echo "make playground        a private server with the extension and a test hub; playground-stop ends it"
 	@echo "make setup             only install the packages that building and testing need"
 	@echo
-	@echo "make                   build the extension, millm-engine and millm-hub"
+	@echo "make                   build the extension, millm-engine, millm-hub and millm-bridge"
 	@echo "make install           install them into the PostgreSQL of pg_config"
 	@echo "make unit              build and run the unit tests     SAN=address,undefined or SAN=thread"
 	@echo "make fuzz              run each fuzz target             FUZZ_SECONDS=20"
@@ -68,7 +68,8 @@ ENGINE_LIBS   = $(shell pkg-config --libs $(DEPS_PKG)) -lpthread -ldl -lm
 SAN_FLAGS     = $(if $(SAN),-fsanitize=$(SAN) -fno-sanitize-recover=all)
 ROOM_SOURCES  = $(filter-out %/main.c,$(wildcard $(ENGINE_ROOMS:%=src/%/*.c)))
 LIB           = $(BUILD)/libmillm.a
-PROGRAMS      = $(BUILD)/millm-engine $(BUILD)/millm-hub
+BRIDGE        = $(BUILD)/millm-bridge
+PROGRAMS      = $(BUILD)/millm-engine $(BUILD)/millm-hub $(BRIDGE)
 
 # Instruction sets belong to single files; nothing that others link may be compiled with them.
 $(BUILD)/src/kernel/avx2.o $(BUILD)/src/kernel/avx2_quant.o: ISA = -mavx2 -mfma -mf16c
@@ -93,15 +94,25 @@ $(BUILD)/millm-%: $(BUILD)/src/%/main.o $(LIB)
 	@echo "  LD  $@"
 	$(Q)$(CC) $(ENGINE_CFLAGS) -o $@ $^ $(ENGINE_LIBS)
 
+# The bridge: its own room and base, libpq instead of everything else
+BRIDGE_PKG    = libevent_core jansson libcrypto
+BRIDGE_OBJS   = $(patsubst src/%.c,$(BUILD)/src/%.o,$(wildcard src/bridge/*.c src/base/*.c))
+$(BUILD)/src/bridge/%.o: ENGINE_CFLAGS := $(filter-out -Isrc/%,$(ENGINE_CFLAGS)) -Isrc/bridge -Isrc/base -I$(shell $(PG_CONFIG) --includedir)
+$(BRIDGE): $(BRIDGE_OBJS)
+	@echo "  LD  $@"
+	$(Q)$(CC) $(ENGINE_CFLAGS) -o $@ $^ -L$(shell $(PG_CONFIG) --libdir) -lpq $(shell pkg-config --libs $(BRIDGE_PKG)) -lpthread
+
 # --- Install: PGXS installs the module, we install what it starts -------------------------------
 HELPER_DIR = $(DESTDIR)$(pkglibdir)/millm/$(MILLM_VERSION)
 install: install-helpers
 install-helpers: $(PROGRAMS)
 	$(MKDIR_P) '$(HELPER_DIR)'
 	$(INSTALL_PROGRAM) $(PROGRAMS) '$(HELPER_DIR)/'
+	$(MKDIR_P) '$(DESTDIR)$(bindir)'
+	$(INSTALL_PROGRAM) $(BRIDGE) '$(DESTDIR)$(bindir)/'
 uninstall: uninstall-helpers
 uninstall-helpers:
-	rm -rf '$(HELPER_DIR)'
+	rm -rf '$(HELPER_DIR)' '$(DESTDIR)$(bindir)/millm-bridge'
 
 # --- Tests in C ---------------------------------------------------------------------------------
 UNIT_TESTS = $(patsubst test/unit/%.c,$(BUILD)/test/%,$(wildcard test/unit/test_*.c))

@@ -1,0 +1,72 @@
+/*
+ * routes.c -- the table of routes.
+ */
+#include "routes.h"
+
+#include <stdio.h>
+#include <string.h>
+
+#include "metrics.h"
+#include "openai.h"
+#include "probes.h"
+
+const Route routes[] = {
+	{"GET", "/health", probe_health, ROUTE_OPEN},
+	{"GET", "/ready", probe_ready, ROUTE_OPEN},
+	{"GET", "/metrics", metrics_handle, ROUTE_OPEN},
+	{"GET", "/v1/models", openai_models, 0},
+	{"GET", "/v1/models/{id*}", openai_model, 0},
+	{"POST", "/v1/chat/completions", openai_chat, 0},
+	{"POST", "/v1/completions", openai_complete, 0},
+};
+
+const int	n_routes = sizeof(routes) / sizeof(routes[0]);
+
+/* Does path fit pattern?  *param borrows path. */
+static bool
+fits(const char *pattern, const char *path, const char **param, size_t *param_len)
+{
+	*param = NULL;
+	*param_len = 0;
+	while (*pattern)
+	{
+		if (*pattern == '{')
+		{
+			const char *end = strchr(pattern, '}') + 1;
+
+			*param = path;
+			*param_len = end[-2] == '*' ? strlen(path) : strcspn(path, "/");
+			if (*param_len == 0)
+				return false;
+			path += *param_len;
+			pattern = end;
+		}
+		else if (*pattern++ != *path++)
+			return false;
+	}
+	return *path == '\0';
+}
+
+const Route *
+route_find(const char *method, const char *path, const char **param, size_t *param_len, char *allowed, size_t size)
+{
+	const bool	is_head = strcmp(method, "HEAD") == 0;
+	size_t		n = 0;
+
+	allowed[0] = '\0';
+	for (int i = 0; i < n_routes; i++)
+	{
+		const Route *route = &routes[i];
+		const bool	has_head = strcmp(route->method, "GET") == 0 && !(route->flags & ROUTE_STREAM);
+
+		if (!fits(route->pattern, path, param, param_len))
+			continue;
+		if (strcmp(method, route->method) == 0 || (is_head && has_head))
+			return route;
+		n += (size_t) snprintf(allowed + n, size - n, "%s%s%s", n ? ", " : "", route->method, has_head ? ", HEAD" : "");
+		if (n >= size)
+			n = size - 1;
+	}
+	*param = NULL;
+	return NULL;
+}
