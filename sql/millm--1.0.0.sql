@@ -333,6 +333,13 @@ LANGUAGE C STABLE PARALLEL RESTRICTED COST 10000;
 COMMENT ON FUNCTION millm.apply_chat_template(jsonb, json, jsonb, boolean, json, text, text) IS
 	'A conversation as the loaded model''s chat template writes it';
 
+CREATE FUNCTION millm.embed(text text, model text DEFAULT NULL) RETURNS real[]
+AS 'MODULE_PATHNAME', 'millm_embed' LANGUAGE C STABLE PARALLEL RESTRICTED COST 10000;
+CREATE FUNCTION millm.embed(texts text[], model text DEFAULT NULL) RETURNS SETOF real[]
+AS 'MODULE_PATHNAME', 'millm_embed_array' LANGUAGE C STABLE PARALLEL RESTRICTED COST 10000;
+COMMENT ON FUNCTION millm.embed(text, text) IS 'The loaded model''s embedding of a text';
+COMMENT ON FUNCTION millm.embed(text[], text) IS 'The loaded model''s embeddings of texts, a row for each';
+
 CREATE FUNCTION millm.tokenize(text text, add_special boolean DEFAULT true, parse_special boolean DEFAULT true) RETURNS integer[]
 AS 'MODULE_PATHNAME', 'millm_tokenize' LANGUAGE C STABLE STRICT PARALLEL RESTRICTED COST 10000;
 COMMENT ON FUNCTION millm.tokenize(text, boolean, boolean) IS 'Token ids of a text, by the loaded model''s tokenizer';

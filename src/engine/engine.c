@@ -21,6 +21,7 @@
 #include <string.h>
 #include <time.h>
 
+#include "embedding.h"
 #include "generation.h"
 #include "load.h"
 #include "memory.h"
@@ -152,15 +153,21 @@ finish_choice(MillmEngine *e, MillmChoice *c)
 	}
 }
 
+static const char *
+what_of(const MillmRequest *r)
+{
+	return r->embedding ? "embedding" : "generation";
+}
+
 static void
-canceled(MillmEngine *e, MillmError *err)
+canceled(MillmEngine *e, const MillmRequest *r, MillmError *err)
 {
 	if (atomic_load(&e->is_ending))
-		millm_fail(err, MILLM_E_CANCELED, "generation canceled: the engine shuts down");
+		millm_fail(err, MILLM_E_CANCELED, "%s canceled: the engine shuts down", what_of(r));
 	else if (atomic_load(&e->cancels_all))
-		millm_fail(err, MILLM_E_CANCELED, "generation canceled: the model is being unloaded");
+		millm_fail(err, MILLM_E_CANCELED, "%s canceled: the model is being unloaded", what_of(r));
 	else
-		millm_fail(err, MILLM_E_CANCELED, "generation canceled");
+		millm_fail(err, MILLM_E_CANCELED, "%s canceled", what_of(r));
 }
 
 /* ---- pages, for the scheduler -------------------------------------------------------------- */
@@ -177,6 +184,8 @@ pages_reserve(void *arg, MillmSlot *slot, int length)
 	MillmEngine *e = arg;
 	MillmChoice *c = choice_of(slot);
 
+	if (c->request->embedding)
+		return embedding_reserve(c->request, e->fw);
 	if (!c->seq && !(c->seq = millm_sequence_create(e->fw, c->request->n_prompt + c->request->max_tokens)))
 		return false;
 	return millm_sequence_reserve(c->seq, length);
@@ -188,6 +197,8 @@ pages_release(void *arg, MillmSlot *slot)
 	MillmChoice *c = choice_of(slot);
 
 	(void) arg;
+	if (c->request->embedding)
+		embedding_release(c->request);
 	millm_sequence_free(c->seq);
 	c->seq = NULL;
 }
@@ -257,6 +268,7 @@ run_step(MillmEngine *e, int n)
 	int			vocab = e->loaded->model->config.vocab_size;
 	double		start = now_ms();
 	const float *logits;
+	const float *hidden;
 	MillmError	err;
 	MillmCode	rc;
 
@@ -264,8 +276,15 @@ run_step(MillmEngine *e, int n)
 	{
 		MillmChoice *c = choice_of(e->plan[i].slot);
 		int			last = c->slot.n_past + e->plan[i].n_tokens;
-		MillmTop	top = generation_needs(c);
+		MillmTop	top;
 
+		if (c->request->embedding)
+		{
+			embedding_fill(c->request, e->plan[i].n_tokens, e->batch + n_batch);
+			n_batch += e->plan[i].n_tokens;
+			continue;
+		}
+		top = generation_needs(c);
 		for (int pos = c->slot.n_past; pos < last; pos++)
 			e->batch[n_batch++] = (MillmBatchToken) {.seq = c->seq, .position = pos, .token = generation_token(c, pos),
 				.want_logits = pos == c->slot.n_tokens - 1, .top = top};
@@ -281,18 +300,28 @@ run_step(MillmEngine *e, int n)
 		return;
 	}
 	millm_sched_done(e->sched, e->plan, n, now_ms() - start);
+	hidden = millm_forward_hidden(e->fw);
 
 	for (int i = 0; i < n; i++)
 	{
 		MillmChoice *c = choice_of(e->plan[i].slot);
 
-		if (c->slot.n_past < c->slot.n_tokens)
+		if (c->request->embedding)
+			rc = embedding_take(c->request, e->plan[i].n_tokens, &hidden, &err);
+		else if (c->slot.n_past < c->slot.n_tokens)
 			continue;			/* more of its prompt is to come */
-		rc = generation_take(c, logits + (size_t) row++ * (size_t) vocab, &err);
+		else
+			rc = generation_take(c, logits + (size_t) row++ * (size_t) vocab, &err);
 		if (rc != MILLM_OK)
 			note_failure(c->request, &err);
 		else if (c->is_finished)
 			finish_choice(e, c);
+		else if (c->request->embedding && c->slot.n_past == c->slot.n_tokens)
+		{
+			/* a group of texts is done; the next one stands in line behind those who came meanwhile */
+			millm_sched_remove(e->sched, &c->slot);
+			millm_sched_add(e->sched, &c->slot);
+		}
 	}
 	sweep(e);
 }
@@ -312,18 +341,18 @@ look_at_readers(MillmEngine *e)
 
 		if (atomic_load(&r->is_canceled) || atomic_load(&e->cancels_all))
 		{
-			canceled(e, &err);
+			canceled(e, r, &err);
 			retire(e, i, &err);
 			continue;
 		}
-		if (!r->sink.piece || !r->sink.is_behind)
+		if ((!r->sink.piece && !r->sink.embedding) || !r->sink.is_behind)
 			continue;
 		is_behind = r->sink.is_behind(r->sink.arg, &stalled_ms);
 		for (int k = 0; k < r->n_choices; k++)
 			r->choices[k].slot.is_paused = is_behind;
 		if (stalled_ms > e->loaded->stream_stall_timeout_ms)
 		{
-			millm_fail(&err, MILLM_E_CANCELED, "generation canceled: its reader stopped reading");
+			millm_fail(&err, MILLM_E_CANCELED, "%s canceled: its reader stopped reading", what_of(r));
 			millm_detail(&err, "Nothing was read for %d ms; stream_stall_timeout is %d ms.", stalled_ms,
 						 e->loaded->stream_stall_timeout_ms);
 			retire(e, i, &err);
@@ -578,9 +607,11 @@ model_thread(void *arg)
 	if (e->sched)
 	{
 		take_inbox(e);
-		canceled(e, &err);
 		while (e->n_live > 0)
+		{
+			canceled(e, e->live[e->n_live - 1], &err);
 			retire(e, e->n_live - 1, &err);
+		}
 	}
 	free_model(e);
 	return NULL;
@@ -811,18 +842,19 @@ millm_engine_accept(MillmEngine *e, MillmRequest *r, MillmError *err)
 	return rc;
 }
 
-void
-millm_engine_submit(MillmEngine *e, MillmRequest *r, const MillmPrompt *prompt)
+/* With the one or the other. */
+static void
+submit(MillmEngine *e, MillmRequest *r, const MillmPrompt *prompt, const MillmTexts *texts)
 {
 	MillmError	err;
 
 	if (atomic_load(&r->is_canceled) || atomic_load(&e->cancels_all))
 	{
-		canceled(e, &err);
+		canceled(e, r, &err);
 		fail_request(e, r, &err);
 		return;
 	}
-	if (generation_begin(r, prompt, &err) != MILLM_OK)
+	if ((prompt ? generation_begin(r, prompt, &err) : embedding_begin(r, texts, &err)) != MILLM_OK)
 	{
 		fail_request(e, r, &err);
 		return;
@@ -833,6 +865,18 @@ millm_engine_submit(MillmEngine *e, MillmRequest *r, const MillmPrompt *prompt)
 	e->inbox_end = &r->next;
 	wake_thread(e);
 	pthread_mutex_unlock(&e->lock);
+}
+
+void
+millm_engine_submit(MillmEngine *e, MillmRequest *r, const MillmPrompt *prompt)
+{
+	submit(e, r, prompt, NULL);
+}
+
+void
+millm_engine_submit_texts(MillmEngine *e, MillmRequest *r, const MillmTexts *texts)
+{
+	submit(e, r, NULL, texts);
 }
 
 void

@@ -130,7 +130,7 @@ typedef struct MillmEngineStatus
 
 extern void millm_engine_status(MillmEngine *engine, MillmEngineStatus *out);
 
-/* ---- generate ------------------------------------------------------------------------------ */
+/* ---- generate, embed ----------------------------------------------------------------------- */
 
 /* What one of the n choices of a request says, or some of it. */
 typedef struct MillmPiece
@@ -146,7 +146,7 @@ typedef struct MillmResult
 {
 	const MillmPiece *choices;	/* [n]: the last piece of each, which is all of it when it was not streamed */
 	int			n;
-	int			prompt_tokens;
+	int			prompt_tokens;	/* of embeddings: of all texts */
 	int			completion_tokens;	/* every chosen token of all choices, the eos ids too */
 	int64_t		seed;
 } MillmResult;
@@ -160,7 +160,9 @@ typedef struct MillmSink
 	void		(*piece) (void *arg, const MillmPiece *piece);
 	void		(*done) (void *arg, const MillmResult *result);		/* all choices have ended */
 	void		(*failed) (void *arg, const MillmError *err);
-	/* With piece: is the reader behind?  *stalled_ms: for how long nothing could be written to him.  May be NULL. */
+	/* The next text's embedding, [n] float32, borrowed; of a request for embeddings only, which has no pieces. */
+	void		(*embedding) (void *arg, const float *values, int n);
+	/* With piece or embedding: is the reader behind?  *stalled_ms: for how long nothing could be written to him.  May be NULL. */
 	bool		(*is_behind) (void *arg, int *stalled_ms);
 	void	   *arg;
 } MillmSink;
@@ -171,6 +173,11 @@ typedef struct MillmSink
  */
 extern MillmCode millm_request_create(const MillmLoaded *loaded, const MillmGenerateOptions *options, const MillmSink *sink,
 									  MillmRequest **out, MillmError *err);
+/*
+ * The same for embeddings, which go to sink.embedding in the order of their texts, before done().  UNSUPPORTED when the model's files ask for what
+ * is not done here (MillmPooling).
+ */
+extern MillmCode millm_request_create_embedding(const MillmLoaded *loaded, const MillmSink *sink, MillmRequest **out, MillmError *err);
 extern MillmRequest *millm_request_ref(MillmRequest *r);
 extern void millm_request_unref(MillmRequest *r);		/* NULL is fine */
 
@@ -194,6 +201,16 @@ typedef struct MillmPrompt
 
 /* Encode the prompt and hand the accepted request to the model thread; any thread but that one; failed() may be called here. */
 extern void millm_engine_submit(MillmEngine *engine, MillmRequest *r, const MillmPrompt *prompt);
+/* What a request for embeddings is about, at least one text; special tokens may be written in them, and they get what the tokenizer adds. */
+typedef struct MillmTexts
+{
+	const char *bytes;			/* of all, one after the other */
+	const size_t *ends;			/* [n] */
+	size_t		n;
+	int64_t		first;			/* the number of the first one, for errors; 0: they have none */
+} MillmTexts;
+
+extern void millm_engine_submit_texts(MillmEngine *engine, MillmRequest *r, const MillmTexts *texts);
 /* Instead of submitting it: end an accepted request with this error. */
 extern void millm_engine_refuse(MillmEngine *engine, MillmRequest *r, const MillmError *err);
 /* Nobody wants the answer any more: its pages come back within milliseconds.  Any thread, any time. */

@@ -61,7 +61,9 @@ struct MillmForward
 	int32_t    *tokens;
 	int32_t    *positions;
 	int32_t    *planned;		/* lengths that the sequences are planned for */
-	int32_t    *wanted;			/* rows whose logits are wanted */
+	int32_t    *wanted;			/* rows whose logits are wanted, then those whose hidden states are */
+	int			n_logits;		/* of them, the first ones */
+	int			n_wanted;
 	MillmTop   *tops;			/* which of them */
 	const int32_t **pages;		/* [max_batch_tokens, groups]: page tables */
 };
@@ -290,14 +292,14 @@ millm_forward_check(const MillmForward *fw, MillmError *err)
 	return millm_kv_check(&fw->pool, err);
 }
 
-/* Is the batch what forward.h says it must be?  Fills the step's arrays; *n_wanted rows want logits. */
+/* Is the batch what forward.h says it must be?  Fills the step's arrays. */
 static MillmCode
-take_batch(MillmForward *fw, const MillmBatchToken *batch, int n, int *n_wanted, MillmError *err)
+take_batch(MillmForward *fw, const MillmBatchToken *batch, int n, MillmError *err)
 {
 	const MillmConfig *c = &fw->model->config;
 	const MillmSequence *previous = NULL;
 
-	*n_wanted = 0;
+	fw->n_logits = fw->n_wanted = 0;
 	if (n < 1 || n > fw->max_batch_tokens)
 		return millm_fail(err, MILLM_E_INTERNAL, "a step of %d tokens; at least 1 and at most %d are possible", n, fw->max_batch_tokens);
 	for (int t = 0; t < n; t++)
@@ -327,10 +329,14 @@ take_batch(MillmForward *fw, const MillmBatchToken *batch, int n, int *n_wanted,
 			fw->pages[(size_t) t * (size_t) fw->kv.n_groups + (size_t) g] = seq->tables[g].pages;
 		if (b->want_logits)
 		{
-			fw->tops[*n_wanted] = b->top;
-			fw->wanted[(*n_wanted)++] = t;
+			fw->tops[fw->n_logits] = b->top;
+			fw->wanted[fw->n_logits++] = t;
 		}
 	}
+	fw->n_wanted = fw->n_logits;
+	for (int t = 0; t < n; t++)
+		if (batch[t].want_hidden && !batch[t].want_logits)
+			fw->wanted[fw->n_wanted++] = t;
 	return MILLM_OK;
 }
 
@@ -511,21 +517,42 @@ not_finite(const char *where, int layer, MillmError *err)
 	return MILLM_E_INTERNAL;
 }
 
-/* The logits of the first n rows of fw->h, which are projected first where the embedding is not of their size. */
+/* The rows that hidden() has left: projected where the embedding is not of the hidden size. */
+static MillmBuffer *
+hidden_buffer(const MillmForward *fw)
+{
+	return fw->model->project_out.data ? fw->e : fw->h;
+}
+
+/* The last hidden states of the wanted rows */
+static void
+hidden(MillmForward *fw)
+{
+	static const MillmVector none;
+	MillmBackend *be = fw->be;
+	const MillmModel *model = fw->model;
+	const MillmProjection project = {fw->e, &model->project_out, &none, false};
+	const int	n = fw->n_wanted;
+
+	be->select(be, fw->h, fw->x, fw->wanted, n);
+	if (model->final_norm.data)
+		norm(fw, fw->h, fw->h, &model->final_norm, &model->final_norm_bias, n);
+	if (project.w->data)
+		be->matmul(be, &project, 1, fw->h, n);
+}
+
+/* The logits of the first n rows of in, which are scaled first: the screening copy needs to know nothing of it. */
 static MillmCode
-run_head(MillmForward *fw, int n, MillmError *err)
+run_head(MillmForward *fw, MillmBuffer *in, int n, MillmError *err)
 {
 	MillmBackend *be = fw->be;
 	const MillmModel *model = fw->model;
 	const MillmProjection head = {fw->logits, &model->head, &model->head_bias, false};
-	static const MillmVector none;
-	const MillmProjection project = {fw->e, &model->project_out, &none, false};
-	MillmBuffer *in = project.w->data ? fw->e : fw->h;
 	bool		screens = fw->is_screened;
 	int64_t		n_read = -1;
 
-	if (project.w->data)
-		be->matmul(be, &project, 1, fw->h, n);
+	if (model->config.logit_scale != 1)
+		be->scale(be, in, model->config.logit_scale, n);
 	for (int i = 0; i < n; i++)
 		screens &= fw->tops[i].k > 0;
 	if (screens && fw->n_unscreened > 0)
@@ -562,7 +589,7 @@ embed(MillmForward *fw, int n)
 }
 
 static MillmCode
-run_step(MillmForward *fw, int n, int n_wanted, bool (*should_stop) (void *arg), void *arg, MillmError *err)
+run_step(MillmForward *fw, int n, bool (*should_stop) (void *arg), void *arg, MillmError *err)
 {
 	MillmBackend *be = fw->be;
 	const MillmModel *model = fw->model;
@@ -588,27 +615,19 @@ run_step(MillmForward *fw, int n, int n_wanted, bool (*should_stop) (void *arg),
 			return not_finite(NULL, i, err);
 	}
 
-	if (n_wanted > 0)
-	{
-		be->select(be, fw->h, fw->x, fw->wanted, n_wanted);
-		if (model->final_norm.data)
-			norm(fw, fw->h, fw->h, &model->final_norm, &model->final_norm_bias, n_wanted);
-		if (c->logit_scale != 1)	/* here, the screening copy needs to know nothing of it */
-			be->scale(be, fw->h, c->logit_scale, n_wanted);
-		return run_head(fw, n_wanted, err);
-	}
-	return MILLM_OK;
+	if (fw->n_wanted > 0)
+		hidden(fw);
+	return fw->n_logits > 0 ? run_head(fw, hidden_buffer(fw), fw->n_logits, err) : MILLM_OK;
 }
 
 MillmCode
 millm_forward_step(MillmForward *fw, const MillmBatchToken *batch, int n, bool (*should_stop) (void *arg), void *arg,
 				   const float **logits, MillmError *err)
 {
-	int			n_wanted;
-	MillmCode	rc = take_batch(fw, batch, n, &n_wanted, err);
+	MillmCode	rc = take_batch(fw, batch, n, err);
 
 	if (rc == MILLM_OK)
-		rc = run_step(fw, n, n_wanted, should_stop, arg, err);
+		rc = run_step(fw, n, should_stop, arg, err);
 	for (int t = 0; t < n; t++)
 	{
 		MillmSequence *seq = batch[t].seq;
@@ -621,6 +640,20 @@ millm_forward_step(MillmForward *fw, const MillmBatchToken *batch, int n, bool (
 		seq->n_in_step = 0;
 	}
 	if (rc == MILLM_OK && logits)
-		*logits = n_wanted > 0 ? fw->be->buffer_read(fw->be, fw->logits) : NULL;
+		*logits = fw->n_logits > 0 ? fw->be->buffer_read(fw->be, fw->logits) : NULL;
 	return rc;
+}
+
+const float *
+millm_forward_hidden(const MillmForward *fw)
+{
+	if (fw->n_wanted == fw->n_logits)
+		return NULL;
+	return fw->be->buffer_read(fw->be, hidden_buffer(fw)) + (size_t) fw->n_logits * (size_t) millm_forward_hidden_size(fw);
+}
+
+int
+millm_forward_hidden_size(const MillmForward *fw)
+{
+	return fw->model->config.embedding_size;	/* what is projected back to it, too */
 }

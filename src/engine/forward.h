@@ -94,6 +94,7 @@ typedef struct MillmBatchToken
 	int32_t		token;
 	bool		want_logits;
 	MillmTop	top;			/* of these, what is needed; zeros: all */
+	bool		want_hidden;	/* its last hidden state; not of one whose logits are wanted */
 } MillmBatchToken;
 
 /*
@@ -107,5 +108,11 @@ typedef struct MillmBatchToken
 extern MillmCode millm_forward_step(MillmForward *fw, const MillmBatchToken *batch, int n,
 									bool (*should_stop) (void *arg), void *arg,
 									const float **logits, MillmError *err);
+/*
+ * Of the last step that succeeded, until the next: the hidden states, after the final norm, of the tokens that wanted them, in their order,
+ * [n wanting, millm_forward_hidden_size()] float32; transformers' last_hidden_state.  NULL when none did.
+ */
+extern const float *millm_forward_hidden(const MillmForward *fw);
+extern int	millm_forward_hidden_size(const MillmForward *fw);
 
 #endif

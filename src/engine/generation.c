@@ -11,6 +11,8 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include "embedding.h"
+
 /* The texts of a request that are not streamed must fit one reply, escaped; a \u00XX escape is six bytes. */
 #define MAX_TEXT_BYTES ((size_t) 10 << 20)
 
@@ -18,6 +20,26 @@ static MillmCode
 out_of_memory(MillmError *err)
 {
 	return millm_fail(err, MILLM_E_INTERNAL, "out of memory");
+}
+
+static MillmRequest *
+create_request(const MillmLoaded *loaded, const MillmSink *sink, int n_choices)
+{
+	MillmRequest *r = calloc(1, sizeof(*r) + (size_t) n_choices * sizeof(r->choices[0]));
+
+	if (!r)
+		return NULL;
+	atomic_init(&r->refs, 1);
+	atomic_init(&r->is_canceled, false);
+	r->sink = *sink;
+	r->loaded = millm_loaded_ref(loaded);
+	r->n_choices = r->n_left = n_choices;
+	for (int i = 0; i < n_choices; i++)
+	{
+		r->choices[i].request = r;
+		r->choices[i].index = i;
+	}
+	return r;
 }
 
 MillmCode
@@ -29,29 +51,36 @@ millm_request_create(const MillmLoaded *loaded, const MillmGenerateOptions *opti
 
 	if (rc != MILLM_OK)
 		return rc;
-	r = calloc(1, sizeof(*r) + (size_t) options->n * sizeof(r->choices[0]));
+	r = create_request(loaded, sink, (int) options->n);
 	if (!r)
 		return out_of_memory(err);
-	atomic_init(&r->refs, 1);
-	atomic_init(&r->is_canceled, false);
-	r->sink = *sink;
 	r->options = *options;
 	r->options.n_stops = 0;
 	millm_sampling_resolve(options, &loaded->model->generation, &r->sampling);
-	r->loaded = millm_loaded_ref(loaded);
-	r->n_choices = r->n_left = (int) options->n;
 	for (int i = 0; i < r->n_choices; i++)
-	{
-		MillmChoice *c = &r->choices[i];
-
-		c->request = r;
-		c->index = i;
-		c->stop = millm_stop_create(options->stops, options->n_stops);
-		if (!c->stop)
+		if (!(r->choices[i].stop = millm_stop_create(options->stops, options->n_stops)))
 		{
 			millm_request_unref(r);
 			return out_of_memory(err);
 		}
+	*out = r;
+	return MILLM_OK;
+}
+
+MillmCode
+millm_request_create_embedding(const MillmLoaded *loaded, const MillmSink *sink, MillmRequest **out, MillmError *err)
+{
+	MillmRequest *r;
+
+	if (loaded->model->pooling.refused.code != MILLM_OK)
+	{
+		*err = loaded->model->pooling.refused;
+		return err->code;
+	}
+	if (!(r = create_request(loaded, sink, 1)) || !(r->embedding = embedding_create()))
+	{
+		millm_request_unref(r);
+		return out_of_memory(err);
 	}
 	*out = r;
 	return MILLM_OK;
@@ -80,8 +109,24 @@ millm_request_unref(MillmRequest *r)
 		millm_stop_free(c->stop);
 	}
 	free(r->prompt);
+	embedding_free(r->embedding);
 	millm_loaded_release(r->loaded);
 	free(r);
+}
+
+MillmCode
+tokens_check(const MillmRequest *r, const char *what, const int32_t *ids, size_t n, MillmError *err)
+{
+	const int	vocab = r->loaded->model->config.vocab_size;
+
+	for (size_t i = 0; i < n; i++)
+		if (ids[i] < 0 || ids[i] >= vocab)
+		{
+			millm_fail(err, MILLM_E_INVALID_ARGUMENT, "%s contains a token that the model does not know", what);
+			millm_detail(err, "Token id %d is not below %d, the size of the model's embedding.", (int) ids[i], vocab);
+			return MILLM_E_INVALID_ARGUMENT;
+		}
+	return MILLM_OK;
 }
 
 MillmCode
@@ -89,17 +134,12 @@ generation_begin(MillmRequest *r, const MillmPrompt *prompt, MillmError *err)
 {
 	MillmEncodeOptions options = {.add_special = !prompt->origins, .parse_special = !prompt->plain, .origins = prompt->origins};
 	MillmIds	ids = {0};
-	int			vocab = r->loaded->model->config.vocab_size;
 	MillmCode	rc = millm_encode(r->loaded->tokenizer, prompt->text, prompt->len, options, 0, &ids, err);
 
 	if (rc == MILLM_OK)
 		rc = millm_max_tokens_resolve(&r->options, (int64_t) ids.n, r->loaded->context_length, &r->max_tokens, err);
-	for (size_t i = 0; rc == MILLM_OK && i < ids.n; i++)
-		if (ids.ids[i] < 0 || ids.ids[i] >= vocab)
-		{
-			rc = millm_fail(err, MILLM_E_INVALID_ARGUMENT, "prompt contains a token that the model does not know");
-			millm_detail(err, "Token id %d is not below %d, the size of the model's embedding.", (int) ids.ids[i], vocab);
-		}
+	if (rc == MILLM_OK)
+		rc = tokens_check(r, "prompt", ids.ids, ids.n, err);
 	if (rc != MILLM_OK)
 	{
 		millm_ids_free(&ids);

@@ -1,5 +1,6 @@
 /*
  * generation.h -- one request on its way: its prompt, and the choices that come of it, each with its tokens, sampler and text.
+ * One for embeddings has embedding.h's state instead, and one choice, of which only the slot counts.
  *
  * Internal to the engine.  The creating thread fills it, then it belongs to the model thread; only refs and
  * is_canceled are shared.
@@ -21,7 +22,7 @@ typedef struct MillmChoice
 	int			index;
 	int32_t    *generated;		/* [max_tokens] */
 	int			n_completion;	/* chosen so far, the eos id too */
-	bool		is_finished;	/* eos, a stop sequence, or max_tokens */
+	bool		is_finished;	/* eos, a stop sequence, or max_tokens; the last embedding */
 	bool		stopped;		/* by the first two */
 	MillmSequence *seq;			/* its positions in the KV cache; NULL: none */
 	MillmSampler *sampler;		/* NULL until its first token; then the detokenizer is there too */
@@ -41,6 +42,7 @@ struct MillmRequest
 	MillmGenerateOptions options;	/* its stops are gone: every choice has a copy */
 	MillmSampling sampling;		/* of choice 0 */
 	MillmRequest *next;			/* in the engine's inbox */
+	struct MillmEmbedding *embedding;	/* owned; NULL: a generation */
 
 	int32_t    *prompt;			/* [n_prompt] */
 	int			n_prompt;
@@ -53,6 +55,8 @@ struct MillmRequest
 	MillmChoice choices[];		/* [n_choices] */
 };
 
+/* INVALID_ARGUMENT when the model has no embedding for one of ids[0 .. n), which what ("prompt") contains. */
+extern MillmCode tokens_check(const MillmRequest *r, const char *what, const int32_t *ids, size_t n, MillmError *err);
 /* Encode the prompt and resolve what depends on its length.  Errors of millm_encode(), millm_max_tokens_resolve(). */
 extern MillmCode generation_begin(MillmRequest *r, const MillmPrompt *prompt, MillmError *err);
 /* The token at a position below slot.n_tokens. */

@@ -25,6 +25,7 @@
 #define QUICK_TEXT_BYTES	(16 << 10)
 #define QUICK_IDS			4096
 #define MAX_QUEUED_TEXTS	64			/* long texts, up to WIRE_MAX_REQUEST_BYTES each, that wait for the worker */
+#define MAX_EMBED_TEXTS		1024		/* of one request */
 #define MAX_PENDING_BYTES	(1u << 20)	/* of a stream's unread frames; beyond it the sequence pauses */
 #define MAX_TIMEOUT_MS		(24 * 3600 * 1000)
 
@@ -39,11 +40,14 @@ typedef struct Call
 {
 	EngineServer *server;
 	MillmConn  *conn;			/* a reference */
-	MillmRequest *generation;	/* a reference; generate only */
+	MillmRequest *generation;	/* a reference; generate and embed only */
 	const MillmLoaded *loaded;	/* a reference; text ops, and a chat that has to be rendered */
 	json_t	   *chat;			/* ours alone: the fields of a conversation */
 	char	   *text;			/* a prompt, or what to encode; a copy, for jansson's objects stay on the loop's thread */
 	size_t		len;
+	size_t	   *ends;			/* [n_texts], embed: where each text ends in text */
+	size_t		n_texts;
+	int64_t		first_text;		/* its number, for errors; 0: none */
 	int32_t    *ids;			/* what to decode */
 	size_t		n_ids;
 	bool		add_special;
@@ -64,6 +68,7 @@ free_call(Call *call)
 	millm_loaded_release(call->loaded);
 	json_decref(call->chat);
 	free(call->text);
+	free(call->ends);
 	free(call->ids);
 	free(call->name);
 	free(call);
@@ -533,6 +538,27 @@ submit(void *arg, bool is_ending)
 	free(text);
 }
 
+/*
+ * The call's request is accepted: from here on it ends through its sink, and closing the connection cancels it.  What takes a while to encode is
+ * done on the worker.
+ */
+static void
+start(Call *call, MillmWorkFn submit_it)
+{
+	EngineServer *server = call->server;
+	MillmRequest *r = millm_request_ref(call->generation);
+	MillmError	err;
+
+	millm_conn_set_data(call->conn, r);
+	if (!call->chat && call->len <= QUICK_TEXT_BYTES)
+		submit_it(call, false);
+	else if (!millm_worker_post(server->worker, submit_it, call))
+	{
+		too_many_texts(&err);
+		millm_engine_refuse(server->engine, r, &err);
+	}
+}
+
 /* Is the loaded model the one that the request names? */
 static MillmCode
 check_model(const MillmLoaded *loaded, const char *uuid, MillmError *err)
@@ -660,7 +686,6 @@ op_generate(EngineServer *server, MillmConn *conn, json_t *request)
 	json_t	   *stops = NULL;
 	Call	   *call;
 	const MillmLoaded *loaded = NULL;
-	MillmRequest *r;
 
 	millm_generate_options_init(&o);
 	begin_fields(&f, request, &err);
@@ -700,21 +725,108 @@ op_generate(EngineServer *server, MillmConn *conn, json_t *request)
 			 millm_request_create(loaded, &o, &sink, &call->generation, &err) == MILLM_OK &&
 			 millm_engine_accept(server->engine, call->generation, &err) == MILLM_OK)
 	{
-		/* Accepted: from here on it ends through the sink. */
 		millm_loaded_release(loaded);
-		r = millm_request_ref(call->generation);
-		millm_conn_set_data(conn, r);
-		if (!call->chat && len <= QUICK_TEXT_BYTES)
-			submit(call, false);
-		else if (!millm_worker_post(server->worker, submit, call))
-		{
-			too_many_texts(&err);
-			millm_engine_refuse(server->engine, r, &err);
-		}
+		start(call, submit);
 		return;
 	}
 	millm_loaded_release(loaded);
 	end_with_error(call, &err);
+}
+
+/* ---- embed --------------------------------------------------------------------------------- */
+
+static void
+embed_values(void *arg, const float *values, int n)
+{
+	Call	   *call = arg;
+
+	millm_conn_send_bytes(call->conn, WIRE_VECTOR, values, (size_t) n * sizeof(*values));
+}
+
+static void
+embed_done(void *arg, const MillmResult *r)
+{
+	end_with_result(arg, json_pack("{s:{s:i}}", "usage", "prompt_tokens", r->prompt_tokens));
+}
+
+static void
+submit_texts(void *arg, bool is_ending)
+{
+	Call	   *call = arg;
+	char	   *text = call->text;
+	size_t	   *ends = call->ends;
+	MillmTexts	texts = {.bytes = text, .ends = ends, .n = call->n_texts, .first = call->first_text};
+
+	call->text = NULL;
+	call->ends = NULL;
+	if (is_ending)
+		millm_engine_cancel(call->server->engine, call->generation);
+	/* The call may be gone when this returns. */
+	millm_engine_submit_texts(call->server->engine, call->generation, &texts);
+	free(text);
+	free(ends);
+}
+
+/* Copies: jansson's objects stay on the loop's thread. */
+static MillmCode
+keep_texts(Call *call, json_t *array, MillmError *err)
+{
+	size_t		n = json_array_size(array);
+
+	if (n < 1 || n > MAX_EMBED_TEXTS)
+	{
+		millm_fail(err, MILLM_E_INVALID_ARGUMENT, "field \"texts\" must be an array of 1 to %d texts", MAX_EMBED_TEXTS);
+		millm_detail(err, "There are %zu.", n);
+		return MILLM_E_INVALID_ARGUMENT;
+	}
+	for (size_t i = 0; i < n; i++)
+	{
+		if (!json_is_string(json_array_get(array, i)))
+			return millm_fail(err, MILLM_E_INVALID_ARGUMENT, "element %zu of field \"texts\" is not a string", i);
+		call->len += json_string_length(json_array_get(array, i));
+	}
+	call->text = malloc(call->len + 1);
+	call->ends = malloc(n * sizeof(*call->ends));
+	if (!call->text || !call->ends)
+		return millm_fail(err, MILLM_E_INTERNAL, "out of memory");
+	for (size_t at = 0; call->n_texts < n; call->ends[call->n_texts++] = at)
+	{
+		json_t	   *text = json_array_get(array, call->n_texts);
+
+		memcpy(call->text + at, json_string_value(text), json_string_length(text));
+		at += json_string_length(text);
+	}
+	return MILLM_OK;
+}
+
+static void
+op_embed(EngineServer *server, MillmConn *conn, json_t *request)
+{
+	MillmSink	sink = {.embedding = embed_values, .done = embed_done, .failed = generate_failed, .is_behind = generate_is_behind};
+	Call	   *call = new_call(server, conn);
+	const MillmLoaded *loaded = NULL;
+	const char *uuid = NULL;
+	json_t	   *texts = NULL;
+	MillmFields f;
+	MillmError	err;
+
+	if (!call)
+		return;
+	sink.arg = call;
+	begin_fields(&f, request, &err);
+	millm_field_array(&f, "texts", &texts);
+	millm_field_int(&f, "first", 1, INT64_MAX / 2, &call->first_text);
+	millm_field_string(&f, "model_uuid", &uuid);
+	if (millm_fields_end(&f) == MILLM_OK &&
+		keep_texts(call, texts, &err) == MILLM_OK &&
+		millm_engine_loaded(server->engine, &loaded, &err) == MILLM_OK &&
+		check_model(loaded, uuid, &err) == MILLM_OK &&
+		millm_request_create_embedding(loaded, &sink, &call->generation, &err) == MILLM_OK &&
+		millm_engine_accept(server->engine, call->generation, &err) == MILLM_OK)
+		start(call, submit_texts);
+	else
+		end_with_error(call, &err);
+	millm_loaded_release(loaded);
 }
 
 /* ---- text: tokenize, count_tokens, detokenize ---------------------------------------------- */
@@ -1006,6 +1118,8 @@ on_request(void *arg, MillmConn *conn, json_t *request)
 		return op_unload(server, conn, request);
 	else if (strcmp(op, "generate") == 0)
 		return op_generate(server, conn, request);
+	else if (strcmp(op, "embed") == 0)
+		return op_embed(server, conn, request);
 	else if (strcmp(op, "apply_chat_template") == 0)
 		return op_apply_chat_template(server, conn, request);
 	else if (strcmp(op, "tokenize") == 0)
@@ -1017,7 +1131,7 @@ on_request(void *arg, MillmConn *conn, json_t *request)
 	else
 	{
 		millm_fail(&err, MILLM_E_INVALID_ARGUMENT, "unrecognized op \"%.50s\"", op);
-		millm_hint(&err, "The ops are: status, plan, inspect, load, cancel_load, unload, generate, apply_chat_template, tokenize, count_tokens, detokenize, shutdown.");
+		millm_hint(&err, "The ops are: status, plan, inspect, load, cancel_load, unload, generate, embed, apply_chat_template, tokenize, count_tokens, detokenize, shutdown.");
 	}
 	millm_conn_error(conn, &err);
 }

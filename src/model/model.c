@@ -30,7 +30,6 @@
 #include "shown.h"
 
 #define MAX_SHARDS 4096
-#define MAX_CONFIG_BYTES ((size_t) 4 << 20)
 #define MAX_INDEX_BYTES ((size_t) 32 << 20)	/* as a safetensors header */
 #define MAX_PATH 4096
 #define MAX_NAME 256				/* of a tensor that a row names; a file's other names have no limit */
@@ -88,9 +87,8 @@ join(char path[MAX_PATH], const char *dir, const char *name, MillmError *err)
 	return MILLM_OK;
 }
 
-/* Parse dir/name, of at most max_bytes; *out is NULL when there is no such file. */
-static MillmCode
-read_json(const char *dir, const char *name, size_t max_bytes, json_t **out, MillmError *err)
+MillmCode
+millm_model_read_json(const char *dir, const char *name, size_t max_bytes, json_t **out, MillmError *err)
 {
 	char		path[MAX_PATH];
 	struct stat sb;
@@ -177,7 +175,7 @@ open_shards(struct MillmModelFiles *files, const char *dir, MillmError *err)
 	if (access(path, F_OK) == 0)
 		return open_shard(files, dir, "model.safetensors", err);
 
-	if ((rc = read_json(dir, "model.safetensors.index.json", MAX_INDEX_BYTES, &index, err)) != MILLM_OK)
+	if ((rc = millm_model_read_json(dir, "model.safetensors.index.json", MAX_INDEX_BYTES, &index, err)) != MILLM_OK)
 		return rc;
 	if (!index)
 	{
@@ -1027,7 +1025,7 @@ millm_model_open(const char *dir, MillmModel **out, MillmError *err)
 		return millm_fail(err, MILLM_E_INSUFFICIENT_MEMORY, "out of memory");
 	}
 	m->generation = (MillmGenerationConfig) {.temperature = NAN, .top_k = -1, .top_p = NAN, .min_p = NAN, .repetition_penalty = NAN};
-	if ((rc = read_json(dir, "config.json", MAX_CONFIG_BYTES, &config, err)) != MILLM_OK)
+	if ((rc = millm_model_read_json(dir, "config.json", MILLM_MAX_CONFIG_BYTES, &config, err)) != MILLM_OK)
 		goto done;
 	if (!config)
 	{
@@ -1035,7 +1033,7 @@ millm_model_open(const char *dir, MillmModel **out, MillmError *err)
 		goto done;
 	}
 	if ((rc = millm_config_resolve(config, &m->config, err)) != MILLM_OK ||
-		(rc = read_json(dir, "generation_config.json", MAX_CONFIG_BYTES, &generation, err)) != MILLM_OK ||
+		(rc = millm_model_read_json(dir, "generation_config.json", MILLM_MAX_CONFIG_BYTES, &generation, err)) != MILLM_OK ||
 		(rc = generation ? millm_generation_resolve(generation, "generation_config.json", &m->generation, &m->config, err)
 		 : millm_generation_resolve(config, "config.json", &m->generation, &m->config, err)) != MILLM_OK ||
 		(rc = open_shards(m->files, dir, err)) != MILLM_OK ||
@@ -1045,6 +1043,7 @@ millm_model_open(const char *dir, MillmModel **out, MillmError *err)
 	if ((rc = bind(&binder)) != MILLM_OK ||
 		(rc = millm_screening_open(dir, m, &screening, err)) != MILLM_OK)
 		goto done;
+	millm_pooling_open(dir, &m->pooling);
 	if (screening)
 		m->files->shards[m->files->n_shards++] = screening;
 	*out = m;
@@ -1079,6 +1078,7 @@ millm_model_close(MillmModel *m)
 	free(m->final_norm.data);
 	free(m->final_norm_bias.data);
 	free(m->head_bias.data);
+	free(m->pooling.prompt);
 	free(m->screen.error.data);
 	for (int i = 0; i < m->files->n_shards; i++)
 		millm_st_close(m->files->shards[i]);

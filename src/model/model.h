@@ -169,10 +169,33 @@ typedef struct MillmScreen
 	MillmVector error;			/* [vocab]; +infinity where nothing is known */
 } MillmScreen;
 
+/* What an embedding is made of: of the last hidden states of a text's tokens, in this order, one part each. */
+typedef enum MillmPoolingMode {
+	MILLM_POOL_FIRST,				/* token's */
+	MILLM_POOL_MAX,
+	MILLM_POOL_MEAN,
+	MILLM_POOL_SUM_BY_ROOT,			/* the sum, divided by the root of the number of tokens */
+	MILLM_POOL_WEIGHTED_MEAN,		/* token i counts i times, from 1 on */
+	MILLM_POOL_LAST,				/* token's */
+	MILLM_N_POOLING_MODES
+} MillmPoolingMode;
+
+/* How a text's embedding is made: what the repository's sentence-transformers files say, or else the mean, normalized. */
+typedef struct MillmPooling
+{
+	MillmPoolingMode modes[MILLM_N_POOLING_MODES];
+	int			n_modes;
+	bool		normalized;		/* to length 1 */
+	int			max_tokens;		/* a text of more is refused; 0: no other limit than the context */
+	char	   *prompt;			/* stands before each text, owned; NULL: nothing does */
+	MillmError	refused;		/* why no embedding can be had; code MILLM_OK: it can */
+} MillmPooling;
+
 typedef struct MillmModel
 {
 	MillmConfig config;
 	MillmGenerationConfig generation;
+	MillmPooling pooling;
 	MillmWeight embedding;		/* [vocab, embedding size] */
 	MillmVector embedding_norm, embedding_norm_bias;	/* of its rows; optional */
 	MillmWeight project_in, project_out;	/* [hidden, embedding size] and back; absent where these are the same */

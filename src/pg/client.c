@@ -629,6 +629,34 @@ millm_append_text(StringInfo request, const text *value)
 	millm_json_append_string(request, utf8, utf8 == bytes ? (size_t) len : strlen(utf8));
 }
 
+void
+millm_append_model(StringInfo request, const text *wanted)
+{
+	char	   *name = text_to_cstring(wanted);
+	MillmLoadedModel loaded;
+	MillmError	err;
+	char		id[24];
+
+	if (millm_loaded_model(&loaded))
+	{
+		snprintf(id, sizeof(id), INT64_FORMAT, loaded.id);
+		if (strcmp(name, loaded.name) == 0 || strcmp(name, id) == 0)
+		{
+			appendStringInfo(request, ",\"model_uuid\":\"%s\"", loaded.uuid);
+			return;
+		}
+		millm_fail(&err, MILLM_E_MODEL_NOT_LOADED, "model \"%s\" is not loaded", name);
+		millm_detail(&err, "The loaded model is \"%s\" (id %s).", loaded.name, id);
+	}
+	else
+	{
+		millm_fail(&err, MILLM_E_MODEL_NOT_LOADED, "model \"%s\" is not loaded", name);
+		millm_detail(&err, "No model is loaded.");
+	}
+	millm_hint(&err, "Load it with millm.load().");
+	millm_ereport(ERROR, &err);
+}
+
 text *
 millm_reply_text(StringInfo reply, const char *field)
 {

@@ -66,6 +66,11 @@ extern int	millm_client_poll(MillmClient *client, StringInfo out, MillmError *er
  * PostgreSQL's error for it).  millm_reply_invalid(): PROTOCOL_VIOLATION, the reply lacks what.
  */
 extern void millm_append_text(StringInfo request, const text *value);
+/*
+ * Append the field "model_uuid" of the loaded model, when wanted (a name, or an id in digits) means that one.  Another one is an error, not a
+ * swap; the engine compares the uuid again, because the model may change before the request arrives.
+ */
+extern void millm_append_model(StringInfo request, const text *wanted);
 extern text *millm_reply_text(StringInfo reply, const char *field);
 extern void millm_reply_invalid(const char *what) pg_attribute_noreturn();
 

@@ -135,36 +135,6 @@ append_stop(StringInfo request, ArrayType *stop)
 	appendStringInfoChar(request, ']');
 }
 
-/*
- * The loaded model's uuid, when wanted (a name, or an id in digits) means that model.  Another one is an error, not a
- * swap; the engine compares the uuid again, because the model may change before the request arrives.
- */
-static char *
-loaded_uuid(const text *wanted)
-{
-	char	   *name = text_to_cstring(wanted);
-	MillmLoadedModel loaded;
-	MillmError	err;
-	char		id[24];
-
-	if (millm_loaded_model(&loaded))
-	{
-		snprintf(id, sizeof(id), INT64_FORMAT, loaded.id);
-		if (strcmp(name, loaded.name) == 0 || strcmp(name, id) == 0)
-			return pstrdup(loaded.uuid);
-		millm_fail(&err, MILLM_E_MODEL_NOT_LOADED, "model \"%s\" is not loaded", name);
-		millm_detail(&err, "The loaded model is \"%s\" (id %s).", loaded.name, id);
-	}
-	else
-	{
-		millm_fail(&err, MILLM_E_MODEL_NOT_LOADED, "model \"%s\" is not loaded", name);
-		millm_detail(&err, "No model is loaded.");
-	}
-	millm_hint(&err, "Load it with millm.load().");
-	millm_ereport(ERROR, &err);
-	return NULL;
-}
-
 /* The options that all have, in arguments from first on. */
 static void
 append_options(StringInfo request, FunctionCallInfo fcinfo, int first, bool stream)
@@ -176,7 +146,7 @@ append_options(StringInfo request, FunctionCallInfo fcinfo, int first, bool stre
 	if (!PG_ARGISNULL(first + OPT_STOP))
 		append_stop(request, PG_GETARG_ARRAYTYPE_P(first + OPT_STOP));
 	if (!PG_ARGISNULL(first + OPT_MODEL))
-		appendStringInfo(request, ",\"model_uuid\":\"%s\"", loaded_uuid(PG_GETARG_TEXT_PP(first + OPT_MODEL)));
+		millm_append_model(request, PG_GETARG_TEXT_PP(first + OPT_MODEL));
 }
 
 static void
@@ -448,7 +418,7 @@ millm_apply_chat_template(PG_FUNCTION_ARGS)
 	if (!PG_ARGISNULL(ARG_ADD_GENERATION_PROMPT))
 		appendStringInfo(&buf, ",\"add_generation_prompt\":%s", PG_GETARG_BOOL(ARG_ADD_GENERATION_PROMPT) ? "true" : "false");
 	if (!PG_ARGISNULL(ARG_APPLY_MODEL))
-		appendStringInfo(&buf, ",\"model_uuid\":\"%s\"", loaded_uuid(PG_GETARG_TEXT_PP(ARG_APPLY_MODEL)));
+		millm_append_model(&buf, PG_GETARG_TEXT_PP(ARG_APPLY_MODEL));
 	appendStringInfoChar(&buf, '}');
 	millm_client_call(MILLM_ENGINE, buf.data, &buf, -1);
 	PG_RETURN_TEXT_P(millm_reply_text(&buf, "text"));
