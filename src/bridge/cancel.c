@@ -27,6 +27,7 @@ static pthread_cond_t more = PTHREAD_COND_INITIALIZER;
 static Order *first;			/* under lock, as is last */
 static Order **last = &first;
 static int	pipe_fds[2];
+static struct event *pipe_event;
 static void (*when_done) (void *arg);
 
 static void *
@@ -71,7 +72,6 @@ on_pipe(evutil_socket_t fd, short what, void *unused)
 bool
 cancel_open(struct event_base *base, void (*on_done) (void *arg))
 {
-	struct event *event;
 	sigset_t	all;
 	sigset_t	before;
 	bool		ok = true;
@@ -79,7 +79,7 @@ cancel_open(struct event_base *base, void (*on_done) (void *arg))
 	when_done = on_done;
 	if (pipe2(pipe_fds, O_CLOEXEC) != 0 || fcntl(pipe_fds[0], F_SETFL, O_NONBLOCK) != 0)
 		return false;
-	if (!(event = event_new(base, pipe_fds[0], EV_READ | EV_PERSIST, on_pipe, NULL)) || event_add(event, NULL) != 0)
+	if (!(pipe_event = event_new(base, pipe_fds[0], EV_READ | EV_PERSIST, on_pipe, NULL)) || event_add(pipe_event, NULL) != 0)
 		return false;
 	sigfillset(&all);			/* signals are the loop's */
 	pthread_sigmask(SIG_SETMASK, &all, &before);

@@ -95,6 +95,13 @@ static void process(Db *db);
 static void work_off(void);
 static void lost(Db *db, const char *why);
 
+/* libpq's messages end with a newline. */
+static json_t *
+message_of(const char *text)
+{
+	return json_stringn(text, strcspn(text, "\n"));
+}
+
 /* ---- errors -------------------------------------------------------------------------------- */
 
 /* "could not do it" + "." + " Detail." + " Hint.", the first letter large. */
@@ -389,7 +396,7 @@ lost(Db *db, const char *why)
 
 	db->job = NULL;
 	if (state != DB_IDLE)
-		bridge_log("warning", "connection_lost", json_pack("{s:s}", "message", why));
+		bridge_log("warning", "connection_lost", json_pack("{s:o}", "message", message_of(why)));
 	if (job && !job->is_gone && state == DB_BEGIN && !job->is_second_try)
 	{
 		job->is_second_try = true;
@@ -772,7 +779,7 @@ connect_failed(Db *db, const char *why)
 
 	n_failed_connects++;
 	backoff_ms = backoff_ms == 0 ? BACKOFF_MIN_MS : backoff_ms * 2 < BACKOFF_MAX_MS ? backoff_ms * 2 : BACKOFF_MAX_MS;
-	bridge_log("warning", "connect_failed", json_pack("{s:s, s:i}", "message", why, "retry_ms", backoff_ms));
+	bridge_log("warning", "connect_failed", json_pack("{s:o, s:i}", "message", message_of(why), "retry_ms", backoff_ms));
 	tv = (struct timeval) {backoff_ms / 1000, backoff_ms % 1000 * 1000};
 	event_add(backoff_timer, &tv);
 	disconnect(db);
@@ -932,11 +939,6 @@ db_run(HttpRequest *r, DbCall *call)
 	r->work = job;
 	r->on_gone = job_gone;
 	r->on_drained = job_drained;
-	if (n_dbs == n_connecting && backoff_ms > 0)
-	{
-		job_fail(job, 503, "database_unavailable", "The database cannot be reached.");
-		return;
-	}
 	for (Db *db = dbs; db; db = db->next)
 		n_busy += db->pg && db->state != DB_IDLE && db->state != DB_CONNECTING;
 	/* who waits for a connection that is being opened does not wait for another request's end */
@@ -949,6 +951,13 @@ db_run(HttpRequest *r, DbCall *call)
 		return;
 	}
 	queue_add(job, false);
+	if (n_dbs == 0 && event_pending(backoff_timer, EV_TIMEOUT, NULL))
+	{
+		/* somebody waits: ask again soon, so that the answer is today's */
+		struct timeval tv = {0, BACKOFF_MIN_MS * 1000};
+
+		event_add(backoff_timer, &tv);
+	}
 	work_off();
 }
 
@@ -1020,7 +1029,17 @@ is_true(const PGresult *result, int column)
 }
 
 static bool
-check_row(const PGresult *row, char *why, size_t size)
+has_keys(PGconn *pg)
+{
+	PGresult   *row = PQexec(pg, "SELECT FROM millm.api_keys LIMIT 1");
+	const bool	result = PQresultStatus(row) == PGRES_TUPLES_OK && PQntuples(row) == 1;
+
+	PQclear(row);
+	return result;
+}
+
+static bool
+check_row(PGconn *pg, const PGresult *row, char *why, size_t size)
 {
 	const char *role = PQgetvalue(row, 0, 0);
 	const long	most = strtol(PQgetvalue(row, 0, 4), NULL, 10);
@@ -1033,6 +1052,9 @@ check_row(const PGresult *row, char *why, size_t size)
 	else if (!is_true(row, 3))
 		snprintf(why, size, "database \"%s\" does not have the extension\nHINT:  CREATE EXTENSION millm; in the database that millm.database names.",
 				 PQgetvalue(row, 0, 7));
+	else if (!http_is_loopback() && !has_keys(pg))
+		snprintf(why, size, "there is no API key, and \"%s\" is no loopback address\nHINT:  Make one with millm.create_api_key(), or listen on 127.0.0.1.",
+				 settings.listen);
 	else if (settings.pool_size > most)
 		snprintf(why, size, "pool_size is %d, but the server allows role \"%s\" %ld connections\nHINT:  Lower pool_size, or raise max_connections "
 				 "or the CONNECTION LIMIT.", settings.pool_size, role, most);
@@ -1064,7 +1086,7 @@ db_check(char *why, size_t size)
 		if (PQresultStatus(row) != PGRES_TUPLES_OK || PQntuples(row) != 1)
 			snprintf(why, size, "could not look at the database: %s", PQerrorMessage(pg));
 		else
-			ok = check_row(row, why, size);
+			ok = check_row(pg, row, why, size);
 	}
 	PQclear(row);
 	PQfinish(pg);

@@ -1033,7 +1033,8 @@ static void
 on_accept(struct evconnlistener *l, evutil_socket_t fd, struct sockaddr *sa, int len, void *arg)
 {
 	HttpConn   *c = calloc(1, sizeof(*c));
-	int			one = 1;
+	const int	one = 1;
+	const int	unsent = HTTP_BACKLOG_HIGH;
 
 	(void) l;
 	(void) sa;
@@ -1046,6 +1047,8 @@ on_accept(struct evconnlistener *l, evutil_socket_t fd, struct sockaddr *sa, int
 	}
 	c->fd = fd;
 	setsockopt(fd, IPPROTO_TCP, TCP_NODELAY, &one, sizeof(one));
+	/* else the kernel keeps megabytes for a client that does not read */
+	setsockopt(fd, IPPROTO_TCP, TCP_NOTSENT_LOWAT, &unsent, sizeof(unsent));
 	c->out = evbuffer_new();
 	c->io = event_new(loop, fd, EV_READ | EV_WRITE | EV_CLOSED | EV_ET | EV_PERSIST, on_io, c);
 	c->timer = event_new(loop, -1, 0, on_timer, c);
@@ -1091,12 +1094,38 @@ on_accept_error(struct evconnlistener *l, void *arg)
 
 /* ---- listening ----------------------------------------------------------------------------- */
 
-/* settings.listen as an address of *size bytes. */
+/* settings.listen, ADDRESS:PORT or [ADDRESS]:PORT, as an address of *size bytes. */
 static bool
 parse_listen(struct sockaddr_storage *ss, int *size)
 {
-	*size = sizeof(*ss);
-	return strchr(settings.listen, ':') && evutil_parse_sockaddr_port(settings.listen, (struct sockaddr *) ss, size) == 0;
+	const char *colon = strrchr(settings.listen, ':');
+	struct sockaddr_in *v4 = (struct sockaddr_in *) ss;
+	struct sockaddr_in6 *v6 = (struct sockaddr_in6 *) ss;
+	char		host[INET6_ADDRSTRLEN + 2];
+	size_t		len;
+	char	   *end;
+	long		port;
+
+	if (!colon || (len = (size_t) (colon - settings.listen)) >= sizeof(host))
+		return false;
+	port = strtol(colon + 1, &end, 10);
+	if (end == colon + 1 || *end || port < 0 || port > 65535)
+		return false;
+	memset(ss, 0, sizeof(*ss));
+	memcpy(host, settings.listen, len);
+	host[len] = '\0';
+	if (host[0] == '[' && host[len - 1] == ']')
+	{
+		host[len - 1] = '\0';
+		v6->sin6_family = AF_INET6;
+		v6->sin6_port = htons((uint16_t) port);
+		*size = sizeof(*v6);
+		return inet_pton(AF_INET6, host + 1, &v6->sin6_addr) == 1;
+	}
+	v4->sin_family = AF_INET;
+	v4->sin_port = htons((uint16_t) port);
+	*size = sizeof(*v4);
+	return inet_pton(AF_INET, host, &v4->sin_addr) == 1;
 }
 
 bool
