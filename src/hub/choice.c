@@ -2,7 +2,8 @@
  * choice.c -- see choice.h.
  *
  * The rule for weights is transformers' (hub-protocol.md 5.1): model.safetensors, else the index and exactly the files that it names; else the
- * same of PyTorch's checkpoints.  Everything else is chosen by name from the repository's root; what is not named here is not needed and not fetched.
+ * same of PyTorch's checkpoints.  Everything else is chosen by name from the repository's root, and the configs of sentence-transformers' modules from
+ * theirs ("1_Pooling"); what is not named here is not needed and not fetched.
  */
 #include "choice.h"
 
@@ -21,7 +22,7 @@
 static const char *const wanted[] = {
 	"config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "tokenizer.*.json", "special_tokens_map.json",
 	"added_tokens.json", "vocab.json", "merges.txt", "vocab.txt", "tokenizer.model", "*.tiktoken", "chat_template.jinja", "chat_template.json",
-	"LICENSE*", "README.md",
+	"modules.json", "sentence_bert_config.json", "config_sentence_transformers.json", "[0-9]_*/config.json", "LICENSE*", "README.md",
 };
 
 static MillmCode
@@ -68,7 +69,7 @@ millm_choose_small_files(const MillmRepo *repo, MillmChoice *c, MillmError *err)
 
 	for (size_t i = 0; i < sizeof(wanted) / sizeof(wanted[0]); i++)
 		for (size_t j = 0; rc == MILLM_OK && j < repo->n_files; j++)
-			if (!strchr(repo->files[j].path, '/') && fnmatch(wanted[i], repo->files[j].path, FNM_PERIOD) == 0)
+			if (fnmatch(wanted[i], repo->files[j].path, FNM_PERIOD | FNM_PATHNAME) == 0)
 				rc = choose(c, &repo->files[j], err);
 	return rc;
 }

@@ -6,6 +6,7 @@
 #include <dirent.h>
 #include <errno.h>
 #include <fcntl.h>
+#include <limits.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -83,7 +84,25 @@ by_path(const void *a, const void *b)
 	return strcmp(((const MillmHubFile *) a)->path, ((const MillmHubFile *) b)->path);
 }
 
-/* The regular files of a directory, as if it were a repository. */
+/* Add the file of that path below fd if it is a regular one; false: there is no room for it. */
+static bool
+add_local(int fd, const char *path, MillmRepo *repo)
+{
+	MillmHubFile *f = repo->files;
+	struct stat sb;
+
+	if (strlen(path) > MILLM_HUB_MAX_PATH || fstatat(fd, path, &sb, 0) != 0 || !S_ISREG(sb.st_mode))
+		return true;
+	if (repo->n_files == MILLM_HUB_MAX_FILES || (repo->n_files % 64 == 0 && !(f = realloc(f, (repo->n_files + 64) * sizeof(*f)))))
+		return false;
+	repo->files = f;
+	f += repo->n_files++;
+	*f = (MillmHubFile) {.size = (int64_t) sb.st_size};
+	snprintf(f->path, sizeof(f->path), "%s", path);
+	return true;
+}
+
+/* The regular files of a directory, and the configs of modules in those below it, as if it were a repository. */
 static MillmCode
 list_local(const char *path, MillmRepo **out, MillmError *err)
 {
@@ -99,22 +118,14 @@ list_local(const char *path, MillmRepo **out, MillmError *err)
 	}
 	while (rc == MILLM_OK && (e = readdir(dir)))
 	{
-		struct stat sb;
-		MillmHubFile *f = repo->files;
+		char		config[NAME_MAX + sizeof("/config.json")];
 
-		if (strlen(e->d_name) > MILLM_HUB_MAX_PATH || fstatat(dirfd(dir), e->d_name, &sb, 0) != 0 || !S_ISREG(sb.st_mode))
+		snprintf(config, sizeof(config), "%s/config.json", e->d_name);
+		if (add_local(dirfd(dir), e->d_name, repo) && (e->d_name[0] == '.' || add_local(dirfd(dir), config, repo)))
 			continue;
-		if (repo->n_files == MILLM_HUB_MAX_FILES)
-			rc = millm_fail(err, MILLM_E_INVALID_LOCAL_PATH, "\"%.400s\" has more than %d files", path, MILLM_HUB_MAX_FILES);
-		else if (repo->n_files % 64 == 0 && !(f = realloc(repo->files, (repo->n_files + 64) * sizeof(*f))))
-			rc = millm_fail(err, MILLM_E_INSUFFICIENT_MEMORY, "out of memory");
-		else
-		{
-			repo->files = f;
-			f += repo->n_files++;
-			*f = (MillmHubFile) {.size = (int64_t) sb.st_size};
-			snprintf(f->path, sizeof(f->path), "%s", e->d_name);
-		}
+		rc = repo->n_files == MILLM_HUB_MAX_FILES ?
+			millm_fail(err, MILLM_E_INVALID_LOCAL_PATH, "\"%.400s\" has more than %d files", path, MILLM_HUB_MAX_FILES) :
+			millm_fail(err, MILLM_E_INSUFFICIENT_MEMORY, "out of memory");
 	}
 	if (dir)
 		closedir(dir);

@@ -180,11 +180,41 @@ millm_store_free_bytes(const MillmStore *s, int64_t *out, MillmError *err)
 	return MILLM_OK;
 }
 
-/* Files of ours lie in one directory: only names of the repository's root come here. */
+/* Partial files lie in the model's directory, that of a module's too. */
 void
 millm_store_partial_name(const MillmHubFile *file, char buf[MILLM_STORE_MAX_NAME])
 {
 	snprintf(buf, MILLM_STORE_MAX_NAME, ".partial-%.16s-%s", file->hash[0] ? file->hash : "unknown", file->path);
+	for (char *p = strchr(buf, '/'); p; p = strchr(p, '/'))
+		*p = '-';
+}
+
+/* The directory of a file's path ("1_Pooling/config.json"), in part; false: it lies in the model's own. */
+static bool
+directory_of(const char *path, char part[MILLM_STORE_MAX_NAME])
+{
+	const char *slash = strrchr(path, '/');
+
+	snprintf(part, MILLM_STORE_MAX_NAME, "%.*s", slash ? (int) (slash - path) : 0, path);
+	return slash;
+}
+
+/* The proved partial file gets its name, and whatever happens then keeps it. */
+static bool
+give_name(const MillmStore *s, const char *partial, const char *path)
+{
+	char		part[MILLM_STORE_MAX_NAME];
+	int			fd;
+	bool		good;
+
+	if (!directory_of(path, part))
+		return renameat(s->dir_fd, partial, s->dir_fd, path) == 0 && fsync(s->dir_fd) == 0;
+	if ((mkdirat(s->dir_fd, part, 0700) != 0 && errno != EEXIST) ||
+		(fd = openat(s->dir_fd, part, O_RDONLY | O_DIRECTORY | O_NOFOLLOW | O_CLOEXEC)) < 0)
+		return false;
+	good = renameat(s->dir_fd, partial, fd, path + strlen(part) + 1) == 0 && fsync(fd) == 0 && fsync(s->dir_fd) == 0;
+	close(fd);
+	return good;
 }
 
 static int64_t
@@ -349,7 +379,7 @@ sink_finish(void *arg, MillmError *err)
 	if (fsync(s->fd) != 0)
 		rc = millm_store_error(err, "sync", s->file->path);
 	sink_abandon(s);
-	if (rc == MILLM_OK && (renameat(s->dir_fd, s->partial, s->dir_fd, s->file->path) != 0 || fsync(s->dir_fd) != 0))
+	if (rc == MILLM_OK && !give_name(s, s->partial, s->file->path))
 		rc = millm_store_error(err, "rename", s->file->path);
 	return rc;
 }
@@ -369,7 +399,7 @@ millm_store_link(MillmStore *s, int fd, const MillmHubFile *file)
 	/* the very file whose content was proved, whatever its name means by now */
 	if (linkat(AT_FDCWD, self, s->dir_fd, partial, AT_SYMLINK_FOLLOW) != 0)
 		return false;
-	return fsync(fd) == 0 && renameat(s->dir_fd, partial, s->dir_fd, file->path) == 0 && fsync(s->dir_fd) == 0;
+	return fsync(fd) == 0 && give_name(s, partial, file->path);
 }
 
 MillmSink *
@@ -530,8 +560,11 @@ millm_store_remove(MillmStore *s, const MillmHubFile *const *files, size_t n)
 			snprintf(name, sizeof(name), "%s%s", partial, suffixes[k]);
 			unlinkat(s->dir_fd, name, 0);
 		}
-		if (!s->is_finished)
-			unlinkat(s->dir_fd, files[i]->path, 0);
+		if (s->is_finished)
+			continue;
+		unlinkat(s->dir_fd, files[i]->path, 0);
+		if (directory_of(files[i]->path, name))
+			unlinkat(s->dir_fd, name, AT_REMOVEDIR);	/* stays while something is in it */
 	}
 	if (!s->is_finished)
 		(void) rmdir(s->path);		/* stays when somebody put something else there */

@@ -107,6 +107,33 @@ def test_what_is_fetched(hub, tmp_path):
     assert not {"onnx.onnx", "modeling.py", "training_args.bin", "original"} & set(names)
 
 
+def test_module_directories(hub, tmp_path, serve):
+    """What sentence-transformers keeps below the model: its modules' configs, in their places, and nothing else that lies in directories."""
+    repo = "millm-test/embedder"
+    ours, theirs = model_dir(tmp_path, repo), HUB_ROOT / repo
+    wanted = sorted(str(p.relative_to(theirs)) for p in theirs.rglob("*") if p.is_file() and "onnx" not in str(p))
+    assert "1_Pooling/config.json" in wanted and "modules.json" in wanted
+    # one that fails leaves nothing behind, theirs neither
+    from engine_client import HelperError
+
+    faults(hub, {"repo": repo, "file": "model.safetensors", "status": 404})
+    with pytest.raises(HelperError):
+        serve("download", **job(hub, tmp_path, repo)).result()
+    assert not ours.exists()
+    faults(hub)
+    assert run(hub, "download", repo, tmp_path).returncode == 0
+    have = sorted(str(p.relative_to(ours)) for p in ours.rglob("*") if p.is_file())
+    assert sorted(n for n in have if n != ".millm_meta.json") == wanted
+    assert all((ours / n).read_bytes() == (theirs / n).read_bytes() for n in wanted)
+    hub.log.clear()
+    assert run(hub, "download", repo, tmp_path).returncode == 0 and not [r for r in hub.log if r["port"] == "cdn"]
+    # the same from a directory of this machine
+    out = tmp_path / "q4"
+    done = subprocess.run([MILLM_HUB, "quantize", ours, "--quantization", "Q4", "--output", out], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert json.loads((out / "1_Pooling/config.json").read_text()) == {"pooling_mode_lasttoken": True} and (out / "modules.json").exists()
+
+
 def test_shards_pages_names(hub, tmp_path):
     assert run(hub, "download", "millm-test/sharded", tmp_path).returncode == 0
     assert len([n for n in same_files(tmp_path, "millm-test/sharded") if n.endswith(".safetensors")]) > 1
