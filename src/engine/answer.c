@@ -11,6 +11,7 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include "utf8.h"
 #include "wire.h"
 
 static bool
@@ -67,6 +68,77 @@ put_string(MillmAnswer *a, const char *text, size_t len)
 		a->n += wire_put_json_string(a->json + a->n, n, text, len);
 }
 
+/* A token's own text: bytes that are no characters by themselves become U+FFFD. */
+static void
+put_characters(MillmAnswer *a, const char *bytes, size_t len)
+{
+	char	   *text = malloc(3 * len + 1);
+	size_t		n = 0;
+	uint32_t	cp;
+
+	if (!text)
+	{
+		a->has_failed = true;
+		return;
+	}
+	for (size_t i = 0; i < len;)
+	{
+		int			k = millm_utf8_decode(bytes + i, len - i, &cp, NULL);
+		size_t		bytes_n = (size_t) (k > 0 ? k : -k);
+		size_t		text_n = k > 0 ? bytes_n : 3;
+
+		memcpy(text + n, k > 0 ? bytes + i : "\xEF\xBF\xBD", text_n);
+		n += text_n;
+		i += bytes_n;
+	}
+	put_string(a, text, n);
+	free(text);
+}
+
+/* The fields of one logprob. */
+static void
+put_logprob(MillmAnswer *a, const MillmTokenizer *tokenizer, const MillmLogprob *p)
+{
+	char	   *bytes;
+	size_t		len;
+	MillmError	err;
+
+	put(a, "\"id\":%d,\"logprob\":%.9g,\"token\":", p->id, (double) p->logprob);
+	if (millm_token_bytes(tokenizer, p->id, &bytes, &len, &err) != MILLM_OK)
+	{
+		if (err.code != MILLM_E_INVALID_ARGUMENT)
+			a->has_failed = true;
+		put(a, "\"\",\"bytes\":null");	/* one of the rows that fill an embedding up */
+		return;
+	}
+	put_characters(a, bytes, len);
+	put(a, ",\"bytes\":[");
+	for (size_t i = 0; i < len; i++)
+		put(a, "%s%d", i > 0 ? "," : "", (unsigned char) bytes[i]);
+	put(a, "]");
+	free(bytes);
+}
+
+static void
+put_logprobs(MillmAnswer *a, const MillmTokenizer *tokenizer, const MillmPiece *piece)
+{
+	for (int i = 0; i < piece->n_tokens; i++)
+	{
+		const MillmLogprob *row = piece->logprobs + (size_t) i * (size_t) (1 + piece->n_top);
+
+		put(a, "%s{", i > 0 ? "," : "");
+		put_logprob(a, tokenizer, row);
+		put(a, ",\"top_logprobs\":[");
+		for (int k = 1; k <= piece->n_top && row[k].id >= 0; k++)
+		{
+			put(a, "%s{", k > 1 ? "," : "");
+			put_logprob(a, tokenizer, &row[k]);
+			put(a, "}");
+		}
+		put(a, "]}");
+	}
+}
+
 /* The fields of a piece, separated by commas. */
 static void
 put_piece(MillmAnswer *a, const MillmAnswerForm *form, const MillmPiece *piece)
@@ -85,7 +157,16 @@ put_piece(MillmAnswer *a, const MillmAnswerForm *form, const MillmPiece *piece)
 		comma = ",";
 	}
 	if (piece->is_last)
+	{
 		put(a, "%s\"finish_reason\":\"%s\"", comma, piece->stopped ? "stop" : "length");
+		comma = ",";
+	}
+	if (form->has_logprobs)
+	{
+		put(a, "%s\"logprobs\":[", comma);
+		put_logprobs(a, form->tokenizer, piece);
+		put(a, "]");
+	}
 }
 
 void

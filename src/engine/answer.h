@@ -20,6 +20,8 @@ typedef struct MillmAnswerForm
 {
 	bool		streams;		/* the text is in the rows, not in the result */
 	bool		has_choices;	/* n was given: every choice is named by its index */
+	bool		has_logprobs;
+	const MillmTokenizer *tokenizer;	/* with has_logprobs; borrowed */
 } MillmAnswerForm;
 
 /* Append the row of a piece to a, which free(a->json) ends; see a->has_failed. */

@@ -12,6 +12,7 @@
 #include <stdint.h>
 
 #include "error.h"
+#include "logprobs.h"
 #include "model.h"
 #include "request.h"
 #include "templates.h"
@@ -138,6 +139,9 @@ typedef struct MillmPiece
 	int			choice;			/* 0 .. n - 1 */
 	const char *text;			/* whole characters */
 	size_t		len;
+	const MillmLogprob *logprobs;	/* of its tokens since the piece before, n_tokens rows as of millm_logprobs(), with n_top; the eos has none */
+	int			n_tokens;
+	int			n_top;
 	bool		is_last;
 	bool		stopped;		/* the last: by an eos id or a stop sequence; else max_tokens are reached */
 } MillmPiece;
@@ -154,8 +158,8 @@ typedef struct MillmResult
 typedef struct MillmSink
 {
 	/*
-	 * The next piece of a choice; has text, unless it is the last, which has none.  NULL: not streamed, the result has the
-	 * texts.
+	 * The next piece of a choice; has text, unless it is the last, which has none, or brings logprobs of many tokens that show no text.
+	 * NULL: not streamed, the result has the texts.
 	 */
 	void		(*piece) (void *arg, const MillmPiece *piece);
 	void		(*done) (void *arg, const MillmResult *result);		/* all choices have ended */

@@ -2,6 +2,7 @@
  * generation.c -- from a prompt to tokens, and from logits to shown text.
  *
  *     logits -> sampler -> id -> detokenizer (whole characters) -> U+0000 becomes U+FFFD -> stop sequences -> sink
+ *         \____ logprobs of the id: they wait for the next text ___________________________________/
  *
  * All state is the request's own, and survives when the scheduler takes the pages of a choice: a preempted one computes its
  * tokens again and shows nothing twice.
@@ -12,9 +13,15 @@
 #include <string.h>
 
 #include "embedding.h"
+#include "wire.h"
 
 /* The texts of a request that are not streamed must fit one reply, escaped; a \u00XX escape is six bytes. */
 #define MAX_TEXT_BYTES ((size_t) 10 << 20)
+
+/* And their logprobs: more than so many do not fit, each of which takes 48 bytes of the reply and more. */
+#define MAX_LOGPROBS ((int) (WIRE_MAX_REPLY_BYTES / 48))
+/* Rows of logprobs that a stream keeps for the next text, should there be none to show. */
+#define MAX_HELD_LOGPROBS 256
 
 static MillmCode
 out_of_memory(MillmError *err)
@@ -49,6 +56,13 @@ millm_request_create(const MillmLoaded *loaded, const MillmGenerateOptions *opti
 	MillmRequest *r;
 	MillmCode	rc = millm_generate_options_check(options, err);
 
+	for (int i = 0; rc == MILLM_OK && i < options->n_logit_bias; i++)
+		if (options->logit_bias[i].id >= loaded->model->config.vocab_size)
+		{
+			rc = millm_fail(err, MILLM_E_INVALID_ARGUMENT, "logit_bias has a token that the model does not know");
+			millm_detail(err, "Token id %d is not below %d, the size of the vocabulary.", (int) options->logit_bias[i].id,
+						 loaded->model->config.vocab_size);
+		}
 	if (rc != MILLM_OK)
 		return rc;
 	r = create_request(loaded, sink, (int) options->n);
@@ -56,7 +70,8 @@ millm_request_create(const MillmLoaded *loaded, const MillmGenerateOptions *opti
 		return out_of_memory(err);
 	r->options = *options;
 	r->options.n_stops = 0;
-	millm_sampling_resolve(options, &loaded->model->generation, &r->sampling);
+	r->n_top = !options->logprobs ? -1 : options->top_logprobs > 0 ? (int) options->top_logprobs : 0;
+	millm_sampling_resolve(&r->options, &loaded->model->generation, &r->sampling);
 	for (int i = 0; i < r->n_choices; i++)
 		if (!(r->choices[i].stop = millm_stop_create(options->stops, options->n_stops)))
 		{
@@ -104,6 +119,7 @@ millm_request_unref(MillmRequest *r)
 
 		free(c->generated);
 		free(c->text);
+		free(c->logprobs);
 		millm_sampler_free(c->sampler);
 		millm_detok_free(c->detok);
 		millm_stop_free(c->stop);
@@ -167,6 +183,24 @@ generation_token(const MillmChoice *c, int position)
 	return position < r->n_prompt ? r->prompt[position] : c->generated[position - r->n_prompt];
 }
 
+/* A piece with that text, and the logprobs that wait for it. */
+static MillmPiece
+piece_of(const MillmChoice *c, const char *text, size_t len)
+{
+	return (MillmPiece) {.choice = c->index, .text = text, .len = len,
+		.logprobs = c->logprobs, .n_tokens = c->n_logprobs, .n_top = c->request->n_top};
+}
+
+static void
+stream_piece(MillmChoice *c, const char *text, size_t len)
+{
+	const MillmSink *sink = &c->request->sink;
+	MillmPiece	piece = piece_of(c, text, len);
+
+	sink->piece(sink->arg, &piece);
+	c->n_logprobs = 0;
+}
+
 /* Hand text to the reader, or keep it. */
 static MillmCode
 emit(MillmChoice *c, const char *text, size_t len, MillmError *err)
@@ -177,9 +211,7 @@ emit(MillmChoice *c, const char *text, size_t len, MillmError *err)
 		return MILLM_OK;
 	if (r->sink.piece)
 	{
-		MillmPiece	piece = {.choice = c->index, .text = text, .len = len};
-
-		r->sink.piece(r->sink.arg, &piece);
+		stream_piece(c, text, len);
 		return MILLM_OK;
 	}
 	if (len > MAX_TEXT_BYTES - r->text_bytes)
@@ -266,8 +298,8 @@ is_eos(const MillmConfig *config, int32_t id)
 MillmTop
 generation_needs(const MillmChoice *c)
 {
-	/* the first choice, which makes the sampler, reads them all */
-	return c->sampler ? millm_sampler_needs(c->sampler) : (MillmTop) {.k = 0};
+	/* the first choice, which makes the sampler, reads them all, and a log-softmax sums over all */
+	return c->sampler && c->request->n_top < 0 ? millm_sampler_needs(c->sampler) : (MillmTop) {.k = 0};
 }
 
 /* What a choice has from its first token on: the memory of these is that of the sequences that have run, not of those that wait. */
@@ -283,6 +315,34 @@ begin_choice(MillmChoice *c, MillmError *err)
 	if (!c->detok || !c->sampler)
 		return out_of_memory(err);
 	millm_sampler_note_prompt(c->sampler, r->prompt, r->n_prompt);
+	return MILLM_OK;
+}
+
+/* Note how probable the model found id. */
+static MillmCode
+note_logprobs(MillmChoice *c, const float *logits, int32_t id, MillmError *err)
+{
+	MillmRequest *r = c->request;
+	const int	width = 1 + r->n_top;
+
+	if (!r->sink.piece && ++r->n_logprobs > MAX_LOGPROBS / width)
+	{
+		millm_fail(err, MILLM_E_INVALID_ARGUMENT, "there are too many logprobs for one answer");
+		millm_detail(err, "They are of more than %d tokens.", MAX_LOGPROBS / width);
+		millm_hint(err, "Ask for fewer tokens or a smaller top_logprobs, or stream the text.");
+		return MILLM_E_INVALID_ARGUMENT;
+	}
+	if (c->n_logprobs == c->logprobs_capacity)
+	{
+		int			capacity = 2 * c->n_logprobs + 16;
+		MillmLogprob *p = realloc(c->logprobs, (size_t) capacity * (size_t) width * sizeof(*p));
+
+		if (!p)
+			return out_of_memory(err);
+		c->logprobs = p;
+		c->logprobs_capacity = capacity;
+	}
+	millm_logprobs(c->logprobs + (size_t) c->n_logprobs++ * (size_t) width, r->n_top, logits, r->loaded->model->config.vocab_size, id);
 	return MILLM_OK;
 }
 
@@ -307,6 +367,8 @@ generation_take(MillmChoice *c, const float *logits, MillmError *err)
 		return rc;
 	}
 
+	if (r->n_top >= 0 && (rc = note_logprobs(c, logits, id, err)) != MILLM_OK)
+		return rc;
 	millm_sampler_note_generated(c->sampler, id);
 	c->generated[c->slot.n_tokens++ - r->n_prompt] = id;
 	piece = millm_detok_push(c->detok, id, &len);
@@ -317,11 +379,17 @@ generation_take(MillmChoice *c, const float *logits, MillmError *err)
 		rc = show_rest(c, err);
 	}
 	c->is_finished |= c->stopped;
+	if (r->sink.piece && c->n_logprobs == MAX_HELD_LOGPROBS)
+		stream_piece(c, "", 0);
 	return rc;
 }
 
 MillmPiece
 generation_last_piece(const MillmChoice *c)
 {
-	return (MillmPiece) {.choice = c->index, .text = c->text ? c->text : "", .len = c->len, .is_last = true, .stopped = c->stopped};
+	MillmPiece	piece = piece_of(c, c->text ? c->text : "", c->len);
+
+	piece.is_last = true;
+	piece.stopped = c->stopped;
+	return piece;
 }

@@ -31,6 +31,9 @@ typedef struct MillmChoice
 	char	   *text;			/* not streamed: all of it */
 	size_t		len;
 	size_t		capacity;
+	MillmLogprob *logprobs;		/* [n_logprobs], rows of 1 + n_top; streamed: those that no piece has brought yet */
+	int			n_logprobs;
+	int			logprobs_capacity;
 } MillmChoice;
 
 struct MillmRequest
@@ -48,6 +51,8 @@ struct MillmRequest
 	int			n_prompt;
 	int			max_tokens;		/* of a choice */
 	size_t		text_bytes;		/* of all choices, not streamed */
+	int			n_top;			/* of a row of logprobs; -1: none are wanted */
+	int			n_logprobs;		/* of all choices, not streamed */
 	bool		has_failed;		/* one of the choices; why is in failure */
 	MillmError	failure;
 	int			n_left;			/* choices that have not ended */

@@ -16,7 +16,7 @@ millm_generate_options_init(MillmGenerateOptions *options)
 {
 	*options = (MillmGenerateOptions) {
 		.max_tokens = -1, .temperature = NAN, .top_k = -1, .top_p = NAN, .min_p = NAN,
-		.repetition_penalty = NAN, .frequency_penalty = NAN, .presence_penalty = NAN, .n = 1,
+		.repetition_penalty = NAN, .frequency_penalty = NAN, .presence_penalty = NAN, .n = 1, .top_logprobs = -1,
 	};
 }
 
@@ -50,6 +50,13 @@ millm_generate_options_check(const MillmGenerateOptions *o, MillmError *err)
 		return out_of_range(err, "presence_penalty", o->presence_penalty, "between -2 and 2");
 	if (o->n < 1 || o->n > MILLM_MAX_CHOICES)
 		return out_of_range(err, "n", (double) o->n, "between 1 and 128");
+	if (o->top_logprobs != -1 && !o->logprobs)
+		return millm_fail(err, MILLM_E_INVALID_ARGUMENT, "top_logprobs needs logprobs");
+	if (o->top_logprobs < -1 || o->top_logprobs > MILLM_MAX_TOP_LOGPROBS)
+		return out_of_range(err, "top_logprobs", (double) o->top_logprobs, "between 0 and 20");
+	for (int i = 0; i < o->n_logit_bias; i++)
+		if (!(fabsf(o->logit_bias[i].bias) <= MILLM_MAX_LOGIT_BIAS))
+			return out_of_range(err, "a bias of logit_bias", o->logit_bias[i].bias, "between -100 and 100");
 	if (o->n_stops > MILLM_MAX_STOPS)
 		return out_of_range(err, "number of stop sequences", o->n_stops, "at most 16");
 	for (int i = 0; i < o->n_stops; i++)
@@ -105,6 +112,8 @@ millm_sampling_resolve(const MillmGenerateOptions *o, const MillmGenerationConfi
 		.frequency_penalty = pick(o->frequency_penalty, NAN, 0.0f),
 		.presence_penalty = pick(o->presence_penalty, NAN, 0.0f),
 		.seed = o->has_seed ? o->seed : random_seed(),
+		.bias = o->logit_bias,
+		.n_bias = o->n_logit_bias,
 	};
 }
 

@@ -8,6 +8,7 @@
 #include <stdint.h>
 
 #include "error.h"
+#include "logprobs.h"
 #include "model.h"
 #include "sampler.h"
 #include "stop.h"
@@ -17,6 +18,8 @@
 #define MILLM_MIN_TEMPERATURE		1e-5	/* between it and 0 a division would overflow: refused */
 #define MILLM_MAX_TOP_K				MILLM_MAX_VOCAB
 #define MILLM_MAX_CHOICES			128
+#define MILLM_MAX_LOGIT_BIASES		300
+#define MILLM_MAX_LOGIT_BIAS		100.0
 
 /* As asked: NAN or -1 where the caller said nothing. */
 typedef struct MillmGenerateOptions
@@ -32,6 +35,10 @@ typedef struct MillmGenerateOptions
 	bool		has_seed;
 	int64_t		seed;
 	int64_t		n;				/* choices: answers to the one prompt; 1 unless asked */
+	bool		logprobs;
+	int64_t		top_logprobs;	/* -1 where the caller said nothing; else needs logprobs */
+	MillmLogitBias logit_bias[MILLM_MAX_LOGIT_BIASES];
+	int			n_logit_bias;
 	const char *stops[MILLM_MAX_STOPS];	/* borrowed */
 	int			n_stops;
 } MillmGenerateOptions;
@@ -44,7 +51,8 @@ extern MillmCode millm_generate_options_check(const MillmGenerateOptions *option
 /*
  * Fill *out: the call, then generation_config.json, then the defaults (do_sample absent or false is greedy; true is
  * temperature 1, top_k 50, top_p 1).  An explicit temperature decides alone whether to sample.  Without a seed a
- * random one of 53 bits is drawn, so that every JSON reader can hold it.  It is the sampling of choice 0.
+ * random one of 53 bits is drawn, so that every JSON reader can hold it.  It is the sampling of choice 0,
+ * and borrows the biases of options.
  */
 extern void millm_sampling_resolve(const MillmGenerateOptions *options, const MillmGenerationConfig *config,
 								   MillmSampling *out);

@@ -3,6 +3,7 @@
  *
  * The order and the rules for ties are those of transformers (reference/architectures.md 6):
  *
+ *   logit bias           added
  *   repetition penalty   on each distinct id of prompt and output: score < 0 ? score * p : score / p
  *   frequency, presence  as OpenAI defines them, over generated tokens only:
  *                        score -= count * frequency + (count > 0) * presence
@@ -27,15 +28,17 @@ typedef struct Candidate
 	int32_t		id;
 } Candidate;
 
-#define IN_PROMPT	0x80000000u		/* in seen[]: the id occurs in the prompt; below it, the count of generated ones */
+/* In seen[]: the id occurs in the prompt; it has a bias; below them, the count of generated ones. */
+#define IN_PROMPT	0x80000000u
+#define BIASED		0x40000000u
 
 struct MillmSampler
 {
 	MillmSampling options;
 	int			n_vocab;
 	bool		penalizes;
-	uint32_t   *seen;				/* [n_vocab], only when it penalizes */
-	int32_t    *distinct;			/* [n_vocab], ids whose seen[] is not 0 */
+	uint32_t   *seen;				/* [n_vocab], only when it penalizes or has biases */
+	int32_t    *distinct;			/* [n_vocab], ids whose seen[] is not 0: whose score is not the logit */
 	int			n_distinct;
 	float	   *scores;				/* [n_vocab] */
 	Candidate  *candidates;			/* [n_vocab], only when it samples */
@@ -46,6 +49,7 @@ millm_sampler_create(const MillmSampling *sampling, int n_vocab)
 {
 	MillmSampler *s = calloc(1, sizeof(*s));
 	size_t		n = (size_t) n_vocab;
+	bool		rescores;
 
 	if (!s)
 		return NULL;
@@ -53,13 +57,18 @@ millm_sampler_create(const MillmSampling *sampling, int n_vocab)
 	s->n_vocab = n_vocab;
 	s->penalizes = sampling->repetition_penalty != 1.0f || sampling->frequency_penalty != 0.0f ||
 		sampling->presence_penalty != 0.0f;
-	if ((s->penalizes && (!(s->seen = calloc(n, sizeof(*s->seen))) ||
-						  !(s->distinct = malloc(n * sizeof(*s->distinct))))) ||
-		((s->penalizes || sampling->temperature > 0) && !(s->scores = malloc(n * sizeof(*s->scores)))) ||
+	rescores = s->penalizes || sampling->n_bias > 0;
+	if ((rescores && (!(s->seen = calloc(n, sizeof(*s->seen))) || !(s->distinct = malloc(n * sizeof(*s->distinct))))) ||
+		((rescores || sampling->temperature > 0) && !(s->scores = malloc(n * sizeof(*s->scores)))) ||
 		(sampling->temperature > 0 && !(s->candidates = malloc(n * sizeof(*s->candidates)))))
 	{
 		millm_sampler_free(s);
 		return NULL;
+	}
+	for (int i = 0; i < sampling->n_bias; i++)
+	{
+		s->seen[sampling->bias[i].id] = BIASED;
+		s->distinct[s->n_distinct++] = sampling->bias[i].id;
 	}
 	return s;
 }
@@ -118,6 +127,13 @@ millm_random_uniform(int64_t seed, int choice, int position)
 }
 
 static void
+add_biases(MillmSampler *s)
+{
+	for (int i = 0; i < s->options.n_bias; i++)
+		s->scores[s->options.bias[i].id] += s->options.bias[i].bias;
+}
+
+static void
 penalize(MillmSampler *s)
 {
 	const MillmSampling *o = &s->options;
@@ -125,9 +141,11 @@ penalize(MillmSampler *s)
 	for (int i = 0; i < s->n_distinct; i++)
 	{
 		int32_t		id = s->distinct[i];
-		uint32_t	count = s->seen[id] & ~IN_PROMPT;
+		uint32_t	count = s->seen[id] & ~(IN_PROMPT | BIASED);
 		float		score = s->scores[id];
 
+		if (s->seen[id] == BIASED)
+			continue;			/* not yet met */
 		score = score < 0 ? score * o->repetition_penalty : score / o->repetition_penalty;
 		if (count > 0)
 			score -= (float) count * o->frequency_penalty + o->presence_penalty;
@@ -331,6 +349,7 @@ millm_sampler_choose(MillmSampler *s, const float *logits, int position, int32_t
 	{
 		memcpy(s->scores, logits, (size_t) s->n_vocab * sizeof(*logits));
 		logits = s->scores;
+		add_biases(s);
 		if (s->penalizes)
 			penalize(s);
 	}

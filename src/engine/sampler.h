@@ -13,9 +13,15 @@
 #include "error.h"
 #include "shortlist.h"
 
+typedef struct MillmLogitBias
+{
+	int32_t		id;
+	float		bias;
+} MillmLogitBias;
+
 typedef struct MillmSampling
 {
-	float		temperature;		/* 0: greedy; the rest of the sampling options then change nothing */
+	float		temperature;		/* 0: greedy; what follows up to min_p then changes nothing */
 	int			top_k;				/* 0: off */
 	float		top_p;				/* 1: off */
 	float		min_p;				/* 0: off */
@@ -24,6 +30,8 @@ typedef struct MillmSampling
 	float		presence_penalty;	/* 0: off */
 	int64_t		seed;
 	int			choice;				/* which of the n answers to one prompt: 0, 1, ... */
+	const MillmLogitBias *bias;		/* [n_bias], distinct ids of the vocabulary; borrowed for the sampler's life */
+	int			n_bias;
 } MillmSampling;
 
 typedef struct MillmSampler MillmSampler;

@@ -643,6 +643,37 @@ is_given(const json_t *request, const char *name)
 	return value && !json_is_null(value);
 }
 
+/* An object of token ids and numbers; which ids there are is the model's matter. */
+static MillmCode
+read_logit_bias(json_t *object, MillmGenerateOptions *o, MillmError *err)
+{
+	const char *key;
+	json_t	   *value;
+
+	if (json_object_size(object) > MILLM_MAX_LOGIT_BIASES)
+	{
+		millm_fail(err, MILLM_E_INVALID_ARGUMENT, "too many entries in logit_bias");
+		millm_detail(err, "There are %zu; at most %d are accepted.", json_object_size(object), MILLM_MAX_LOGIT_BIASES);
+		return MILLM_E_INVALID_ARGUMENT;
+	}
+	json_object_foreach(object, key, value)
+	{
+		char	   *end;
+		long		id = strtol(key, &end, 10);
+		char		canonical[24];
+
+		snprintf(canonical, sizeof(canonical), "%ld", id);
+		if (strcmp(canonical, key) != 0 || id < 0 || id > INT32_MAX || !json_is_number(value))
+		{
+			millm_fail(err, MILLM_E_INVALID_ARGUMENT, "logit_bias must be an object of token ids and numbers");
+			millm_detail(err, "The entry \"%.50s\" is not such a pair.", key);
+			return MILLM_E_INVALID_ARGUMENT;
+		}
+		o->logit_bias[o->n_logit_bias++] = (MillmLogitBias) {(int32_t) id, (float) json_number_value(value)};
+	}
+	return MILLM_OK;
+}
+
 static void
 read_options(MillmFields *f, MillmGenerateOptions *o)
 {
@@ -663,6 +694,8 @@ read_options(MillmFields *f, MillmGenerateOptions *o)
 	o->has_seed = is_given(f->object, "seed");
 	o->seed = seed;
 	millm_field_int(f, "n", 1, MILLM_MAX_CHOICES, &o->n);
+	millm_field_bool(f, "logprobs", &o->logprobs);
+	millm_field_int(f, "top_logprobs", 0, MILLM_MAX_TOP_LOGPROBS, &o->top_logprobs);
 	o->top_k = top_k;
 	o->max_tokens = max_tokens;
 }
@@ -684,6 +717,7 @@ op_generate(EngineServer *server, MillmConn *conn, json_t *request)
 	bool		stream = false;
 	bool		parse_special = true;
 	json_t	   *stops = NULL;
+	json_t	   *logit_bias = NULL;
 	Call	   *call;
 	const MillmLoaded *loaded = NULL;
 
@@ -698,6 +732,7 @@ op_generate(EngineServer *server, MillmConn *conn, json_t *request)
 	millm_field_bool(&f, "parse_special", &parse_special);
 	read_options(&f, &o);
 	millm_field_array(&f, "stop", &stops);
+	millm_field_object(&f, "logit_bias", &logit_bias);
 	if (millm_fields_end(&f) != MILLM_OK)
 	{
 		millm_conn_error(conn, &err);
@@ -706,7 +741,7 @@ op_generate(EngineServer *server, MillmConn *conn, json_t *request)
 	call = new_call(server, conn);
 	if (!call)
 		return;
-	call->form = (MillmAnswerForm) {.streams = stream, .has_choices = is_given(request, "n")};
+	call->form = (MillmAnswerForm) {.streams = stream, .has_choices = is_given(request, "n"), .has_logprobs = o.logprobs};
 	call->parse_special = parse_special;
 	sink.arg = call;
 	sink.piece = stream ? generate_piece : NULL;
@@ -718,6 +753,7 @@ op_generate(EngineServer *server, MillmConn *conn, json_t *request)
 	else if (chat.messages && system)
 		millm_fail(&err, MILLM_E_INVALID_ARGUMENT, "field \"system\" goes with \"prompt\" only");
 	else if (read_stops(stops, &o, &err) == MILLM_OK &&
+			 read_logit_bias(logit_bias, &o, &err) == MILLM_OK &&
 			 millm_engine_loaded(server->engine, &loaded, &err) == MILLM_OK &&
 			 check_model(loaded, uuid, &err) == MILLM_OK &&
 			 (prompt ? keep_prompt(call, loaded, prompt, len, system, system_len, raw, &err) : keep_chat(call, loaded, &chat, &err)) == MILLM_OK &&
@@ -725,6 +761,7 @@ op_generate(EngineServer *server, MillmConn *conn, json_t *request)
 			 millm_request_create(loaded, &o, &sink, &call->generation, &err) == MILLM_OK &&
 			 millm_engine_accept(server->engine, call->generation, &err) == MILLM_OK)
 	{
+		call->form.tokenizer = loaded->tokenizer;
 		millm_loaded_release(loaded);
 		start(call, submit);
 		return;

@@ -388,6 +388,31 @@ clear(MillmDetok *d)
 	millm_bytes_free(&d->out);
 }
 
+static MillmCode
+check_id(const MillmTokenizer *tok, int32_t id, MillmError *err)
+{
+	if (id < 0 || id >= tok->n_ids || !tok->tokens[id].exists)
+		return millm_fail(err, MILLM_E_INVALID_ARGUMENT, "token id %d is not in the vocabulary", (int) id);
+	return MILLM_OK;
+}
+
+/* Hand out what has been decoded, NUL-terminated. */
+static MillmCode
+give(MillmDetok *d, char **out, size_t *len, MillmError *err)
+{
+	add(d, &d->out, "", 1);
+	if (d->no_memory)
+	{
+		clear(d);
+		return millm_fail(err, MILLM_E_INSUFFICIENT_MEMORY, "out of memory");
+	}
+	*len = d->out.n - 1;
+	*out = d->out.data;
+	d->out.data = NULL;
+	clear(d);
+	return MILLM_OK;
+}
+
 MillmCode
 millm_decode(const MillmTokenizer *tok, const int32_t *ids, size_t n, bool skip_special,
 			 char **out, size_t *len, MillmError *err)
@@ -395,25 +420,57 @@ millm_decode(const MillmTokenizer *tok, const int32_t *ids, size_t n, bool skip_
 	MillmDetok	d;
 
 	for (size_t i = 0; i < n; i++)
-		if (ids[i] < 0 || ids[i] >= tok->n_ids || !tok->tokens[ids[i]].exists)
-			return millm_fail(err, MILLM_E_INVALID_ARGUMENT, "token id %d is not in the vocabulary", (int) ids[i]);
+	{
+		MillmCode	rc = check_id(tok, ids[i], err);
+
+		if (rc != MILLM_OK)
+			return rc;
+	}
 	begin(&d, tok);
 	d.skip_special = skip_special;
 	d.is_whole = true;
 	for (size_t i = 0; i < n && !d.no_memory; i++)
 		push(&d, ids[i]);
 	flush(&d);
-	add(&d, &d.out, "", 1);
-	if (d.no_memory)
+	return give(&d, out, len, err);
+}
+
+MillmCode
+millm_token_bytes(const MillmTokenizer *tok, int32_t id, char **out, size_t *len, MillmError *err)
+{
+	MillmDetok	d;
+	const Token *token;
+	const char *content;
+	int			byte = -1;
+	MillmCode	rc = check_id(tok, id, err);
+
+	if (rc != MILLM_OK)
+		return rc;
+	token = &tok->tokens[id];
+	content = tok->contents.keys.data + token->content.offset;
+	begin(&d, tok);
+	d.n_strip = 0;
+	d.is_begun = true;
+	for (int i = 0; i < tok->n_decoders; i++)
 	{
-		clear(&d);
-		return millm_fail(err, MILLM_E_INSUFFICIENT_MEMORY, "out of memory");
+		d.stages[i].is_begun = true;
+		if (tok->decoders[i].kind == DECODE_BYTE_FALLBACK && !token->special)
+			byte = fallback_byte(content, token->content.n);
 	}
-	*len = d.out.n - 1;
-	*out = d.out.data;
-	d.out.data = NULL;
-	clear(&d);
-	return MILLM_OK;
+	if (token->special)
+		add(&d, &d.out, content, token->content.n);
+	else if (byte >= 0)
+		add(&d, &d.out, &(char) {(char) byte}, 1);
+	else if (is_byte_level(tok))
+		add(&d, &d.out, tok->decoded.data + token->bytes.offset, token->bytes.n);
+	else
+	{
+		hand_on(&d, 0, content, token->content.n);
+		for (int i = 0; i < tok->n_decoders; i++)
+			if (tok->decoders[i].kind == DECODE_SUFFIX)
+				release(&d, i, false);
+	}
+	return give(&d, out, len, err);
 }
 
 /* The most bytes that one token can become before it is given out; false: beyond reason. */

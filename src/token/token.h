@@ -64,6 +64,12 @@ extern MillmCode millm_decode(const MillmTokenizer *tok, const int32_t *ids, siz
 							  char **out, size_t *len, MillmError *err);
 
 /*
+ * The bytes that a token adds to a text in whose middle it stands, which need not be whole characters; of a special token its name.
+ * *out is malloc'ed; *len its length.  INVALID_ARGUMENT for an id that is not in the vocabulary.
+ */
+extern MillmCode millm_token_bytes(const MillmTokenizer *tok, int32_t id, char **out, size_t *len, MillmError *err);
+
+/*
  * Incremental detokenization: feed ids one by one, get text that never ends in half a character.
  * The concatenation of all pieces and of the flush equals millm_decode() of all ids, but for the
  * exceptions that doc/ names.  Special tokens are skipped.

@@ -97,11 +97,15 @@ typedef struct Setting
 	MillmSampling sampling;
 } Setting;
 
+static const MillmLogitBias biases[] = {{28, -100}, {30, 3}, {198, -0.5f}, {7042, 12}};
+
 static const Setting settings[] = {
 	{"greedy", {.temperature = 0, .top_p = 1, .repetition_penalty = 1}},
 	{"top_k 50", {.temperature = 1, .top_k = 50, .top_p = 1, .repetition_penalty = 1}},
 	{"top_k 20, top_p 0.8, penalty 1.05", {.temperature = 0.7f, .top_k = 20, .top_p = 0.8f, .repetition_penalty = 1.05f}},
 	{"min_p 0.05", {.temperature = 1, .top_p = 1, .min_p = 0.05f, .repetition_penalty = 1}},
+	{"greedy, biases", {.temperature = 0, .top_p = 1, .repetition_penalty = 1, .bias = biases, .n_bias = 4}},
+	{"top_k 20, penalty 1.05, biases", {.temperature = 1, .top_k = 20, .top_p = 1, .repetition_penalty = 1.05f, .bias = biases, .n_bias = 4}},
 };
 #define N_SETTINGS ((int) (sizeof(settings) / sizeof(settings[0])))
 

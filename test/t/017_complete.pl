@@ -51,12 +51,38 @@ is(sql(q(SELECT jsonb_array_length(millm.chat(messages => '[{"role": "user", "co
 is(sql(q(SELECT count(*) FROM millm.chat_stream('[{"role": "user", "content": "Hi"}]', max_tokens => 3, n => 2) c WHERE c ? 'finish_reason')), 2, 'and the stream');
 is(sql("SELECT jsonb_array_length(millm.complete('x', max_tokens => 2, n => 12) -> 'choices')"), 12, 'more than run at once: they wait');
 
+# Logprobs
+my $asked = "millm.complete('The capital of France is', max_tokens => 6, temperature => 0, logprobs => true, top_logprobs => 2)";
+my $entry = decode_json(sql("SELECT $asked -> 'logprobs' -> 0"));
+is(join(' ', sort keys %$entry), 'bytes id logprob token top_logprobs', 'an entry');
+is(join(' ', @{ $entry->{bytes} }), join(' ', unpack('C*', $entry->{token})), 'its bytes');
+is(sql("SELECT ARRAY[$entry->{id}] = millm.tokenize('$entry->{token}', add_special => false)"), 't', 'its id');
+is(scalar @{ $entry->{top_logprobs} }, 2, 'two alternatives');
+is("$entry->{top_logprobs}[0]{id} $entry->{top_logprobs}[0]{logprob}", "$entry->{id} $entry->{logprob}", 'of which the greedy one is the first');
+cmp_ok(exp($entry->{logprob}) + exp($entry->{top_logprobs}[1]{logprob}), '<', 1, 'they are logarithms of probabilities');
+is(sql("SELECT string_agg(e ->> 'token', '') = r ->> 'text' FROM (SELECT $asked AS r) x, jsonb_array_elements(r -> 'logprobs') e GROUP BY r"), 't', 'a token, an entry');
+is(sql("SELECT jsonb_agg(e ORDER BY o, k) = $asked -> 'logprobs' FROM millm.complete_stream('The capital of France is', max_tokens => 6, temperature => 0,
+	logprobs => true, top_logprobs => 2) WITH ORDINALITY AS s(r, o), jsonb_array_elements(r -> 'logprobs') WITH ORDINALITY AS l(e, k)"), 't', 'the rows of the stream have the same');
+is(sql(q(SELECT jsonb_array_length(millm.chat('Hi', max_tokens => 3, n => 2, logprobs => true) -> 'choices' -> 1 -> 'logprobs'))), 3, 'each choice of a chat has its own');
+is(sql("SELECT $three ? 'logprobs' OR $three -> 'choices' -> 0 ? 'logprobs'"), 'f', 'none unless asked');
+
+# A bias
+is(sql("SELECT millm.complete('The capital of France is', max_tokens => 1, temperature => 0, logit_bias => '{\"$entry->{top_logprobs}[1]{id}\": 100}') ->> 'text'"),
+	$entry->{top_logprobs}[1]{token}, 'logit_bias raises a token above the greedy one');
+unlike(sql("SELECT millm.chat('Say Paris.', max_tokens => 20, logit_bias => '{\"$entry->{id}\": -100}', seed => 1) ->> 'text'"), qr/ Paris/, 'or keeps one out of a chat');
+
 # Refusals, by name
 my @refusals = (
 	[ 'n => 0', '22023', qr/"n" is out of range.*1 to 128/s ],
 	[ 'n => 129', '22023', qr/"n" is out of range/ ],
 	[ 'n => 13', '22023', qr/n is out of range.*It is 13; 4 sequences may run and 8 wait/s ],
 	[ 'n => 2, max_tokens => 1000000', 'ML018', qr/max_tokens/ ],
+	[ 'top_logprobs => 2', '22023', qr/top_logprobs needs logprobs/ ],
+	[ 'logprobs => true, top_logprobs => 21', '22023', qr/"top_logprobs" is out of range.*0 to 20/s ],
+	[ q(logit_bias => '{"1": 101}'), '22023', qr/bias of logit_bias is out of range.*It is 101; it must be between -100 and 100/s ],
+	[ q(logit_bias => '{"x": 1}'), '22023', qr/logit_bias must be an object of token ids and numbers.*"x"/s ],
+	[ q(logit_bias => '{"49152": 1}'), '22023', qr/logit_bias has a token that the model does not know.*49152 is not below 49152/s ],
+	[ q(logit_bias => (SELECT jsonb_object_agg(i, 1) FROM generate_series(1, 301) i)), '22023', qr/too many entries in logit_bias.*301.*300/s ],
 );
 foreach my $refusal (@refusals)
 {

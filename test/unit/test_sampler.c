@@ -8,6 +8,7 @@
 #include <string.h>
 #include <cmocka.h>
 
+#include "logprobs.h"
 #include "request.h"
 #include "sampler.h"
 
@@ -181,6 +182,66 @@ penalties(void **state)
 	o.presence_penalty = 0.5f;		/* once, however often */
 	assert_int_equal(greedy(o, (float[]) {3.6f, 3, 0, 0}, 4, prompt, 4, made, 3), 0);
 	assert_int_equal(greedy(o, (float[]) {3.4f, 3, 0, 0}, 4, prompt, 4, made, 3), 1);
+}
+
+/* Added first, to the logits: before a penalty, and to what was never met too. */
+static void
+biases(void **state)
+{
+	static const MillmLogitBias b[] = {{0, 1.5f}, {3, 2}};
+	float		logits[] = {2, 3, -1, -1.5f};
+	int32_t		ids[] = {0};
+	double		f[4];
+	MillmSampling o = neutral;
+	MillmSampler *s;
+	MillmTop	top;
+
+	(void) state;
+	o.bias = b;
+	o.n_bias = 2;
+	assert_int_equal(greedy(o, logits, 4, NULL, 0, NULL, 0), 0);		/* 3.5 and 3 */
+	assert_int_equal(greedy(o, (float[]) {-9, -9, 0, -1.5f}, 4, NULL, 0, NULL, 0), 3);
+	frequencies(o, (float[]) {-INFINITY, logf(2), -INFINITY, logf(2) - 2}, 4, f);
+	assert_true(f[0] == 0 && f[2] == 0 && fabs(f[1] - 0.5) < 0.02);		/* what cannot be stays so */
+	o.repetition_penalty = 2;
+	assert_int_equal(greedy(o, logits, 4, ids, 1, NULL, 0), 1);			/* 3.5 / 2, and 3 */
+	assert_int_equal(greedy(o, (float[]) {-1.2f, 0, 0, 0.4f}, 4, ids, 1, NULL, 0), 3);	/* 3's bias alone is no meeting: 2.4 */
+	assert_int_equal(greedy(o, (float[]) {-1.6f, -0.15f, -9, -9}, 4, ids, 1, NULL, 0), 1);	/* -0.1 * 2 */
+	o.repetition_penalty = 1;
+	o.presence_penalty = 1;
+	assert_int_equal(greedy(o, logits, 4, ids, 1, NULL, 0), 0);
+	assert_int_equal(greedy(o, logits, 4, NULL, 0, ids, 1), 1);			/* 2.5 and 3 */
+
+	/* the screening copy must leave them exact, met or not, each named once */
+	o.temperature = 0;
+	s = millm_sampler_create(&o, 4);
+	millm_sampler_note_prompt(s, (int32_t[]) {3, 1}, 2);
+	top = millm_sampler_needs(s);
+	assert_true(top.k == 1 && top.n_always == 3 && top.always[0] == 0 && top.always[1] == 3 && top.always[2] == 1);
+	millm_sampler_free(s);
+}
+
+static void
+logprobs(void **state)
+{
+	float		logits[] = {1, 3, -INFINITY, 3, 0.5f};
+	double		sum = 2 * exp(3) + exp(1) + exp(0.5);
+	MillmLogprob p[1 + MILLM_MAX_TOP_LOGPROBS];
+	int			order[] = {1, 3, 0, 4};
+
+	(void) state;
+	millm_logprobs(p, 0, logits, 5, 0);
+	assert_true(p[0].id == 0 && fabs(p[0].logprob - (1 - log(sum))) < 1e-6);
+	millm_logprobs(p, 1, logits, 5, 2);
+	assert_true(p[0].logprob == -INFINITY && p[1].id == 1);		/* of equal ones the lower id */
+	millm_logprobs(p, MILLM_MAX_TOP_LOGPROBS, logits, 5, 3);
+	for (int i = 0; i < 4; i++)
+		assert_true(p[1 + i].id == order[i] && fabs(p[1 + i].logprob - (logits[order[i]] - log(sum))) < 1e-6);
+	for (int i = 4; i < MILLM_MAX_TOP_LOGPROBS; i++)
+		assert_int_equal(p[1 + i].id, -1);
+	/* one is certain; large logits */
+	millm_logprobs(p, 2, (float[]) {-1e30f, 3e38f}, 2, 1);
+	assert_true(p[0].logprob == 0 && p[1].id == 1 && p[2].id == 0);
 }
 
 /* The same (seed, choice, position) is the same draw, whatever was drawn before; another one is another. */
@@ -405,7 +466,7 @@ main(void)
 		cmocka_unit_test(greedy_ties), cmocka_unit_test(softmax), cmocka_unit_test(top_k), cmocka_unit_test(top_p),
 		cmocka_unit_test(min_p), cmocka_unit_test(penalties), cmocka_unit_test(pure_draws), cmocka_unit_test(damage),
 		cmocka_unit_test(precedence), cmocka_unit_test(ranges), cmocka_unit_test(max_tokens),
-		cmocka_unit_test(needs),
+		cmocka_unit_test(needs), cmocka_unit_test(biases), cmocka_unit_test(logprobs),
 	};
 
 	return cmocka_run_group_tests(tests, NULL, NULL);

@@ -54,6 +54,59 @@ assert_ids(const MillmTokenizer *tok, const char *text, MillmEncodeOptions optio
 	millm_ids_free(&ids);
 }
 
+static void
+assert_bytes(const MillmTokenizer *tok, int32_t id, const char *expected)
+{
+	char	   *bytes = NULL;
+	size_t		n;
+	MillmError	err;
+
+	assert_int_equal(millm_token_bytes(tok, id, &bytes, &n, &err), MILLM_OK);
+	assert_string_equal(bytes, expected);
+	assert_int_equal(n, strlen(expected));
+	free(bytes);
+}
+
+/* What one token adds to a text: exact bytes, no decoder's rule for the first or the last. */
+static void
+test_token_bytes(void **state)
+{
+	MillmTokenizer *tok = open_text(tiny, NULL);
+	MillmError	err;
+	char	   *bytes;
+	size_t		n;
+
+	(void) state;
+	assert_bytes(tok, 4, " a");
+	assert_bytes(tok, 5, "\xE2");
+	assert_bytes(tok, 8, "<s>");
+	assert_int_equal(millm_token_bytes(tok, 10, &bytes, &n, &err), MILLM_E_INVALID_ARGUMENT);
+	assert_int_equal(millm_token_bytes(tok, -1, &bytes, &n, &err), MILLM_E_INVALID_ARGUMENT);
+	millm_tokenizer_close(tok);
+
+	tok = open_text("{\"added_tokens\":[{\"id\":3,\"content\":\"<0x41>\",\"special\":true}],\"decoder\":{\"type\":\"Sequence\",\"decoders\":["
+					"{\"type\":\"Replace\",\"pattern\":{\"String\":\"\\u2581\"},\"content\":\" \"},{\"type\":\"ByteFallback\"},{\"type\":\"Fuse\"},"
+					"{\"type\":\"Strip\",\"content\":\" \",\"start\":1,\"stop\":0}]},"
+					"\"model\":{\"type\":\"BPE\",\"byte_fallback\":true,\"vocab\":{\"\\u2581a\":0,\"<0xE2>\":1,\"b\":2,\"<0x41>\":3},\"merges\":[]}}", NULL);
+	assert_bytes(tok, 0, " a");
+	assert_bytes(tok, 1, "\xE2");
+	assert_bytes(tok, 2, "b");
+	assert_bytes(tok, 3, "<0x41>");
+	millm_tokenizer_close(tok);
+
+	tok = open_text("{\"decoder\":{\"type\":\"WordPiece\",\"prefix\":\"##\",\"cleanup\":false},"
+					"\"model\":{\"type\":\"WordPiece\",\"unk_token\":\"a\",\"vocab\":{\"a\":0,\"##b\":1},\"max_input_chars_per_word\":9,\"continuing_subword_prefix\":\"##\"}}", NULL);
+	assert_bytes(tok, 0, " a");
+	assert_bytes(tok, 1, "b");
+	millm_tokenizer_close(tok);
+
+	tok = open_text("{\"decoder\":{\"type\":\"BPEDecoder\",\"suffix\":\"</w>\"},"
+					"\"model\":{\"type\":\"BPE\",\"end_of_word_suffix\":\"</w>\",\"vocab\":{\"a</w>\":0,\"b\":1},\"merges\":[]}}", NULL);
+	assert_bytes(tok, 0, "a ");
+	assert_bytes(tok, 1, "b");
+	millm_tokenizer_close(tok);
+}
+
 /* A normalizer that makes positions move, and a special token that is looked for behind it. */
 static void
 test_origins_behind_a_normalizer(void **state)
@@ -694,7 +747,7 @@ main(void)
 		cmocka_unit_test(test_long_word),
 		cmocka_unit_test(test_unigram), cmocka_unit_test(test_word_piece), cmocka_unit_test(test_refused_texts), cmocka_unit_test(test_legacy),
 		cmocka_unit_test(test_limits),
-		cmocka_unit_test(test_stream),
+		cmocka_unit_test(test_stream), cmocka_unit_test(test_token_bytes),
 		cmocka_unit_test(test_config),
 		cmocka_unit_test(test_refusals),
 		cmocka_unit_test(test_bulk),

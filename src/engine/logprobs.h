@@ -1,0 +1,24 @@
+/*
+ * logprobs.h -- how probable the model found a token, and which it found the most probable.
+ */
+#ifndef MILLM_LOGPROBS_H
+#define MILLM_LOGPROBS_H
+
+#include <stdint.h>
+
+#define MILLM_MAX_TOP_LOGPROBS 20
+
+typedef struct MillmLogprob
+{
+	int32_t		id;
+	float		logprob;
+} MillmLogprob;
+
+/*
+ * Log-softmax of logits [n], finite or -infinity and not all of them the latter: of chosen to out[0], of the n_top (at most
+ * MILLM_MAX_TOP_LOGPROBS) most probable ids to out[1 .. n_top], the most probable first, of equal ones the lower id.  Where there are
+ * fewer that are possible at all, the rest have the id -1.
+ */
+extern void millm_logprobs(MillmLogprob *out, int n_top, const float *logits, int n, int32_t chosen);
+
+#endif
