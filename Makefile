@@ -98,7 +98,11 @@ $(BUILD)/millm-%: $(BUILD)/src/%/main.o $(LIB)
 BRIDGE_PKG    = libevent_core jansson libcrypto
 BRIDGE_OBJS   = $(patsubst src/%.c,$(BUILD)/src/%.o,$(wildcard src/bridge/*.c src/base/*.c))
 $(BUILD)/src/bridge/%.o: ENGINE_CFLAGS := $(filter-out -Isrc/%,$(ENGINE_CFLAGS)) -Isrc/bridge -Isrc/base -I$(shell $(PG_CONFIG) --includedir)
-$(BRIDGE): $(BRIDGE_OBJS)
+# openapi.json is a part of the program
+$(BUILD)/src/bridge/openapi.o: src/bridge/openapi.S src/bridge/openapi.json
+	@mkdir -p $(@D) && echo "  AS  $<"
+	$(Q)$(CC) -c -o $@ $<
+$(BRIDGE): $(BRIDGE_OBJS) $(BUILD)/src/bridge/openapi.o
 	@echo "  LD  $@"
 	$(Q)$(CC) $(ENGINE_CFLAGS) -o $@ $^ -L$(shell $(PG_CONFIG) --libdir) -lpq $(shell pkg-config --libs $(BRIDGE_PKG)) -lpthread
 

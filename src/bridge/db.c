@@ -655,7 +655,8 @@ take_result(Db *db, const PGresult *result)
 		case PGRES_SINGLE_TUPLE:
 			if (db->job && !db->job->is_gone)
 			{
-				db->job->call->on_row(db->job->r, result);
+				if (db->job->call->on_row)
+					db->job->call->on_row(db->job->r, result);
 				if (!db->job->is_gone && http_backlog(db->job->r) > HTTP_BACKLOG_HIGH)
 					db->is_paused = true;
 			}

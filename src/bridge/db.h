@@ -41,7 +41,7 @@ struct DbCall
 	int			max_tokens_param;
 	int			n_choices;
 
-	/* row: one row, number 0 of it.  Not called when the client is gone. */
+	/* row: one row, number 0 of it.  Not called when the client is gone.  NULL: no row matters. */
 	void		(*on_row) (HttpRequest *r, const PGresult *row);
 	/* Once, when the transaction has been committed (error NULL) or has failed.  Not called when the client is gone. */
 	void		(*on_done) (HttpRequest *r, const DbError *error);

@@ -14,6 +14,7 @@
 #include <sys/resource.h>
 
 #include "db.h"
+#include "events.h"
 #include "http.h"
 #include "log.h"
 #include "settings.h"
@@ -64,6 +65,7 @@ on_signal(evutil_socket_t number, short what, void *arg)
 	is_draining = true;
 	bridge_log("info", "draining", json_pack("{s:s, s:i}", "signal", strsignal(number), "connections", http_n_connections()));
 	event_add(drain_timer, &tv);
+	events_close();
 	http_drain(on_empty);
 }
 
@@ -126,6 +128,7 @@ main(int argc, char **argv)
 	if (!drain_timer || !signals[0] || !signals[1] || event_add(signals[0], NULL) != 0 || event_add(signals[1], NULL) != 0)
 		return fail(why);
 	db_open(base);
+	events_open(base);
 
 	event_base_dispatch(base);
 

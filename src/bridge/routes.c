@@ -6,6 +6,8 @@
 #include <stdio.h>
 #include <string.h>
 
+#include "api.h"
+#include "events.h"
 #include "metrics.h"
 #include "openai.h"
 #include "probes.h"
@@ -14,10 +16,21 @@ const Route routes[] = {
 	{"GET", "/health", probe_health, ROUTE_OPEN},
 	{"GET", "/ready", probe_ready, ROUTE_OPEN},
 	{"GET", "/metrics", metrics_handle, ROUTE_OPEN},
+	{"GET", "/openapi.json", api_openapi, ROUTE_OPEN},
 	{"GET", "/v1/models", openai_models, 0},
 	{"GET", "/v1/models/{id*}", openai_model, 0},
 	{"POST", "/v1/chat/completions", openai_chat, 0},
 	{"POST", "/v1/completions", openai_complete, 0},
+	{"GET", "/api/models", api_list, 0},
+	{"POST", "/api/models", api_add, 0},
+	{"POST", "/api/models/preview", api_preview, 0},
+	{"GET", "/api/models/{id}", api_get, 0},
+	{"DELETE", "/api/models/{id}", api_delete, 0},
+	{"POST", "/api/models/{id}/load", api_load, 0},
+	{"POST", "/api/models/{id}/unload", api_unload, 0},
+	{"POST", "/api/models/{id}/cancel", api_cancel, 0},
+	{"GET", "/api/events", events_handle, ROUTE_STREAM},
+	{"GET", "/api/system/memory", api_memory, 0},
 };
 
 const int	n_routes = sizeof(routes) / sizeof(routes[0]);

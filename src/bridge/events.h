@@ -1,0 +1,19 @@
+/*
+ * events.h -- GET /api/events: what is notified on millm_progress, as Server-Sent Events.
+ */
+#ifndef MILLM_BRIDGE_EVENTS_H
+#define MILLM_BRIDGE_EVENTS_H
+
+#include "http.h"
+
+struct event_base;
+
+/* GET /api/events: a stream without an end. */
+extern void events_handle(HttpRequest *r);
+
+/* Before the first request. */
+extern void events_open(struct event_base *base);
+/* End all streams and the connection: at once, when draining begins.  Streams that come later are refused, 503. */
+extern void events_close(void);
+
+#endif
