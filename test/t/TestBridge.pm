@@ -8,7 +8,6 @@ use strict;
 use warnings;
 use HTTP::Tiny;
 use JSON::PP;
-use PostgreSQL::Test::Cluster;
 use PostgreSQL::Test::Utils;
 use Test::More;
 use Time::HiRes qw(time sleep);
@@ -17,14 +16,13 @@ use Time::HiRes qw(time sleep);
 sub new
 {
 	my ($class, $node, @flags) = @_;
-	my $port = PostgreSQL::Test::Cluster::get_free_port();
 	my $log = PostgreSQL::Test::Utils::tempdir() . '/bridge.' . int(1e6 * time) . '.log';
 	my $pid = fork() // die "fork: $!";
 	if ($pid == 0)
 	{
 		open(STDOUT, '>', '/dev/null');
 		open(STDERR, '>', $log);
-		exec($ENV{MILLM_BRIDGE} // 'millm-bridge', '--listen', "127.0.0.1:$port", '--database', 'host=' . $node->host . ' port=' . $node->port . ' dbname=postgres user=millm_bridge', @flags)
+		exec($ENV{MILLM_BRIDGE} // 'millm-bridge', '--listen', '127.0.0.1:0', '--database', 'host=' . $node->host . ' port=' . $node->port . ' dbname=postgres user=millm_bridge', @flags)
 		  or POSIX::_exit(1);
 	}
 	my $self = bless { pid => $pid, owner => $$, logfile => $log, http => HTTP::Tiny->new(timeout => 30, keep_alive => 1) }, $class;
