@@ -79,12 +79,16 @@ $(BUILD)/src/kernel/%.o:      OPT = -O3
 $(BUILD)/src/quant/%.o:       OPT = -O3
 $(BUILD)/src/engine/shortlist.o $(BUILD)/src/engine/sampler.o: OPT = -O3
 
+# Compiled tokenizers are thrown away when the code that made them changes.
+$(BUILD)/src/token/image.o: DEFINES = -DMILLM_TOKEN_SOURCES='"$(firstword $(shell cat src/token/*.[ch] | md5sum))"'
+$(BUILD)/src/token/image.o: $(wildcard src/token/*.[ch])
+
 all: $(PROGRAMS)
 programs: $(PROGRAMS)
 
 $(BUILD)/src/%.o: src/%.c
 	@mkdir -p $(@D) && echo "  CC  $<"
-	$(Q)$(CC) $(ENGINE_CFLAGS) $(OPT) $(ISA) -MMD -MP -c -o $@ $<
+	$(Q)$(CC) $(ENGINE_CFLAGS) $(OPT) $(ISA) $(DEFINES) -MMD -MP -c -o $@ $<
 
 $(LIB): $(ROOM_SOURCES:src/%.c=$(BUILD)/src/%.o)
 	@rm -f $@

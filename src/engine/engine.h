@@ -40,6 +40,7 @@ typedef struct MillmLoadOptions
 	int64_t		kv_cache_bytes;	/* 0: max_sequences x context, at most a quarter of the available memory */
 	int			stream_stall_timeout_ms;
 	bool		deterministic;
+	bool		may_write;		/* the directory is the server's own: what makes the next load shorter may be written there */
 	bool		force;			/* try it although the memory seems not to be there; a warning has the figures */
 } MillmLoadOptions;
 

@@ -95,9 +95,12 @@ now_ms(void)
 typedef struct Opening
 {
 	MillmLoaded *loaded;
+	bool		may_write;
 	MillmCode	rc;
 	MillmError	err;
-	MillmError	complaint;		/* about a chat template; its code is MILLM_OK when there is none */
+	/* about a chat template, and about what was to be written; their code is MILLM_OK when there is none */
+	MillmError	complaint;
+	MillmError	not_written;
 } Opening;
 
 static void *
@@ -106,6 +109,8 @@ open_tokenizer(void *arg)
 	Opening    *o = arg;
 
 	o->rc = millm_tokenizer_open(o->loaded->path, &o->loaded->tokenizer, &o->err);
+	if (o->rc == MILLM_OK && o->may_write)
+		(void) millm_tokenizer_compile(o->loaded->tokenizer, o->loaded->path, &o->not_written);
 	if (o->rc == MILLM_OK)
 		o->rc = millm_templates_open(o->loaded->path, &o->loaded->templates, &o->complaint, &o->err);
 	return NULL;
@@ -220,7 +225,7 @@ static MillmCode
 fill(MillmLoaded *loaded, const MillmLoadOptions *options, bool (*progress) (void *arg, int percent), void *arg,
 	 MillmForward **fw, MillmError *err)
 {
-	Opening		tokenizer = {.loaded = loaded};
+	Opening		tokenizer = {.loaded = loaded, .may_write = options->may_write};
 	double		start = now_ms();
 	pthread_t	thread;
 	MillmCode	rc;
@@ -245,6 +250,8 @@ fill(MillmLoaded *loaded, const MillmLoadOptions *options, bool (*progress) (voi
 	}
 	if (rc == MILLM_OK && tokenizer.complaint.code != MILLM_OK)
 		snprintf(loaded->warnings[loaded->n_warnings++], sizeof(loaded->warnings[0]), "%.250s", tokenizer.complaint.message);
+	if (rc == MILLM_OK && tokenizer.not_written.code != MILLM_OK)
+		snprintf(loaded->warnings[loaded->n_warnings++], sizeof(loaded->warnings[0]), "%.250s", tokenizer.not_written.message);
 	loaded->loaded_at = (int64_t) time(NULL);
 	loaded->load_ms = now_ms() - start;
 	return rc;

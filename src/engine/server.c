@@ -331,6 +331,7 @@ op_load(EngineServer *server, MillmConn *conn, json_t *request)
 	millm_field_int(&f, "max_queue", 0, 65536, &max_queue);
 	millm_field_int(&f, "stream_stall_timeout_ms", 1, MAX_TIMEOUT_MS, &stall_ms);
 	millm_field_bool(&f, "deterministic", &o.deterministic);
+	millm_field_bool(&f, "may_write", &o.may_write);
 	millm_field_bool(&f, "force", &o.force);
 	o.threads = (int) threads;
 	o.max_queue = (int) max_queue;

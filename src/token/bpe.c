@@ -103,7 +103,7 @@ millm_bpe_reserve_merges(Bpe *bpe, size_t n)
 	if (!bpe->merges)
 		return false;
 	for (size_t i = 0; i < n_slots; i++)
-		bpe->merges[i].key = UINT64_MAX;
+		bpe->merges[i] = (Merge) {.key = UINT64_MAX};
 	bpe->n_merge_slots = n_slots;
 	return true;
 }
@@ -125,6 +125,27 @@ millm_bpe_add_merge(Bpe *bpe, Merge merge)
 	if (m->key == UINT64_MAX)
 		bpe->n_merges++;
 	*m = merge;
+}
+
+bool
+millm_bpe_adopt_merges(Bpe *bpe, Merge *merges, size_t n_slots, size_t n_ids)
+{
+	size_t		n = 0;
+	bool		is_bad = (n_slots & (n_slots - 1)) != 0;
+
+	for (size_t i = 0; i < n_slots; i++)
+	{
+		bool		is_free = merges[i].key == UINT64_MAX;
+
+		is_bad |= !is_free && (merges[i].id < 0 || (size_t) merges[i].id >= n_ids);
+		n += !is_free;
+	}
+	if (is_bad || (n > 0 && n == n_slots))
+		return false;
+	bpe->merges = merges;
+	bpe->n_merge_slots = n_slots;
+	bpe->n_merges = n;
+	return true;
 }
 
 void

@@ -85,6 +85,8 @@ extern void millm_bpe_scratch_free(BpeScratch *scratch);
 extern bool millm_bpe_reserve_merges(Bpe *bpe, size_t n);
 extern Merge millm_bpe_merge(const Bpe *bpe, int32_t left, int32_t right, uint32_t rank, int32_t id);
 extern void millm_bpe_add_merge(Bpe *bpe, Merge merge);
+/* Take a stranger's table of merges, borrowed: false if looking one up there could not end, or find an id that is not below n_ids. */
+extern bool millm_bpe_adopt_merges(Bpe *bpe, Merge *merges, size_t n_slots, size_t n_ids);
 extern void millm_bpe_free(Bpe *bpe);
 
 /* The byte alphabet of byte-level tokenizers: the code point that stands for byte b, and back (-1: for none). */

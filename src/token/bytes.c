@@ -1,5 +1,5 @@
 /*
- * bytes.c -- a growing run of bytes, and a map from byte strings to numbers (open addressing, load below 3/4).
+ * bytes.c -- a growing run of bytes, a map from byte strings to numbers (open addressing, load below 3/4), large tables and their hash.
  */
 #include "bytes.h"
 
@@ -137,7 +137,7 @@ millm_map_reserve(StringMap *map, size_t n, size_t key_bytes)
 	if (!slots)
 		return false;
 	for (size_t i = 0; i < n_slots; i++)
-		slots[i].value = -1;
+		slots[i] = (StringMapSlot) {.value = -1};
 	for (size_t i = 0; i < map->n_slots; i++)
 		if (old[i].value >= 0)
 		{
@@ -184,6 +184,27 @@ millm_map_add(StringMap *map, MapKey key, int32_t value, bool *is_new)
 	return true;
 }
 
+bool
+millm_map_adopt(StringMap *map, char *keys, size_t keys_n, StringMapSlot *slots, size_t n_slots, size_t n_values)
+{
+	size_t		n = 0;
+	bool		is_bad = (n_slots & (n_slots - 1)) != 0;
+
+	for (size_t i = 0; i < n_slots; i++)
+	{
+		const StringMapSlot *slot = &slots[i];
+
+		if (slot->value < 0)
+			continue;
+		is_bad |= (size_t) slot->value >= n_values || slot->key.offset > keys_n || slot->key.n > keys_n - slot->key.offset;
+		n++;
+	}
+	if (is_bad || (n > 0 && n == n_slots))	/* a search ends at a free slot */
+		return false;
+	*map = (StringMap) {.keys = {.data = keys, .n = keys_n}, .slots = slots, .n_slots = n_slots, .n = n};
+	return true;
+}
+
 void
 millm_map_free(StringMap *map)
 {
@@ -207,4 +228,21 @@ millm_table_alloc(size_t n, size_t size)
 	if (table)
 		(void) madvise(table, bytes, MADV_HUGEPAGE);	/* advice: without it the table is as good, only slower */
 	return table;
+}
+
+uint64_t
+millm_bytes_hash(const void *data, size_t n)
+{
+	const char *p = data;
+	uint64_t	h[4] = {n, 1, 2, 3};	/* four at once: a multiplication takes as long as it takes to begin three others */
+	char		last[32] = {0};
+
+	for (; n >= 32; p += 32, n -= 32)
+		for (int i = 0; i < 4; i++)
+			h[i] = mix(h[i] ^ millm_get_le64(p + 8 * i));
+	if (n > 0)
+		memcpy(last, p, n);
+	for (int i = 0; i < 4; i++)
+		h[i] = mix(h[i] ^ millm_get_le64(last + 8 * i));
+	return mix(h[0] ^ mix(h[1] ^ mix(h[2] ^ mix(h[3]))));
 }

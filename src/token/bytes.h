@@ -64,6 +64,11 @@ extern int32_t millm_map_find(const StringMap *map, MapKey key);
 extern int32_t millm_map_get(const StringMap *map, const char *key, size_t n);
 /* Put key with its value (>= 0); a key that is there keeps the value it has, and *is_new is false.  False: out of memory. */
 extern bool millm_map_add(StringMap *map, MapKey key, int32_t value, bool *is_new);
+/*
+ * Make *map, zeroed, of a stranger's keys and slots, borrowed: false if looking something up there could read elsewhere, not end, or
+ * find a value that is not below n_values.
+ */
+extern bool millm_map_adopt(StringMap *map, char *keys, size_t keys_n, StringMapSlot *slots, size_t n_slots, size_t n_values);
 extern void millm_map_free(StringMap *map);
 
 /*
@@ -71,5 +76,8 @@ extern void millm_map_free(StringMap *map);
  * pages where the system has them: else the page faults take longer than what is put into it.
  */
 extern void *millm_table_alloc(size_t n, size_t size);
+
+/* Tell one run of bytes from any other by accident, at the speed of memory; it is no cryptographic hash. */
+extern uint64_t millm_bytes_hash(const void *data, size_t n);
 
 #endif

@@ -477,10 +477,7 @@ millm_token_bytes(const MillmTokenizer *tok, int32_t id, char **out, size_t *len
 static bool
 longest_rewritten(const MillmTokenizer *tok, size_t *longest)
 {
-	*longest = 3;				/* a U+FFFD */
-	for (int i = 0; i < tok->n_ids; i++)
-		if (tok->tokens[i].content.n > *longest)
-			*longest = tok->tokens[i].content.n;
+	*longest = tok->longest > 3 ? tok->longest : 3; /* a U+FFFD */
 	for (int i = 0; i < tok->n_decoders; i++)
 		if (tok->decoders[i].kind == DECODE_REPLACE && tok->decoders[i].text_n > 1 &&
 			!millm_mul_size(*longest, tok->decoders[i].text_n, longest))

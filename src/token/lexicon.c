@@ -15,12 +15,6 @@
 
 #include "unicode.h"
 
-struct TrieEdge
-{
-	uint32_t	key;			/* node << 8 | byte */
-	uint32_t	node;			/* where it leads; 0: the slot is free */
-};
-
 typedef struct PathNode
 {
 	double		score;			/* of the best way to here */
@@ -143,6 +137,28 @@ millm_lexicon_find(const Lexicon *lexicon, const char *text, size_t n)
 	uint32_t	node = millm_lexicon_walk(lexicon, text, n);
 
 	return node == NO_NODE ? -1 : lexicon->ids[node];
+}
+
+bool
+millm_lexicon_is_sound(const Lexicon *lexicon, size_t n_ids)
+{
+	size_t		limit = lexicon->kind == LEXICON_UNIGRAM && lexicon->n_scores < n_ids ? lexicon->n_scores : n_ids;
+	size_t		n_slots = lexicon->n_edge_slots;
+	size_t		n_edges = 0;
+	bool		is_bad = false;
+
+	if (lexicon->n_nodes == 0 || n_slots == 0 || (n_slots & (n_slots - 1)) != 0 || lexicon->unknown_id < -1 ||
+		(lexicon->unknown_id >= 0 && (size_t) lexicon->unknown_id >= limit) ||
+		(lexicon->continuing >= lexicon->n_nodes && lexicon->continuing != NO_NODE))
+		return false;
+	for (size_t i = 0; i < n_slots; i++)
+	{
+		is_bad |= lexicon->edges[i].node >= lexicon->n_nodes;
+		n_edges += lexicon->edges[i].node != 0;
+	}
+	for (size_t i = 0; i < lexicon->n_nodes; i++)
+		is_bad |= lexicon->ids[i] >= 0 && (size_t) lexicon->ids[i] >= limit;
+	return !is_bad && n_edges < n_slots;
 }
 
 void

@@ -19,7 +19,11 @@ typedef enum LexiconKind
 	LEXICON_WORDLEVEL			/* the whole word */
 } LexiconKind;
 
-typedef struct TrieEdge TrieEdge;
+typedef struct TrieEdge
+{
+	uint32_t	key;			/* node << 8 | byte */
+	uint32_t	node;			/* where it leads; 0: the slot is free */
+} TrieEdge;
 
 typedef struct Lexicon
 {
@@ -33,7 +37,8 @@ typedef struct Lexicon
 	int32_t    *ids;			/* [n_nodes] of the piece that ends there, or -1 */
 	size_t		max_nodes;		/* that ids has room for */
 
-	double	   *scores;			/* LEXICON_UNIGRAM: [n_ids]; owned */
+	double	   *scores;			/* LEXICON_UNIGRAM: [n_scores], by id; owned */
+	size_t		n_scores;
 	double		unknown_score;	/* of a character that is no piece */
 	bool		byte_fallback;
 	int32_t		fallback_ids[256];	/* the id of "<0xHH>", or -1 */
@@ -64,6 +69,11 @@ extern bool millm_lexicon_add(Lexicon *lexicon, const char *piece, size_t n, int
 /* The node that a text leads to, or NO_NODE; and the id of the piece that is this text, or -1. */
 extern uint32_t millm_lexicon_walk(const Lexicon *lexicon, const char *text, size_t n);
 extern int32_t millm_lexicon_find(const Lexicon *lexicon, const char *text, size_t n);
+/*
+ * Is a Lexicon whose members come from a stranger, n_edge_slots edges, n_nodes ids and n_scores scores among them, one that can be
+ * used: no step leads elsewhere or does not end, no id is not below n_ids, each has its score?
+ */
+extern bool millm_lexicon_is_sound(const Lexicon *lexicon, size_t n_ids);
 extern void millm_lexicon_free(Lexicon *lexicon);
 
 /*

@@ -21,6 +21,7 @@
 #include "loader.h"
 
 #define MAX_FILE_BYTES (INT64_C(256) << 20)
+#define MIN_IMAGE_BYTES (4 << 20)	/* of a tokenizer's files that are worth an image: smaller ones are read in 20 ms */
 
 static const char *const file_names[N_TOKENIZER_FILES] = {
 	[FILE_TOKENIZER] = "tokenizer.json",
@@ -150,19 +151,44 @@ parse_json(Loader *l, const char *text, size_t n, size_t flags, json_t **out)
 	return json_is_object(*out) ? MILLM_OK : millm_load_invalid(l, "It is not a JSON object.");
 }
 
-static MillmCode
-load_tokenizer(Loader *l, const json_t *json)
+MillmCode
+millm_load_front(Loader *l, const json_t *json)
 {
-	const char *version = json_string_value(millm_load_get(json, "version"));
 	MillmCode	rc = MILLM_OK;
 
-	if (version && strcmp(version, "1.0") != 0)
-		return millm_load_unsupported(l, "version", version);
 	if (millm_load_get(json, "normalizer"))
 		rc = millm_load_normalizer(l, millm_load_get(json, "normalizer"), 0);
 	if (rc == MILLM_OK && millm_load_get(json, "pre_tokenizer"))
 		rc = millm_load_pre_tokenizer(l, millm_load_get(json, "pre_tokenizer"), 0);
-	if (rc == MILLM_OK)
+	return rc;
+}
+
+/* What an image needs of it beside tables. */
+static MillmCode
+keep_stages(Loader *l, const json_t *json)
+{
+	static const char *const names[] = {"normalizer", "pre_tokenizer", "decoder"};
+	json_t	   *stages = json_object();
+	bool		ok = stages != NULL;
+
+	for (size_t i = 0; i < sizeof(names) / sizeof(names[0]) && ok; i++)
+		if (millm_load_get(json, names[i]))
+			ok = json_object_set(stages, names[i], millm_load_get(json, names[i])) == 0;
+	if (ok)
+		l->tok->stages = json_dumps(stages, JSON_COMPACT);
+	json_decref(stages);
+	return l->tok->stages ? MILLM_OK : millm_load_out_of_memory(l->err);
+}
+
+static MillmCode
+load_tokenizer(Loader *l, const json_t *json)
+{
+	const char *version = json_string_value(millm_load_get(json, "version"));
+	MillmCode	rc;
+
+	if (version && strcmp(version, "1.0") != 0)
+		return millm_load_unsupported(l, "version", version);
+	if ((rc = millm_load_front(l, json)) == MILLM_OK)
 		rc = millm_load_model(l, millm_load_get(json, "model"));
 	if (rc == MILLM_OK)
 		rc = millm_load_added_tokens(l, millm_load_get(json, "added_tokens"));
@@ -170,7 +196,18 @@ load_tokenizer(Loader *l, const json_t *json)
 		rc = millm_load_post_processor(l, millm_load_get(json, "post_processor"), 0);
 	if (rc == MILLM_OK && millm_load_get(json, "decoder"))
 		rc = millm_load_decoder(l, millm_load_get(json, "decoder"));
-	return rc;
+	return rc == MILLM_OK ? keep_stages(l, json) : rc;
+}
+
+MillmCode
+millm_load_finish(Loader *l)
+{
+	MillmTokenizer *tok = l->tok;
+
+	for (int i = 0; i < tok->n_ids; i++)
+		if (tok->tokens[i].content.n > tok->longest)
+			tok->longest = tok->tokens[i].content.n;
+	return millm_load_sets(l);
 }
 
 static int
@@ -365,7 +402,7 @@ millm_tokenizer_parse_files(const FileBytes files[N_TOKENIZER_FILES], MillmToken
 	l.file = file_names[FILE_SPECIAL];
 	if (special && (rc = load_special_tokens(&l, special)) != MILLM_OK)
 		goto done;
-	if ((rc = millm_load_sets(&l)) != MILLM_OK || (rc = decode_tokens(&l)) != MILLM_OK)
+	if ((rc = decode_tokens(&l)) != MILLM_OK || (rc = millm_load_finish(&l)) != MILLM_OK)
 		goto done;
 	*out = tok;
 done:
@@ -467,6 +504,48 @@ map_files(const char *dir, FileBytes files[N_TOKENIZER_FILES], MillmError *err)
 	return MILLM_E_MODEL_FILES_MISSING;
 }
 
+/* The tokenizer of the image in dir, if that has one of these files; or NULL. */
+static MillmTokenizer *
+open_compiled(const char *dir, const FilesKey *key)
+{
+	FileBytes	image;
+	MillmError	why;			/* that there is none */
+	MillmTokenizer *tok;
+
+	if (map_file(dir, IMAGE_NAME, &image, &why) != MILLM_OK)
+		return NULL;
+	tok = millm_image_open(image, key);
+	if (tok)
+		tok->image = image;
+	else
+		unmap(image);
+	return tok;
+}
+
+/* From the image in dir, else from the files themselves. */
+static MillmCode
+open_files(const char *dir, const FileBytes files[N_TOKENIZER_FILES], MillmTokenizer **out, MillmError *err)
+{
+	size_t		n_bytes = 0;
+	FilesKey	key;
+	MillmCode	rc;
+
+	for (int i = 0; i < N_TOKENIZER_FILES; i++)
+		n_bytes += files[i].n;
+	if (n_bytes < MIN_IMAGE_BYTES)
+		return millm_tokenizer_parse_files(files, out, err);
+	key = millm_files_key(files);
+	if ((*out = open_compiled(dir, &key)) != NULL)
+		return MILLM_OK;
+	rc = millm_tokenizer_parse_files(files, out, err);
+	if (rc == MILLM_OK)
+	{
+		(*out)->is_worth_image = true;
+		(*out)->key = key;
+	}
+	return rc;
+}
+
 MillmCode
 millm_tokenizer_open(const char *dir, MillmTokenizer **out, MillmError *err)
 {
@@ -475,14 +554,73 @@ millm_tokenizer_open(const char *dir, MillmTokenizer **out, MillmError *err)
 	MillmCode	rc = map_files(dir, files, err);
 
 	if (rc == MILLM_OK)
-		rc = millm_tokenizer_parse_files(files, out, err);
+		rc = open_files(dir, files, out, err);
 	for (int i = 0; i < N_TOKENIZER_FILES; i++)
 		unmap(files[i]);
 	if (rc != MILLM_OK)
 		return rc;
 	if ((size_t) snprintf(path, sizeof(path), "%s/chat_template.jinja", dir) < sizeof(path) && access(path, F_OK) == 0)
-		(*out)->has_chat_template = true;
+		(*out)->has_template_file = true;
 	return MILLM_OK;
+}
+
+static bool
+write_all(int fd, const char *data, size_t n)
+{
+	while (n > 0)
+	{
+		ssize_t		done = write(fd, data, n);
+
+		if (done < 0 && errno == EINTR)
+			continue;
+		if (done <= 0)
+			return false;
+		data += done;
+		n -= (size_t) done;
+	}
+	return true;
+}
+
+/* Under another name first: who opens the image has a whole one, or none. */
+static MillmCode
+write_image(const char *dir, const Bytes *image, MillmError *err)
+{
+	char		path[4096];
+	char		partial[4096];
+	int			fd;
+	bool		ok;
+
+	if ((size_t) snprintf(path, sizeof(path), "%s/%s", dir, IMAGE_NAME) >= sizeof(path) ||
+		(size_t) snprintf(partial, sizeof(partial), "%s/.partial-%s", dir, IMAGE_NAME) >= sizeof(partial))
+		return millm_fail(err, MILLM_E_INVALID_LOCAL_PATH, "path of \"%s\" is too long", IMAGE_NAME);
+	(void) unlink(partial);		/* of somebody who was killed */
+	fd = open(partial, O_WRONLY | O_CREAT | O_EXCL | O_NOFOLLOW | O_CLOEXEC, 0600);
+	ok = fd >= 0 && write_all(fd, image->data, image->n) && fsync(fd) == 0 && rename(partial, path) == 0;
+	if (!ok)
+		millm_fail(err, MILLM_E_MODEL_LOAD_FAILED, "could not write file \"%s\": %s", path, strerror(errno));
+	if (fd >= 0)
+	{
+		close(fd);
+		if (!ok)
+			(void) unlink(partial);
+	}
+	return ok ? MILLM_OK : MILLM_E_MODEL_LOAD_FAILED;
+}
+
+MillmCode
+millm_tokenizer_compile(const MillmTokenizer *tok, const char *dir, MillmError *err)
+{
+	Bytes		image = {0};
+	MillmCode	rc = MILLM_OK;
+
+	if (!tok->is_worth_image)
+		return MILLM_OK;
+	if (!millm_image_make(tok, &tok->key, &image))
+		return millm_load_out_of_memory(err);
+	if (image.n <= MAX_FILE_BYTES)	/* else nobody would open it */
+		rc = write_image(dir, &image, err);
+	millm_bytes_free(&image);
+	return rc;
 }
 
 void
@@ -490,6 +628,9 @@ millm_tokenizer_close(MillmTokenizer *tok)
 {
 	if (!tok)
 		return;
+	if (tok->is_compiled)
+		millm_image_forget(tok);
+	unmap(tok->image);
 	for (int i = 0; i < tok->n_normalizers; i++)
 	{
 		millm_pattern_free(&tok->normalizers[i].pattern);
@@ -518,6 +659,7 @@ millm_tokenizer_close(MillmTokenizer *tok)
 	free(tok->before);
 	free(tok->after);
 	millm_bytes_free(&tok->decoded);
+	free(tok->stages);
 	free(tok);
 }
 
@@ -542,7 +684,13 @@ millm_token_id(const MillmTokenizer *tok, const char *content)
 }
 
 bool
+millm_tokenizer_is_compiled(const MillmTokenizer *tok)
+{
+	return tok->is_compiled;
+}
+
+bool
 millm_tokenizer_has_chat_template(const MillmTokenizer *tok)
 {
-	return tok->has_chat_template;
+	return tok->has_chat_template || tok->has_template_file;
 }

@@ -6,8 +6,6 @@
 
 #include "loader.h"
 
-#define MAX_ADDED_BYTES 4096	/* of one added token: what a search may look at, byte by byte */
-
 MillmCode
 millm_load_added_token(Loader *l, const json_t *json, bool is_special, int64_t file_id)
 {

@@ -142,7 +142,15 @@ begin_vocabulary(Loader *l, const json_t *model, bool has_scores, size_t *key_by
 	return millm_map_reserve(&l->tok->contents, bulk->n_entries, *key_bytes) ? MILLM_OK : millm_load_out_of_memory(l->err);
 }
 
-/* The ids of "<0x00>" to "<0xFF>", -1 for those that are not there. */
+/* The vocabulary is in: what is a token now is a piece of the model. */
+static void
+mark_pieces(MillmTokenizer *tok)
+{
+	for (int32_t id = 0; id < tok->n_ids; id++)
+		tok->tokens[id].is_piece = tok->tokens[id].exists;
+}
+
+/* The ids of "<0x00>" to "<0xFF>", -1 for those that are no pieces. */
 static void
 find_fallbacks(const MillmTokenizer *tok, int32_t ids[256])
 {
@@ -152,7 +160,38 @@ find_fallbacks(const MillmTokenizer *tok, int32_t ids[256])
 
 		snprintf(name, sizeof(name), "<0x%02X>", b);
 		ids[b] = millm_map_get(&tok->contents, name, 6);
+		if (ids[b] >= 0 && !tok->tokens[ids[b]].is_piece)
+			ids[b] = -1;
 	}
+}
+
+MillmCode
+millm_load_derived(Loader *l)
+{
+	MillmTokenizer *tok = l->tok;
+	Bpe		   *bpe = &tok->bpe;
+
+	if (!tok->is_bpe)
+	{
+		find_fallbacks(tok, tok->lexicon.fallback_ids);
+		return MILLM_OK;
+	}
+	for (int b = 0; b < 256; b++)
+	{
+		char		byte = (char) b;
+
+		bpe->byte_ids[b] = bpe->is_byte_level ? millm_map_get(&bpe->pieces, &byte, 1) : -1;
+	}
+	find_fallbacks(tok, bpe->fallback_ids);
+	bpe->names = &tok->contents;
+	bpe->n_ids = tok->n_ids;
+	bpe->is_whole = calloc((size_t) bpe->n_ids, sizeof(*bpe->is_whole));
+	if (!bpe->is_whole)
+		return millm_load_out_of_memory(l->err);
+	for (int32_t id = 0; id < bpe->n_ids; id++)
+		if (!tok->tokens[id].is_piece)
+			atomic_init(&bpe->is_whole[id], WHOLE_NO_PIECE);
+	return MILLM_OK;
 }
 
 /* ---- BPE ---- */
@@ -227,16 +266,8 @@ load_bpe_vocabulary(Loader *l, const json_t *model)
 		n = end < BATCH ? end : BATCH;
 		rc = add_entries(l, bulk->entries + end - n, n);
 	}
-	if (rc != MILLM_OK)
-		return rc;
-	for (int b = 0; b < 256; b++)
-	{
-		char		byte = (char) b;
-
-		bpe->byte_ids[b] = bpe->is_byte_level ? millm_map_get(&bpe->pieces, &byte, 1) : -1;
-	}
-	find_fallbacks(l->tok, bpe->fallback_ids);
-	return MILLM_OK;
+	mark_pieces(l->tok);
+	return rc;
 }
 
 /* Take "a b" apart into "a" and "b".  False when it has no space, or more than one. */
@@ -413,7 +444,7 @@ load_bpe(Loader *l, const json_t *json)
 		return rc;
 	/* the merges are written in letters, so is the prefix that is cut from them */
 	prefix_n = json_string_length(millm_load_get(json, "continuing_subword_prefix"));
-	if ((rc = load_merges(l, json, prefix_n)) != MILLM_OK)
+	if ((rc = load_merges(l, json, prefix_n)) != MILLM_OK || (rc = millm_load_derived(l)) != MILLM_OK)
 		return rc;
 	for (int b = 0; b < 256; b++)
 		has_all_bytes = has_all_bytes && bpe->byte_ids[b] >= 0;
@@ -425,14 +456,6 @@ load_bpe(Loader *l, const json_t *json)
 		if (bpe->unknown_id < 0 && !has_all_bytes)
 			return millm_load_invalid(l, "The \"unk_token\" \"%.100s\" is not in the vocabulary.", json_string_value(unknown));
 	}
-	bpe->names = &l->tok->contents;
-	bpe->n_ids = l->tok->n_ids;
-	bpe->is_whole = calloc((size_t) bpe->n_ids, sizeof(*bpe->is_whole));
-	if (!bpe->is_whole)
-		return millm_load_out_of_memory(l->err);
-	for (int32_t id = 0; id < bpe->n_ids; id++)
-		if (!l->tok->tokens[id].exists)
-			atomic_init(&bpe->is_whole[id], WHOLE_NO_PIECE);
 	return MILLM_OK;
 }
 
@@ -460,6 +483,7 @@ load_pieces(Loader *l, const json_t *model, bool has_scores)
 		return millm_load_out_of_memory(l->err);
 	if (has_scores && !(lexicon->scores = malloc(bulk->n_entries * sizeof(*lexicon->scores))))
 		return millm_load_out_of_memory(l->err);
+	lexicon->n_scores = has_scores ? bulk->n_entries : 0;
 	for (size_t i = bulk->n_entries; i-- > 0;)
 	{
 		const BulkEntry *entry = &bulk->entries[i];
@@ -482,6 +506,7 @@ load_pieces(Loader *l, const json_t *model, bool has_scores)
 			l->n_vocabulary++;
 		}
 	}
+	mark_pieces(tok);
 	return MILLM_OK;
 }
 
@@ -506,8 +531,7 @@ load_unigram(Loader *l, const json_t *json)
 		if (lexicon->scores[i] < least)
 			least = lexicon->scores[i];
 	lexicon->unknown_score = least - UNKNOWN_PENALTY;
-	find_fallbacks(l->tok, lexicon->fallback_ids);
-	return MILLM_OK;
+	return millm_load_derived(l);
 }
 
 /* WordPiece, WordLevel */

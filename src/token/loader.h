@@ -7,6 +7,7 @@
  *     load_added.c    added tokens, and the sets by which they are found
  *     bulk.c          reads the vocabulary and the merges
  *     legacy.c        models without a tokenizer.json
+ *     image.c         a tokenizer that was loaded once, compiled
  *
  * The files are a stranger's: every type, id and size is checked, and a component, a flag or an order of components
  * that encode.c and decode.c do not reproduce exactly is refused by its name.
@@ -21,6 +22,7 @@
 #include "tokenizer.h"
 
 #define MAX_IDS (1 << 24)
+#define MAX_ADDED_BYTES 4096	/* of one added token: what a search may look at, byte by byte */
 #define BATCH 32				/* strings whose places in a map are fetched together */
 
 typedef struct Loader
@@ -53,6 +55,11 @@ extern MillmCode millm_load_size(Loader *l, const json_t *object, const char *ke
 /* A copy of the string under key: NULL and 0 if it is absent and that is allowed. */
 extern MillmCode millm_load_text(Loader *l, const json_t *object, const char *key, bool required, char **out, size_t *n);
 
+/* The stages of tokenizer.json that come before the model. */
+extern MillmCode millm_load_front(Loader *l, const json_t *json);
+/* The last step of any loading: what follows from all that is there. */
+extern MillmCode millm_load_finish(Loader *l);
+
 /* ---- load_stages.c: each fills its part of l->tok from its member of tokenizer.json ---- */
 
 extern MillmCode millm_load_normalizer(Loader *l, const json_t *json, int depth);
@@ -68,6 +75,8 @@ extern MillmCode millm_load_letters(Loader *l);
 
 /* After the pre-tokenizer. */
 extern MillmCode millm_load_model(Loader *l, const json_t *json);
+/* What the model knows beside its tables, from them; its pieces are marked. */
+extern MillmCode millm_load_derived(Loader *l);
 /* Give content its id, a new one.  A content that is there keeps the id it has, and *is_new is false. */
 extern MillmCode millm_load_content(Loader *l, MapKey content, int64_t id, bool *is_new);
 /* Turn letters of the byte alphabet into their bytes; false when one is not of the alphabet.  out has room for n. */

@@ -32,6 +32,14 @@ extern void millm_ids_free(MillmIds *ids);
 extern MillmCode millm_tokenizer_open(const char *dir, MillmTokenizer **out, MillmError *err);
 extern void millm_tokenizer_close(MillmTokenizer *tok);	/* NULL is fine */
 
+/*
+ * A tokenizer whose files are large takes a while to read: write it as it is in memory to dir, from which it was opened, so that it is
+ * opened at once from then on, until its files change.  Does nothing for one that is small, or was opened so.  Who calls it may
+ * write there, and is the only one who does.  MODEL_LOAD_FAILED when it cannot be written; the tokenizer is as good as before.
+ */
+extern MillmCode millm_tokenizer_compile(const MillmTokenizer *tok, const char *dir, MillmError *err);
+extern bool millm_tokenizer_is_compiled(const MillmTokenizer *tok);
+
 typedef struct MillmEncodeOptions
 {
 	bool		add_special;	/* what the post-processor adds: BOS, say */

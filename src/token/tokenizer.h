@@ -3,6 +3,7 @@
  *
  *     load.c     opens a model's tokenizer, fills a MillmTokenizer from tokenizer.json and tokenizer_config.json; loader.h is its side
  *     legacy.c   writes the tokenizer.json that models without one amount to
+ *     image.c    a large tokenizer compiled, in one file: written, and opened again
  *     encode.c   text -> added tokens, normalizer, pre-tokenizer, model, post-processor -> ids
  *     decode.c   ids -> decoders -> text, at once or one by one
  *
@@ -149,14 +150,43 @@ typedef struct Token
 	Span		bytes;			/* in decoded: what the ByteLevel decoder makes of it */
 	uint32_t	added;			/* 1 + its index in added; 0: not an added token */
 	bool		exists;
+	bool		is_piece;		/* the model has it */
 	bool		special;		/* skipped by decoding */
 } Token;
+
+/* The files of a model directory that say what its tokenizer is. */
+typedef enum TokenizerFile
+{
+	FILE_TOKENIZER,				/* tokenizer.json */
+	FILE_CONFIG,				/* tokenizer_config.json */
+	/* of a model without the first: */
+	FILE_MODEL,					/* tokenizer.model */
+	FILE_VOCABULARY,			/* vocab.json; with it must be */
+	FILE_MERGES,				/* merges.txt */
+	FILE_ADDED,					/* added_tokens.json */
+	FILE_SPECIAL,				/* special_tokens_map.json */
+	N_TOKENIZER_FILES
+} TokenizerFile;
+
+typedef struct FileBytes
+{
+	const char *data;			/* NULL: there is no such file */
+	size_t		n;
+} FileBytes;
+
+/* What those files were when a tokenizer was made from them; other files have another. */
+typedef struct FilesKey
+{
+	uint64_t	bytes[N_TOKENIZER_FILES];	/* UINT64_MAX: there is no such file */
+	uint64_t	hash[N_TOKENIZER_FILES];
+} FilesKey;
 
 struct MillmTokenizer
 {
 	StringMap	contents;		/* token string to id: the vocabulary and the added tokens */
 	Token	   *tokens;			/* [n_ids] */
 	int			n_ids;
+	size_t		longest;		/* content of a token, in bytes */
 
 	AddedToken *added;
 	size_t		n_added;
@@ -180,34 +210,41 @@ struct MillmTokenizer
 	int			n_decoders;		/* 0: tokens are joined with a space */
 	Bytes		decoded;
 
-	bool		has_chat_template;
+	bool		has_chat_template;	/* in tokenizer_config.json */
+	bool		has_template_file;
+
+	bool		is_compiled;	/* the tables lie in an image */
+	FileBytes	image;			/* its mapping, if that is the tokenizer's own */
+	/* else */
+	char	   *stages;			/* JSON: an object of normalizer, pre_tokenizer, decoder.  Owned */
+	bool		is_worth_image;
+	FilesKey	key;			/* of the files that one would be made from */
 };
-
-/* The files of a model directory that say what its tokenizer is. */
-typedef enum TokenizerFile
-{
-	FILE_TOKENIZER,				/* tokenizer.json */
-	FILE_CONFIG,				/* tokenizer_config.json */
-	/* of a model without the first: */
-	FILE_MODEL,					/* tokenizer.model */
-	FILE_VOCABULARY,			/* vocab.json; with it must be */
-	FILE_MERGES,				/* merges.txt */
-	FILE_ADDED,					/* added_tokens.json */
-	FILE_SPECIAL,				/* special_tokens_map.json */
-	N_TOKENIZER_FILES
-} TokenizerFile;
-
-typedef struct FileBytes
-{
-	const char *data;			/* NULL: there is no such file */
-	size_t		n;
-} FileBytes;
 
 /* A tokenizer from the bytes of its files.  As millm_tokenizer_open(), but for the chat template in a file of its own. */
 extern MillmCode millm_tokenizer_parse_files(const FileBytes files[N_TOKENIZER_FILES], MillmTokenizer **out, MillmError *err);
 /* The same of the first two; config may be NULL. */
 extern MillmCode millm_tokenizer_parse(const char *json, size_t json_n, const char *config, size_t config_n,
 									   MillmTokenizer **out, MillmError *err);
+
+/* ---- image.c ---- */
+
+#define IMAGE_NAME "tokenizer.millm"
+
+extern FilesKey millm_files_key(const FileBytes files[N_TOKENIZER_FILES]);
+/*
+ * A tokenizer that was parsed, compiled: *out is emptied and becomes the image; the caller's.  key says what it was made from.
+ * False: out of memory.
+ */
+extern bool millm_image_make(const MillmTokenizer *tok, const FilesKey *key, Bytes *out);
+/*
+ * The tokenizer of an image, at a multiple of 64, that is made from the files of that key; borrowed, it must outlive the tokenizer.
+ * NULL when the image is of another version of this room or of other files, when it is damaged, when memory is out: then the files
+ * are to be read.
+ */
+extern MillmTokenizer *millm_image_open(FileBytes image, const FilesKey *key);
+/* Before a tokenizer is freed: it has no tables any more. */
+extern void millm_image_forget(MillmTokenizer *tok);
 
 /*
  * Run the normalizers over text[0..n); *result is text itself or one of the two buffers.  *is_moved: what it begins with does not

@@ -3,7 +3,8 @@
  *
  * The input is a text, a zero byte, and a tokenizer.json; or a tokenizer.model, if that begins with the key of a piece; or 'v', a
  * vocab.json, a zero byte and a merges.txt.  What loads must encode the text, give back the ids it made, and stream them to the same
- * bytes as it decodes them, but for a broken run of byte tokens.
+ * bytes as it decodes them, but for a broken run of byte tokens.  Compiled, it must give the same ids; and when bytes of its image are
+ * changed, as the text says, and the hash is right again, it must open or not, and then do no harm.
  *
  * Of the vocabulary and the merges bulk.c must think what jansson thinks of the whole file.
  */
@@ -142,6 +143,82 @@ open_files(const char *data, size_t n, MillmTokenizer **out)
 	return millm_tokenizer_parse_files(files, out, &err) == MILLM_OK;
 }
 
+/* Encode, decode, stream; is_sound: what comes out must fit together. */
+static void
+use(const MillmTokenizer *tok, const char *text, size_t text_n, bool is_sound, MillmIds *ids)
+{
+	MillmEncodeOptions options = {.add_special = true, .parse_special = text_n % 2};
+	MillmDetok *detok;
+	MillmError	err;
+	char	   *decoded;
+	size_t		decoded_n;
+	size_t		streamed_n = 0;
+	size_t		n;
+
+	if (millm_encode(tok, text, text_n, options, 0, ids, &err) != MILLM_OK)
+		return;
+	if (millm_decode(tok, ids->ids, ids->n, true, &decoded, &decoded_n, &err) != MILLM_OK)
+	{
+		require(!is_sound);
+		return;
+	}
+	detok = millm_detok_create(tok);
+	for (size_t i = 0; detok && i < ids->n; i++)
+	{
+		(void) millm_detok_push(detok, ids->ids[i], &n);
+		streamed_n += n;
+	}
+	if (detok)
+	{
+		(void) millm_detok_flush(detok, &n);
+		require(!is_sound || tok->decoders[0].kind != DECODE_BYTE_LEVEL || tok->n_decoders != 1 || streamed_n + n == decoded_n);
+	}
+	millm_detok_free(detok);
+	free(decoded);
+}
+
+/* Change the bytes of an image: every four bytes of the text are a place and what to put there. */
+static void
+damage(char *image, size_t n, const uint8_t *text, size_t text_n)
+{
+	const size_t hash_at = 8;
+	uint64_t	hash;
+
+	for (size_t i = 0; i + 4 <= text_n; i += 4)
+		image[hash_at + 8 + ((size_t) text[i] << 16 | text[i + 1] << 8 | text[i + 2]) % (n - hash_at - 8)] = (char) text[i + 3];
+	hash = millm_bytes_hash(image + hash_at + 8, n - hash_at - 8);
+	memcpy(image + hash_at, &hash, sizeof(hash));
+}
+
+static void
+use_compiled(const MillmTokenizer *tok, const char *text, size_t text_n, const MillmIds *expected)
+{
+	FilesKey	key = {0};
+	Bytes		image = {0};
+	char	   *aligned;
+	MillmIds	ids = {0};
+	MillmTokenizer *compiled;
+
+	require(millm_image_make(tok, &key, &image));
+	aligned = aligned_alloc(64, (image.n + 63) / 64 * 64);
+	require(aligned != NULL);
+	memcpy(aligned, image.data, image.n);
+	compiled = millm_image_open((FileBytes) {aligned, image.n}, &key);
+	require(compiled != NULL);
+	use(compiled, text, text_n, true, &ids);
+	require(ids.n == expected->n && (ids.n == 0 || memcmp(ids.ids, expected->ids, ids.n * sizeof(*ids.ids)) == 0));
+	millm_tokenizer_close(compiled);
+	damage(aligned, image.n, (const uint8_t *) text, text_n);
+	compiled = millm_image_open((FileBytes) {aligned, image.n}, &key);
+	ids.n = 0;
+	if (compiled)
+		use(compiled, text, text_n, false, &ids);
+	millm_tokenizer_close(compiled);
+	millm_ids_free(&ids);
+	free(aligned);
+	millm_bytes_free(&image);
+}
+
 int
 LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
 {
@@ -150,36 +227,13 @@ LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
 	size_t		text_n = end ? (size_t) (end - data) : 0;
 	MillmTokenizer *tok;
 	MillmIds	ids = {0};
-	MillmDetok *detok;
-	MillmError	err;
-	char	   *decoded;
-	size_t		decoded_n;
-	size_t		streamed_n = 0;
-	size_t		n;
 
 	if (!end || size > 65536)
 		return 0;
 	if (!open_files((const char *) end + 1, size - text_n - 1, &tok))
 		return 0;
-	if (millm_encode(tok, text, text_n, (MillmEncodeOptions) {.add_special = true, .parse_special = text_n % 2}, 0, &ids, &err) == MILLM_OK)
-	{
-		if (millm_decode(tok, ids.ids, ids.n, true, &decoded, &decoded_n, &err) != MILLM_OK)
-			abort();
-		detok = millm_detok_create(tok);
-		for (size_t i = 0; detok && i < ids.n; i++)
-		{
-			(void) millm_detok_push(detok, ids.ids[i], &n);
-			streamed_n += n;
-		}
-		if (detok)
-		{
-			(void) millm_detok_flush(detok, &n);
-			if (tok->decoders[0].kind == DECODE_BYTE_LEVEL && tok->n_decoders == 1 && streamed_n + n != decoded_n)
-				abort();
-		}
-		millm_detok_free(detok);
-		free(decoded);
-	}
+	use(tok, text, text_n, true, &ids);
+	use_compiled(tok, text, text_n, &ids);
 	millm_ids_free(&ids);
 	millm_tokenizer_close(tok);
 	return 0;

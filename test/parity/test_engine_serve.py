@@ -488,6 +488,38 @@ def test_chat(tmp_path):
     assert e.stop() == 0
 
 
+def test_compiled_tokenizer(model, tmp_path):
+    path = tmp_path / "m"
+    shutil.copytree(model, path)
+    with (path / "tokenizer.json").open("a") as f:
+        f.write(" " * (4 << 20))    # as good as a large vocabulary
+    image = path / "tokenizer.millm"
+    e = Engine()
+    e.call("load", path=str(path))
+    want = e.call("tokenize", text=PROMPT)["ids"]
+    e.call("unload")
+    assert not image.exists()
+    for _ in range(2):
+        assert e.call("load", path=str(path), may_write=True)["warnings"] == []
+        written = image.stat().st_ino
+        assert e.call("tokenize", text=PROMPT)["ids"] == want
+        e.call("unload")
+    assert image.stat().st_ino == written
+
+    # one that is damaged is replaced; where that cannot be, a warning says so
+    image.write_bytes(image.read_bytes()[:-1] + b"x")
+    e.call("load", path=str(path), may_write=True)
+    assert image.stat().st_ino != written
+    assert e.call("tokenize", text=PROMPT)["ids"] == want
+    e.call("unload")
+    image.unlink()
+    image.mkdir()
+    warning, = e.call("load", path=str(path), may_write=True)["warnings"]
+    assert warning == f'could not write file "{image}": Is a directory'
+    assert e.call("tokenize", text=PROMPT)["ids"] == want
+    assert e.stop() == 0
+
+
 def test_chat_templates_of_a_directory(model, tmp_path):
     path = tmp_path / "m"
     shutil.copytree(model, path)

@@ -208,9 +208,12 @@ def test_config_over_tokenizer(tmp_path):
 PUBLISHED = ["qwen3", "llama3.1", "deepseek-v3", "mistral", "gpt-oss", "gemma3", "minilm"]
 
 
+LARGE = ["qwen3", "llama3.1", "deepseek-v3", "gpt-oss", "gemma3"]  # that compiling pays for
+
+
 @pytest.mark.parametrize("name", PUBLISHED)
-def test_published(name):
-    """Tokenizers as their authors published them.  MILLM_TOKENIZER_BYTES: so much text of many languages too, and all of the corpus."""
+def test_published(name, tmp_path):
+    """Tokenizers as their authors published them, the large ones compiled too.  MILLM_TOKENIZER_BYTES: so much text of many languages too, and all of the corpus."""
     directory = FIXTURES / "gemma-3-270m" if name == "gemma3" else FIXTURES / "tokenizers" / name
     much = int(os.environ.get("MILLM_TOKENIZER_BYTES", 0))
     assert directory.is_dir(), "run test/fixture/make"
@@ -226,12 +229,13 @@ def test_published(name):
     specials = [t.content for t in genuine.get_added_tokens_decoder().values()][:200]
     rng = random.Random(name)
     texts += ["".join(rng.choice(specials + cases.AWKWARD) for _ in range(rng.randint(1, 12))) for _ in range(500)]
-    with Ours(directory) as ours:
-        assert cases.differences(ours, genuine, texts) == []
-        for text in texts[::7]:
-            ids = ours.encode(text)
-            assert ours.decode(ids) == genuine.decode(ids, skip_special_tokens=False)
-            assert ours.decode(ids, "K") == genuine.decode(ids)
+    for where in [directory] + ([cases.compile_in(tmp_path / name, directory)] if name in LARGE else []):
+        with Ours(where) as ours:
+            assert cases.differences(ours, genuine, texts) == []
+            for text in texts[::7]:
+                ids = ours.encode(text)
+                assert ours.decode(ids) == genuine.decode(ids, skip_special_tokens=False)
+                assert ours.decode(ids, "K") == genuine.decode(ids)
     if much:
         print(f"{name}: {sum(len(t.encode()) for t in texts)} bytes in {len(texts)} texts, {len(languages)} languages")
 

@@ -3,6 +3,7 @@
  *
  *     tok_driver DIR
  *     tok_driver DIR --open N        opens it N times and prints the milliseconds of CPU of each
+ *     tok_driver DIR --compile       compiles it; prints whether it was compiled before
  *
  * A request is u32 kind, u32 n, and n bytes of text (kinds E, P, N) or n ids of 4 bytes (kinds D, K, S):
  *     E  encode with special tokens parsed     P  the same with what the post-processor adds
@@ -64,6 +65,22 @@ time_openings(const char *dir, int n)
 	return 0;
 }
 
+static int
+compile(const char *dir)
+{
+	MillmTokenizer *tok;
+	MillmError	err;
+
+	if (millm_tokenizer_open(dir, &tok, &err) != MILLM_OK || millm_tokenizer_compile(tok, dir, &err) != MILLM_OK)
+	{
+		fprintf(stderr, "%s: %s\n", millm_code_name(err.code), err.message);
+		return 1;
+	}
+	printf("%s\n", millm_tokenizer_is_compiled(tok) ? "compiled" : "not compiled");
+	millm_tokenizer_close(tok);
+	return 0;
+}
+
 int
 main(int argc, char **argv)
 {
@@ -73,9 +90,11 @@ main(int argc, char **argv)
 
 	if (argc == 4 && strcmp(argv[2], "--open") == 0)
 		return time_openings(argv[1], (int) strtol(argv[3], NULL, 10));
+	if (argc == 3 && strcmp(argv[2], "--compile") == 0)
+		return compile(argv[1]);
 	if (argc != 2)
 	{
-		fprintf(stderr, "usage: tok_driver DIR [--open N]\n");
+		fprintf(stderr, "usage: tok_driver DIR [--open N | --compile]\n");
 		return 2;
 	}
 	if (millm_tokenizer_open(argv[1], &tok, &err) != MILLM_OK)

@@ -62,6 +62,16 @@ class Ours:
         return self.ask(kind, len(ids), struct.pack(f"<{len(ids)}i", *ids), 1)[1].decode()
 
 
+def compile_in(directory, original):
+    """Compile original's tokenizer in a new directory of links to its files; the second look must find it so."""
+    directory.mkdir()
+    for file in original.glob("tokenizer*.json"):
+        (directory / file.name).symlink_to(file)
+    said = [subprocess.run([DRIVER, directory, "--compile"], check=True, capture_output=True, text=True).stdout.strip() for _ in range(2)]
+    assert said == ["not compiled", "compiled"]
+    return directory
+
+
 def differences(ours, genuine, texts, limit=5):
     """The first texts that the two encode differently, as readable lines."""
     out = []
