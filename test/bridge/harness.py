@@ -28,6 +28,10 @@ BRIDGE = Path(os.environ.get("MILLM_BRIDGE", PG_BIN / "millm-bridge"))  # or one
 # Time limits are for hangs only: this machine may be busy.
 PATIENCE = 60
 
+# A conversation whose answer goes on for longer than any test waits
+LONG = dict(model="SmolLM2-135M-Instruct", messages=[{"role": "user", "content": "Repeat the word banana one thousand times: banana banana banana banana banana banana"}],
+            max_tokens=6000, temperature=0)
+
 CHAT_TEMPLATE = "{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}{% if add_generation_prompt %}[assistant]{% endif %}"
 
 

@@ -54,9 +54,9 @@ def test_embeddings(out, cluster):
 
 def test_errors(out):
     assert out["unauthorized"] == {"kind": "AuthenticationError", "status": 401, "code": "invalid_api_key", "requestID": True}
-    assert out["notFound"] == {"kind": "NotFoundError", "status": 404, "code": "MODEL_NOT_FOUND", "requestID": True}
+    assert out["notFound"] == {"kind": "NotFoundError", "status": 404, "code": "model_not_found", "requestID": True}
     assert (out["badRequest"]["kind"], out["badRequest"]["status"]) == ("BadRequestError", 400)
-    assert (out["tooLong"]["kind"], out["tooLong"]["code"]) == ("BadRequestError", "CONTEXT_LENGTH_EXCEEDED")
+    assert (out["tooLong"]["kind"], out["tooLong"]["code"]) == ("BadRequestError", "context_length_exceeded")
 
 
 def test_abort(out, cluster):
