@@ -87,3 +87,18 @@ build_and_install() {
 	make --no-print-directory -s PG_CONFIG="$PG_CONFIG" install
 	chmod -R a+rX "$PG_PREFIX"
 }
+
+# The playground's bridge, if one runs: it lets running requests end.
+stop_bridge() {
+	local pid
+	[ -f "$PLAY/bridge.pid" ] || return 0
+	pid=$(cat "$PLAY/bridge.pid")
+	rm -f "$PLAY/bridge.pid"
+	grep -qa millm-bridge "/proc/$pid/cmdline" 2>/dev/null || return 0
+	kill "$pid"
+	for _ in $(seq 350); do
+		grep -qa millm-bridge "/proc/$pid/cmdline" 2>/dev/null || return 0
+		sleep 0.1
+	done
+	kill -9 "$pid" 2>/dev/null || true
+}
