@@ -12,6 +12,8 @@
 
 #include "reply.h"
 
+#define MAX_SHOWN_NAME 100		/* of a field that we do not know: nobody's megabyte goes back to him */
+
 bool
 body_wrong(HttpRequest *r, const char *field, const char *wanted)
 {
@@ -90,7 +92,7 @@ body_read(HttpRequest *r, const BodyField *fields, bool may_be_empty, void *arg)
 		while (f->name && strcmp(f->name, name) != 0)
 			f++;
 		if (!f->name)
-			reply_error(r, 400, "unknown_parameter", name, "Field \"%.100s\" is not one of this request.", name);
+			reply_error(r, 400, "unknown_parameter", strlen(name) <= MAX_SHOWN_NAME ? name : NULL, "Field \"%.*s\" is not one of this request.", MAX_SHOWN_NAME, name);
 		if (!f->name || (!json_is_null(value) && !f->take(r, f, value, arg)))
 		{
 			json_decref(body);

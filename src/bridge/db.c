@@ -104,7 +104,7 @@ message_of(const char *text)
 
 /* ---- errors -------------------------------------------------------------------------------- */
 
-/* "could not do it" + "." + " Detail." + " Hint.", the first letter large. */
+/* "could not do it" + "." + " Detail." + " Hint.", the first letter large, unless it is that of a name (max_tokens). */
 static char *
 sentences(const PGresult *result)
 {
@@ -120,7 +120,7 @@ sentences(const PGresult *result)
 	if (asprintf(&text, "%s%s%s%s%s%s", message, strchr(".!?", message[len - 1]) ? "" : ".", detail ? " " : "", detail ? detail : "",
 				 hint ? " " : "", hint ? hint : "") < 0)
 		return NULL;
-	if (text[0] >= 'a' && text[0] <= 'z')
+	if (text[0] >= 'a' && text[0] <= 'z' && !memchr(text, '_', strcspn(text, " ")))
 		text[0] = (char) (text[0] - 'a' + 'A');
 	return text;
 }

@@ -46,6 +46,7 @@
 
 #define LINGER_MS 2000			/* for a client to read a refusal while it still sends */
 #define REFUSED_CONNECTIONS 64	/* beyond max_connections: they are there to be told so */
+#define ROUNDS_AT_ONCE 16		/* a client that sends faster than we read has its turns like everybody: each of max_header_bytes */
 #define BODIES_AT_ONCE 64		/* all bodies together: so many of the largest */
 #define MAX_ANSWER_HEAD 2048
 #define MAX_EXTRA_HEADERS 1024
@@ -918,10 +919,12 @@ fill(HttpConn *c)
 	return false;
 }
 
-/* Do all that can be done now.  The caller holds c->busy. */
+/* Do all that can be done now, but no more than is fair to others.  The caller holds c->busy. */
 static void
 pump(HttpConn *c)
 {
+	int			rounds = 0;
+
 	do
 	{
 		if (!flush(c))
@@ -931,6 +934,13 @@ pump(HttpConn *c)
 				return;
 		if (c->is_closed)
 			return;
+		if (++rounds > ROUNDS_AT_ONCE)
+		{
+			/* an edge-triggered watch that is added anew tells of what is there already: in the loop's next turn */
+			if (event_del(c->io) != 0 || event_add(c->io, NULL) != 0)
+				conn_close(c);
+			return;
+		}
 	} while (fill(c));
 	if (c->is_closed)
 		return;

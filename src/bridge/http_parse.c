@@ -79,7 +79,7 @@ parse_target(HttpSlice target, HttpHead *head, HttpRefusal *refusal)
 	const char *question;
 
 	for (size_t i = 0; i < target.len; i++)
-		if ((unsigned char) target.at[i] <= ' ' || target.at[i] == 0x7F || target.at[i] == '#')
+		if ((unsigned char) target.at[i] <= ' ' || (unsigned char) target.at[i] >= 0x7F || target.at[i] == '#')
 			return refuse(refusal, 400, "the request target has a character that must be percent-encoded");
 	if (target.len > 7 && strncasecmp(target.at, "http://", 7) == 0)
 	{
