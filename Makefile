@@ -23,10 +23,11 @@ help:
 	@echo "make install           install them into the PostgreSQL of pg_config"
 	@echo "make unit              build and run the unit tests     SAN=address,undefined or SAN=thread"
 	@echo "make fuzz              run each fuzz target             FUZZ_SECONDS=20"
+	@echo "make cuda-report       registers, shared memory and spills of each CUDA kernel"
 	@echo "make lint              who may include whom, versions that must agree"
 	@echo "make clean             remove build/"
 	@echo
-	@echo "Variables: PG_CONFIG, CC, SAN, BUILD, DEBUG=1, V=1 (show commands)"
+	@echo "Variables: PG_CONFIG, CC, SAN, BUILD, DEBUG=1, V=1 (show commands), NVCC (empty: no CUDA module), CUDA_ARCHS"
 
 setup:
 	@dev/setup all
@@ -82,6 +83,10 @@ $(BUILD)/src/engine/shortlist.o $(BUILD)/src/engine/sampler.o: OPT = -O3
 # Compiled tokenizers are thrown away when the code that made them changes.
 $(BUILD)/src/token/image.o: DEFINES = -DMILLM_TOKEN_SOURCES='"$(firstword $(shell cat src/token/*.[ch] | md5sum))"'
 $(BUILD)/src/token/image.o: $(wildcard src/token/*.[ch])
+# The CUDA module and the engine pass each other what these declare: a module of another checksum is refused.
+BACKEND_HEADERS = $(addprefix src/,engine/cuda_module.h engine/backend.h engine/shortlist.h model/model.h base/tensor.h base/error.h base/errors.def)
+BACKEND_ABI    := $(shell cat $(BACKEND_HEADERS) | cksum | cut -d' ' -f1)u
+$(BUILD)/src/engine/device.o: DEFINES = -DMILLM_BACKEND_ABI=$(BACKEND_ABI)
 
 all: $(PROGRAMS)
 programs: $(PROGRAMS)
@@ -110,14 +115,80 @@ $(BRIDGE): $(BRIDGE_OBJS) $(BUILD)/src/bridge/openapi.o
 	@echo "  LD  $@"
 	$(Q)$(CC) $(ENGINE_CFLAGS) -o $@ $^ -L$(shell $(PG_CONFIG) --libdir) -lpq $(shell pkg-config --libs $(BRIDGE_PKG)) -lpthread
 
+# --- The CUDA module: opened at run time, linked by nobody; without nvcc there is none, which is a normal build ----
+NVCC       ?= $(shell command -v nvcc)
+CUDA_HOME  ?= $(patsubst %/bin/nvcc,%,$(shell sed -n 's,^exec \(.*/nvcc\) .*,\1,p' $(NVCC) 2>/dev/null | grep . || readlink -f $(NVCC)))
+CUDA_ARCHS ?= 75 80 86 89 90 100 120
+CUDA_MODULE = $(if $(NVCC),$(BUILD)/libmillm_cuda.so)
+CUDA_C      = backend_cuda driver module weights
+CUDA_CFLAGS = -Icuda -DMILLM_BACKEND_ABI=$(BACKEND_ABI) -fPIC -fvisibility=hidden
+CUDA_TARGETS = $(foreach a,$(CUDA_ARCHS),-gencode arch=compute_$a,code=sm_$a) \
+               -gencode arch=compute_$(lastword $(CUDA_ARCHS)),code=compute_$(lastword $(CUDA_ARCHS))
+
+all: $(CUDA_MODULE)
+$(BUILD)/cuda/%.o: cuda/%.c
+	@mkdir -p $(@D) && echo "  CC  $<"
+	$(Q)$(CC) $(ENGINE_CFLAGS) $(CUDA_CFLAGS) -isystem $(CUDA_HOME)/include -MMD -MP -c -o $@ $<
+$(BUILD)/cuda/error.o: src/base/error.c
+	@mkdir -p $(@D)
+	$(Q)$(CC) $(ENGINE_CFLAGS) $(CUDA_CFLAGS) -MMD -MP -c -o $@ $<
+# ptxas tells registers and spills of each kernel: `make cuda-report`
+$(BUILD)/cuda/kernels.o: cuda/kernels.cu
+	@mkdir -p $(@D) && echo "  NVCC $< ($(CUDA_ARCHS))"
+	$(Q)$(NVCC) -std=c++17 -O3 -lineinfo $(CUDA_TARGETS) -Isrc/base -Isrc/model -Icuda -Xcompiler -fPIC,-fvisibility=hidden,-Wall,-Wextra \
+		-Xptxas -v -MMD -MP -MF $(@:.o=.d) -c -o $@ $< 2>$(BUILD)/cuda/ptxas || { cat $(BUILD)/cuda/ptxas; false; }
+	@! grep -E 'warning|error' $(BUILD)/cuda/ptxas
+$(BUILD)/libmillm_cuda.so: $(CUDA_C:%=$(BUILD)/cuda/%.o) $(BUILD)/cuda/error.o $(BUILD)/cuda/kernels.o
+	@echo "  LD  $@"
+	$(Q)$(CC) -shared -Wl,-Bsymbolic -Wl,--exclude-libs,ALL -Wl,-z,defs -o $@ $^ $(CUDA_HOME)/lib64/libcudart_static.a -lm -ldl -lrt -lpthread
+cuda-report: $(BUILD)/cuda/kernels.o
+	@dev/cuda-report $(BUILD)/cuda/ptxas
+
+# The same sources for this CPU, threads in turns (test/cuda): what shows that the kernels are right where there is no GPU.
+EMULATED_CFLAGS = $(ENGINE_CFLAGS) $(CUDA_CFLAGS) -Itest/cuda -DMILLM_CUDA_EMULATED -ffp-contract=off
+EMULATED_CXX    = $(filter-out -std=c11 -Wvla,$(EMULATED_CFLAGS)) -std=c++17 -fno-exceptions -fno-rtti -Wno-unknown-pragmas
+EMULATED        = $(CUDA_C:%=$(BUILD)/emulated/%.o) $(BUILD)/emulated/kernels.o $(BUILD)/emulated/emulated.o
+$(BUILD)/emulated/%.o: cuda/%.c
+	@mkdir -p $(@D)
+	$(Q)$(CC) $(EMULATED_CFLAGS) -MMD -MP -c -o $@ $<
+$(BUILD)/emulated/kernels.o: cuda/kernels.cu
+	@mkdir -p $(@D)
+	$(Q)$(CXX) -x c++ $(EMULATED_CXX) -MMD -MP -c -o $@ $<
+$(BUILD)/emulated/emulated.o: test/cuda/emulated.cc
+	@mkdir -p $(@D)
+	$(Q)$(CXX) $(EMULATED_CXX) -MMD -MP -c -o $@ $<
+$(BUILD)/emulated/libmillm_cuda.so: $(EMULATED) $(BUILD)/emulated/error.o
+	$(Q)$(CC) $(ENGINE_CFLAGS) -shared -Wl,-Bsymbolic -o $@ $^ -lm -ldl
+$(BUILD)/emulated/error.o: src/base/error.c
+	@mkdir -p $(@D)
+	$(Q)$(CC) $(EMULATED_CFLAGS) -MMD -MP -c -o $@ $<
+# a driver that says what its environment tells it to (test/cuda/driver.c)
+$(BUILD)/emulated/driver/libcuda.so.1: test/cuda/driver.c
+	@mkdir -p $(@D)
+	$(Q)$(CC) $(ENGINE_CFLAGS) -shared -fPIC -o $@ $<
+# the engine beside its module
+$(BUILD)/emulated/millm-engine: $(BUILD)/millm-engine
+	@mkdir -p $(@D) && cp -f $< $@
+# modules that are refused: of another build, of no millm, and what is no library
+$(BUILD)/emulated/other-build/libmillm_cuda.so: test/cuda/other_build.c
+	@mkdir -p $(@D)
+	$(Q)$(CC) $(ENGINE_CFLAGS) -shared -fPIC -o $@ $<
+$(BUILD)/emulated/no-module/libmillm_cuda.so: $(BUILD)/emulated/driver/libcuda.so.1
+	@mkdir -p $(@D) && cp -f $< $@
+$(BUILD)/emulated/no-library/libmillm_cuda.so: Makefile
+	@mkdir -p $(@D) && cp -f $< $@
+emulated: $(BUILD)/emulated/libmillm_cuda.so $(BUILD)/emulated/driver/libcuda.so.1 $(BUILD)/emulated/millm-engine \
+	$(addsuffix /libmillm_cuda.so,$(addprefix $(BUILD)/emulated, /other-build /no-module /no-library))
+
 # --- Install: PGXS installs the module, we install what it starts -------------------------------
 HELPER_DIR = $(DESTDIR)$(pkglibdir)/millm/$(MILLM_VERSION)
 install: install-helpers
-install-helpers: $(PROGRAMS)
+install-helpers: $(PROGRAMS) $(CUDA_MODULE)
 	$(MKDIR_P) '$(HELPER_DIR)'
 	$(INSTALL_PROGRAM) $(PROGRAMS) '$(HELPER_DIR)/'
 	$(MKDIR_P) '$(DESTDIR)$(bindir)'
 	$(INSTALL_PROGRAM) $(BRIDGE) '$(DESTDIR)$(bindir)/'
+	$(if $(CUDA_MODULE),$(INSTALL_SHLIB) $(CUDA_MODULE) '$(HELPER_DIR)/')
 uninstall: uninstall-helpers
 uninstall-helpers:
 	rm -rf '$(HELPER_DIR)' '$(DESTDIR)$(bindir)/millm-bridge'
@@ -135,6 +206,9 @@ $(BUILD)/test/test_amx: $(BUILD)/test/amx_emulated.o
 $(BUILD)/test/amx_emulated.o: test/unit/amx_emulated.c
 	@mkdir -p $(@D)
 	$(Q)$(CC) $(ENGINE_CFLAGS) -O3 $(AVX512_ISA) -MMD -MP -c -o $@ $<
+$(BUILD)/test/test_cuda: $(EMULATED)
+$(BUILD)/test/test_cuda: ENGINE_CFLAGS += -Icuda -Itest/cuda -DMILLM_CUDA_EMULATED
+$(BUILD)/test/test_device: | emulated
 $(DRIVERS): $(BUILD)/%: test/parity/%.c $(LIB)
 	$(Q)$(CC) $(ENGINE_CFLAGS) -MMD -MP -MF $@.d -o $@ $< $(LIB) $(ENGINE_LIBS)
 unit: $(UNIT_TESTS)
@@ -155,6 +229,6 @@ fuzz: $(FUZZ_TARGETS)
 lint:
 	@dev/lint
 
-.PHONY: programs unit unit-programs drivers fuzz fuzz-lib fuzz-programs lint install-helpers uninstall-helpers
--include $(shell find $(BUILD)/src $(BUILD)/module $(BUILD)/test -name '*.d' 2>/dev/null)
+.PHONY: emulated cuda-report programs unit unit-programs drivers fuzz fuzz-lib fuzz-programs lint install-helpers uninstall-helpers
+-include $(shell find $(BUILD)/src $(BUILD)/module $(BUILD)/test $(BUILD)/cuda $(BUILD)/emulated -name '*.d' 2>/dev/null)
 endif

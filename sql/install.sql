@@ -34,4 +34,4 @@ SELECT * FROM millm.progress;
 SELECT name, context, setting FROM pg_settings WHERE name LIKE 'millm.%' AND name NOT IN ('millm.cache_dir', 'millm.database', 'millm.hf_endpoint')
 ORDER BY name;
 SET millm.nonsense = 1;
-ALTER SYSTEM SET millm.device = 'cuda';
+ALTER SYSTEM SET millm.device = 'gpu';

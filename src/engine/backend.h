@@ -98,6 +98,7 @@ struct MillmBackend
 
 typedef struct MillmBackendOptions
 {
+	int			ordinal;		/* of the device among its kind's */
 	int			n_threads;		/* 0: one per CPU */
 	bool		deterministic;
 	const char *kernels;		/* a variant by name; NULL: $MILLM_KERNELS, else the best */
@@ -107,12 +108,18 @@ typedef struct MillmBackendOptions
 	int			n_groups;		/* page tables of a sequence */
 } MillmBackendOptions;
 
-/* The model is borrowed for the backend's life. */
-extern MillmCode millm_backend_cpu_create(const MillmModel *model, const MillmBackendOptions *options, MillmBackend **out, MillmError *err);
+/* Backends of one kind: how one is made, and what it will take, for the prediction. */
+typedef struct MillmBackendKind
+{
+	/* The model is borrowed for the backend's life. */
+	MillmCode	(*create) (const MillmModel *model, const MillmBackendOptions *options, MillmBackend **out, MillmError *err);
+	/* -1 when kernels cannot be chosen (create says why) */
+	int64_t		(*page_bytes) (const MillmModel *model, const char *kernels, int layers_per_page);
+	int64_t		(*buffer_bytes) (int64_t n_rows, int64_t n_columns);
+	int64_t		(*own_bytes) (const MillmModel *model, int max_tokens, int64_t n_pages);
+	int64_t		(*copied_bytes) (const MillmModel *model);	/* of the weights that it keeps a copy of; NULL: uses them in place */
+} MillmBackendKind;
 
-/* What it will take, for the prediction; -1 when kernels cannot be chosen (create says why). */
-extern int64_t millm_backend_cpu_page_bytes(const MillmModel *model, const char *kernels, int layers_per_page);
-extern int64_t millm_backend_cpu_buffer_bytes(int64_t n_rows, int64_t n_columns);
-extern int64_t millm_backend_cpu_own_bytes(const MillmModel *model, int max_tokens, int64_t n_pages);
+extern const MillmBackendKind millm_backend_cpu;
 
 #endif

@@ -151,16 +151,16 @@ choose_kernels(const char *name, MillmKernels *k, MillmError *err)
 	return false;
 }
 
-int64_t
-millm_backend_cpu_page_bytes(const MillmModel *model, const char *kernels, int layers_per_page)
+static int64_t
+page_bytes(const MillmModel *model, const char *kernels, int layers_per_page)
 {
 	MillmKernels k;
 
 	return choose_kernels(kernels, &k, NULL) ? layers_per_page * layer_bytes(model, k.kv_dtype) : -1;
 }
 
-int64_t
-millm_backend_cpu_buffer_bytes(int64_t n_rows, int64_t n_columns)
+static int64_t
+buffer_bytes(int64_t n_rows, int64_t n_columns)
 {
 	int64_t		packed_rows = (n_rows + MILLM_TILE_TOKENS - 1) / MILLM_TILE_TOKENS * MILLM_TILE_TOKENS;
 
@@ -176,8 +176,8 @@ alibi_stride(const MillmModel *model, int64_t n_pages)
 	return (known < n_pages || model->config.window > 0 ? known : n_pages) * MILLM_KERNEL_PAGE;
 }
 
-int64_t
-millm_backend_cpu_own_bytes(const MillmModel *model, int max_tokens, int64_t n_pages)
+static int64_t
+own_bytes(const MillmModel *model, int max_tokens, int64_t n_pages)
 {
 	int64_t		n = model->screen.codes.data ? model->head.n_out : 0;
 	int64_t		n_alibi = model->config.alibi_slopes ? model->config.n_heads * alibi_stride(model, n_pages) : 0;
@@ -211,7 +211,7 @@ buffer_create(MillmBackend *be, int64_t n_rows, int64_t n_columns, MillmBuffer *
 		return millm_fail(err, MILLM_E_INSUFFICIENT_MEMORY, "out of memory");
 	b->n_columns = n_columns;
 	b->packed_stride = millm_form_row_bytes(MILLM_FORM_I16_NIBBLES, n_columns);
-	b->mapped = (size_t) millm_backend_cpu_buffer_bytes(n_rows, n_columns);
+	b->mapped = (size_t) buffer_bytes(n_rows, n_columns);
 	if (!(b->data = map(b->mapped, "the workspace", err)))
 	{
 		free(b);
@@ -871,8 +871,8 @@ create_alibi(CpuBackend *c, int64_t n_pages, MillmError *err)
 	return MILLM_OK;
 }
 
-MillmCode
-millm_backend_cpu_create(const MillmModel *model, const MillmBackendOptions *options, MillmBackend **out, MillmError *err)
+static MillmCode
+create(const MillmModel *model, const MillmBackendOptions *options, MillmBackend **out, MillmError *err)
 {
 	CpuBackend *c = calloc(1, sizeof(*c));
 	MillmCode	rc;
@@ -954,3 +954,10 @@ failed:
 	cpu_free(&c->base);
 	return rc;
 }
+
+const MillmBackendKind millm_backend_cpu = {
+	.create = create,
+	.page_bytes = page_bytes,
+	.buffer_bytes = buffer_bytes,
+	.own_bytes = own_bytes,
+};

@@ -14,12 +14,13 @@
 
 typedef struct MillmBench
 {
+	const MillmDevice *device;	/* as in MillmForwardOptions */
 	int			n_prompt;
 	int			n_gen;			/* tokens of each sequence */
 	int			n_sequences;
 	int			n_rounds;		/* at most MILLM_BENCH_MAX_ROUNDS; once more, before, unmeasured */
 	int			n_threads;		/* 0: one per CPU */
-	const char *kernels;		/* as in MillmForwardOptions */
+	const char *kernels;		/* the same */
 	bool		full_head;		/* the same */
 } MillmBench;
 

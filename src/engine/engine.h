@@ -11,6 +11,7 @@
 #include <stddef.h>
 #include <stdint.h>
 
+#include "device.h"
 #include "error.h"
 #include "logprobs.h"
 #include "model.h"
@@ -32,6 +33,7 @@ typedef struct MillmLoadOptions
 	const char *path;
 	const char *model;			/* the name that people know it by; NULL: the path */
 	const char *model_uuid;		/* NULL: none */
+	MillmDeviceWish device;		/* zeros: auto */
 	const char *kernels;		/* NULL: the best, or $MILLM_KERNELS */
 	int			threads;		/* 0: one per CPU */
 	int			context_length;	/* 0: the model's maximum or 8192, the smaller */
@@ -79,6 +81,7 @@ typedef struct MillmLoaded
 	int			max_sequences;
 	int			max_queue;
 	int			stream_stall_timeout_ms;
+	MillmDevice device;
 	char		kernels[32];
 	int			threads;
 	bool		deterministic;

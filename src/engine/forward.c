@@ -23,6 +23,7 @@
 #include <string.h>
 
 #include "backend.h"
+#include "device.h"
 #include "kv.h"
 #include "route.h"
 
@@ -97,6 +98,12 @@ widths(const MillmModel *model)
 	return w;
 }
 
+static const MillmBackendKind *
+kind_of(const MillmForwardOptions *options)
+{
+	return options->device ? options->device->kind : &millm_backend_cpu;
+}
+
 static int
 batch_tokens(const MillmForwardOptions *options)
 {
@@ -119,22 +126,23 @@ millm_kv_page_bytes(const MillmModel *model, const MillmForwardOptions *options)
 	MillmKvLayout layout;
 
 	millm_forward_kv_layout(model, &layout);
-	return millm_backend_cpu_page_bytes(model, options->kernels, layout.layers_per_page);
+	return kind_of(options)->page_bytes(model, options->kernels, layout.layers_per_page);
 }
 
 int64_t
 millm_forward_workspace_bytes(const MillmModel *model, const MillmForwardOptions *options)
 {
 	const MillmConfig *c = &model->config;
+	const MillmBackendKind *kind = kind_of(options);
 	Widths		w = widths(model);
 	int			n = batch_tokens(options);
-	int64_t		experts = c->n_experts == 0 ? 0 : 2 * millm_backend_cpu_buffer_bytes(n, c->hidden_size) +
-		millm_backend_cpu_buffer_bytes(n, c->n_experts) + millm_backend_cpu_buffer_bytes(n, 1) + (int64_t) n * c->n_chosen * 16;
+	int64_t		experts = c->n_experts == 0 ? 0 : 2 * kind->buffer_bytes(n, c->hidden_size) +
+		kind->buffer_bytes(n, c->n_experts) + kind->buffer_bytes(n, 1) + (int64_t) n * c->n_chosen * 16;
 
-	return experts + 2 * millm_backend_cpu_buffer_bytes(n, c->hidden_size) + 2 * millm_backend_cpu_buffer_bytes(n, w.q) +
-		2 * millm_backend_cpu_buffer_bytes(n, w.kv) + (c->mlp_gated ? 2 : 1) * millm_backend_cpu_buffer_bytes(n, w.ffn) +
-		(w.qkv ? millm_backend_cpu_buffer_bytes(n, w.qkv) : 0) + (model->project_in.data ? millm_backend_cpu_buffer_bytes(n, c->embedding_size) : 0) +
-		millm_backend_cpu_buffer_bytes(n, c->vocab_size) + millm_backend_cpu_own_bytes(model, n, options->n_pages);
+	return experts + 2 * kind->buffer_bytes(n, c->hidden_size) + 2 * kind->buffer_bytes(n, w.q) +
+		2 * kind->buffer_bytes(n, w.kv) + (c->mlp_gated ? 2 : 1) * kind->buffer_bytes(n, w.ffn) +
+		(w.qkv ? kind->buffer_bytes(n, w.qkv) : 0) + (model->project_in.data ? kind->buffer_bytes(n, c->embedding_size) : 0) +
+		kind->buffer_bytes(n, c->vocab_size) + kind->own_bytes(model, n, options->n_pages);
 }
 
 static void
@@ -182,7 +190,7 @@ millm_forward_create(const MillmModel *model, const MillmForwardOptions *options
 	int			n = batch_tokens(options);
 	MillmForward *fw;
 	MillmCode	rc;
-	MillmBackendOptions bo = {.n_threads = options->n_threads, .deterministic = options->deterministic,
+	MillmBackendOptions bo = {.ordinal = options->device ? options->device->ordinal : 0, .n_threads = options->n_threads, .deterministic = options->deterministic,
 		.kernels = options->kernels, .max_tokens = n, .n_pages = options->n_pages};
 
 	if (n < 1 || n > MAX_BATCH_TOKENS)
@@ -203,7 +211,7 @@ millm_forward_create(const MillmModel *model, const MillmForwardOptions *options
 	fw->is_screened = model->screen.codes.data && !options->full_head && millm_config_can_screen(&model->config);
 	if (!fw->tokens || !fw->positions || !fw->planned || !fw->wanted || !fw->tops || !fw->pages)
 		rc = millm_fail(err, MILLM_E_INSUFFICIENT_MEMORY, "out of memory");
-	else if ((rc = millm_backend_cpu_create(model, &bo, &fw->be, err)) == MILLM_OK &&
+	else if ((rc = kind_of(options)->create(model, &bo, &fw->be, err)) == MILLM_OK &&
 			 (rc = create_buffers(fw, err)) == MILLM_OK)
 		rc = millm_kv_init(&fw->pool, options->n_pages, fw->kv.windows, fw->kv.n_groups, n, copy_page, fw->be, err);
 	if (rc != MILLM_OK)

@@ -18,6 +18,7 @@
 #include "shortlist.h"
 
 typedef struct MillmForward MillmForward;
+typedef struct MillmDevice MillmDevice;			/* device.h */
 typedef struct MillmKvLayout MillmKvLayout;		/* kv.h */
 typedef struct MillmSequence MillmSequence;		/* a growing list of tokens: its page tables and its length */
 
@@ -26,12 +27,13 @@ typedef struct MillmSequence MillmSequence;		/* a growing list of tokens: its pa
 
 typedef struct MillmForwardOptions
 {
+	const MillmDevice *device;	/* NULL: the CPU; must outlive the forward pass */
 	int			n_threads;		/* 0: one per CPU this process may use */
 	int			max_batch_tokens;	/* rows of one step; 0: MILLM_BATCH_TOKENS */
 	int64_t		n_pages;		/* KV pages of MILLM_KV_PAGE_TOKENS positions (kv.h) */
 	bool		deterministic;	/* batch-invariant kernels: a row's bits do not depend on its company */
 	bool		full_head;		/* read all of the LM head, even if it has a screening copy: the tokens are the same */
-	const char *kernels;		/* "ref", "avx2", "avx512", "amx"; NULL: the best, or $MILLM_KERNELS */
+	const char *kernels;		/* the CPU: "ref", "avx2", "avx512", "amx"; NULL: the best, or $MILLM_KERNELS */
 } MillmForwardOptions;
 
 /* Reserves KV pool and workspace now; INSUFFICIENT_MEMORY with figures when it cannot.  The model must outlive it. */

@@ -116,14 +116,17 @@ open_tokenizer(void *arg)
 	return NULL;
 }
 
-/* The memory of model's load, and the forward pass it is for; releasable_bytes will be given back before. */
+/*
+ * The memory of model's load, and the forward pass it is for; releasable_bytes will be given back before.  A GPU's memory is what counts
+ * where there is one: weights are copied there, and the mapped files are the page cache's.
+ */
 static MillmCode
-plan_memory(const MillmModel *model, const MillmLoadOptions *options, int64_t weights_bytes, int64_t releasable_bytes,
+plan_memory(const MillmModel *model, const MillmLoadOptions *options, const MillmDevice *device, int64_t weights_bytes, int64_t releasable_bytes,
 			MillmMemoryPlan *plan, MillmForwardOptions *fo, MillmError *err)
 {
 	MillmCode	rc;
 
-	*fo = (MillmForwardOptions) {.n_threads = options->threads, .deterministic = options->deterministic, .kernels = options->kernels};
+	*fo = (MillmForwardOptions) {.device = device, .n_threads = options->threads, .deterministic = options->deterministic, .kernels = options->kernels};
 	*plan = (MillmMemoryPlan) {.max_sequences = options->max_sequences, .kv_cache_bytes = options->kv_cache_bytes, .weights_bytes = weights_bytes};
 	millm_forward_kv_layout(model, &plan->layout);
 	if ((rc = choose_context(options, &model->config, &plan->context_length, err)) != MILLM_OK)
@@ -138,7 +141,10 @@ plan_memory(const MillmModel *model, const MillmLoadOptions *options, int64_t we
 		return millm_forward_create(model, fo, &none, err);	/* no such kernels: it says which there are */
 	}
 	plan->workspace_bytes = millm_forward_workspace_bytes(model, fo);
-	plan->available_bytes = millm_machine_memory("").available_bytes;
+	if (!device->memory)
+		plan->available_bytes = millm_machine_memory("").available_bytes;
+	else if ((rc = device->memory(device->ordinal, &plan->available_bytes, &(int64_t) {0}, err)) != MILLM_OK)
+		return rc;
 	if (plan->available_bytes >= 0)
 		plan->available_bytes += releasable_bytes;
 	if ((rc = millm_memory_plan(plan, err)) == MILLM_OK)
@@ -153,6 +159,13 @@ q4_bytes(const MillmModel *model)
 	return model->quantization || model->config.has_fused_experts ? -1 : millm_model_weights_bytes_as(model, "Q4");
 }
 
+/* Of the weights as they are, where the device keeps them. */
+static int64_t
+weights_bytes(const MillmModel *model, const MillmDevice *device)
+{
+	return device->kind->copied_bytes ? device->kind->copied_bytes(model) : (int64_t) model->weights_bytes;
+}
+
 MillmCode
 plan_load(const MillmLoadOptions *options, const char *quantization, bool must_fit, int64_t releasable_bytes, MillmLoadPlan *out,
 		  MillmError *err)
@@ -160,12 +173,14 @@ plan_load(const MillmLoadOptions *options, const char *quantization, bool must_f
 	MillmModel *model;
 	MillmMemoryPlan plan;
 	MillmForwardOptions fo;
-	MillmCode	rc = millm_model_open(options->path, &model, err);
+	MillmDevice device;
+	MillmCode	rc = millm_device_choose(&options->device, NULL, &device, err);
 
-	if (rc != MILLM_OK)
+	if (rc != MILLM_OK || (rc = millm_model_open(options->path, &model, err)) != MILLM_OK)
 		return rc;
 	out->quantization = quantization ? quantization : millm_model_quantization(model);
-	rc = plan_memory(model, options, millm_model_weights_bytes_as(model, out->quantization), releasable_bytes, &plan, &fo, err);
+	rc = plan_memory(model, options, &device, strcmp(out->quantization, millm_model_quantization(model)) == 0 ? weights_bytes(model, &device) :
+					 millm_model_weights_bytes_as(model, out->quantization), releasable_bytes, &plan, &fo, err);
 	if (rc == MILLM_OK && must_fit)
 		rc = millm_memory_check(&plan, q4_bytes(model), err);
 	out->weights_bytes = plan.weights_bytes;
@@ -188,8 +203,9 @@ open_model(MillmLoaded *loaded, const MillmLoadOptions *options, bool (*progress
 	MillmError	short_of;
 	MillmCode	rc;
 
-	if ((rc = millm_model_open(options->path, &loaded->model, err)) != MILLM_OK ||
-		(rc = plan_memory(loaded->model, options, (int64_t) loaded->model->weights_bytes, 0, &plan, &fo, err)) != MILLM_OK)
+	if ((rc = millm_device_choose(&options->device, NULL, &loaded->device, err)) != MILLM_OK ||
+		(rc = millm_model_open(options->path, &loaded->model, err)) != MILLM_OK ||
+		(rc = plan_memory(loaded->model, options, &loaded->device, weights_bytes(loaded->model, &loaded->device), 0, &plan, &fo, err)) != MILLM_OK)
 		return rc;
 	if ((rc = millm_memory_check(&plan, q4_bytes(loaded->model), &short_of)) != MILLM_OK)
 	{

@@ -55,6 +55,7 @@ static const char usage[] =
 	"\n"
 	"DIR holds config.json, model.safetensors and tokenizer.json.  IDS is 1,2,3 or a file with such a list.\n"
 	"generate, bench, greedy and logits also take:\n"
+	"      --device NAME        auto, cpu, cuda or cuda:N (default: cpu)\n"
 	"      --threads N          (default: one per CPU)\n"
 	"      --kernels NAME       ref, avx2, avx512 or amx (default: the best that this CPU has)\n"
 	"bench and greedy also take:\n"
@@ -62,13 +63,13 @@ static const char usage[] =
 
 /* ---- the command line ---------------------------------------------------------------------- */
 
-typedef enum OptionKind {OPT_FLAG, OPT_TEXT, OPT_INT, OPT_DOUBLE, OPT_STOP, OPT_HEAD} OptionKind;
+typedef enum OptionKind {OPT_FLAG, OPT_TEXT, OPT_INT, OPT_DOUBLE, OPT_STOP, OPT_HEAD, OPT_DEVICE} OptionKind;
 
 typedef struct Option
 {
 	const char *name;			/* "--threads"; NULL ends the table */
 	OptionKind	kind;
-	void	   *out;			/* bool, const char *, int64_t, double, MillmGenerateOptions, bool (full) */
+	void	   *out;			/* bool, const char *, int64_t, double, MillmGenerateOptions, bool (full), MillmDeviceWish */
 	int64_t		min;			/* of an OPT_INT */
 	int64_t		max;
 } Option;
@@ -136,6 +137,14 @@ take_value(const Option *o, const char *value)
 				wrong_usage("%s takes full or screened, not \"%s\"", o->name, value);
 			*(bool *) o->out = strcmp(value, "full") == 0;
 			return;
+		case OPT_DEVICE:
+			{
+				MillmError	err;
+
+				if (millm_device_wish(value, o->out, &err) != MILLM_OK)
+					wrong_usage("%s", err.message);
+				return;
+			}
 	}
 }
 
@@ -179,8 +188,16 @@ parse(int argc, char **argv, const Option *options, const char **args, int min_a
 		args[n] = NULL;
 }
 
-#define MACHINE_OPTIONS(threads, kernels) \
-	{"--threads", OPT_INT, &(threads), 1, 1024}, {"--kernels", OPT_TEXT, &(kernels), 0, 0}
+typedef struct Machine
+{
+	MillmDeviceWish wish;
+	int64_t		threads;
+	const char *kernels;
+	MillmDevice device;			/* that was chosen */
+} Machine;
+#define ANY_MACHINE {.wish = {.what = MILLM_DEVICE_CPU}}
+#define MACHINE_OPTIONS(machine) \
+	{"--device", OPT_DEVICE, &(machine).wish, 0, 0}, {"--threads", OPT_INT, &(machine).threads, 1, 1024}, {"--kernels", OPT_TEXT, &(machine).kernels, 0, 0}
 
 /* Read all of f; NUL-terminated, the caller frees it. */
 static char *
@@ -336,7 +353,7 @@ command_generate(int argc, char **argv)
 	MillmGenerateOptions g;
 	MillmLoadOptions load;
 	const char *args[2];
-	int64_t		threads = 0;
+	Machine		machine = ANY_MACHINE;
 	int64_t		context_length = 0;
 	int64_t		seed = INT64_MIN;
 	bool		ok;
@@ -355,7 +372,7 @@ command_generate(int argc, char **argv)
 		{"--seed", OPT_INT, &seed, INT64_MIN + 1, INT64_MAX},
 		{"--stop", OPT_STOP, &g, 0, 0},
 		{"--context-length", OPT_INT, &context_length, 1, MILLM_MAX_POSITIONS},
-		MACHINE_OPTIONS(threads, load.kernels),
+		MACHINE_OPTIONS(machine),
 		{0}
 	};
 
@@ -365,7 +382,9 @@ command_generate(int argc, char **argv)
 	g.has_seed = seed != INT64_MIN;
 	g.seed = seed;
 	load.path = args[0];
-	load.threads = (int) threads;
+	load.device = machine.wish;
+	load.kernels = machine.kernels;
+	load.threads = (int) machine.threads;
 	load.context_length = (int) context_length;
 	load.max_sequences = 1;
 	load.max_queue = 0;
@@ -395,17 +414,17 @@ typedef struct Runner
 	MillmTop	top;			/* which logits of a last token are wanted */
 } Runner;
 
-/* A model with one sequence that can have n_positions. */
+/* A model with one sequence that can have n_positions; machine's device is chosen, and must stay as long as the runner. */
 static MillmCode
-runner_open(Runner *run, const char *dir, const char *mutate, int64_t threads, const char *kernels, int64_t n_positions,
-			MillmError *err)
+runner_open(Runner *run, const char *dir, const char *mutate, Machine *machine, int64_t n_positions, MillmError *err)
 {
-	MillmForwardOptions options = {.n_threads = (int) threads, .kernels = kernels, .full_head = run->full_head,
+	MillmForwardOptions options = {.device = &machine->device, .n_threads = (int) machine->threads, .kernels = machine->kernels, .full_head = run->full_head,
 		.max_batch_tokens = MILLM_BATCH_TOKENS};
 	MillmKvLayout layout;
 	MillmCode	rc;
 
-	if ((!run->model && (rc = millm_model_open(dir, &run->model, err)) != MILLM_OK) ||
+	if ((rc = millm_device_choose(&machine->wish, NULL, &machine->device, err)) != MILLM_OK ||
+		(!run->model && (rc = millm_model_open(dir, &run->model, err)) != MILLM_OK) ||
 		(mutate && (rc = millm_model_mutate(run->model, mutate, err)) != MILLM_OK))
 		return rc;
 	if (n_positions > run->model->config.max_context)
@@ -463,8 +482,7 @@ static int
 command_bench(int argc, char **argv)
 {
 	const char *args[1];
-	const char *kernels = NULL;
-	int64_t		threads = 0;
+	Machine		machine = ANY_MACHINE;
 	int64_t		n_prompt = 512;
 	int64_t		n_gen = 64;
 	int64_t		n_sequences = 1;
@@ -478,7 +496,7 @@ command_bench(int argc, char **argv)
 		{"--rounds", OPT_INT, &n_rounds, 1, MILLM_BENCH_MAX_ROUNDS},
 		{"--json", OPT_FLAG, &as_json, 0, 0},
 		{"--head", OPT_HEAD, &full_head, 0, 0},
-		MACHINE_OPTIONS(threads, kernels),
+		MACHINE_OPTIONS(machine),
 		{0}
 	};
 	MillmModel *model = NULL;
@@ -489,8 +507,10 @@ command_bench(int argc, char **argv)
 
 	parse(argc, argv, options, args, 1, 1);
 	bench = (MillmBench) {.n_prompt = (int) n_prompt, .n_gen = (int) n_gen, .n_sequences = (int) n_sequences, .n_rounds = (int) n_rounds,
-		.n_threads = (int) threads, .kernels = kernels, .full_head = full_head};
-	rc = millm_model_open(args[0], &model, &err);
+		.device = &machine.device, .n_threads = (int) machine.threads, .kernels = machine.kernels, .full_head = full_head};
+	rc = millm_device_choose(&machine.wish, NULL, &machine.device, &err);
+	if (rc == MILLM_OK)
+		rc = millm_model_open(args[0], &model, &err);
 	if (rc == MILLM_OK)
 	{
 		if (model->screen_refused[0])
@@ -528,8 +548,7 @@ command_greedy(int argc, char **argv)
 {
 	const char *args[1];
 	const char *ids_arg = NULL;
-	const char *kernels = NULL;
-	int64_t		threads = 0;
+	Machine		machine = ANY_MACHINE;
 	int64_t		max_tokens = 64;
 	MillmSampling greedy = {.repetition_penalty = 1, .top_p = 1};
 	MillmSampler *sampler = NULL;
@@ -538,7 +557,7 @@ command_greedy(int argc, char **argv)
 		{"--ids", OPT_TEXT, &ids_arg, 0, 0},
 		{"--max-tokens", OPT_INT, &max_tokens, 1, MILLM_MAX_POSITIONS},
 		{"--head", OPT_HEAD, &run.full_head, 0, 0},
-		MACHINE_OPTIONS(threads, kernels),
+		MACHINE_OPTIONS(machine),
 		{0}
 	};
 	const float *logits;
@@ -554,7 +573,7 @@ command_greedy(int argc, char **argv)
 	if (rc == MILLM_OK)
 	{
 		ids = read_ids(ids_arg, run.model->config.vocab_size, &n);
-		rc = runner_open(&run, args[0], NULL, threads, kernels, n + max_tokens, &err);
+		rc = runner_open(&run, args[0], NULL, &machine, n + max_tokens, &err);
 	}
 	if (rc == MILLM_OK && !(sampler = millm_sampler_create(&greedy, run.model->config.vocab_size)))
 		rc = millm_fail(&err, MILLM_E_INTERNAL, "out of memory");
@@ -592,8 +611,7 @@ command_logits(int argc, char **argv)
 	const char *ids_arg = NULL;
 	const char *output = NULL;
 	const char *mutate = NULL;
-	const char *kernels = NULL;
-	int64_t		threads = 0;
+	Machine		machine = ANY_MACHINE;
 	int64_t		chunk = 0;
 	bool		lists = false;
 	Option		options[] = {
@@ -602,7 +620,7 @@ command_logits(int argc, char **argv)
 		{"--mutate", OPT_TEXT, &mutate, 0, 0},
 		{"--list-mutations", OPT_FLAG, &lists, 0, 0},
 		{"--chunk", OPT_INT, &chunk, 1, MILLM_MAX_POSITIONS},
-		MACHINE_OPTIONS(threads, kernels),
+		MACHINE_OPTIONS(machine),
 		{0}
 	};
 	Runner		run = {0};
@@ -626,7 +644,7 @@ command_logits(int argc, char **argv)
 	if (rc == MILLM_OK)
 	{
 		ids = read_ids(ids_arg, run.model->config.vocab_size, &n);
-		rc = runner_open(&run, args[0], mutate, threads, kernels, n, &err);
+		rc = runner_open(&run, args[0], mutate, &machine, n, &err);
 	}
 	if (rc == MILLM_OK)
 	{

@@ -191,7 +191,7 @@ op_status(EngineServer *server, MillmConn *conn, json_t *request)
 	}
 	millm_engine_status(server->engine, &st);
 	m = st.loaded;
-	millm_conn_result(conn, json_pack("{s:s, s:i, s:s, s:o, s:o, s:o, s:o, s:s, s:s, s:o, s:o, s:o, s:o, s:i, s:i, s:o, s:o, s:o, s:o, s:o}",
+	millm_conn_result(conn, json_pack("{s:s, s:i, s:s, s:o, s:o, s:o, s:o, s:o, s:o, s:o, s:o, s:o, s:o, s:i, s:i, s:o, s:o, s:o, s:o, s:o}",
 									  "state", states[st.state],
 									  "pid", (int) getpid(),
 									  "version", MILLM_VERSION,
@@ -200,8 +200,8 @@ op_status(EngineServer *server, MillmConn *conn, json_t *request)
 																	  millm_model_quantization(m->model), m->kernels) : json_null(),
 									  "threads", integer_or_null(m, m ? m->threads : 0),
 									  "deterministic", m ? json_boolean(m->deterministic) : json_null(),
-									  "device", "cpu",
-									  "device_reason", "this build has no other device",
+									  "device", string_or_null(m ? m->device.name : NULL),
+									  "device_reason", string_or_null(m ? m->device.reason : NULL),
 									  "model", string_or_null(m ? m->name : NULL),
 									  "model_uuid", string_or_null(m ? m->uuid : NULL),
 									  "path", string_or_null(m ? m->path : NULL),
@@ -236,9 +236,9 @@ load_done(void *arg, const MillmLoaded *m)
 		millm_log("WARNING", "model \"%s\": %s", m->name, m->warnings[i]);
 		json_array_append_new(warnings, json_string(m->warnings[i]));
 	}
-	millm_log("LOG", "loaded model \"%s\": %s, %.1f MB of weights, %.1f MB of KV cache, kernels %s, %d threads, %.0f ms",
+	millm_log("LOG", "loaded model \"%s\": %s, %.1f MB of weights, %.1f MB of KV cache, on %s (%s), kernels %s, %d threads, %.0f ms",
 			  m->name, m->model->config.model_type, (double) m->model->weights_bytes / 1e6, (double) m->kv_bytes / 1e6,
-			  m->kernels, m->threads, m->load_ms);
+			  m->device.name, m->device.reason, m->kernels, m->threads, m->load_ms);
 	end_with_result(arg, json_pack("{s:f, s:I, s:I, s:I, s:i, s:i, s:o}", "load_ms", m->load_ms,
 								   "weights_bytes", (json_int_t) m->model->weights_bytes, "kv_bytes", (json_int_t) m->kv_bytes,
 								   "private_bytes", (json_int_t) m->private_bytes, "context_length", m->context_length,
@@ -275,17 +275,6 @@ unload_failed(void *arg, const MillmError *err)
 	end_with_error(arg, err);
 }
 
-static MillmCode
-check_device(const char *device, MillmError *err)
-{
-	if (strcmp(device, "auto") == 0 || strcmp(device, "cpu") == 0)
-		return MILLM_OK;
-	millm_fail(err, MILLM_E_UNSUPPORTED, "device \"%.50s\" is not available", device);
-	millm_detail(err, "This build computes on the CPU only.");
-	millm_hint(err, "Use \"auto\" or \"cpu\".");
-	return MILLM_E_UNSUPPORTED;
-}
-
 /* What load and plan have in common: which model, and the options that decide how much memory it takes. */
 typedef struct LoadFields
 {
@@ -296,12 +285,17 @@ typedef struct LoadFields
 static void
 read_load_fields(MillmFields *f, MillmLoadOptions *o, LoadFields *n)
 {
+	const char *device = NULL;
+
 	*n = (LoadFields) {.max_sequences = o->max_sequences};
 	millm_field_string(f, "path", &o->path);
 	millm_field_string(f, "model", &o->model);
 	millm_field_int(f, "context_length", 0, MILLM_MAX_POSITIONS, &n->context_length);
 	millm_field_int(f, "max_sequences", 1, 1024, &n->max_sequences);
 	millm_field_int(f, "kv_cache_bytes", 0, INT64_MAX, &o->kv_cache_bytes);
+	millm_field_string(f, "device", &device);
+	if (device && f->code == MILLM_OK)
+		f->code = millm_device_wish(device, &o->device, f->err);
 	o->context_length = (int) n->context_length;
 	o->max_sequences = (int) n->max_sequences;
 }
@@ -314,7 +308,6 @@ op_load(EngineServer *server, MillmConn *conn, json_t *request)
 	MillmFields f;
 	MillmError	err;
 	LoadFields	n;
-	const char *device = "auto";
 	int64_t		threads = 0;
 	int64_t		max_queue;
 	int64_t		stall_ms;
@@ -326,7 +319,6 @@ op_load(EngineServer *server, MillmConn *conn, json_t *request)
 	begin_fields(&f, request, &err);
 	read_load_fields(&f, &o, &n);
 	millm_field_string(&f, "model_uuid", &o.model_uuid);
-	millm_field_string(&f, "device", &device);
 	millm_field_int(&f, "threads", 0, 1024, &threads);
 	millm_field_int(&f, "max_queue", 0, 65536, &max_queue);
 	millm_field_int(&f, "stream_stall_timeout_ms", 1, MAX_TIMEOUT_MS, &stall_ms);
@@ -336,7 +328,7 @@ op_load(EngineServer *server, MillmConn *conn, json_t *request)
 	o.threads = (int) threads;
 	o.max_queue = (int) max_queue;
 	o.stream_stall_timeout_ms = (int) stall_ms;
-	if (millm_fields_end(&f) != MILLM_OK || check_device(device, &err) != MILLM_OK)
+	if (millm_fields_end(&f) != MILLM_OK)
 	{
 		millm_conn_error(conn, &err);
 		return;

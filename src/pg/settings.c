@@ -37,9 +37,13 @@ bool		millm_reload_after_crash;
 static bool
 check_device(char **value, void **extra, GucSource source)
 {
-	if (strcmp(*value, "auto") == 0 || strcmp(*value, "cpu") == 0)
+	const char *digits = *value + strlen("cuda:");
+
+	if (strcmp(*value, "auto") == 0 || strcmp(*value, "cpu") == 0 || strcmp(*value, "cuda") == 0)
 		return true;
-	GUC_check_errdetail("Device \"%s\" is not supported; this version has \"auto\" and \"cpu\".", *value);
+	if (strncmp(*value, "cuda:", strlen("cuda:")) == 0 && *digits && strspn(digits, "0123456789") == strlen(digits) && strlen(digits) <= 3)
+		return true;
+	GUC_check_errdetail("Devices are \"auto\", \"cpu\", \"cuda\" and \"cuda:N\".");
 	return false;
 }
 
@@ -94,7 +98,7 @@ millm_define_settings(void)
 	DefineCustomStringVariable("millm.auto_load_model", "Model, by name or id, that a starting server loads.",
 							   "Empty: the environment's AUTO_LOAD_MODEL, else none.",
 							   &millm_auto_load_model, "", PGC_SIGHUP, 0, NULL, NULL, NULL);
-	DefineCustomStringVariable("millm.device", "Where models run: auto or cpu.", NULL,
+	DefineCustomStringVariable("millm.device", "Where models run: auto, cpu, cuda or cuda:N.", NULL,
 							   &millm_device, "auto", PGC_SIGHUP, 0, check_device, NULL, NULL);
 	DefineCustomIntVariable("millm.threads", "Threads of the engine.", "0: one for each CPU that the server may use.",
 							&millm_threads, 0, 0, 1024, PGC_SIGHUP, 0, NULL, NULL, NULL);

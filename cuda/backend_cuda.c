@@ -1,0 +1,752 @@
+/*
+ * backend_cuda.c -- a GPU: weights and KV cache in its memory, operations queued on one stream.
+ *
+ * Owns:     the stream, the weights' copy, the buffers, the bytes of the KV pages, what a step brings along.
+ * Borrows:  the model and, for a step, positions and page tables.
+ * Does not: know what a layer is made of (forward.c), whose a page is (kv.c), or how a sum is computed (kernels.cu).
+ *
+ * Results are waited for where the host reads them, in buffer_read() and is_finite(), and nowhere else.  Once the backend exists a call of CUDA
+ * that fails means that the device is broken or the kernels are; the process ends with the reason (MillmCudaHost), and its successor gets a new context.
+ *
+ * KV pages: for each layer of a group K, then V [n_kv_heads, 16, head_dim] float16: a warp reads one key side by side.
+ */
+#include "backend_cuda.h"
+
+#include <errno.h>
+#include <inttypes.h>
+#include <math.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/mman.h>
+
+#include "arith.h"
+#include "kernels.h"
+#include "weights.h"
+
+#define ROW_ALIGNMENT 32		/* floats: rows of a buffer begin at cache lines */
+#define PART_ALIGNMENT 64		/* bytes: of what a step brings along */
+#define LAYER_ALIGNMENT 256
+#define MAX_TOKENS 65535		/* rows that a launch can have */
+
+struct MillmBuffer
+{
+	MillmRows	rows;			/* [n_rows, n_columns] */
+	int64_t		n_columns;
+	int			n_written;		/* rows that the last operation wrote: what there is to read */
+	float	   *host;			/* [n_rows, n_columns], mapped and not touched before it is read */
+	size_t		host_bytes;
+	MillmBuffer *next;
+};
+
+/* What a step brings to the device in one copy, part after part. */
+typedef struct Parcel
+{
+	char	   *host;
+	char	   *device;
+	int64_t		capacity;		/* of both */
+	int64_t		used;
+} Parcel;
+
+typedef struct CudaBackend
+{
+	MillmBackend base;			/* first: the backend is this */
+	const MillmModel *model;
+	cudaStream_t stream;
+	MillmCudaWeights *weights;
+	MillmBuffer *buffers;
+	bool		is_plain;		/* the obvious kernels only */
+	bool		deterministic;
+	/* KV */
+	char	   *kv;				/* [n_pages, page_bytes] */
+	int64_t		page_bytes;
+	int64_t		layer_bytes;
+	/* the step */
+	Parcel		parcel;
+	int			n_groups;
+	int			n_pairs;
+	float	   *frequencies;	/* [n_pairs], of a length */
+	const int32_t *positions;	/* these are the device's, in the parcel */
+	const int32_t *tables;
+	const int32_t *table_of;
+	const float *cosine[2],		/* of the model's rope, and the local one */
+			   *sine[2];
+	/* an operation's */
+	int32_t    *row_numbers;	/* [max_tokens] */
+	float	   *row_weights;	/* the same */
+	int		   *is_bad;			/* [1] */
+} CudaBackend;
+
+static const MillmCudaHost *host;
+
+void
+millm_cuda_set_host(const MillmCudaHost *h)
+{
+	host = h;
+}
+
+static CudaBackend *
+cuda(MillmBackend *be)
+{
+	return (CudaBackend *) be;
+}
+
+/* ---- errors ---- */
+
+static void
+check(cudaError_t status, const char *call, int line)
+{
+	MillmError	err;
+
+	if (status == cudaSuccess)
+		return;
+	millm_fail(&err, MILLM_E_INTERNAL, "the CUDA device has failed: %s", cudaGetErrorString(status));
+	millm_detail(&err, "%s, seen at %s:%d in %.200s", cudaGetErrorName(status), __FILE__, line, call);
+	host->fault(&err);
+}
+#define CHECK(call) check((call), #call, __LINE__)
+
+/* While there is no backend yet a failure is the load's. */
+static MillmCode
+failed(cudaError_t status, const char *what, int64_t bytes, MillmError *err)
+{
+	if (status == cudaErrorMemoryAllocation)
+	{
+		millm_fail(err, MILLM_E_INSUFFICIENT_MEMORY, "insufficient device memory for %s", what);
+		millm_detail(err, "Need %.1f MB.", (double) bytes / 1e6);
+		return MILLM_E_INSUFFICIENT_MEMORY;
+	}
+	millm_fail(err, MILLM_E_INTERNAL, "could not set up the CUDA device");
+	millm_detail(err, "%s: %s: %s.", what, cudaGetErrorName(status), cudaGetErrorString(status));
+	return MILLM_E_INTERNAL;
+}
+
+/* Zeroed device memory: what another model left there is nobody's to see. */
+static MillmCode
+allocate(CudaBackend *c, void *out, int64_t bytes, const char *what, MillmError *err)
+{
+	void	   *p;
+	cudaError_t status = cudaMalloc(&p, (size_t) bytes);
+
+	if (status == cudaSuccess && (status = cudaMemsetAsync(p, 0, (size_t) bytes, c->stream)) != cudaSuccess)
+		(void) cudaFree(p);
+	if (status != cudaSuccess)
+		return failed(status, what, bytes, err);
+	*(void **) out = p;
+	return MILLM_OK;
+}
+
+/* ---- memory ---- */
+
+static int64_t
+round_up(int64_t n, int64_t to)
+{
+	return (n + to - 1) / to * to;
+}
+
+static int64_t
+layer_bytes(const MillmModel *model)
+{
+	int64_t		largest = 0;
+
+	for (int i = 0; i < model->config.n_layers; i++)
+	{
+		/* bounded by MILLM_MAX_HEADS and MILLM_MAX_HEAD_DIM: no overflow */
+		const int64_t bytes = (int64_t) 2 * model->layers[i].n_kv_heads * model->layers[i].head_dim * MILLM_CUDA_PAGE * 2;
+
+		largest = bytes > largest ? bytes : largest;
+	}
+	return round_up(largest, LAYER_ALIGNMENT);
+}
+
+/* NULL, "" or "ref": the obvious kernels. */
+static bool
+are_kernels(const char *name)
+{
+	return !name || !*name || strcmp(name, "ref") == 0;
+}
+
+int64_t
+millm_cuda_page_bytes(const MillmModel *model, const char *kernels, int layers_per_page)
+{
+	return are_kernels(kernels) ? layers_per_page * layer_bytes(model) : -1;
+}
+
+int64_t
+millm_cuda_buffer_bytes(int64_t n_rows, int64_t n_columns)
+{
+	return n_rows * round_up(n_columns, ROW_ALIGNMENT) * (int64_t) sizeof(float);
+}
+
+/* What a step of n tokens brings along, but page tables beyond an entry for each page of the pool. */
+static int64_t
+parcel_bytes(const MillmModel *model, int n, int64_t n_pages, int n_groups)
+{
+	const int	n_ropes = model->config.local_rope.inv_freq ? 2 : 1;
+	const int64_t angles = model->config.position == MILLM_POS_ROPE ? (int64_t) n_ropes * model->config.rotary_dim : 0;
+
+	return ((int64_t) n * (1 + 2 * n_groups + angles) + n_pages) * 4 + 8 * PART_ALIGNMENT;
+}
+
+int64_t
+millm_cuda_own_bytes(const MillmModel *model, int max_tokens, int64_t n_pages)
+{
+	return parcel_bytes(model, max_tokens, n_pages, 1) + (int64_t) max_tokens * 8;
+}
+
+static MillmCode
+buffer_create(MillmBackend *be, int64_t n_rows, int64_t n_columns, MillmBuffer **out, MillmError *err)
+{
+	CudaBackend *c = cuda(be);
+	MillmBuffer *b = calloc(1, sizeof(*b));
+	MillmCode	rc;
+
+	if (!b)
+		return millm_fail(err, MILLM_E_INSUFFICIENT_MEMORY, "out of memory");
+	b->n_columns = n_columns;
+	b->rows.stride = round_up(n_columns, ROW_ALIGNMENT);
+	b->host_bytes = (size_t) (n_rows * n_columns) * sizeof(float);
+	b->host = mmap(NULL, b->host_bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+	if (b->host == MAP_FAILED)
+	{
+		free(b);
+		return millm_fail(err, MILLM_E_INSUFFICIENT_MEMORY, "insufficient memory for the workspace: %s", strerror(errno));
+	}
+	if ((rc = allocate(c, &b->rows.data, millm_cuda_buffer_bytes(n_rows, n_columns), "the workspace", err)) != MILLM_OK)
+	{
+		munmap(b->host, b->host_bytes);
+		free(b);
+		return rc;
+	}
+	b->next = c->buffers;
+	c->buffers = b;
+	*out = b;
+	return MILLM_OK;
+}
+
+static const float *
+buffer_read(MillmBackend *be, MillmBuffer *x)
+{
+	CudaBackend *c = cuda(be);
+	const size_t row = (size_t) x->n_columns * sizeof(float);
+
+	CHECK(cudaMemcpy2DAsync(x->host, row, x->rows.data, (size_t) x->rows.stride * sizeof(float), row, (size_t) x->n_written, cudaMemcpyDeviceToHost,
+							c->stream));
+	CHECK(cudaStreamSynchronize(c->stream));	/* for the host, which reads it */
+	return x->host;
+}
+
+static void
+cuda_free(MillmBackend *be)
+{
+	CudaBackend *c = cuda(be);
+
+	while (c->buffers)
+	{
+		MillmBuffer *b = c->buffers;
+
+		c->buffers = b->next;
+		(void) cudaFree(b->rows.data);
+		munmap(b->host, b->host_bytes);
+		free(b);
+	}
+	millm_cuda_weights_free(c->weights);
+	(void) cudaFree(c->kv);
+	(void) cudaFree(c->parcel.device);
+	(void) cudaFree(c->row_numbers);
+	(void) cudaFree(c->row_weights);
+	(void) cudaFree(c->is_bad);
+	if (c->stream)
+		(void) cudaStreamDestroy(c->stream);
+	free(c->parcel.host);
+	free(c->frequencies);
+	free(c);
+}
+
+static void
+copy_page(MillmBackend *be, int32_t dst, int32_t src)
+{
+	CudaBackend *c = cuda(be);
+
+	CHECK(cudaMemcpyAsync(c->kv + dst * c->page_bytes, c->kv + src * c->page_bytes, (size_t) c->page_bytes, cudaMemcpyDeviceToDevice, c->stream));
+}
+
+/* ---- the step ---- */
+
+/* Make room for so many bytes more; a table grows for long, so that it is seldom. */
+static void
+parcel_reserve(CudaBackend *c, int64_t bytes)
+{
+	Parcel	   *p = &c->parcel;
+	MillmError	err;
+	char	   *larger;
+
+	bytes += p->used;
+	if (bytes <= p->capacity)
+		return;
+	bytes += bytes / 2;
+	CHECK(cudaStreamSynchronize(c->stream));	/* kernels of the step before read what is freed here */
+	CHECK(cudaFree(p->device));
+	p->device = NULL;
+	CHECK(cudaMalloc((void **) &p->device, (size_t) bytes));
+	if (!(larger = realloc(p->host, (size_t) bytes)))
+	{
+		millm_fail(&err, MILLM_E_INSUFFICIENT_MEMORY, "out of memory for the page tables of a step");
+		millm_detail(&err, "Need %.1f MB.", (double) bytes / 1e6);
+		host->fault(&err);
+	}
+	p->host = larger;
+	p->capacity = bytes;
+}
+
+/* The next bytes of the parcel, for which there is room: their offset. */
+static int64_t
+parcel_take(Parcel *p, int64_t bytes)
+{
+	const int64_t at = p->used;
+
+	p->used += round_up(bytes, PART_ALIGNMENT);
+	return at;
+}
+
+/* cosine, then sine of n tokens: their offset */
+static int64_t
+pack_angles(CudaBackend *c, const MillmRope *rope, const int32_t *positions, const int32_t *planned_lengths, int n)
+{
+	const int64_t at = parcel_take(&c->parcel, (int64_t) 2 * n * c->n_pairs * 4);
+	float	   *cosine = (float *) (c->parcel.host + at);
+	float	   *sine = cosine + (int64_t) n * c->n_pairs;
+	const float *inv_freq = NULL;
+
+	for (int t = 0; t < n; t++)
+	{
+		if (t == 0 || planned_lengths[t] != planned_lengths[t - 1])
+			inv_freq = host->rope_frequencies(rope, c->model->config.rotary_dim, planned_lengths[t], c->frequencies);
+		for (int j = 0; j < c->n_pairs; j++)
+		{
+			const float angle = (float) positions[t] * inv_freq[j];
+
+			*cosine++ = cosf(angle) * rope->attention_factor;
+			*sine++ = sinf(angle) * rope->attention_factor;
+		}
+	}
+	return at;
+}
+
+/* Entries of the table of the tokens [t, end) of a sequence, in one group. */
+static int64_t
+table_entries(const int32_t *positions, int end)
+{
+	return positions[end - 1] / MILLM_CUDA_PAGE + 1;
+}
+
+/* The first token after t that has another table in this group. */
+static int
+end_of_table(const int32_t *const *pages, int n_groups, int t, int n)
+{
+	int			end = t + 1;
+
+	while (end < n && pages[end * n_groups] == pages[t * n_groups])
+		end++;
+	return end;
+}
+
+/*
+ * The page tables, each as far as its sequence has come, one after the other, and for each token and group where its table begins.
+ * Tokens of a sequence are together in the step, and share it.
+ */
+static void
+pack_tables(CudaBackend *c, const int32_t *positions, const int32_t *const *pages, int n, int64_t *at_tables, int64_t *at_table_of)
+{
+	int64_t		n_entries = 0;
+	int32_t    *tables,
+			   *table_of;
+
+	for (int g = 0; g < c->n_groups; g++)
+		for (int t = 0, end; t < n; t = end)
+		{
+			end = end_of_table(pages + g, c->n_groups, t, n);
+			n_entries += table_entries(positions, end);
+		}
+	parcel_reserve(c, n_entries * 4 + (int64_t) n * c->n_groups * 4 + 2 * PART_ALIGNMENT);
+	*at_tables = parcel_take(&c->parcel, n_entries * 4);
+	*at_table_of = parcel_take(&c->parcel, (int64_t) n * c->n_groups * 4);
+	tables = (int32_t *) (c->parcel.host + *at_tables);
+	table_of = (int32_t *) (c->parcel.host + *at_table_of);
+	n_entries = 0;
+	for (int g = 0; g < c->n_groups; g++)
+		for (int t = 0, end; t < n; t = end)
+		{
+			const int32_t *from = pages[t * c->n_groups + g];
+
+			end = end_of_table(pages + g, c->n_groups, t, n);
+			memcpy(tables + n_entries, from, (size_t) table_entries(positions, end) * 4);
+			for (int i = t; i < end; i++)
+				table_of[i * c->n_groups + g] = (int32_t) n_entries;
+			n_entries += table_entries(positions, end);
+		}
+}
+
+static void
+begin(MillmBackend *be, const int32_t *positions, const int32_t *planned_lengths, const int32_t *const *pages, int n)
+{
+	CudaBackend *c = cuda(be);
+	const MillmRope *ropes[] = {&c->model->config.rope, &c->model->config.local_rope};
+	int64_t		at_positions,
+				at_tables,
+				at_table_of,
+				at_angles[2] = {0};
+
+	c->parcel.used = 0;
+	pack_tables(c, positions, pages, n, &at_tables, &at_table_of);	/* first: it makes room, and the rest fits into what create() reserved beside */
+	parcel_reserve(c, parcel_bytes(c->model, n, 0, 0));
+	at_positions = parcel_take(&c->parcel, (int64_t) n * 4);
+	memcpy(c->parcel.host + at_positions, positions, (size_t) n * 4);
+	for (int i = 0; i < 2 && c->n_pairs > 0; i++)
+		if (ropes[i]->inv_freq)
+			at_angles[i] = pack_angles(c, ropes[i], positions, planned_lengths, n);
+	CHECK(cudaMemcpyAsync(c->parcel.device, c->parcel.host, (size_t) c->parcel.used, cudaMemcpyHostToDevice, c->stream));
+	c->positions = (const int32_t *) (c->parcel.device + at_positions);
+	c->tables = (const int32_t *) (c->parcel.device + at_tables);
+	c->table_of = (const int32_t *) (c->parcel.device + at_table_of);
+	for (int i = 0; i < 2; i++)
+	{
+		c->cosine[i] = (const float *) (c->parcel.device + at_angles[i]);
+		c->sine[i] = c->cosine[i] + (int64_t) n * c->n_pairs;
+	}
+}
+
+/* Numbers of the host's for the operation that is queued next; NULL stays NULL. */
+static const int32_t *
+bring_numbers(CudaBackend *c, const int32_t *numbers, int n)
+{
+	if (!numbers)
+		return NULL;
+	CHECK(cudaMemcpyAsync(c->row_numbers, numbers, (size_t) n * sizeof(*numbers), cudaMemcpyHostToDevice, c->stream));
+	return c->row_numbers;
+}
+
+static const MillmCudaWeight *
+weight_of(CudaBackend *c, const MillmWeight *w)
+{
+	const MillmCudaWeight *found = millm_cuda_weight(c->weights, w);
+	MillmError	err;
+
+	if (found)
+		return found;
+	millm_fail(&err, MILLM_E_INTERNAL, "a weight is not on the device");
+	millm_detail(&err, "It has %" PRId64 " x %" PRId64 " values.", w->n_out, w->n_in);
+	host->fault(&err);
+}
+
+static const float *
+vector_of(CudaBackend *c, const float *data)
+{
+	const float *found = millm_cuda_vector(c->weights, data);
+	MillmError	err;
+
+	if (found || !data)
+		return found;
+	millm_fail(&err, MILLM_E_INTERNAL, "a vector is not on the device");
+	host->fault(&err);
+}
+
+static void
+embed(MillmBackend *be, MillmBuffer *y, const MillmWeight *table, const int32_t *rows, bool add, int n)
+{
+	CudaBackend *c = cuda(be);
+
+	CHECK(millm_cuda_embed(y->rows, weight_of(c, table), bring_numbers(c, rows, n), add, n, c->stream));
+	y->n_written = n;
+}
+
+static void
+norm(MillmBackend *be, MillmBuffer *y, MillmBuffer *x, MillmNorm kind, const MillmVector *weight, const MillmVector *bias, float eps, int n_parts,
+	 int64_t n_columns, int n)
+{
+	CudaBackend *c = cuda(be);
+	const MillmCudaNorm l = {
+		.y = y->rows,
+		.x = x->rows,
+		.kind = kind,
+		.weight = vector_of(c, weight->data),
+		.bias = kind == MILLM_NORM_LAYER ? vector_of(c, bias->data) : NULL,
+		.weight_stride = weight->n > n_columns ? n_columns : 0,
+		.bias_stride = bias->n > n_columns ? n_columns : 0,
+		.eps = eps,
+		.n_parts = n_parts,
+		.n_columns = n_columns,
+	};
+
+	CHECK(millm_cuda_norm(&l, n, c->stream));
+	y->n_written = n;
+}
+
+static void
+matmul(MillmBackend *be, const MillmProjection *p, int n_projections, MillmBuffer *x, int n)
+{
+	CudaBackend *c = cuda(be);
+
+	for (int i = 0; i < n_projections; i++)
+	{
+		MillmCudaMatmul m = {
+			.y = p[i].y->rows,
+			.w = *weight_of(c, p[i].w),
+			.bias = vector_of(c, p[i].bias->data),
+			.accumulate = p[i].accumulate,
+			.x = x->rows,
+			.n = n,
+		};
+
+		if (c->is_plain || !m.w.has_chunks)
+			CHECK(millm_cuda_matmul_any(&m, c->stream));
+		else if (n > MILLM_CUDA_FEW_ROWS && !c->deterministic)
+			CHECK(millm_cuda_matmul_many(&m, c->stream));
+		else
+			for (int t = 0; t < n; t += MILLM_CUDA_FEW_ROWS)
+			{
+				m.y.data = p[i].y->rows.data + t * m.y.stride;
+				m.x.data = x->rows.data + t * m.x.stride;
+				m.n = n - t < MILLM_CUDA_FEW_ROWS ? n - t : MILLM_CUDA_FEW_ROWS;
+				CHECK(millm_cuda_matmul_few(&m, c->stream));
+			}
+		p[i].y->n_written = n;
+	}
+}
+
+/* Reading the whole head takes the device less than the shortlist takes the host. */
+static int64_t
+screened_matmul(MillmBackend *be, MillmBuffer *y, const MillmWeight *head, const MillmScreen *screen, MillmBuffer *x, const MillmTop *tops, int n)
+{
+	(void) be;
+	(void) y;
+	(void) head;
+	(void) screen;
+	(void) x;
+	(void) tops;
+	(void) n;
+	return -1;
+}
+
+static MillmCudaAttention
+attention_of(CudaBackend *c, const MillmAttention *a)
+{
+	const MillmConfig *config = &c->model->config;
+
+	return (MillmCudaAttention) {
+		.kv = c->kv + a->page_place * c->layer_bytes,
+		.page_bytes = c->page_bytes,
+		.positions = c->positions,
+		.tables = c->tables,
+		.table_of = c->table_of + a->page_group,
+		.n_groups = c->n_groups,
+		.n_heads = a->n_heads,
+		.n_kv_heads = a->n_kv_heads,
+		.head_dim = a->head_dim,
+		.window = a->window,
+		.scale = a->scale,
+		.softcap = a->softcap,
+		.sinks = vector_of(c, a->sinks),
+		.alibi_slopes = vector_of(c, config->alibi_slopes),
+		.alibi_rounded_scale = config->alibi_rounded ? config->attention_scale : 0,
+		.n_pairs = a->unrotated ? 0 : c->n_pairs,
+		.interleaved = config->rope_interleaved,
+		.cosine = c->cosine[a->local],
+		.sine = c->sine[a->local],
+	};
+}
+
+static void
+split_qkv(MillmBackend *be, const MillmAttention *a, MillmBuffer *q, MillmBuffer *k, MillmBuffer *v, MillmBuffer *qkv, int n)
+{
+	CudaBackend *c = cuda(be);
+	const MillmCudaAttention d = attention_of(c, a);
+
+	CHECK(millm_cuda_split_qkv(&d, q->rows, k->rows, v->rows, qkv->rows, n, c->stream));
+	q->n_written = k->n_written = v->n_written = n;
+}
+
+static void
+rope_and_store(MillmBackend *be, const MillmAttention *a, MillmBuffer *q, MillmBuffer *k, MillmBuffer *v, int n)
+{
+	CudaBackend *c = cuda(be);
+	const MillmCudaAttention d = attention_of(c, a);
+
+	CHECK(millm_cuda_rope_and_store(&d, q->rows, k->rows, v->rows, n, c->stream));
+}
+
+static void
+attention(MillmBackend *be, const MillmAttention *a, MillmBuffer *y, MillmBuffer *q, int n)
+{
+	CudaBackend *c = cuda(be);
+	const MillmCudaAttention d = attention_of(c, a);
+
+	CHECK(millm_cuda_attention(&d, y->rows, q->rows, n, c->stream));
+	y->n_written = n;
+}
+
+static void
+activation(MillmBackend *be, MillmBuffer *y, MillmAct act, MillmBuffer *x, MillmBuffer *up, int64_t n_columns, int n)
+{
+	const MillmRows none = {NULL, 0};
+
+	CHECK(millm_cuda_activation(y->rows, act, x->rows, up ? up->rows : none, n_columns, n, cuda(be)->stream));
+	y->n_written = n;
+}
+
+static void
+add(MillmBackend *be, MillmBuffer *y, MillmBuffer *x, float scale, int n)
+{
+	CHECK(millm_cuda_add_rows(y->rows, x->rows, NULL, NULL, scale, y->n_columns, n, cuda(be)->stream));
+}
+
+static void
+scale(MillmBackend *be, MillmBuffer *x, float by, int n)
+{
+	CHECK(millm_cuda_scale(x->rows, by, x->n_columns, n, cuda(be)->stream));
+}
+
+static void
+softcap(MillmBackend *be, MillmBuffer *x, float cap, int n)
+{
+	CHECK(millm_cuda_softcap(x->rows, cap, x->n_columns, n, cuda(be)->stream));
+}
+
+static void
+add_rows(MillmBackend *be, MillmBuffer *y, MillmBuffer *x, const int32_t *rows, const float *weights, int n)
+{
+	CudaBackend *c = cuda(be);
+
+	CHECK(cudaMemcpyAsync(c->row_weights, weights, (size_t) n * sizeof(*weights), cudaMemcpyHostToDevice, c->stream));
+	CHECK(millm_cuda_add_rows(y->rows, x->rows, bring_numbers(c, rows, n), c->row_weights, 1, y->n_columns, n, c->stream));
+}
+
+static void
+select_rows(MillmBackend *be, MillmBuffer *y, MillmBuffer *x, const int32_t *rows, int n)
+{
+	CudaBackend *c = cuda(be);
+
+	CHECK(millm_cuda_select(y->rows, x->rows, bring_numbers(c, rows, n), x->n_columns, n, c->stream));
+	y->n_written = n;
+}
+
+static bool
+is_finite(MillmBackend *be, MillmBuffer *x, int n)
+{
+	CudaBackend *c = cuda(be);
+	int			is_bad;
+
+	CHECK(cudaMemsetAsync(c->is_bad, 0, sizeof(is_bad), c->stream));
+	CHECK(millm_cuda_find_not_finite(c->is_bad, x->rows, x->n_columns, n, c->stream));
+	CHECK(cudaMemcpyAsync(&is_bad, c->is_bad, sizeof(is_bad), cudaMemcpyDeviceToHost, c->stream));
+	CHECK(cudaStreamSynchronize(c->stream));	/* for the answer */
+	return is_bad == 0;
+}
+
+/* ---- create ---- */
+
+MillmCode
+millm_cuda_memory(int ordinal, int64_t *free_bytes, int64_t *total_bytes, MillmError *err)
+{
+	size_t		free_size,
+				total_size;
+	cudaError_t status = cudaSetDevice(ordinal);
+
+	if (status == cudaSuccess)
+		status = cudaMemGetInfo(&free_size, &total_size);
+	if (status != cudaSuccess)
+		return failed(status, "its memory", 0, err);
+	*free_bytes = (int64_t) free_size;
+	*total_bytes = (int64_t) total_size;
+	return MILLM_OK;
+}
+
+static MillmCode
+create_memory(CudaBackend *c, const MillmBackendOptions *options, MillmError *err)
+{
+	const MillmConfig *config = &c->model->config;
+	const int64_t n = options->max_tokens;
+	size_t		kv_bytes;
+	MillmCode	rc;
+
+	c->layer_bytes = layer_bytes(c->model);
+	c->page_bytes = options->layers_per_page * c->layer_bytes;
+	if (options->n_pages < 1 || !millm_mul_size((size_t) options->n_pages, (size_t) c->page_bytes, &kv_bytes) || kv_bytes > INT64_MAX)
+		return millm_fail(err, MILLM_E_INVALID_ARGUMENT, "invalid number of KV pages: %" PRId64, options->n_pages);
+	c->n_groups = options->n_groups;
+	c->n_pairs = config->position == MILLM_POS_ROPE ? config->rotary_dim / 2 : 0;
+	c->parcel.capacity = parcel_bytes(c->model, options->max_tokens, options->n_pages, c->n_groups);
+	c->parcel.host = malloc((size_t) c->parcel.capacity);
+	c->frequencies = calloc((size_t) c->n_pairs + 1, sizeof(float));
+	if (!c->parcel.host || !c->frequencies)
+		return millm_fail(err, MILLM_E_INSUFFICIENT_MEMORY, "out of memory");
+	if ((rc = allocate(c, &c->parcel.device, c->parcel.capacity, "the page tables", err)) != MILLM_OK ||
+		(rc = allocate(c, &c->row_numbers, n * (int64_t) sizeof(*c->row_numbers), "the workspace", err)) != MILLM_OK ||
+		(rc = allocate(c, &c->row_weights, n * (int64_t) sizeof(*c->row_weights), "the workspace", err)) != MILLM_OK ||
+		(rc = allocate(c, &c->is_bad, sizeof(*c->is_bad), "the workspace", err)) != MILLM_OK)
+		return rc;
+	return allocate(c, &c->kv, (int64_t) kv_bytes, "the KV cache", err);
+}
+
+MillmCode
+millm_cuda_create(const MillmModel *model, const MillmBackendOptions *options, MillmBackend **out, MillmError *err)
+{
+	CudaBackend *c;
+	cudaError_t status;
+	MillmCode	rc;
+
+	if (!are_kernels(options->kernels))
+	{
+		millm_fail(err, MILLM_E_INVALID_ARGUMENT, "there are no kernels named \"%s\" for CUDA", options->kernels);
+		millm_hint(err, "Leave the name out, or use \"ref\".");
+		return MILLM_E_INVALID_ARGUMENT;
+	}
+	if (options->max_tokens > MAX_TOKENS)
+		return millm_fail(err, MILLM_E_INVALID_ARGUMENT, "a step on CUDA can have %d tokens, not %d", MAX_TOKENS, options->max_tokens);
+	if (!(c = calloc(1, sizeof(*c))))
+		return millm_fail(err, MILLM_E_INSUFFICIENT_MEMORY, "out of memory");
+	c->model = model;
+	c->deterministic = options->deterministic;
+	c->is_plain = options->kernels && strcmp(options->kernels, "ref") == 0;
+	c->base = (MillmBackend) {
+		.name = "cuda",
+		.variant = c->is_plain ? "cuda-ref" : "cuda",
+		.n_threads = 1,
+		.free = cuda_free,
+		.buffer_create = buffer_create,
+		.buffer_read = buffer_read,
+		.begin = begin,
+		.embed = embed,
+		.norm = norm,
+		.matmul = matmul,
+		.screened_matmul = screened_matmul,
+		.split_qkv = split_qkv,
+		.rope_and_store = rope_and_store,
+		.attention = attention,
+		.activation = activation,
+		.add = add,
+		.scale = scale,
+		.softcap = softcap,
+		.add_rows = add_rows,
+		.select = select_rows,
+		.is_finite = is_finite,
+		.copy_page = copy_page,
+	};
+	status = cudaSetDevice(options->ordinal);
+	if (status == cudaSuccess)
+		status = cudaStreamCreateWithFlags(&c->stream, cudaStreamNonBlocking);
+	if (status != cudaSuccess)
+	{
+		c->stream = NULL;
+		rc = failed(status, "its stream", 0, err);
+	}
+	else if ((rc = create_memory(c, options, err)) == MILLM_OK)
+		rc = millm_cuda_weights_create(model, c->stream, &c->weights, err);
+	if (rc != MILLM_OK)
+	{
+		cuda_free(&c->base);
+		return rc;
+	}
+	*out = &c->base;
+	return MILLM_OK;
+}

@@ -1,0 +1,28 @@
+/*
+ * device.h -- the few words of kernels.cu that mean one thing on a device and another in the emulation (test/cuda/emulated.h).
+ */
+#ifndef MILLM_CUDA_DEVICE_H
+#define MILLM_CUDA_DEVICE_H
+
+#include <cuda_fp16.h>
+#include <cuda_bf16.h>
+#include <cuda_runtime.h>
+
+#define SHARED(type, name, n) __shared__ __align__(16) type name[n]
+
+template <class... Parameters, class... Arguments>
+static cudaError_t
+launch(void (*kernel) (Parameters...), dim3 blocks, int threads, cudaStream_t stream, Arguments... arguments)
+{
+	kernel<<<blocks, threads, 0, stream>>>(arguments...);
+	return cudaGetLastError();
+}
+
+static __device__ float mul(float a, float b) { return __fmul_rn(a, b); }	/* rounded, never fused */
+static __device__ float add(float a, float b) { return __fadd_rn(a, b); }
+static __device__ float as_float(uint32_t u) { return __uint_as_float(u); }
+static __device__ float from_f16(uint16_t h) { return __half2float(__ushort_as_half(h)); }
+static __device__ uint16_t to_f16(float f) { return __half_as_ushort(__float2half_rn(f)); }
+static __device__ uint16_t to_bf16(float f) { return __bfloat16_as_ushort(__float2bfloat16_rn(f)); }
+
+#endif

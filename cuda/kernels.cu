@@ -1,0 +1,810 @@
+/*
+ * kernels.cu -- every operation of the CUDA backend, on the device.  kernels.h has their meaning.
+ *
+ * Arithmetic is float32.  Sums run in an order that the shapes alone decide.  What decides the value of a weight is written with
+ * roundings of its own (mul(), add()), so that no compiler fuses it: a quantized weight has the same bits on every backend.
+ *
+ * The same source is compiled for the CPU, where test/cuda/emulated.h runs the threads of a block in turns: hence launch() and SHARED()
+ * in place of the language's own.
+ */
+#include "kernels.h"
+
+#ifdef MILLM_CUDA_EMULATED
+#include "emulated.h"
+#else
+#include "device.h"
+#endif
+
+#define WARP 32
+#define ALL_LANES 0xffffffffu
+#define BLOCK 256				/* threads, of kernels that go over elements */
+
+static __device__ float
+warp_sum(float v)
+{
+	for (int step = WARP / 2; step > 0; step /= 2)
+		v += __shfl_xor_sync(ALL_LANES, v, step);
+	return v;
+}
+
+/* The sum over a block, in every thread; partial has a place for each warp. */
+static __device__ float
+block_sum(float v, float *partial)
+{
+	const int	n_warps = (int) blockDim.x / WARP;
+	float		sum = 0;
+
+	v = warp_sum(v);
+	__syncthreads();			/* partial may still be read, from the sum before */
+	if (threadIdx.x % WARP == 0)
+		partial[threadIdx.x / WARP] = v;
+	__syncthreads();
+	for (int w = 0; w < n_warps; w++)
+		sum += partial[w];
+	return sum;
+}
+
+/* ---- weights ---- */
+
+static __device__ float
+bf16_bits(uint32_t h)
+{
+	return as_float(h << 16);
+}
+
+static __device__ float
+round_to(float v, MillmDtype dtype)
+{
+	return dtype == MILLM_BF16 ? bf16_bits(to_bf16(v)) : dtype == MILLM_F16 ? from_f16(to_f16(v)) : v;
+}
+
+/* The scale of a 4-bit block. */
+static __device__ float
+block_scale(const MillmCudaWeight &w, int64_t block)
+{
+	if (w.nested_shift < 0)
+		return ((const float *) w.absmax)[block];
+	return add(mul(w.nested_map[((const uint8_t *) w.absmax)[block]], w.nested_absmax[block >> w.nested_shift]), w.nested_offset);
+}
+
+/* Twice the value, which is an integer: 0, 1, 2, 3, 4, 6, 8, 12. */
+static __device__ float
+mxfp4_twice(uint32_t nibble)
+{
+	const uint32_t exponent = nibble >> 1 & 3;
+	const uint32_t twice = exponent == 0 ? nibble & 1 : (2 + (nibble & 1)) << (exponent - 1);
+
+	return nibble & 8 ? -(float) twice : (float) twice;
+}
+
+/* 2^(e - 128): half of the scale that the byte e is, and always finite */
+static __device__ float
+mxfp4_half_scale(uint8_t e)
+{
+	return e < 2 ? as_float(1u << (21 + e)) : as_float((uint32_t) (e - 1) << 23);
+}
+
+/* w[o, i], of any weight: what the chunks below are measured by. */
+static __device__ float
+element(const MillmCudaWeight &w, int64_t o, int64_t i)
+{
+	const char *row = (const char *) w.data + o * w.row_bytes;
+
+	switch (w.dtype)
+	{
+		case MILLM_F32:
+			return ((const float *) row)[i];
+		case MILLM_F16:
+			return from_f16(((const uint16_t *) row)[i]);
+		case MILLM_BF16:
+			return bf16_bits(((const uint16_t *) row)[i]);
+		case MILLM_INT8:
+			return mul(mul((float) ((const int8_t *) row)[i], ((const float *) w.scale)[o]), 0.007874015718698502f);
+		case MILLM_MXFP4:
+			return mxfp4_twice(((const uint8_t *) row)[i / 2] >> (i % 2 == 0 ? 0 : 4) & 15) *
+				mxfp4_half_scale(((const uint8_t *) w.scale)[o * (w.n_in / 32) + i / 32]);
+		default:
+			{
+				const int64_t e = w.first + o * w.n_in + i;
+				const int	nibble = ((const uint8_t *) w.data)[e / 2] >> (e % 2 == 0 ? 4 : 0) & 15;
+
+				return round_to(mul(w.codebook[nibble], block_scale(w, e >> w.block_shift)), w.rounded);
+			}
+	}
+}
+
+/* Weights in 16 bytes. */
+template <int DTYPE>
+struct Chunk
+{
+	static const int SIZE = DTYPE == MILLM_F32 ? 4 : DTYPE == MILLM_INT8 ? 16 : DTYPE == MILLM_4BIT || DTYPE == MILLM_MXFP4 ? 32 : 8;
+};
+
+/*
+ * v = w[o, i .. i + SIZE), of a weight with has_chunks: one load of 16 bytes, and one scale.  i is a multiple of SIZE; past the end of the row
+ * they are zeros (F32, F16, BF16, INT8; rows of the others end with a chunk).
+ */
+template <int DTYPE>
+static __device__ void
+load_chunk(float *v, const MillmCudaWeight &w, int64_t o, int64_t i)
+{
+	const char *from = (const char *) w.data + (DTYPE == MILLM_4BIT ? (w.first + o * w.n_in + i) / 2 : o * w.row_bytes + i * 16 / Chunk<DTYPE>::SIZE);
+	const uint4 u = *(const uint4 *) from;
+	const uint32_t word[4] = {u.x, u.y, u.z, u.w};
+
+	if (DTYPE == MILLM_4BIT)
+	{
+		const float scale = block_scale(w, (w.first + o * w.n_in + i) >> w.block_shift);
+
+#pragma unroll
+		for (int k = 0; k < 32; k++)
+			v[k] = round_to(mul(w.codebook[word[k / 8] >> (k % 8 / 2 * 8 + (k % 2 == 0 ? 4 : 0)) & 15], scale), w.rounded);
+		return;
+	}
+	if (DTYPE == MILLM_MXFP4)
+	{
+		const float scale = mxfp4_half_scale(((const uint8_t *) w.scale)[o * (w.n_in / 32) + i / 32]);
+
+#pragma unroll
+		for (int k = 0; k < 32; k++)
+			v[k] = mxfp4_twice(word[k / 8] >> k % 8 * 4 & 15) * scale;
+		return;
+	}
+	if (DTYPE == MILLM_INT8)
+	{
+		const float scale = ((const float *) w.scale)[o];
+
+#pragma unroll
+		for (int k = 0; k < 16; k++)
+			v[k] = mul(mul((float) (int8_t) (word[k / 4] >> k % 4 * 8 & 255), scale), 0.007874015718698502f);
+	}
+	else if (DTYPE == MILLM_F32)
+#pragma unroll
+		for (int k = 0; k < 4; k++)
+			v[k] = as_float(word[k]);
+	else
+#pragma unroll
+		for (int k = 0; k < 8; k++)
+		{
+			const uint32_t h = word[k / 2] >> k % 2 * 16 & 0xffff;
+
+			v[k] = DTYPE == MILLM_F16 ? from_f16((uint16_t) h) : bf16_bits(h);
+		}
+}
+
+/* ---- matmul ---- */
+
+static __device__ void
+finish(const MillmCudaMatmul &m, int t, int64_t o, float sum)
+{
+	float	   *y = m.y.data + t * m.y.stride + o;
+
+	if (m.bias)
+		sum += m.bias[o];
+	*y = m.accumulate ? *y + sum : sum;
+}
+
+/*
+ * The obvious one: a warp for each element of y, one weight at a time.  Of odd shapes too: blocks that straddle rows, rows that begin within a byte.
+ *
+ *   blocks [n_out, n], threads WARP
+ */
+static __global__ void
+matmul_any(MillmCudaMatmul m)
+{
+	const int64_t o = blockIdx.x;
+	const int	t = (int) blockIdx.y;
+	const float *x = m.x.data + t * m.x.stride;
+	float		sum = 0;
+
+	for (int64_t i = threadIdx.x; i < m.w.n_in; i += WARP)
+		sum += element(m.w, o, i) * x[i];
+	sum = warp_sum(sum);
+	if (threadIdx.x == 0)
+		finish(m, t, o, sum);
+}
+
+/*
+ * Few tokens: a warp for each row of weights, which is read once, 16 bytes a lane, for all of them.  Decode is bound by that read.
+ * A lane sums its chunks in their order, whatever T is.
+ *
+ *   T       the tokens, at most; rows past n compute the last one again
+ *   blocks  [ceil(n_out / FEW_WARPS)], threads FEW_WARPS * WARP
+ */
+#define FEW_WARPS 4
+template <int DTYPE, int T>
+static __global__ void
+matmul_few(MillmCudaMatmul m)
+{
+	const int	SIZE = Chunk<DTYPE>::SIZE;
+	const int	lane = (int) threadIdx.x % WARP;
+	const int64_t o = (int64_t) blockIdx.x * FEW_WARPS + threadIdx.x / WARP;
+	float		sum[T];
+
+	if (o >= m.w.n_out)
+		return;
+#pragma unroll
+	for (int t = 0; t < T; t++)
+		sum[t] = 0;
+	for (int64_t i = (int64_t) lane * SIZE; i < m.w.n_in; i += WARP * SIZE)
+	{
+		const int	n_left = m.w.n_in - i < SIZE ? (int) (m.w.n_in - i) : SIZE;
+		float		v[SIZE];
+
+		load_chunk<DTYPE>(v, m.w, o, i);
+#pragma unroll
+		for (int t = 0; t < T; t++)
+		{
+			const float *x = m.x.data + (t < m.n ? t : m.n - 1) * m.x.stride + i;
+
+			if (n_left == SIZE)
+#pragma unroll
+				for (int k = 0; k < SIZE; k += 4)
+				{
+					const float4 f = *(const float4 *) (x + k);
+
+					sum[t] = fmaf(v[k], f.x, sum[t]);
+					sum[t] = fmaf(v[k + 1], f.y, sum[t]);
+					sum[t] = fmaf(v[k + 2], f.z, sum[t]);
+					sum[t] = fmaf(v[k + 3], f.w, sum[t]);
+				}
+			else
+#pragma unroll
+				for (int k = 0; k < SIZE; k++)	/* unrolled, or v leaves the registers */
+					if (k < n_left)
+						sum[t] = fmaf(v[k], x[k], sum[t]);
+		}
+	}
+#pragma unroll
+	for (int t = 0; t < T; t++)
+	{
+		const float s = warp_sum(sum[t]);
+
+		if (lane == 0 && t < m.n)
+			finish(m, t, o, s);
+	}
+}
+
+/*
+ * Many tokens: tiles of TILE tokens x TILE outputs.  A slice of SLICE columns of weights is decoded into shared memory, beside it that of the
+ * activations; a thread keeps 4 x 4 of the outputs.
+ *
+ *   blocks [ceil(n_out / TILE), ceil(n / TILE)], threads MANY_THREADS
+ */
+#define TILE 64
+#define SLICE 32				/* the largest chunk */
+#define MANY_THREADS 256
+template <int DTYPE>
+static __global__ void
+matmul_many(MillmCudaMatmul m)
+{
+	const int	SIZE = Chunk<DTYPE>::SIZE;
+	const int	PITCH = TILE + 4;	/* rows 16 bytes apart from a multiple of the banks */
+	SHARED(float, ws, SLICE * PITCH);	/* [SLICE, TILE] */
+	SHARED(float, xs, SLICE * PITCH);
+	const int64_t o0 = (int64_t) blockIdx.x * TILE;
+	const int	t0 = (int) blockIdx.y * TILE;
+	const int	column = (int) threadIdx.x % 16 * 4;	/* of this thread's outputs in the tile */
+	const int	row = (int) threadIdx.x / 16 * 4;	/* and its tokens */
+	float		sum[4][4];
+
+	for (int j = 0; j < 16; j++)
+		sum[j / 4][j % 4] = 0;
+	for (int64_t i0 = 0; i0 < m.w.n_in; i0 += SLICE)
+	{
+		for (int c = (int) threadIdx.x; c < TILE * (SLICE / SIZE); c += MANY_THREADS)
+		{
+			const int	o = c / (SLICE / SIZE);
+			const int	i = c % (SLICE / SIZE) * SIZE;
+			float		v[SIZE];
+
+			if (o0 + o < m.w.n_out && i0 + i < m.w.n_in)
+				load_chunk<DTYPE>(v, m.w, o0 + o, i0 + i);
+			else
+				for (int k = 0; k < SIZE; k++)
+					v[k] = 0;
+#pragma unroll
+			for (int k = 0; k < SIZE; k++)
+				ws[(i + k) * PITCH + o] = v[k];
+		}
+		for (int c = (int) threadIdx.x; c < TILE * SLICE; c += MANY_THREADS)
+		{
+			const int	t = c / SLICE;
+			const int	i = c % SLICE;
+
+			xs[i * PITCH + t] = t0 + t < m.n && i0 + i < m.w.n_in ? m.x.data[(t0 + t) * m.x.stride + i0 + i] : 0;
+		}
+		__syncthreads();
+		for (int i = 0; i < SLICE; i++)
+		{
+			const float4 w = *(const float4 *) &ws[i * PITCH + column];
+			const float4 x = *(const float4 *) &xs[i * PITCH + row];
+			const float wv[4] = {w.x, w.y, w.z, w.w};
+			const float xv[4] = {x.x, x.y, x.z, x.w};
+
+#pragma unroll
+			for (int j = 0; j < 16; j++)
+				sum[j / 4][j % 4] = fmaf(xv[j / 4], wv[j % 4], sum[j / 4][j % 4]);
+		}
+		__syncthreads();
+	}
+#pragma unroll
+	for (int j = 0; j < 16; j++)
+		if (t0 + row + j / 4 < m.n && o0 + column + j % 4 < m.w.n_out)
+			finish(m, t0 + row + j / 4, o0 + column + j % 4, sum[j / 4][j % 4]);
+}
+
+cudaError_t
+millm_cuda_matmul_any(const MillmCudaMatmul *m, cudaStream_t stream)
+{
+	return launch(matmul_any, dim3((unsigned) m->w.n_out, (unsigned) m->n), WARP, stream, *m);
+}
+
+template <int DTYPE>
+static cudaError_t
+launch_few(const MillmCudaMatmul *m, cudaStream_t stream)
+{
+	const dim3	blocks((unsigned) ((m->w.n_out + FEW_WARPS - 1) / FEW_WARPS));
+
+	return m->n == 1 ? launch(matmul_few<DTYPE, 1>, blocks, FEW_WARPS * WARP, stream, *m) :
+		m->n == 2 ? launch(matmul_few<DTYPE, 2>, blocks, FEW_WARPS * WARP, stream, *m) :
+		m->n <= 4 ? launch(matmul_few<DTYPE, 4>, blocks, FEW_WARPS * WARP, stream, *m) :
+		launch(matmul_few<DTYPE, MILLM_CUDA_FEW_ROWS>, blocks, FEW_WARPS * WARP, stream, *m);
+}
+
+template <int DTYPE>
+static cudaError_t
+launch_many(const MillmCudaMatmul *m, cudaStream_t stream)
+{
+	const dim3	blocks((unsigned) ((m->w.n_out + TILE - 1) / TILE), (unsigned) ((m->n + TILE - 1) / TILE));
+
+	return launch(matmul_many<DTYPE>, blocks, MANY_THREADS, stream, *m);
+}
+
+typedef cudaError_t (*MatmulLauncher) (const MillmCudaMatmul *m, cudaStream_t stream);
+
+cudaError_t
+millm_cuda_matmul_few(const MillmCudaMatmul *m, cudaStream_t stream)
+{
+	static const MatmulLauncher of_dtype[MILLM_N_WEIGHT_DTYPES] = {
+		launch_few<MILLM_F32>, launch_few<MILLM_F16>, launch_few<MILLM_BF16>, launch_few<MILLM_4BIT>, launch_few<MILLM_INT8>, launch_few<MILLM_MXFP4>};
+
+	return of_dtype[m->w.dtype] (m, stream);
+}
+
+cudaError_t
+millm_cuda_matmul_many(const MillmCudaMatmul *m, cudaStream_t stream)
+{
+	static const MatmulLauncher of_dtype[MILLM_N_WEIGHT_DTYPES] = {
+		launch_many<MILLM_F32>, launch_many<MILLM_F16>, launch_many<MILLM_BF16>, launch_many<MILLM_4BIT>, launch_many<MILLM_INT8>, launch_many<MILLM_MXFP4>};
+
+	return of_dtype[m->w.dtype] (m, stream);
+}
+
+/* ---- rows ---- */
+
+/* Kernels over elements: thread (x, t) of blocks [ceil(columns / BLOCK), n] has element i of row t. */
+static __device__ int64_t
+element_index()
+{
+	return (int64_t) blockIdx.x * BLOCK + threadIdx.x;
+}
+
+template <class... Parameters, class... Arguments>
+static cudaError_t
+launch_elements(void (*kernel) (Parameters...), int64_t n_columns, int n, cudaStream_t stream, Arguments... arguments)
+{
+	return launch(kernel, dim3((unsigned) ((n_columns + BLOCK - 1) / BLOCK), (unsigned) n), BLOCK, stream, arguments...);
+}
+
+static __global__ void
+embed(MillmRows y, MillmCudaWeight table, const int32_t *rows, bool add)
+{
+	const int64_t i = element_index();
+	float	   *to = y.data + blockIdx.y * y.stride + i;
+
+	if (i < table.n_in)
+		*to = (add ? *to : 0) + element(table, rows[blockIdx.y], i);
+}
+
+cudaError_t
+millm_cuda_embed(MillmRows y, const MillmCudaWeight *table, const int32_t *rows, bool add, int n, cudaStream_t stream)
+{
+	return launch_elements(embed, table->n_in, n, stream, y, *table, rows, add);
+}
+
+/* A block for each part of a row.  blocks [n_parts, n], threads a multiple of WARP, at most BLOCK */
+static __global__ void
+norm(MillmCudaNorm l)
+{
+	SHARED(float, partial, BLOCK / WARP);
+	const int64_t part = blockIdx.x;
+	const float *x = l.x.data + blockIdx.y * l.x.stride + part * l.n_columns;
+	float	   *y = l.y.data + blockIdx.y * l.y.stride + part * l.n_columns;
+	const float *weight = l.weight ? l.weight + part * l.weight_stride : NULL;
+	const float *bias = l.bias ? l.bias + part * l.bias_stride : NULL;
+	float		mean = 0,
+				sum = 0,
+				r;
+
+	if (l.kind == MILLM_NORM_LAYER)
+	{
+		for (int64_t i = threadIdx.x; i < l.n_columns; i += blockDim.x)
+			sum += x[i];
+		mean = block_sum(sum, partial) / (float) l.n_columns;
+		sum = 0;
+	}
+	for (int64_t i = threadIdx.x; i < l.n_columns; i += blockDim.x)
+		sum += (x[i] - mean) * (x[i] - mean);
+	r = 1 / sqrtf(block_sum(sum, partial) / (float) l.n_columns + l.eps);
+	for (int64_t i = threadIdx.x; i < l.n_columns; i += blockDim.x)	/* y may be x: each thread reads what it writes */
+	{
+		float		v = (x[i] - mean) * r;
+
+		if (weight)
+			v *= weight[i];
+		y[i] = bias ? v + bias[i] : v;
+	}
+}
+
+cudaError_t
+millm_cuda_norm(const MillmCudaNorm *l, int n, cudaStream_t stream)
+{
+	return launch(norm, dim3((unsigned) l->n_parts, (unsigned) n), l->n_columns > 4 * WARP ? BLOCK : WARP, stream, *l);
+}
+
+static __global__ void
+activate(MillmRows y, MillmAct act, MillmRows x, MillmRows up, int64_t n_columns)
+{
+	const int64_t i = element_index();
+	const float *in = x.data + blockIdx.y * x.stride;
+	float		v,
+				f;
+
+	if (i >= n_columns)
+		return;
+	if (up.data && act != MILLM_ACT_SWIGLU_PAIRS)
+		f = up.data[blockIdx.y * up.stride + i];
+	else
+		f = 1;
+	v = in[i];
+	switch (act)
+	{
+		case MILLM_ACT_SILU:
+			f *= v / (1 + expf(-v));
+			break;
+		case MILLM_ACT_GELU_TANH:
+			f *= 0.5f * v * (1 + tanhf(0.7978845608f * (v + 0.044715f * v * v * v)));
+			break;
+		case MILLM_ACT_GELU_ERF:
+			f *= 0.5f * v * (1 + erff(v * 0.7071067812f));
+			break;
+		default:				/* MILLM_ACT_RELU */
+			f *= v < 0 ? 0 : v;
+			break;
+	}
+	y.data[blockIdx.y * y.stride + i] = f;
+}
+
+/* y may be x, so that a row is one block's and read before it is written, piece by piece: y[i] lies before x[2 i].  blocks [1, n], threads BLOCK */
+static __global__ void
+activate_pairs(MillmRows y, MillmRows x, int64_t n_columns)
+{
+	const float alpha = 1.702f,
+				limit = 7;
+
+	for (int64_t i0 = 0; i0 < n_columns; i0 += BLOCK)
+	{
+		const int64_t i = i0 + threadIdx.x;
+		const float *pair = x.data + blockIdx.y * x.stride + 2 * i;
+		float		gate = 0,
+					up = 0;
+
+		if (i < n_columns)
+		{
+			gate = pair[0] > limit ? limit : pair[0];
+			up = pair[1] > limit ? limit : pair[1] < -limit ? -limit : pair[1];
+		}
+		__syncthreads();
+		if (i < n_columns)
+			y.data[blockIdx.y * y.stride + i] = (up + 1) * gate / (1 + expf(-alpha * gate));
+		__syncthreads();
+	}
+}
+
+cudaError_t
+millm_cuda_activation(MillmRows y, MillmAct act, MillmRows x, MillmRows up, int64_t n_columns, int n, cudaStream_t stream)
+{
+	if (act == MILLM_ACT_SWIGLU_PAIRS)
+		return launch(activate_pairs, dim3(1, (unsigned) n), BLOCK, stream, y, x, n_columns);
+	return launch_elements(activate, n_columns, n, stream, y, act, x, up, n_columns);
+}
+
+static __global__ void
+scale_rows(MillmRows x, float by, int64_t n_columns)
+{
+	const int64_t i = element_index();
+
+	if (i < n_columns)
+		x.data[blockIdx.y * x.stride + i] *= by;
+}
+
+cudaError_t
+millm_cuda_scale(MillmRows x, float by, int64_t n_columns, int n, cudaStream_t stream)
+{
+	return launch_elements(scale_rows, n_columns, n, stream, x, by, n_columns);
+}
+
+static __global__ void
+cap_rows(MillmRows x, float cap, int64_t n_columns)
+{
+	const int64_t i = element_index();
+
+	if (i < n_columns)
+		x.data[blockIdx.y * x.stride + i] = cap * tanhf(x.data[blockIdx.y * x.stride + i] / cap);
+}
+
+cudaError_t
+millm_cuda_softcap(MillmRows x, float cap, int64_t n_columns, int n, cudaStream_t stream)
+{
+	return launch_elements(cap_rows, n_columns, n, stream, x, cap, n_columns);
+}
+
+static __global__ void
+add_rows(MillmRows y, MillmRows x, const int32_t *rows, const float *weights, float scale, int64_t n_columns)
+{
+	const int64_t i = element_index();
+	const int64_t row = rows ? rows[blockIdx.y] : blockIdx.y;
+
+	if (i < n_columns)
+		y.data[row * y.stride + i] += scale * (weights ? weights[blockIdx.y] : 1) * x.data[blockIdx.y * x.stride + i];
+}
+
+cudaError_t
+millm_cuda_add_rows(MillmRows y, MillmRows x, const int32_t *rows, const float *weights, float scale, int64_t n_columns, int n, cudaStream_t stream)
+{
+	return launch_elements(add_rows, n_columns, n, stream, y, x, rows, weights, scale, n_columns);
+}
+
+static __global__ void
+select_rows(MillmRows y, MillmRows x, const int32_t *rows, int64_t n_columns)
+{
+	const int64_t i = element_index();
+
+	if (i < n_columns)
+		y.data[blockIdx.y * y.stride + i] = x.data[rows[blockIdx.y] * x.stride + i];
+}
+
+cudaError_t
+millm_cuda_select(MillmRows y, MillmRows x, const int32_t *rows, int64_t n_columns, int n, cudaStream_t stream)
+{
+	return launch_elements(select_rows, n_columns, n, stream, y, x, rows, n_columns);
+}
+
+static __global__ void
+find_not_finite(int *bad, MillmRows x, int64_t n_columns)
+{
+	const int64_t i = element_index();
+
+	if (i < n_columns && !(fabsf(x.data[blockIdx.y * x.stride + i]) <= 3.402823466e38f))
+		*bad = 1;				/* whoever writes it, writes the same */
+}
+
+cudaError_t
+millm_cuda_find_not_finite(int *bad, MillmRows x, int64_t n_columns, int n, cudaStream_t stream)
+{
+	return launch_elements(find_not_finite, n_columns, n, stream, bad, x, n_columns);
+}
+
+/* ---- attention ---- */
+
+/* Element i of the row: for each KV head the queries of its group, k, v. */
+static __global__ void
+split_qkv(MillmCudaAttention a, MillmRows q, MillmRows k, MillmRows v, MillmRows qkv)
+{
+	const int64_t i = element_index();
+	const int64_t group = (int64_t) (a.n_heads / a.n_kv_heads) * a.head_dim;
+	const int64_t width = group + 2 * a.head_dim;
+	const int64_t h = i / width;
+	const int64_t j = i % width;
+	const float f = h < a.n_kv_heads ? qkv.data[blockIdx.y * qkv.stride + i] : 0;
+
+	if (h >= a.n_kv_heads)
+		return;
+	if (j < group)
+		q.data[blockIdx.y * q.stride + h * group + j] = f;
+	else if (j < group + a.head_dim)
+		k.data[blockIdx.y * k.stride + h * a.head_dim + j - group] = f;
+	else
+		v.data[blockIdx.y * v.stride + h * a.head_dim + j - group - a.head_dim] = f;
+}
+
+cudaError_t
+millm_cuda_split_qkv(const MillmCudaAttention *a, MillmRows q, MillmRows k, MillmRows v, MillmRows qkv, int n, cudaStream_t stream)
+{
+	return launch_elements(split_qkv, (int64_t) (a->n_heads + 2 * a->n_kv_heads) * a->head_dim, n, stream, *a, q, k, v, qkv);
+}
+
+/* K of a position in its page; V lies v_offset() elements behind. */
+static __device__ uint16_t *
+key_of(const MillmCudaAttention &a, int t, int64_t position, int kv_head)
+{
+	const int32_t page = a.tables[a.table_of[t * a.n_groups] + position / MILLM_CUDA_PAGE];
+
+	return (uint16_t *) (a.kv + page * a.page_bytes) + ((int64_t) kv_head * MILLM_CUDA_PAGE + position % MILLM_CUDA_PAGE) * a.head_dim;
+}
+
+static __device__ int64_t
+v_offset(const MillmCudaAttention &a)
+{
+	return (int64_t) a.n_kv_heads * MILLM_CUDA_PAGE * a.head_dim;
+}
+
+/* Dim d of a head, rotated by the angles of token t; other is its partner's value. */
+static __device__ float
+rotated(const MillmCudaAttention &a, int t, const float *head, int d)
+{
+	int			j;
+	bool		is_first;
+
+	if (d >= 2 * a.n_pairs)
+		return head[d];
+	j = a.interleaved ? d / 2 : d % a.n_pairs;
+	is_first = a.interleaved ? d % 2 == 0 : d < a.n_pairs;
+	{
+		const float c = a.cosine[(int64_t) t * a.n_pairs + j];
+		const float s = a.sine[(int64_t) t * a.n_pairs + j];
+		const float other = head[a.interleaved ? d ^ 1 : is_first ? d + a.n_pairs : d - a.n_pairs];
+
+		return is_first ? head[d] * c - other * s : head[d] * c + other * s;
+	}
+}
+
+/* A block for each token.  blocks [n], threads BLOCK */
+static __global__ void
+rope_and_store(MillmCudaAttention a, MillmRows q, MillmRows k, MillmRows v)
+{
+	const int	t = (int) blockIdx.x;
+	const int64_t position = a.positions[t];
+	float	   *q_row = q.data + t * q.stride;
+	const float *k_row = k.data + t * k.stride;
+	const float *v_row = v.data + t * v.stride;
+
+	for (int i = (int) threadIdx.x; i < a.n_heads * a.n_pairs; i += BLOCK)	/* a pair is one thread's */
+	{
+		const int	j = i % a.n_pairs;
+		const int	first = a.interleaved ? 2 * j : j;
+		const int	second = a.interleaved ? 2 * j + 1 : j + a.n_pairs;
+		float	   *head = q_row + (int64_t) (i / a.n_pairs) * a.head_dim;
+		const float x = rotated(a, t, head, first);
+		const float y = rotated(a, t, head, second);
+
+		head[first] = x;
+		head[second] = y;
+	}
+	for (int i = (int) threadIdx.x; i < a.n_kv_heads * a.head_dim; i += BLOCK)
+	{
+		const int	h = i / a.head_dim;
+		const int	d = i % a.head_dim;
+		uint16_t   *key = key_of(a, t, position, h);
+
+		key[d] = to_f16(rotated(a, t, k_row + (int64_t) h * a.head_dim, d));
+		key[v_offset(a) + d] = to_f16(v_row[i]);
+	}
+}
+
+cudaError_t
+millm_cuda_rope_and_store(const MillmCudaAttention *a, MillmRows q, MillmRows k, MillmRows v, int n, cudaStream_t stream)
+{
+	return launch(rope_and_store, dim3((unsigned) n), BLOCK, stream, *a, q, k, v);
+}
+
+/*
+ * A block for each head of each token.  Each of its warps takes every ATTENTION_WARPS-th key, a lane every 32nd dim of it, and keeps a softmax of
+ * its own; at the end they are brought to one maximum and added.
+ *
+ *   DIMS    of a lane: head_dim <= DIMS * WARP
+ *   blocks  [n_heads, n], threads ATTENTION_WARPS * WARP
+ */
+#define ATTENTION_WARPS 4
+template <int DIMS>
+static __global__ void
+attend(MillmCudaAttention a, MillmRows y, MillmRows q)
+{
+	SHARED(float, maxima, ATTENTION_WARPS);
+	SHARED(float, sums, ATTENTION_WARPS);
+	SHARED(float, values, ATTENTION_WARPS * DIMS * WARP);
+	const int	h = (int) blockIdx.x;
+	const int	t = (int) blockIdx.y;
+	const int	warp = (int) threadIdx.x / WARP;
+	const int	lane = (int) threadIdx.x % WARP;
+	const int64_t position = a.positions[t];
+	const int64_t first = a.window > 0 && position >= a.window ? position - a.window + 1 : 0;
+	const float *query = q.data + t * q.stride + (int64_t) h * a.head_dim;
+	const int	kv_head = h / (a.n_heads / a.n_kv_heads);
+	const bool	has_sink = a.sinks && warp == 0;
+	float		max = has_sink ? a.sinks[h] : -INFINITY;
+	float		sum = has_sink ? 1 : 0;
+	float		of_query[DIMS],
+				value[DIMS];
+
+#pragma unroll
+	for (int j = 0; j < DIMS; j++)
+	{
+		of_query[j] = j * WARP + lane < a.head_dim ? query[j * WARP + lane] : 0;
+		value[j] = 0;
+	}
+	for (int64_t p = first + warp; p <= position; p += ATTENTION_WARPS)
+	{
+		const uint16_t *key = key_of(a, t, p, kv_head);
+		float		score = 0,
+					weight;
+
+#pragma unroll
+		for (int j = 0; j < DIMS; j++)
+			if (j * WARP + lane < a.head_dim)
+				score = fmaf(of_query[j], from_f16(key[j * WARP + lane]), score);
+		score = warp_sum(score) * a.scale;
+		if (a.softcap > 0)
+			score = a.softcap * tanhf(score / a.softcap);
+		if (a.alibi_slopes)
+		{
+			const float bias = a.alibi_slopes[h] * (float) p;
+
+			score += a.alibi_rounded_scale != 0 ? bf16_bits(to_bf16(bias)) * a.alibi_rounded_scale : bias;
+		}
+		if (!(score <= max))	/* a NaN is taken along: it must reach the output */
+		{
+			const float rescale = expf(max - score);
+
+			max = score;
+			sum *= rescale;
+#pragma unroll
+			for (int j = 0; j < DIMS; j++)
+				value[j] *= rescale;
+		}
+		weight = expf(score - max);
+		sum += weight;
+		key += v_offset(a);
+#pragma unroll
+		for (int j = 0; j < DIMS; j++)
+			if (j * WARP + lane < a.head_dim)
+				value[j] = fmaf(weight, from_f16(key[j * WARP + lane]), value[j]);
+	}
+	if (lane == 0)
+	{
+		maxima[warp] = max;
+		sums[warp] = sum;
+	}
+#pragma unroll
+	for (int j = 0; j < DIMS; j++)
+		values[(warp * DIMS + j) * WARP + lane] = value[j];
+	__syncthreads();
+	max = maxima[0];			/* of the first key, or the sink: there is one */
+	for (int w = 1; w < ATTENTION_WARPS; w++)
+		if (!(maxima[w] <= max))
+			max = maxima[w];
+	sum = 0;
+	for (int w = 0; w < ATTENTION_WARPS; w++)
+		sum += sums[w] * expf(maxima[w] - max);
+	for (int d = (int) threadIdx.x; d < a.head_dim; d += ATTENTION_WARPS * WARP)
+	{
+		float		v = 0;
+
+		for (int w = 0; w < ATTENTION_WARPS; w++)
+			v += values[w * DIMS * WARP + d] * expf(maxima[w] - max);
+		y.data[t * y.stride + (int64_t) h * a.head_dim + d] = v / sum;
+	}
+}
+
+cudaError_t
+millm_cuda_attention(const MillmCudaAttention *a, MillmRows y, MillmRows q, int n, cudaStream_t stream)
+{
+	const dim3	blocks((unsigned) a->n_heads, (unsigned) n);
+	const int	threads = ATTENTION_WARPS * WARP;
+
+	return a->head_dim <= 2 * WARP ? launch(attend<2>, blocks, threads, stream, *a, y, q) :
+		a->head_dim <= 4 * WARP ? launch(attend<4>, blocks, threads, stream, *a, y, q) :
+		a->head_dim <= 8 * WARP ? launch(attend<8>, blocks, threads, stream, *a, y, q) :
+		launch(attend<MILLM_MAX_HEAD_DIM / WARP>, blocks, threads, stream, *a, y, q);
+}

@@ -1,0 +1,138 @@
+/*
+ * kernels.h -- the device functions as backend.c calls them: C, one function for each operation of backend.h.
+ *
+ * Pointers are the device's.  Activations are rows of float32, 16-byte aligned, stride floats apart.  Each function only
+ * queues work on the stream and returns what the launch gave; n is the number of rows (tokens), at least 1.  Inputs were checked.
+ */
+#ifndef MILLM_CUDA_KERNELS_H
+#define MILLM_CUDA_KERNELS_H
+
+#include <stdbool.h>
+#include <stdint.h>
+
+#ifdef MILLM_CUDA_EMULATED
+#include "emulated_runtime.h"
+#else
+#include <cuda_runtime_api.h>
+#endif
+
+#include "model.h"
+#include "tensor.h"
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+/* Positions of a KV page (forward.h's MILLM_KV_PAGE_TOKENS) */
+#define MILLM_CUDA_PAGE 16
+
+typedef struct MillmRows
+{
+	float	   *data;
+	int64_t		stride;
+} MillmRows;
+
+/*
+ * A weight on the device, [n_out, n_in], row by row: what MillmWeight says (tensor.h), but that every row of F32, F16, BF16, INT8 and
+ * MXFP4 begins at a multiple of 16 bytes, with zeros behind it up to the next, and that nothing is in_out.
+ * 4BIT stays flat, as it is stored: element first + o * n_in + i.
+ */
+typedef struct MillmCudaWeight
+{
+	MillmDtype	dtype;
+	int64_t		n_out;
+	int64_t		n_in;
+	const void *data;
+	int64_t		row_bytes;		/* from row to row; not of 4BIT */
+	const void *scale;			/* INT8: float [n_out]; MXFP4: uint8 [n_out, n_in / 32] */
+	/* 4BIT */
+	int64_t		first;
+	const float *codebook;		/* [16] */
+	const void *absmax;			/* [blocks] */
+	const float *nested_absmax;
+	const float *nested_map;	/* [256] */
+	float		nested_offset;
+	int			block_shift;	/* log2 of the block size */
+	int			nested_shift;	/* the same; -1: absmax is float */
+	MillmDtype	rounded;
+	bool		has_chunks;		/* 16 bytes are one scale's and begin at a multiple of 16: all but odd shapes of 4BIT */
+} MillmCudaWeight;
+
+/* y[t, o] = (accumulate ? y[t, o] : 0) + bias[o] + sum_i x[t, i] w[o, i] */
+typedef struct MillmCudaMatmul
+{
+	MillmRows	y;
+	MillmCudaWeight w;
+	const float *bias;			/* NULL: none */
+	bool		accumulate;
+	MillmRows	x;
+	int			n;
+} MillmCudaMatmul;
+
+/* Up to so many rows the weights are read once, a warp for each row of them, and a row's bits do not depend on its company. */
+#define MILLM_CUDA_FEW_ROWS 8
+
+extern cudaError_t millm_cuda_matmul_few(const MillmCudaMatmul *m, cudaStream_t stream);	/* n <= MILLM_CUDA_FEW_ROWS, has_chunks */
+extern cudaError_t millm_cuda_matmul_many(const MillmCudaMatmul *m, cudaStream_t stream);	/* has_chunks */
+extern cudaError_t millm_cuda_matmul_any(const MillmCudaMatmul *m, cudaStream_t stream);	/* the obvious one, of all weights */
+
+/* y[t] = table[rows[t]], or y[t] += */
+extern cudaError_t millm_cuda_embed(MillmRows y, const MillmCudaWeight *table, const int32_t *rows, bool add, int n, cudaStream_t stream);
+
+typedef struct MillmCudaNorm
+{
+	MillmRows	y, x;
+	MillmNorm	kind;
+	const float *weight, *bias;	/* NULL: none, of LayerNorms */
+	int64_t		weight_stride, bias_stride;	/* from part to part; 0: one for all */
+	float		eps;
+	int			n_parts;
+	int64_t		n_columns;
+} MillmCudaNorm;
+extern cudaError_t millm_cuda_norm(const MillmCudaNorm *l, int n, cudaStream_t stream);
+
+/*
+ * Attention of one layer.  Page p has at kv + p * page_bytes K [n_kv_heads, 16, head_dim], then V, the same, of float16.
+ * The table of token t begins at tables[table_of[t * n_groups]].
+ */
+typedef struct MillmCudaAttention
+{
+	char	   *kv;
+	int64_t		page_bytes;
+	const int32_t *positions;	/* [n] */
+	const int32_t *tables;
+	const int32_t *table_of;	/* [n, n_groups], from this group's on */
+	int			n_groups;
+	int			n_heads, n_kv_heads, head_dim;
+	int			window;			/* 0: none */
+	float		scale, softcap;	/* softcap 0: none */
+	const float *sinks;			/* [n_heads]; NULL: none */
+	const float *alibi_slopes;	/* the same */
+	float		alibi_rounded_scale;	/* Falcon's: slope * position is rounded to bfloat16 and scaled by this; 0: neither */
+	/* rope */
+	int			n_pairs;		/* 0: nothing rotates */
+	bool		interleaved;
+	const float *cosine, *sine;	/* [n, n_pairs] */
+} MillmCudaAttention;
+
+extern cudaError_t millm_cuda_split_qkv(const MillmCudaAttention *a, MillmRows q, MillmRows k, MillmRows v, MillmRows qkv, int n, cudaStream_t stream);
+/* q is rotated in place; k rotated and v go to their pages, and stay as they are where they are. */
+extern cudaError_t millm_cuda_rope_and_store(const MillmCudaAttention *a, MillmRows q, MillmRows k, MillmRows v, int n, cudaStream_t stream);
+extern cudaError_t millm_cuda_attention(const MillmCudaAttention *a, MillmRows y, MillmRows q, int n, cudaStream_t stream);
+
+/* up.data NULL: none */
+extern cudaError_t millm_cuda_activation(MillmRows y, MillmAct act, MillmRows x, MillmRows up, int64_t n_columns, int n, cudaStream_t stream);
+extern cudaError_t millm_cuda_scale(MillmRows x, float by, int64_t n_columns, int n, cudaStream_t stream);
+extern cudaError_t millm_cuda_softcap(MillmRows x, float cap, int64_t n_columns, int n, cudaStream_t stream);
+/* y[rows[t]] += scale weights[t] x[t]; rows NULL: t, weights NULL: 1 */
+extern cudaError_t millm_cuda_add_rows(MillmRows y, MillmRows x, const int32_t *rows, const float *weights, float scale, int64_t n_columns, int n,
+									   cudaStream_t stream);
+extern cudaError_t millm_cuda_select(MillmRows y, MillmRows x, const int32_t *rows, int64_t n_columns, int n, cudaStream_t stream);
+/* *bad = 1 if a value is NaN or infinite; else it stays */
+extern cudaError_t millm_cuda_find_not_finite(int *bad, MillmRows x, int64_t n_columns, int n, cudaStream_t stream);
+
+#ifdef __cplusplus
+}
+#endif
+
+#endif

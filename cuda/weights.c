@@ -1,0 +1,355 @@
+/*
+ * weights.c -- see weights.h.
+ *
+ * The model is walked three times in the same order: to count, with no memory, how many there are and what they take; to copy.  What
+ * kernels read 16 bytes at a time begins at a multiple of 16, which nothing in a file does.
+ */
+#include "weights.h"
+
+#include <stdlib.h>
+#include <string.h>
+
+#define ALIGNMENT 256			/* of each part */
+#define STRIP_BYTES (8 << 20)	/* of a weight that is transposed on its way */
+
+typedef struct Place
+{
+	const MillmWeight *weight;
+	MillmCudaWeight on_device;
+} Place;
+
+typedef struct Vector
+{
+	const float *host;
+	const float *device;
+	int64_t		n;
+} Vector;
+
+struct MillmCudaWeights
+{
+	char	   *memory;			/* NULL while it is only measured */
+	int64_t		used;
+	cudaStream_t stream;
+	cudaError_t status;			/* of the copies so far */
+	const char *missing;		/* host memory, then */
+	Place	   *places;			/* [n_places]; sorted by weight once filled */
+	int			n_places;
+	Vector	   *vectors;		/* [n_vectors]; sorted by host */
+	int			n_vectors;
+};
+
+/* The next bytes of the memory. */
+static char *
+take(MillmCudaWeights *m, int64_t bytes)
+{
+	char	   *p = m->memory ? m->memory + m->used : NULL;
+
+	m->used += (bytes + ALIGNMENT - 1) / ALIGNMENT * ALIGNMENT;
+	return p;
+}
+
+/* n rows of row_bytes, from_pitch apart in the model and to_pitch on the device, to what is returned. */
+static void *
+put_rows(MillmCudaWeights *m, const void *from, int64_t n, int64_t row_bytes, int64_t from_pitch, int64_t to_pitch)
+{
+	char	   *to = take(m, n * to_pitch);
+
+	if (to && m->status == cudaSuccess)
+		m->status = row_bytes == from_pitch && row_bytes == to_pitch ?
+			cudaMemcpyAsync(to, from, (size_t) (n * row_bytes), cudaMemcpyHostToDevice, m->stream) :
+			cudaMemcpy2DAsync(to, (size_t) to_pitch, from, (size_t) from_pitch, (size_t) row_bytes, (size_t) n, cudaMemcpyHostToDevice, m->stream);
+	return to;
+}
+
+static void *
+put(MillmCudaWeights *m, const void *from, int64_t bytes)
+{
+	return put_rows(m, from, 1, bytes, bytes, bytes);
+}
+
+/* The transpose of w, which is in_out, strip by strip. */
+static void *
+put_transposed(MillmCudaWeights *m, const MillmWeight *w, int64_t row_bytes)
+{
+	const size_t size = (size_t) millm_weight_bytes(w->dtype, 1);
+	const int64_t n_strip = STRIP_BYTES / row_bytes + 1;	/* outputs */
+	char	   *to = take(m, w->n_out * row_bytes);
+	char	   *strip;
+
+	if (!to || m->status != cudaSuccess)
+		return to;
+	if (!(strip = calloc((size_t) n_strip, (size_t) row_bytes)))
+	{
+		m->missing = "the transpose of a weight";
+		return to;
+	}
+	for (int64_t first = 0; first < w->n_out && m->status == cudaSuccess; first += n_strip)
+	{
+		const int64_t n = w->n_out - first < n_strip ? w->n_out - first : n_strip;
+
+		for (int64_t i = 0; i < w->n_in; i++)
+			for (int64_t o = 0; o < n; o++)
+				memcpy(strip + o * row_bytes + i * (int64_t) size, (const char *) w->data + (i * w->stride + first + o) * (int64_t) size, size);
+		m->status = cudaMemcpyAsync(to + first * row_bytes, strip, (size_t) (n * row_bytes), cudaMemcpyHostToDevice, m->stream);
+		if (m->status == cudaSuccess)
+			m->status = cudaStreamSynchronize(m->stream);	/* the strip is filled again */
+	}
+	free(strip);
+	return to;
+}
+
+static int
+log2_of(int power)
+{
+	return __builtin_ctz((unsigned) power);
+}
+
+/* The stored tensor is flat: this slice of it, from the last group of scales on that begins no later. */
+static void
+put_4bit(MillmCudaWeights *m, const MillmWeight *w, MillmCudaWeight *d)
+{
+	const int64_t nested = w->nested_block_size > 0 ? w->nested_block_size : 1;
+	const int64_t absmax_bytes = w->nested_block_size > 0 ? 1 : 4;
+	const int64_t begin = w->first / (w->block_size * nested) * (w->block_size * nested);
+	const int64_t end = w->first + w->n_out * w->n_in;
+	const int64_t begin_block = begin / w->block_size;
+	const int64_t end_block = (end + w->block_size - 1) / w->block_size;
+
+	d->first = w->first - begin;
+	d->block_shift = log2_of(w->block_size);
+	d->nested_shift = w->nested_block_size > 0 ? log2_of(w->nested_block_size) : -1;
+	d->nested_offset = w->nested_offset;
+	d->rounded = w->rounded;
+	d->has_chunks = d->first % 32 == 0 && w->n_in % 32 == 0;
+	d->codebook = put(m, w->codebook, 16 * (int64_t) sizeof(float));
+	d->data = put(m, (const char *) w->data + begin / 2, (end + 1) / 2 - begin / 2);
+	d->absmax = put(m, (const char *) w->absmax + begin_block * absmax_bytes, (end_block - begin_block) * absmax_bytes);
+	if (w->nested_block_size == 0)
+		return;
+	d->nested_map = put(m, w->nested_map, 256 * (int64_t) sizeof(float));
+	d->nested_absmax = put(m, (const char *) w->nested_absmax + begin_block / nested * 4, ((end_block + nested - 1) / nested - begin_block / nested) * 4);
+}
+
+static void
+put_weight(MillmCudaWeights *m, const MillmWeight *w)
+{
+	MillmCudaWeight d = {.dtype = w->dtype, .n_out = w->n_out, .n_in = w->n_in, .has_chunks = true};
+	const int64_t bytes = millm_weight_bytes(w->dtype, w->n_in);
+
+	if (!w->data)
+		return;
+	d.row_bytes = (bytes + 15) / 16 * 16;
+	if (w->dtype == MILLM_4BIT)
+		put_4bit(m, w, &d);
+	else if (w->in_out)
+		d.data = put_transposed(m, w, d.row_bytes);
+	else
+		d.data = put_rows(m, w->data, w->n_out, bytes, millm_weight_bytes(w->dtype, w->stride), d.row_bytes);
+	if (w->dtype == MILLM_INT8)
+		d.scale = put(m, w->scale, w->n_out * (int64_t) sizeof(float));
+	else if (w->dtype == MILLM_MXFP4)
+		d.scale = put(m, w->scale, w->n_out * (w->n_in / 32));
+	if (m->places)
+		m->places[m->n_places] = (Place) {w, d};
+	m->n_places++;
+}
+
+static void
+put_values(MillmCudaWeights *m, const float *values, int64_t n)
+{
+	const float *device;
+
+	if (!values)
+		return;
+	device = put(m, values, n * (int64_t) sizeof(float));
+	if (m->vectors)
+		m->vectors[m->n_vectors] = (Vector) {values, device, n};
+	m->n_vectors++;
+}
+
+static void
+put_vector(MillmCudaWeights *m, const MillmVector *v)
+{
+	put_values(m, v->data, v->n);
+}
+
+static void
+put_mlp(MillmCudaWeights *m, const MillmMlp *mlp)
+{
+	put_weight(m, &mlp->gate);
+	put_weight(m, &mlp->up);
+	put_weight(m, &mlp->down);
+}
+
+static void
+put_layer(MillmCudaWeights *m, const MillmModel *model, const MillmLayer *l)
+{
+	const MillmWeight *weights[] = {&l->q, &l->k, &l->v, &l->o, &l->qkv, &l->gate, &l->up, &l->down, &l->router, &l->shared_router};
+	const MillmVector *vectors[] = {
+		&l->sinks, &l->attn_norm, &l->attn_norm_bias, &l->attn_post_norm, &l->mlp_post_norm, &l->q_bias, &l->k_bias, &l->v_bias, &l->o_bias,
+		&l->qkv_bias, &l->q_norm, &l->k_norm, &l->q_norm_bias, &l->k_norm_bias, &l->mlp_norm, &l->mlp_norm_bias, &l->gate_bias, &l->up_bias,
+		&l->down_bias, &l->router_bias, &l->experts_up_bias, &l->experts_down_bias, &l->shared.up_bias, &l->shared.down_bias,
+	};
+
+	for (size_t i = 0; i < sizeof(weights) / sizeof(weights[0]); i++)
+		put_weight(m, weights[i]);
+	for (size_t i = 0; i < sizeof(vectors) / sizeof(vectors[0]); i++)
+		put_vector(m, vectors[i]);
+	put_mlp(m, &l->shared);
+	for (int e = 0; l->experts && e < model->config.n_experts; e++)
+		put_mlp(m, &l->experts[e]);
+}
+
+static bool
+is_tied(const MillmModel *model)
+{
+	return model->head.data == model->embedding.data && model->head.dtype == model->embedding.dtype && model->head.n_out == model->embedding.n_out;
+}
+
+static void
+put_model(MillmCudaWeights *m, const MillmModel *model)
+{
+	const MillmVector *vectors[] = {
+		&model->embedding_norm, &model->embedding_norm_bias, &model->final_norm, &model->final_norm_bias, &model->head_bias};
+
+	m->used = 0;
+	m->n_places = m->n_vectors = 0;
+	put_weight(m, &model->embedding);
+	if (!is_tied(model))
+		put_weight(m, &model->head);
+	else
+	{
+		if (m->places)
+			m->places[m->n_places] = (Place) {&model->head, m->places[0].on_device};
+		m->n_places++;
+	}
+	put_weight(m, &model->project_in);
+	put_weight(m, &model->project_out);
+	put_weight(m, &model->position_embedding);
+	put_values(m, model->config.alibi_slopes, model->config.n_heads);
+	for (size_t i = 0; i < sizeof(vectors) / sizeof(vectors[0]); i++)
+		put_vector(m, vectors[i]);
+	for (int i = 0; i < model->config.n_layers; i++)
+		put_layer(m, model, &model->layers[i]);
+}
+
+int64_t
+millm_cuda_weights_bytes(const MillmModel *model)
+{
+	MillmCudaWeights measure = {0};
+
+	put_model(&measure, model);
+	return measure.used;
+}
+
+static int
+compare_places(const void *a, const void *b)
+{
+	const MillmWeight *x = ((const Place *) a)->weight;
+	const MillmWeight *y = ((const Place *) b)->weight;
+
+	return (x > y) - (x < y);
+}
+
+static int
+compare_vectors(const void *a, const void *b)
+{
+	const float *x = ((const Vector *) a)->host;
+	const float *y = ((const Vector *) b)->host;
+
+	return (x > y) - (x < y);
+}
+
+static MillmCode
+fill(MillmCudaWeights *m, const MillmModel *model, MillmError *err)
+{
+	const int64_t bytes = m->used;
+
+	m->places = calloc((size_t) m->n_places + 1, sizeof(*m->places));
+	m->vectors = calloc((size_t) m->n_vectors + 1, sizeof(*m->vectors));
+	if (!m->places || !m->vectors)
+		return millm_fail(err, MILLM_E_INSUFFICIENT_MEMORY, "out of memory");
+	m->status = cudaMalloc((void **) &m->memory, (size_t) bytes);
+	if (m->status == cudaErrorMemoryAllocation)
+	{
+		millm_fail(err, MILLM_E_INSUFFICIENT_MEMORY, "insufficient device memory for the weights");
+		millm_detail(err, "Need %.1f MB.", (double) bytes / 1e6);
+		return MILLM_E_INSUFFICIENT_MEMORY;
+	}
+	if (m->status == cudaSuccess)	/* what no copy reaches, at the ends of rows, must be zero */
+		m->status = cudaMemsetAsync(m->memory, 0, (size_t) bytes, m->stream);
+	if (m->status == cudaSuccess)
+		put_model(m, model);
+	if (m->missing)
+		return millm_fail(err, MILLM_E_INSUFFICIENT_MEMORY, "out of memory for %s", m->missing);
+	if (m->status == cudaSuccess)
+		m->status = cudaStreamSynchronize(m->stream);	/* load ends when the weights are there */
+	if (m->status != cudaSuccess)
+	{
+		millm_fail(err, MILLM_E_INTERNAL, "could not copy the weights to the device");
+		millm_detail(err, "%s: %s.", cudaGetErrorName(m->status), cudaGetErrorString(m->status));
+		return MILLM_E_INTERNAL;
+	}
+	qsort(m->places, (size_t) m->n_places, sizeof(*m->places), compare_places);
+	qsort(m->vectors, (size_t) m->n_vectors, sizeof(*m->vectors), compare_vectors);
+	return MILLM_OK;
+}
+
+MillmCode
+millm_cuda_weights_create(const MillmModel *model, cudaStream_t stream, MillmCudaWeights **out, MillmError *err)
+{
+	MillmCudaWeights *m = calloc(1, sizeof(*m));
+	MillmCode	rc;
+
+	if (!m)
+		return millm_fail(err, MILLM_E_INSUFFICIENT_MEMORY, "out of memory");
+	m->stream = stream;
+	put_model(m, model);
+	if ((rc = fill(m, model, err)) != MILLM_OK)
+		millm_cuda_weights_free(m);
+	else
+		*out = m;
+	return rc;
+}
+
+void
+millm_cuda_weights_free(MillmCudaWeights *m)
+{
+	if (!m)
+		return;
+	(void) cudaFree(m->memory);	/* of a device that no longer answers there is nothing to free */
+	free(m->places);
+	free(m->vectors);
+	free(m);
+}
+
+const MillmCudaWeight *
+millm_cuda_weight(const MillmCudaWeights *m, const MillmWeight *w)
+{
+	const Place wanted = {.weight = w};
+	const Place *found = bsearch(&wanted, m->places, (size_t) m->n_places, sizeof(wanted), compare_places);
+
+	return found ? &found->on_device : NULL;
+}
+
+const float *
+millm_cuda_vector(const MillmCudaWeights *m, const float *data)
+{
+	int			first = 0;		/* the last that begins no later is in [first, end) */
+	int			end = m->n_vectors;
+
+	if (!data)
+		return NULL;
+	while (end - first > 1)
+	{
+		const int	middle = first + (end - first) / 2;
+
+		if (m->vectors[middle].host <= data)
+			first = middle;
+		else
+			end = middle;
+	}
+	if (end == 0 || data < m->vectors[first].host || data >= m->vectors[first].host + m->vectors[first].n)
+		return NULL;
+	return m->vectors[first].device + (data - m->vectors[first].host);
+}

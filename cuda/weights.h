@@ -1,0 +1,27 @@
+/*
+ * weights.h -- a model's weights and vectors in device memory: one allocation, filled at load, and where in it each of them is.
+ */
+#ifndef MILLM_CUDA_WEIGHTS_H
+#define MILLM_CUDA_WEIGHTS_H
+
+#include "error.h"
+#include "kernels.h"
+#include "model.h"
+
+typedef struct MillmCudaWeights MillmCudaWeights;
+
+/* Bytes that it takes. */
+extern int64_t millm_cuda_weights_bytes(const MillmModel *model);
+
+/*
+ * Copy all that the forward pass reads but the screening copy of the head; what is queued on the stream reads the model's mappings.
+ * INSUFFICIENT_MEMORY with figures, INTERNAL when the device does not answer; nothing is left then.
+ */
+extern MillmCode millm_cuda_weights_create(const MillmModel *model, cudaStream_t stream, MillmCudaWeights **out, MillmError *err);
+extern void millm_cuda_weights_free(MillmCudaWeights *weights);	/* NULL is fine */
+
+/* That weight of the model, and of a vector (or a slice of one) its values; NULL: of NULL, and of what the model has not. */
+extern const MillmCudaWeight *millm_cuda_weight(const MillmCudaWeights *weights, const MillmWeight *w);
+extern const float *millm_cuda_vector(const MillmCudaWeights *weights, const float *data);
+
+#endif

@@ -1,0 +1,364 @@
+/*
+ * emulated.cc -- threads of a block as fibers of one thread, and the runtime's functions over malloc().
+ *
+ * A fiber is a stack and what its registers were.  The scheduler, on the stack of whoever launches, gives each its turn; a fiber
+ * gives it back where it waits.  A warp goes on when all of its 32 wait for the warp, a block when all that have not returned wait for the block.
+ */
+#include "emulated.h"
+
+#include <cstdio>
+#include <cstdlib>
+#include <sys/mman.h>
+
+#ifdef __SANITIZE_ADDRESS__
+#include <sanitizer/common_interface_defs.h>
+#endif
+
+#define MAX_THREADS 1024
+#define WARP 32
+#define STACK_BYTES (128 << 10)
+#define SHARED_BYTES (48 << 10)	/* what a block has without asking */
+
+MillmEmulated millm_emulated = {(size_t) 8 << 30, 0, 0, -1, -1, 0};
+EmulatedPlace emulated_place;
+dim3		emulated_block_size, emulated_grid_size;
+
+enum State {READY, AT_WARP, AT_BLOCK, DONE};
+
+struct Fiber
+{
+	void	   *sp;
+	char	   *stack;
+	State		state;
+	int			turn;			/* of the two places that it brings its values to */
+	float		brought[2];
+	size_t		shared_used;
+};
+
+static Fiber fibers[MAX_THREADS];
+static Fiber *current;
+static void *scheduler_sp;
+static void (*thread_function) (void *arg);
+static void *thread_arg;
+alignas(64) static char shared_memory[SHARED_BYTES];
+
+[[noreturn]] static void
+complain(const char *what)
+{
+	fprintf(stderr, "emulated device: %s (thread %u of block %u, %u)\n", what, emulated_place.thread.x, emulated_place.block.x, emulated_place.block.y);
+	abort();
+}
+
+/* Save this stack's registers, leave its pointer at *from, go on with `to`. */
+extern "C" void emulated_switch(void **from, void *to);
+asm(R"(
+	.text
+	.globl emulated_switch
+	.type emulated_switch, @function
+emulated_switch:
+	pushq %rbp
+	pushq %rbx
+	pushq %r12
+	pushq %r13
+	pushq %r14
+	pushq %r15
+	movq %rsp, (%rdi)
+	movq %rsi, %rsp
+	popq %r15
+	popq %r14
+	popq %r13
+	popq %r12
+	popq %rbx
+	popq %rbp
+	ret
+	.size emulated_switch, .-emulated_switch
+)");
+
+#ifdef __SANITIZE_ADDRESS__
+static void *scheduler_fake;
+static const void *scheduler_bottom;
+static size_t scheduler_size;
+#endif
+
+static void
+wait_as(State state)
+{
+	current->state = state;
+#ifdef __SANITIZE_ADDRESS__
+	void	   *fake;
+
+	__sanitizer_start_switch_fiber(state == DONE ? NULL : &fake, scheduler_bottom, scheduler_size);
+#endif
+	emulated_switch(&current->sp, scheduler_sp);
+#ifdef __SANITIZE_ADDRESS__
+	__sanitizer_finish_switch_fiber(fake, &scheduler_bottom, &scheduler_size);
+#endif
+}
+
+static void
+fiber_main()
+{
+#ifdef __SANITIZE_ADDRESS__
+	__sanitizer_finish_switch_fiber(NULL, &scheduler_bottom, &scheduler_size);
+#endif
+	thread_function(thread_arg);
+	wait_as(DONE);
+	complain("a thread that has returned runs again");
+}
+
+static void
+begin_fiber(Fiber *f)
+{
+	void	  **top;
+
+	if (!f->stack)
+	{
+		f->stack = (char *) mmap(NULL, STACK_BYTES, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+		if (f->stack == MAP_FAILED)
+			complain("no memory for a stack");
+	}
+	top = (void **) (f->stack + STACK_BYTES);
+	*--top = NULL;				/* aligns the stack as a call does */
+	*--top = (void *) fiber_main;
+	f->sp = top - 6;			/* six registers, of any value */
+	f->state = READY;
+	f->shared_used = 0;
+	f->turn = 0;
+}
+
+static void
+run_fiber(int i)
+{
+	current = &fibers[i];
+	emulated_place.thread = dim3((unsigned) i, 0, 0);
+#ifdef __SANITIZE_ADDRESS__
+	__sanitizer_start_switch_fiber(&scheduler_fake, current->stack, STACK_BYTES);
+#endif
+	emulated_switch(&scheduler_sp, current->sp);
+#ifdef __SANITIZE_ADDRESS__
+	__sanitizer_finish_switch_fiber(scheduler_fake, NULL, NULL);
+#endif
+}
+
+/* Until all of a warp wait for the block or have returned. */
+static void
+run_warp(int first, int n)
+{
+	for (;;)
+	{
+		int			n_at_warp = 0;
+
+		for (int k = 0; k < n; k++)
+		{
+			const int	i = first + (millm_emulated.backwards ? n - 1 - k : k);
+
+			if (fibers[i].state == READY)
+				run_fiber(i);
+			n_at_warp += fibers[i].state == AT_WARP;
+		}
+		if (n_at_warp == 0)
+			return;
+		if (n_at_warp < WARP)
+			complain("a shuffle of the whole warp that not all of its lanes reach");
+		for (int i = first; i < first + n; i++)
+			fibers[i].state = READY;
+	}
+}
+
+static void
+run_block(int n_threads)
+{
+	int			n_waiting;
+
+	memset(shared_memory, 0xff, sizeof(shared_memory));	/* NaN */
+	for (int i = 0; i < n_threads; i++)
+		begin_fiber(&fibers[i]);
+	do
+	{
+		n_waiting = 0;
+		for (int k = 0; k < n_threads; k += WARP)
+			run_warp(millm_emulated.backwards ? n_threads - WARP - k : k, WARP);
+		for (int i = 0; i < n_threads; i++)
+			if (fibers[i].state == AT_BLOCK)
+			{
+				fibers[i].state = READY;
+				n_waiting++;
+			}
+		if (n_waiting != 0 && n_waiting != n_threads)
+			complain("__syncthreads() after a thread of the block has returned");
+	} while (n_waiting > 0);
+}
+
+void *
+emulated_shared(size_t bytes)
+{
+	char	   *p = shared_memory + current->shared_used;
+
+	current->shared_used += (bytes + 15) / 16 * 16;
+	if (current->shared_used > SHARED_BYTES)
+		complain("too much shared memory");
+	return p;
+}
+
+void
+__syncthreads()
+{
+	wait_as(AT_BLOCK);
+}
+
+float
+__shfl_xor_sync(unsigned mask, float v, int by)
+{
+	const Fiber *other = &fibers[(current - fibers) ^ by];
+	const int	turn = current->turn;
+
+	if (mask != 0xffffffffu)
+		complain("a shuffle of a part of the warp");
+	current->brought[turn] = v;
+	current->turn = 1 - turn;	/* who is ahead by one does not overwrite what others still read */
+	wait_as(AT_WARP);
+	return other->brought[turn];
+}
+
+/* ---- the runtime ---- */
+
+/* What a call says, of an emulated device that may be broken. */
+static cudaError_t
+answer()
+{
+	if (millm_emulated.calls_left < 0)
+		return cudaSuccess;
+	if (millm_emulated.calls_left == 0)
+		return cudaErrorIllegalAddress;
+	millm_emulated.calls_left--;
+	return cudaSuccess;
+}
+
+cudaError_t
+emulated_run(void (*thread) (void *arg), void *arg, dim3 blocks, int n_threads)
+{
+	if (answer() != cudaSuccess)
+		return cudaErrorIllegalAddress;
+	if (blocks.x == 0 || blocks.y == 0 || blocks.x > 0x7fffffff || blocks.y > 65535 || n_threads < 1 || n_threads > MAX_THREADS)
+		return cudaErrorInvalidValue;
+	if (n_threads % WARP != 0)
+		complain("a block that is not of whole warps");
+	thread_function = thread;
+	thread_arg = arg;
+	emulated_block_size = dim3((unsigned) n_threads);
+	emulated_grid_size = blocks;
+	for (unsigned y = 0; y < blocks.y; y++)
+		for (unsigned x = 0; x < blocks.x; x++)
+		{
+			emulated_place.block = dim3(x, y, 0);
+			run_block(n_threads);
+		}
+	return cudaSuccess;
+}
+
+cudaError_t
+cudaSetDevice(int)
+{
+	return answer();
+}
+
+cudaError_t
+cudaMemGetInfo(size_t *free_bytes, size_t *total_bytes)
+{
+	*free_bytes = millm_emulated.total_bytes - millm_emulated.used_bytes;
+	*total_bytes = millm_emulated.total_bytes;
+	return answer();
+}
+
+cudaError_t
+cudaStreamCreateWithFlags(cudaStream_t *stream, unsigned)
+{
+	*stream = (cudaStream_t) &millm_emulated;
+	return answer();
+}
+
+cudaError_t
+cudaStreamDestroy(cudaStream_t)
+{
+	return answer();
+}
+
+cudaError_t
+cudaStreamSynchronize(cudaStream_t)
+{
+	return answer();
+}
+
+/* The size lies before the memory, which begins at a multiple of 256 as the device's does. */
+#define HEAD 256
+
+cudaError_t
+cudaMalloc(void **p, size_t bytes)
+{
+	char	   *block;
+
+	*p = NULL;
+	if (answer() != cudaSuccess)
+		return cudaErrorIllegalAddress;
+	if (millm_emulated.allocations_left == 0 || bytes > millm_emulated.total_bytes - millm_emulated.used_bytes)
+		return cudaErrorMemoryAllocation;
+	if (millm_emulated.allocations_left > 0)
+		millm_emulated.allocations_left--;
+	if (posix_memalign((void **) &block, HEAD, HEAD + bytes) != 0)
+		complain("no memory for the device's");
+	memcpy(block, &bytes, sizeof(bytes));
+	memset(block + HEAD, 0xff, bytes);
+	millm_emulated.used_bytes += bytes;
+	millm_emulated.n_allocations++;
+	*p = block + HEAD;
+	return cudaSuccess;
+}
+
+cudaError_t
+cudaFree(void *p)
+{
+	size_t		bytes;
+
+	if (!p)
+		return cudaSuccess;
+	memcpy(&bytes, (char *) p - HEAD, sizeof(bytes));
+	millm_emulated.used_bytes -= bytes;
+	millm_emulated.n_allocations--;
+	free((char *) p - HEAD);
+	return answer();
+}
+
+cudaError_t
+cudaMemsetAsync(void *p, int value, size_t bytes, cudaStream_t)
+{
+	memset(p, value, bytes);
+	return answer();
+}
+
+cudaError_t
+cudaMemcpyAsync(void *to, const void *from, size_t bytes, cudaMemcpyKind, cudaStream_t)
+{
+	memcpy(to, from, bytes);
+	return answer();
+}
+
+cudaError_t
+cudaMemcpy2DAsync(void *to, size_t to_pitch, const void *from, size_t from_pitch, size_t width, size_t height, cudaMemcpyKind, cudaStream_t)
+{
+	for (size_t i = 0; i < height; i++)
+		memcpy((char *) to + i * to_pitch, (const char *) from + i * from_pitch, width);
+	return answer();
+}
+
+const char *
+cudaGetErrorName(cudaError_t error)
+{
+	return error == cudaSuccess ? "cudaSuccess" : error == cudaErrorMemoryAllocation ? "cudaErrorMemoryAllocation" :
+		error == cudaErrorIllegalAddress ? "cudaErrorIllegalAddress" : "cudaErrorInvalidValue";
+}
+
+const char *
+cudaGetErrorString(cudaError_t error)
+{
+	return error == cudaErrorIllegalAddress ? "an illegal memory access was encountered" : cudaGetErrorName(error);
+}

@@ -1,0 +1,52 @@
+/*
+ * emulated_runtime.h -- the few functions of the CUDA runtime that cuda/ calls, over the memory of this process.
+ *
+ * Device memory is malloc()'s, filled with NaN, so that AddressSanitizer sees what is read or written beyond it, and what is read before it is
+ * written shows.  A stream is nothing: work is done when it is queued.
+ */
+#ifndef MILLM_EMULATED_RUNTIME_H
+#define MILLM_EMULATED_RUNTIME_H
+
+#include <stddef.h>
+#include <stdint.h>
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+typedef enum cudaError_t {cudaSuccess, cudaErrorInvalidValue, cudaErrorMemoryAllocation, cudaErrorIllegalAddress = 700} cudaError_t;
+typedef struct CUstream_st *cudaStream_t;
+typedef enum cudaMemcpyKind {cudaMemcpyHostToDevice, cudaMemcpyDeviceToHost, cudaMemcpyDeviceToDevice} cudaMemcpyKind;
+enum {cudaStreamNonBlocking = 1};
+
+extern cudaError_t cudaSetDevice(int device);
+extern cudaError_t cudaMemGetInfo(size_t *free_bytes, size_t *total_bytes);
+extern cudaError_t cudaStreamCreateWithFlags(cudaStream_t *stream, unsigned flags);
+extern cudaError_t cudaStreamDestroy(cudaStream_t stream);
+extern cudaError_t cudaStreamSynchronize(cudaStream_t stream);
+extern cudaError_t cudaMalloc(void **p, size_t bytes);
+extern cudaError_t cudaFree(void *p);	/* NULL is fine */
+extern cudaError_t cudaMemsetAsync(void *p, int value, size_t bytes, cudaStream_t stream);
+extern cudaError_t cudaMemcpyAsync(void *to, const void *from, size_t bytes, cudaMemcpyKind kind, cudaStream_t stream);
+extern cudaError_t cudaMemcpy2DAsync(void *to, size_t to_pitch, const void *from, size_t from_pitch, size_t width, size_t height, cudaMemcpyKind kind,
+									 cudaStream_t stream);
+extern const char *cudaGetErrorName(cudaError_t error);
+extern const char *cudaGetErrorString(cudaError_t error);
+
+/* For tests: the emulated device's state and its faults. */
+typedef struct MillmEmulated
+{
+	size_t		total_bytes;	/* of the device's memory */
+	size_t		used_bytes;
+	int			n_allocations;	/* that live */
+	int			allocations_left;	/* after so many more, memory is out; < 0: never */
+	int			calls_left;		/* after so many more, every call says cudaErrorIllegalAddress; < 0: never */
+	int			backwards;		/* threads of a block take their turns from the last to the first: a race shows as other bits */
+} MillmEmulated;
+extern MillmEmulated millm_emulated;
+
+#ifdef __cplusplus
+}
+#endif
+
+#endif

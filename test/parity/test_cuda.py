@@ -1,0 +1,59 @@
+"""The CUDA backend on an emulated device (test/cuda), through the engine: every family and every weight format against the CPU's ref."""
+import json
+import os
+import random
+import subprocess
+
+import numpy as np
+import pytest
+
+from conftest import ROOT, TINY, engine_logits, error
+
+EMULATED = ROOT / "build" / "emulated"
+BNB = ROOT / ".fixtures" / "tiny-bnb"
+# Keys and values are float16, as on the fast CPU variants, which the issue allows 3e-2.  Measured: at most 1.3e-3, of gpt_oss-mxfp4.
+TOLERANCE = 5e-3
+# The tuned kernels against the obvious ones: the order of float32 sums, and float16 keys that it rounds otherwise.  Measured: at most 1.7e-4.
+TOLERANCE_PLAIN = 1e-3
+
+MODELS = sorted(p for d in (TINY, BNB) if d.is_dir() for p in d.iterdir() if (p / "config.json").exists())
+# one of each shape of a kernel, for what is compared twice
+SOME = [p for p in MODELS if p.name in ("gpt2", "gemma3", "gpt_oss-mxfp4", "qwen2_moe", "falcon", "phi3-long", "nf4", "nf4-odd", "int8-f16-odd")]
+
+
+def cuda_logits(model, ids, tmp_path, *options):
+    out = tmp_path / "cuda"
+    done = subprocess.run([EMULATED / "millm-engine", "logits", model, "--ids", ",".join(map(str, ids)), "--output", out, "--device", "cuda", *options],
+                          env={**os.environ, "LD_LIBRARY_PATH": str(EMULATED / "driver")}, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    return np.fromfile(out, dtype=np.float32).reshape(len(ids), -1)
+
+
+def some_ids(model, n):
+    rng = random.Random(1)
+    vocab = json.loads((model / "config.json").read_text())["vocab_size"]
+    return [rng.randrange(vocab) for _ in range(n)]
+
+
+@pytest.mark.parametrize("model", MODELS, ids=lambda p: f"{p.parent.name}/{p.name}")
+def test_family(model, tmp_path):
+    """A prompt in chunks of many rows and of few; windows of the tiny models end within it."""
+    ids = some_ids(model, 24)
+    ref = engine_logits(model, ids, tmp_path)
+    assert error(cuda_logits(model, ids, tmp_path, "--chunk", "13"), ref) <= TOLERANCE
+
+
+@pytest.mark.parametrize("model", SOME, ids=lambda p: p.name)
+def test_plain_kernels(model, tmp_path):
+    ids = some_ids(model, 20)
+    plain = cuda_logits(model, ids, tmp_path, "--kernels", "ref")
+    assert error(cuda_logits(model, ids, tmp_path), plain) <= TOLERANCE_PLAIN
+    assert error(cuda_logits(model, ids, tmp_path, "--chunk", "3"), plain) <= TOLERANCE_PLAIN
+
+
+def test_device_that_is_not_there(tmp_path):
+    done = subprocess.run([EMULATED / "millm-engine", "greedy", MODELS[0], "--ids", "1", "--device", "cuda:1"],
+                          env={**os.environ, "LD_LIBRARY_PATH": str(EMULATED / "driver")}, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 1
+    assert done.stderr.splitlines()[:2] == ['millm-engine: UNSUPPORTED: device "cuda:1" is not available',
+                                            "DETAIL:  CUDA is not used: there is no device cuda:1 (the last one is cuda:0)."]

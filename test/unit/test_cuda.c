@@ -1,0 +1,856 @@
+/*
+ * test_cuda.c -- the CUDA backend over an emulated device (test/cuda): each operation against the CPU's `ref`, through the interface that the forward
+ * pass uses; then what becomes of it when memory runs out or the device fails.  Whole models: test/parity/test_cuda.py.
+ *
+ * Device memory and shared memory begin as NaN, threads take turns in two orders, and under AddressSanitizer every access is checked: what
+ * compute-sanitizer's memcheck, initcheck and racecheck look for, as far as a CPU can.
+ */
+#include <setjmp.h>
+#include <stdarg.h>
+#include <stddef.h>
+#include <stdint.h>
+#include <cmocka.h>
+
+#include <math.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/wait.h>
+#include <unistd.h>
+
+#include "backend_cuda.h"
+#include "half.h"
+#include "kernel.h"
+#include "kernels.h"
+#include "weights.h"
+
+#define EPSILON 1.2e-7
+#define N_ROWS 70				/* of every buffer: more than a tile of the matmul, and than MILLM_CUDA_FEW_ROWS */
+#define FAULT_STATUS 9
+
+static uint64_t seed = 1;
+
+static float
+uniform(void)					/* [-1, 1) */
+{
+	seed = seed * UINT64_C(6364136223846793005) + 1442695040888963407;
+	return (float) (int32_t) (seed >> 32) / 2147483648.0f;
+}
+
+static void *
+bytes_of(size_t n)
+{
+	void	   *p = malloc(n ? n : 1);
+
+	assert_non_null(p);
+	return p;
+}
+
+static float *
+floats(int64_t n, float centre)
+{
+	float	   *p = bytes_of((size_t) n * sizeof(float));
+
+	for (int64_t i = 0; i < n; i++)
+		p[i] = centre + uniform();
+	return p;
+}
+
+__attribute__((noreturn)) static void
+fault(const MillmError *err)
+{
+	fprintf(stderr, "%s | %s\n", err->message, err->detail);
+	_exit(FAULT_STATUS);
+}
+
+static const MillmCudaHost host = {.fault = fault, .rope_frequencies = millm_rope_frequencies};
+
+/* ---- a weight of any dtype and shape ---- */
+
+typedef struct Shape
+{
+	MillmDtype	dtype;
+	bool		in_out;
+	int64_t		n_out, n_in;
+	int			gap;			/* elements between stored rows: of a slice of a fused tensor */
+	/* 4BIT */
+	int64_t		first;
+	int			block_size, nested_block_size;
+	MillmDtype	rounded;
+} Shape;
+
+/* Everything is an allocation of its own, exact, and begins unaligned, as in a file. */
+typedef struct Stored
+{
+	MillmWeight w;
+	void	   *owned[5];
+	float		codebook[16],
+				map[256];
+} Stored;
+
+static char *
+unaligned(Stored *s, int i, int64_t n)
+{
+	s->owned[i] = bytes_of((size_t) n + 1);
+	return (char *) s->owned[i] + 1;
+}
+
+static void
+put_float(char *p, MillmDtype dtype, int64_t i, float f)
+{
+	const uint16_t h = dtype == MILLM_F16 ? millm_f32_to_f16(f) : millm_f32_to_bf16(f);
+
+	if (dtype == MILLM_F32)
+		memcpy(p + 4 * i, &f, 4);
+	else
+		memcpy(p + 2 * i, &h, 2);
+}
+
+static void
+store_4bit(Stored *s, const Shape *shape)
+{
+	const int64_t end = shape->first + shape->n_out * shape->n_in;
+	const int64_t n_blocks = (end + shape->block_size - 1) / shape->block_size;
+	char	   *data = unaligned(s, 0, (end + 1) / 2);
+	char	   *absmax = unaligned(s, 1, n_blocks * (shape->nested_block_size ? 1 : 4));
+
+	for (int64_t i = 0; i < (end + 1) / 2; i++)
+		data[i] = (char) (uniform() * 128);
+	for (int64_t b = 0; b < n_blocks; b++)
+		if (shape->nested_block_size)
+			absmax[b] = (char) (uniform() * 128);
+		else
+			put_float(absmax, MILLM_F32, b, uniform() + 1.1f);
+	for (int i = 0; i < 256; i++)
+		s->map[i] = uniform();
+	for (int i = 0; i < 16; i++)
+		s->codebook[i] = uniform();
+	s->w.first = shape->first;
+	s->w.codebook = s->codebook;
+	s->w.absmax = absmax;
+	s->w.block_size = shape->block_size;
+	s->w.rounded = shape->rounded;
+	s->w.data = data;
+	if (shape->nested_block_size)
+	{
+		const int64_t n_nested = (n_blocks + shape->nested_block_size - 1) / shape->nested_block_size;
+		char	   *nested = unaligned(s, 2, n_nested * 4);
+
+		for (int64_t i = 0; i < n_nested; i++)
+			put_float(nested, MILLM_F32, i, uniform() + 1.1f);
+		s->w.nested_absmax = nested;
+		s->w.nested_map = s->map;
+		s->w.nested_offset = 0.7f;
+		s->w.nested_block_size = shape->nested_block_size;
+	}
+}
+
+static void
+store(Stored *s, const Shape *shape)
+{
+	const int64_t n_rows = shape->in_out ? shape->n_in : shape->n_out;
+	const int64_t n_columns = shape->in_out ? shape->n_out : shape->n_in;
+	const int64_t n = n_rows * n_columns;
+
+	*s = (Stored) {.w = {.dtype = shape->dtype, .in_out = shape->in_out, .n_out = shape->n_out, .n_in = shape->n_in, .stride = n_columns + shape->gap}};
+	if (shape->dtype == MILLM_4BIT)
+		store_4bit(s, shape);
+	else if (shape->dtype == MILLM_INT8 || shape->dtype == MILLM_MXFP4)
+	{
+		const int64_t n_scales = shape->dtype == MILLM_INT8 ? shape->n_out * 4 : n / 32;
+		char	   *data = unaligned(s, 0, millm_weight_bytes(shape->dtype, n));
+		char	   *scale = unaligned(s, 1, n_scales);
+
+		for (int64_t i = 0; i < millm_weight_bytes(shape->dtype, n); i++)
+			data[i] = (char) (uniform() * 127);
+		for (int64_t i = 0; i < shape->n_out && shape->dtype == MILLM_INT8; i++)
+			put_float(scale, MILLM_F32, i, uniform());
+		for (int64_t i = 0; i < n_scales && shape->dtype == MILLM_MXFP4; i++)
+			scale[i] = (char) (127 + (int) (uniform() * 5));
+		s->w.data = data;
+		s->w.scale = scale;
+	}
+	else
+	{
+		char	   *data = unaligned(s, 0, millm_weight_bytes(shape->dtype, (n_rows - 1) * s->w.stride + n_columns));
+
+		for (int64_t i = 0; i < (n_rows - 1) * s->w.stride + n_columns; i++)
+			put_float(data, shape->dtype, i, uniform());
+		s->w.data = data;
+	}
+}
+
+static void
+discard(Stored *s)
+{
+	for (int i = 0; i < 5; i++)
+		free(s->owned[i]);
+}
+
+/* ---- a model of what is put into it, and both backends over it ---- */
+
+/* One layer; what a test needs lies in fields of it that only the weights' copy looks at. */
+typedef struct Rig
+{
+	MillmModel	model;
+	MillmLayer	layer;
+	MillmBackend *be[2];		/* the CPU's ref, and CUDA */
+	MillmBackendOptions options;
+	int			n_alive;		/* allocations on the device before */
+} Rig;
+
+static void
+rig_init(Rig *r, int n_heads, int n_kv_heads, int head_dim)
+{
+	memset(r, 0, sizeof(*r));
+	r->layer.n_heads = n_heads;
+	r->layer.n_kv_heads = n_kv_heads;
+	r->layer.head_dim = head_dim;
+	r->model.layers = &r->layer;
+	r->model.config = (MillmConfig) {.n_layers = 1, .n_heads = n_heads, .n_kv_heads = n_kv_heads, .head_dim = head_dim, .max_positions = 1 << 12,
+		.position = MILLM_POS_LEARNED, .attention_scale = 1};
+	r->options = (MillmBackendOptions) {.n_threads = 1, .kernels = "ref", .max_tokens = N_ROWS, .n_pages = 64, .layers_per_page = 1, .n_groups = 1};
+	r->n_alive = millm_emulated.n_allocations;
+}
+
+static void
+rig_open(Rig *r, const char *cuda_kernels)
+{
+	MillmBackendOptions options = r->options;
+	MillmError	err;
+
+	millm_cuda_set_host(&host);
+	assert_int_equal(millm_backend_cpu.create(&r->model, &options, &r->be[0], &err), MILLM_OK);
+	options.kernels = cuda_kernels;
+	assert_int_equal(millm_cuda_create(&r->model, &options, &r->be[1], &err), MILLM_OK);
+}
+
+static void
+rig_close(Rig *r)
+{
+	for (int i = 0; i < 2; i++)
+		r->be[i]->free(r->be[i]);
+	assert_int_equal(millm_emulated.n_allocations, r->n_alive);
+}
+
+static MillmBuffer *
+buffer(Rig *r, int i, int64_t n_columns)
+{
+	MillmBuffer *b;
+	MillmError	err;
+
+	assert_int_equal(r->be[i]->buffer_create(r->be[i], N_ROWS, n_columns, &b, &err), MILLM_OK);
+	return b;
+}
+
+/* A table of N_ROWS rows of values, which embed() writes into a buffer.  It must be one of the model's weights. */
+static MillmWeight
+table(const float *values, int64_t n_columns)
+{
+	return (MillmWeight) {.dtype = MILLM_F32, .n_out = N_ROWS, .n_in = n_columns, .stride = n_columns, .data = values};
+}
+
+static void
+fill(Rig *r, int i, MillmBuffer *b, const MillmWeight *from, int n)
+{
+	int32_t		rows[N_ROWS];
+
+	for (int t = 0; t < N_ROWS; t++)
+		rows[t] = t;
+	r->be[i]->embed(r->be[i], b, from, rows, false, n);
+}
+
+/* Both are the same within tolerance, relative to the largest; NaN is no number near another. */
+static void
+assert_near(const float *ours, const float *theirs, int64_t n, double tolerance, const char *what)
+{
+	double		largest = 1e-30;
+
+	for (int64_t i = 0; i < n; i++)
+		largest = fmax(largest, fabs((double) theirs[i]));
+	for (int64_t i = 0; i < n; i++)
+		if (!(fabs((double) ours[i] - (double) theirs[i]) <= tolerance * largest))
+			fail_msg("%s: element %lld is %.9g, the CPU's %.9g, the largest %.3g", what, (long long) i, (double) ours[i], (double) theirs[i], largest);
+}
+
+/* ---- matmul ---- */
+
+static const Shape shapes[] = {
+	{MILLM_F32, false, 5, 3, 0, 0, 0, 0, 0}, {MILLM_F32, false, 65, 64, 0, 0, 0, 0, 0}, {MILLM_F32, true, 33, 37, 70, 0, 0, 0, 0},
+	{MILLM_F16, false, 66, 131, 0, 0, 0, 0, 0}, {MILLM_F16, true, 9, 8, 0, 0, 0, 0, 0}, {MILLM_BF16, false, 1, 1, 0, 0, 0, 0, 0},
+	{MILLM_BF16, false, 130, 300, 20, 0, 0, 0, 0}, {MILLM_BF16, false, 3, 1030, 0, 0, 0, 0, 0}, {MILLM_INT8, false, 67, 33, 0, 0, 0, 0, 0},
+	{MILLM_INT8, false, 6, 528, 0, 0, 0, 0, 0}, {MILLM_MXFP4, false, 65, 96, 0, 0, 0, 0, 0}, {MILLM_MXFP4, false, 2, 1056, 0, 0, 0, 0, 0},
+	{MILLM_4BIT, false, 65, 128, 0, 0, 64, 256, MILLM_BF16}, {MILLM_4BIT, false, 7, 1088, 0, 0, 64, 0, MILLM_F16},
+	{MILLM_4BIT, false, 12, 64, 0, 12 * 64, 64, 256, MILLM_F32},	/* a slice of a fused tensor */
+	{MILLM_4BIT, false, 40, 96, 0, 40 * 96 * 5, 4096, 256, MILLM_BF16},	/* within a large block, rows straddle them */
+	{MILLM_4BIT, false, 20, 32, 0, 0, 32, 256, MILLM_BF16},
+	{MILLM_4BIT, false, 11, 37, 0, 11 * 37, 64, 256, MILLM_BF16},	/* begins within a byte */
+	{MILLM_4BIT, false, 300, 65, 0, 70001, 64, 256, MILLM_BF16},
+};
+#define N_SHAPES (int) (sizeof(shapes) / sizeof(shapes[0]))
+
+static void
+run_matmul(const Shape *shape, const char *kernels, bool deterministic, int n, bool accumulate, bool has_bias)
+{
+	Rig			r;
+	Stored		s;
+	float	   *x = floats(N_ROWS * shape->n_in, 0),
+			   *y = floats(N_ROWS * shape->n_out, 0),
+			   *bias = floats(shape->n_out, 0);
+	const float *result[2];
+	char		what[128];
+
+	snprintf(what, sizeof(what), "matmul of dtype %d, %lld x %lld, %d rows, kernels %s", shape->dtype, (long long) shape->n_out, (long long) shape->n_in, n,
+			 kernels ? kernels : "best");
+	rig_init(&r, 1, 1, 8);
+	store(&s, shape);
+	r.options.deterministic = deterministic;
+	r.layer.q = s.w;
+	r.layer.k = table(x, shape->n_in);
+	r.layer.v = table(y, shape->n_out);
+	r.layer.q_bias = (MillmVector) {has_bias ? bias : NULL, shape->n_out};
+	rig_open(&r, kernels);
+	for (int i = 0; i < 2; i++)
+	{
+		MillmBuffer *in = buffer(&r, i, shape->n_in);
+		MillmBuffer *out = buffer(&r, i, shape->n_out);
+		const MillmProjection p = {out, &r.layer.q, &r.layer.q_bias, accumulate};
+
+		fill(&r, i, in, &r.layer.k, N_ROWS);
+		fill(&r, i, out, &r.layer.v, N_ROWS);
+		r.be[i]->matmul(r.be[i], &p, 1, in, n);
+		result[i] = r.be[i]->buffer_read(r.be[i], out);
+	}
+	assert_near(result[1], result[0], n * shape->n_out, EPSILON * 8 * sqrt((double) shape->n_in), what);
+	rig_close(&r);
+	discard(&s);
+	free(x);
+	free(y);
+	free(bias);
+}
+
+static void
+test_matmul(void **state)
+{
+	static const int n_rows[] = {1, 2, 3, 5, 8, 9, 65};
+
+	(void) state;
+	for (int i = 0; i < N_SHAPES; i++)
+		for (size_t j = 0; j < sizeof(n_rows) / sizeof(n_rows[0]); j++)
+			run_matmul(&shapes[i], NULL, false, n_rows[j], j % 2, (i + j) % 3 == 0);
+}
+
+/* The obvious kernel, and few rows at a time where bits must not depend on the company. */
+static void
+test_matmul_others(void **state)
+{
+	(void) state;
+	for (int i = 0; i < N_SHAPES; i++)
+	{
+		run_matmul(&shapes[i], "ref", false, 5, true, true);
+		run_matmul(&shapes[i], NULL, true, 19, false, true);
+	}
+}
+
+/* The bits of row t of n, of kernels that promise so. */
+static void
+test_company(void **state)
+{
+	(void) state;
+	for (int i = 0; i < N_SHAPES; i++)
+	{
+		const Shape *shape = &shapes[i];
+		Rig			r;
+		Stored		s;
+		float	   *x = floats(N_ROWS * shape->n_in, 0);
+		float	   *alone = bytes_of((size_t) (N_ROWS * shape->n_out) * sizeof(float));
+		const MillmVector none = {0};
+
+		rig_init(&r, 1, 1, 8);
+		store(&s, shape);
+		r.options.deterministic = true;
+		r.layer.q = s.w;
+		r.layer.k = table(x, shape->n_in);
+		rig_open(&r, NULL);
+		for (int n = 1; n <= 17; n += 8)
+			for (int t = 0; t < 17; t += n)
+			{
+				MillmBuffer *in = buffer(&r, 1, shape->n_in);
+				MillmBuffer *out = buffer(&r, 1, shape->n_out);
+				const MillmProjection p = {out, &r.layer.q, &none, false};
+				int32_t		rows[17];
+				const int	n_now = t + n > 17 ? 17 - t : n;
+
+				for (int k = 0; k < n_now; k++)
+					rows[k] = t + k;
+				r.be[1]->embed(r.be[1], in, &r.layer.k, rows, false, n_now);
+				r.be[1]->matmul(r.be[1], &p, 1, in, n_now);
+				if (n == 1)
+					memcpy(alone + t * shape->n_out, r.be[1]->buffer_read(r.be[1], out), (size_t) shape->n_out * sizeof(float));
+				else
+					assert_memory_equal(r.be[1]->buffer_read(r.be[1], out), alone + t * shape->n_out, (size_t) (n_now * shape->n_out) * sizeof(float));
+			}
+		rig_close(&r);
+		discard(&s);
+		free(x);
+		free(alone);
+	}
+}
+
+/* ---- attention ---- */
+
+typedef struct Case
+{
+	int			n_heads, n_kv_heads, head_dim, window;
+	float		softcap;
+	bool		has_sinks, has_alibi, alibi_rounded;
+	int			rotary_dim;		/* 0: none */
+	bool		interleaved, fused;
+} Case;
+
+static void
+run_attention(const Case *c)
+{
+	enum {STEPS = 3};
+	static const int step_rows[STEPS] = {37, 1, 2};	/* of one sequence; in the last step one more of another */
+	const int64_t q_size = (int64_t) c->n_heads * c->head_dim;
+	const int64_t kv_size = (int64_t) c->n_kv_heads * c->head_dim;
+	Rig			r;
+	float	   *q = floats(N_ROWS * q_size, 0),
+			   *k = floats(N_ROWS * kv_size, 0),
+			   *v = floats(N_ROWS * kv_size, 0),
+			   *qkv = floats(N_ROWS * (q_size + 2 * kv_size), 0),
+			   *sinks = floats(c->n_heads, 0),
+			   *slopes = floats(c->n_heads, 1),
+			   *inv_freq = floats(c->head_dim, 1);
+	int32_t		pages[2][4] = {{7, 3, 11, 2}, {5, 63, 0, 1}};
+	const MillmAttention a = {.n_heads = c->n_heads, .n_kv_heads = c->n_kv_heads, .head_dim = c->head_dim, .window = c->window,
+		.scale = 0.3f, .softcap = c->softcap, .sinks = c->has_sinks ? sinks : NULL};
+	char		what[128];
+
+	snprintf(what, sizeof(what), "attention of %d heads, %d for keys, of %d dims, window %d, softcap %g, %d to rotate", c->n_heads, c->n_kv_heads, c->head_dim,
+			 c->window, (double) c->softcap, c->rotary_dim);
+	/* what float16 can hold, so that only what is rotated on the way differs */
+	for (int64_t i = 0; i < N_ROWS * kv_size; i++)
+	{
+		k[i] = millm_f16_to_f32(millm_f32_to_f16(k[i]));
+		v[i] = millm_f16_to_f32(millm_f32_to_f16(v[i]));
+	}
+	for (int64_t i = 0; i < N_ROWS * (q_size + 2 * kv_size); i++)
+		qkv[i] = millm_f16_to_f32(millm_f32_to_f16(qkv[i]));
+	rig_init(&r, c->n_heads, c->n_kv_heads, c->head_dim);
+	if (c->rotary_dim > 0)
+	{
+		r.model.config.position = MILLM_POS_ROPE;
+		r.model.config.rotary_dim = c->rotary_dim;
+		r.model.config.rope_interleaved = c->interleaved;
+		r.model.config.rope = (MillmRope) {.inv_freq = inv_freq, .attention_factor = 1.1f};
+	}
+	r.model.config.alibi_slopes = c->has_alibi ? slopes : NULL;
+	r.model.config.alibi_rounded = c->alibi_rounded;
+	r.layer.q = table(q, q_size);
+	r.layer.k = table(k, kv_size);
+	r.layer.v = table(v, kv_size);
+	r.layer.qkv = table(qkv, q_size + 2 * kv_size);
+	r.layer.sinks = (MillmVector) {sinks, c->n_heads};
+	rig_open(&r, NULL);
+	{
+		MillmBuffer *bq[2],
+				   *bk[2],
+				   *bv[2],
+				   *bqkv[2],
+				   *by[2];
+		int			length = 0;
+
+		for (int i = 0; i < 2; i++)
+		{
+			bq[i] = buffer(&r, i, q_size);
+			bk[i] = buffer(&r, i, kv_size);
+			bv[i] = buffer(&r, i, kv_size);
+			bqkv[i] = buffer(&r, i, q_size + 2 * kv_size);
+			by[i] = buffer(&r, i, q_size);
+		}
+		for (int step = 0; step < STEPS; step++)
+		{
+			const int	n = step_rows[step] + (step == STEPS - 1);
+			int32_t		positions[N_ROWS],
+						planned[N_ROWS];
+			const int32_t *tables[N_ROWS];
+			const float *y[2];
+
+			for (int t = 0; t < n; t++)
+			{
+				const bool	is_other = step == STEPS - 1 && t == n - 1;
+
+				positions[t] = is_other ? 0 : length + t;
+				planned[t] = 64;
+				tables[t] = pages[is_other];
+			}
+			for (int i = 0; i < 2; i++)
+			{
+				MillmBackend *be = r.be[i];
+
+				be->begin(be, positions, planned, tables, n);
+				if (c->fused)
+				{
+					fill(&r, i, bqkv[i], &r.layer.qkv, n);
+					be->split_qkv(be, &a, bq[i], bk[i], bv[i], bqkv[i], n);
+				}
+				else
+				{
+					fill(&r, i, bq[i], &r.layer.q, n);
+					fill(&r, i, bk[i], &r.layer.k, n);
+					fill(&r, i, bv[i], &r.layer.v, n);
+				}
+				be->rope_and_store(be, &a, bq[i], bk[i], bv[i], n);
+				if (step == 1)
+					be->copy_page(be, 9, 11);
+				be->attention(be, &a, by[i], bq[i], n);
+				y[i] = be->buffer_read(be, by[i]);
+			}
+			assert_near(y[1], y[0], n * q_size, c->rotary_dim > 0 ? 3e-3 : 1e-5, what);
+			length += step_rows[step];
+			if (step == 1)
+				pages[0][2] = 9;	/* the copy is what is read from now on */
+		}
+	}
+	rig_close(&r);
+	free(q);
+	free(k);
+	free(v);
+	free(qkv);
+	free(sinks);
+	free(slopes);
+	free(inv_freq);
+}
+
+static void
+test_attention(void **state)
+{
+	static const Case cases[] = {
+		{4, 2, 8, 0, 0, false, false, false, 0, false, false}, {4, 1, 64, 0, 0, false, false, false, 64, false, false},
+		{3, 3, 33, 5, 0, false, false, false, 0, false, true}, {2, 1, 96, 17, 2.5f, true, false, false, 0, false, false},
+		{2, 2, 80, 0, 0, false, true, false, 0, false, true}, {4, 2, 128, 0, 30, false, true, true, 0, false, true},
+		{2, 1, 256, 16, 0, true, false, false, 0, false, false}, {2, 1, 64, 0, 0, false, false, false, 32, true, false},
+		{2, 2, 20, 0, 0, false, false, false, 6, false, false}, {1, 1, 300, 1, 0, false, false, false, 0, false, false},
+		{1, 1, 1024, 0, 0, true, false, false, 0, false, false}, {6, 2, 1, 0, 0, false, false, false, 0, false, false},
+	};
+
+	(void) state;
+	for (size_t i = 0; i < sizeof(cases) / sizeof(cases[0]); i++)
+		run_attention(&cases[i]);
+}
+
+/* ---- the rest ---- */
+
+/* Columns of the rows below: more than a block, and no multiple of anything. */
+#define WIDE 515
+
+static void
+run_rows(int backwards)
+{
+	static const MillmAct acts[] = {MILLM_ACT_SILU, MILLM_ACT_GELU_TANH, MILLM_ACT_GELU_ERF, MILLM_ACT_RELU};
+	const int	n = 5;
+	const int32_t rows[] = {3, 0, 4, 1, 2};
+	const float shares[] = {0.5f, -1, 2, 0, 1};
+	Rig			r;
+	float	   *x = floats(N_ROWS * WIDE, 0),
+			   *up = floats(N_ROWS * WIDE, 0),
+			   *pairs = floats(N_ROWS * 2 * WIDE, 0),
+			   *weight = floats(WIDE, 1),
+			   *bias = floats(WIDE, 0),
+			   *odd = floats(N_ROWS * 2, 0);
+	const float *y[2];
+	MillmVector none = {0};
+
+	for (int64_t i = 0; i < N_ROWS * 2 * WIDE; i++)
+		pairs[i] *= 10;			/* beyond the limits */
+	odd[2] = INFINITY;			/* in row 1 */
+	odd[5] = NAN;				/* in row 2 */
+	rig_init(&r, 1, 1, 8);
+	r.layer.q = table(x, WIDE);
+	r.layer.k = table(up, WIDE);
+	r.layer.v = table(pairs, 2 * WIDE);
+	r.layer.o = table(odd, 2);
+	r.layer.attn_norm = (MillmVector) {weight, WIDE};
+	r.layer.attn_norm_bias = (MillmVector) {bias, WIDE};
+	rig_open(&r, NULL);
+	millm_emulated.backwards = backwards;
+
+#define COMPARE(what, tolerance, operation) \
+	for (int i = 0; i < 2; i++) \
+	{ \
+		MillmBackend *be = r.be[i]; \
+		MillmBuffer *a = buffer(&r, i, WIDE), *b = buffer(&r, i, WIDE), *p = buffer(&r, i, 2 * WIDE); \
+\
+		fill(&r, i, a, &r.layer.q, n); \
+		fill(&r, i, b, &r.layer.k, n); \
+		fill(&r, i, p, &r.layer.v, n); \
+		operation; \
+		y[i] = be->buffer_read(be, a); \
+	} \
+	assert_near(y[1], y[0], n * WIDE, tolerance, what)
+
+	COMPARE("embed", 0, be->embed(be, a, &r.layer.k, rows, true, n));
+	COMPARE("RMS norm", 1e-6, be->norm(be, a, a, MILLM_NORM_RMS, &r.layer.attn_norm, &none, 1e-5f, 1, WIDE, n));
+	COMPARE("layer norm", 2e-6, be->norm(be, a, b, MILLM_NORM_LAYER, &r.layer.attn_norm, &r.layer.attn_norm_bias, 1e-5f, 1, WIDE, n));
+	COMPARE("layer norm without weights", 2e-6, be->norm(be, a, b, MILLM_NORM_LAYER, &none, &none, 1e-5f, 1, WIDE, n));
+	COMPARE("norm of parts, each its own weight", 2e-6, be->norm(be, a, b, MILLM_NORM_LAYER, &r.layer.attn_norm, &r.layer.attn_norm_bias, 1e-5f, 5, 103, n));
+	COMPARE("norm of parts, one weight", 1e-6,
+			be->norm(be, a, a, MILLM_NORM_RMS, &((MillmVector) {weight, 103}), &none, 1e-5f, 5, 103, n));
+	for (size_t i = 0; i < sizeof(acts) / sizeof(acts[0]); i++)
+	{
+		const MillmAct act = acts[i];
+
+		COMPARE("activation with up", 1e-6, be->activation(be, b, act, a, b, WIDE, n); be->select(be, a, b, rows, n));
+		COMPARE("activation", 1e-6, be->activation(be, a, act, a, NULL, WIDE, n));
+	}
+	COMPARE("activation of pairs", 1e-6, be->activation(be, a, MILLM_ACT_SWIGLU_PAIRS, p, NULL, WIDE, n));
+	COMPARE("add", 1e-6, be->add(be, a, b, 0.37f, n));
+	COMPARE("scale", 0, be->scale(be, a, -1.7f, n));
+	COMPARE("softcap", 1e-6, be->softcap(be, a, 0.4f, n));
+	COMPARE("add_rows", 1e-6, be->add_rows(be, a, b, rows, shares, n));
+	COMPARE("add_rows in place", 1e-6, be->add_rows(be, a, b, NULL, shares, n));
+	COMPARE("select", 0, be->select(be, a, b, rows, n));
+#undef COMPARE
+
+	/* pairs in place: y is x */
+	for (int i = 0; i < 2; i++)
+	{
+		MillmBuffer *p = buffer(&r, i, 2 * WIDE);
+
+		fill(&r, i, p, &r.layer.v, 1);
+		r.be[i]->activation(r.be[i], p, MILLM_ACT_SWIGLU_PAIRS, p, NULL, WIDE, 1);
+		y[i] = r.be[i]->buffer_read(r.be[i], p);
+	}
+	assert_near(y[1], y[0], WIDE, 1e-6, "activation of pairs in place");
+	for (int i = 0; i < 2; i++)
+	{
+		MillmBuffer *b = buffer(&r, i, 2);
+		const int32_t first[] = {0},
+					second[] = {1},
+					third[] = {2};
+
+		r.be[i]->embed(r.be[i], b, &r.layer.o, first, false, 1);
+		assert_true(r.be[i]->is_finite(r.be[i], b, 1));
+		r.be[i]->embed(r.be[i], b, &r.layer.o, second, false, 1);
+		assert_false(r.be[i]->is_finite(r.be[i], b, 1));
+		r.be[i]->embed(r.be[i], b, &r.layer.o, third, false, 1);
+		assert_false(r.be[i]->is_finite(r.be[i], b, 1));
+	}
+	millm_emulated.backwards = 0;
+	rig_close(&r);
+	free(x);
+	free(up);
+	free(pairs);
+	free(weight);
+	free(bias);
+	free(odd);
+}
+
+static void
+test_rows(void **state)
+{
+	(void) state;
+	run_rows(0);
+}
+
+/* The same with the turns of a block's threads reversed: who reads what another is to write first, or writes where another does, is found. */
+static void
+test_backwards(void **state)
+{
+	(void) state;
+	run_rows(1);
+	millm_emulated.backwards = 1;
+	test_attention(state);
+	for (int i = 0; i < N_SHAPES; i++)
+	{
+		run_matmul(&shapes[i], NULL, false, 65, true, true);
+		run_matmul(&shapes[i], NULL, false, 3, true, true);
+	}
+	millm_emulated.backwards = 0;
+}
+
+/* ---- trouble ---- */
+
+static void
+small_model(Rig *r, Stored *s, float **values)
+{
+	rig_init(r, 2, 1, 64);
+	store(s, &shapes[12]);
+	*values = floats(N_ROWS * 64, 0);
+	r->layer.q = s->w;
+	r->layer.k = table(*values, 64);
+	r->options.kernels = NULL;
+}
+
+/* Memory that runs out at any allocation is an error with figures, and leaves the device as it was. */
+static void
+test_out_of_memory(void **state)
+{
+	Rig			r;
+	Stored		s;
+	float	   *values;
+	MillmError	err;
+	MillmCode	rc;
+	int			n = 0;
+
+	(void) state;
+	small_model(&r, &s, &values);
+	millm_cuda_set_host(&host);
+	do
+	{
+		const size_t used = millm_emulated.used_bytes;
+
+		millm_emulated.allocations_left = n++;
+		rc = millm_cuda_create(&r.model, &r.options, &r.be[1], &err);
+		millm_emulated.allocations_left = -1;
+		if (rc != MILLM_OK)
+		{
+			assert_int_equal(rc, MILLM_E_INSUFFICIENT_MEMORY);
+			assert_non_null(strstr(err.detail, "Need "));
+			assert_int_equal(millm_emulated.used_bytes, used);
+			assert_int_equal(millm_emulated.n_allocations, r.n_alive);
+		}
+	} while (rc != MILLM_OK);
+	assert_true(n > 4);
+	for (int i = 0; i < 3; i++)
+	{
+		MillmBuffer *b;
+
+		millm_emulated.allocations_left = 0;
+		assert_int_equal(r.be[1]->buffer_create(r.be[1], N_ROWS, 100, &b, &err), MILLM_E_INSUFFICIENT_MEMORY);
+		millm_emulated.allocations_left = -1;
+	}
+	r.be[1]->free(r.be[1]);
+	assert_int_equal(millm_emulated.n_allocations, r.n_alive);
+	discard(&s);
+	free(values);
+}
+
+/* What is predicted is what is taken. */
+static void
+test_prediction(void **state)
+{
+	Rig			r;
+	Stored		s;
+	float	   *values;
+	MillmBuffer *b;
+	MillmError	err;
+	size_t		before;
+	int64_t		predicted;
+
+	(void) state;
+	small_model(&r, &s, &values);
+	millm_cuda_set_host(&host);
+	before = millm_emulated.used_bytes;
+	assert_int_equal(millm_cuda_create(&r.model, &r.options, &r.be[1], &err), MILLM_OK);
+	assert_int_equal(r.be[1]->buffer_create(r.be[1], N_ROWS, 100, &b, &err), MILLM_OK);
+	predicted = millm_cuda_weights_bytes(&r.model) + millm_cuda_page_bytes(&r.model, NULL, 1) * r.options.n_pages + millm_cuda_buffer_bytes(N_ROWS, 100) +
+		millm_cuda_own_bytes(&r.model, N_ROWS, r.options.n_pages);
+	assert_true(fabs((double) (millm_emulated.used_bytes - before) / (double) predicted - 1) < 0.05);
+	r.be[1]->free(r.be[1]);
+	assert_int_equal(millm_emulated.used_bytes, before);
+	discard(&s);
+	free(values);
+}
+
+static void
+test_refused_options(void **state)
+{
+	Rig			r;
+	Stored		s;
+	float	   *values;
+	MillmError	err;
+
+	(void) state;
+	small_model(&r, &s, &values);
+	r.options.kernels = "avx2";
+	assert_int_equal(millm_cuda_create(&r.model, &r.options, &r.be[1], &err), MILLM_E_INVALID_ARGUMENT);
+	assert_non_null(strstr(err.message, "avx2"));
+	assert_int_equal(millm_cuda_page_bytes(&r.model, "avx2", 1), -1);
+	r.options.kernels = NULL;
+	r.options.max_tokens = 65536;
+	assert_int_equal(millm_cuda_create(&r.model, &r.options, &r.be[1], &err), MILLM_E_INVALID_ARGUMENT);
+	r.options.max_tokens = N_ROWS;
+	r.options.n_pages = INT64_MAX / 2;
+	assert_int_equal(millm_cuda_create(&r.model, &r.options, &r.be[1], &err), MILLM_E_INVALID_ARGUMENT);
+	assert_int_equal(millm_emulated.n_allocations, r.n_alive);
+	discard(&s);
+	free(values);
+}
+
+/* A device that fails at any call while the backend is made is an error; after that it is the host's fault(), with call and reason. */
+static void
+test_device_fails(void **state)
+{
+	Rig			r;
+	Stored		s;
+	float	   *values;
+	MillmError	err;
+	MillmCode	rc;
+	int			n = 0;
+
+	(void) state;
+	small_model(&r, &s, &values);
+	millm_cuda_set_host(&host);
+	do
+	{
+		millm_emulated.calls_left = n++;
+		rc = millm_cuda_create(&r.model, &r.options, &r.be[1], &err);
+		millm_emulated.calls_left = -1;
+		if (rc != MILLM_OK)
+		{
+			assert_int_equal(rc, MILLM_E_INTERNAL);
+			assert_non_null(strstr(err.detail, "cudaErrorIllegalAddress"));
+			assert_int_equal(millm_emulated.n_allocations, r.n_alive);
+		}
+	} while (rc != MILLM_OK);
+	assert_true(n > 8);
+
+	for (int calls = 0; calls < 6; calls++)
+	{
+		int			said[2],
+					status;
+		char		text[1024];
+		ssize_t		len;
+		pid_t		child;
+
+		assert_int_equal(pipe(said), 0);
+		if ((child = fork()) == 0)
+		{
+			const int32_t row = 0;
+			MillmBuffer *b = buffer(&r, 1, 64);
+
+			dup2(said[1], STDERR_FILENO);
+			millm_emulated.calls_left = calls;
+			for (;;)
+			{
+				r.be[1]->embed(r.be[1], b, &r.layer.k, &row, false, 1);
+				r.be[1]->is_finite(r.be[1], b, 1);
+			}
+		}
+		close(said[1]);
+		assert_true((len = read(said[0], text, sizeof(text) - 1)) > 0);
+		text[len] = '\0';
+		close(said[0]);
+		assert_int_equal(waitpid(child, &status, 0), child);
+		assert_true(WIFEXITED(status) && WEXITSTATUS(status) == FAULT_STATUS);
+		assert_non_null(strstr(text, "the CUDA device has failed: an illegal memory access was encountered | cudaErrorIllegalAddress, seen at "));
+	}
+	r.be[1]->free(r.be[1]);
+	discard(&s);
+	free(values);
+}
+
+int
+main(void)
+{
+	const struct CMUnitTest tests[] = {
+		cmocka_unit_test(test_matmul), cmocka_unit_test(test_matmul_others), cmocka_unit_test(test_company), cmocka_unit_test(test_attention),
+		cmocka_unit_test(test_rows), cmocka_unit_test(test_backwards), cmocka_unit_test(test_out_of_memory), cmocka_unit_test(test_prediction),
+		cmocka_unit_test(test_refused_options), cmocka_unit_test(test_device_fails),
+	};
+
+	return cmocka_run_group_tests(tests, NULL, NULL);
+}
