@@ -135,7 +135,7 @@ $(BUILD)/cuda/error.o: src/base/error.c
 # ptxas tells registers and spills of each kernel: `make cuda-report`
 $(BUILD)/cuda/kernels.o: cuda/kernels.cu
 	@mkdir -p $(@D) && echo "  NVCC $< ($(CUDA_ARCHS))"
-	$(Q)$(NVCC) -std=c++17 -O3 -lineinfo $(CUDA_TARGETS) -Isrc/base -Isrc/model -Icuda -Xcompiler -fPIC,-fvisibility=hidden,-Wall,-Wextra \
+	$(Q)$(NVCC) -std=c++17 -O3 -lineinfo $(CUDA_TARGETS) -Isrc/base -Isrc/model -Icuda -Xcompiler -fPIC,-fvisibility=hidden,-fno-exceptions,-fno-threadsafe-statics,-Wall,-Wextra \
 		-Xptxas -v -MMD -MP -MF $(@:.o=.d) -c -o $@ $< 2>$(BUILD)/cuda/ptxas || { cat $(BUILD)/cuda/ptxas; false; }
 	@! grep -E 'warning|error' $(BUILD)/cuda/ptxas
 $(BUILD)/libmillm_cuda.so: $(CUDA_C:%=$(BUILD)/cuda/%.o) $(BUILD)/cuda/error.o $(BUILD)/cuda/kernels.o

@@ -104,7 +104,7 @@ open_module(const char *directory, const MillmCudaModule **out, MillmError *err)
 static MillmCode
 use_cuda(int ordinal, const char *directory, MillmDevice *out, MillmError *err)
 {
-	const MillmCudaModule *module;
+	const MillmCudaModule *module = NULL;
 	char		title[192];
 	MillmCode	rc = open_module(directory, &module, err);
 
