@@ -87,11 +87,10 @@ typedef struct Header
 	int32_t		unknown_id;
 	uint8_t		is_bpe;
 	uint8_t		has_chat_template;
-	uint8_t		is_byte_level;
 	uint8_t		ignore_merges;
 	uint8_t		byte_fallback;
 	uint8_t		fuse_unknown;
-	uint8_t		zero[6];		/* the hash sees them */
+	uint8_t		zero[7];		/* the hash sees them */
 } Header;
 
 #define HASH_FROM (offsetof(Header, hash) + sizeof(uint64_t))
@@ -169,7 +168,6 @@ millm_image_make(const MillmTokenizer *tok, const FilesKey *key, Bytes *out)
 		.unknown_id = tok->is_bpe ? bpe->unknown_id : lexicon->unknown_id,
 		.is_bpe = tok->is_bpe,
 		.has_chat_template = tok->has_chat_template,
-		.is_byte_level = bpe->is_byte_level,
 		.ignore_merges = bpe->ignore_merges,
 		.byte_fallback = tok->is_bpe ? bpe->byte_fallback : lexicon->byte_fallback,
 		.fuse_unknown = bpe->fuse_unknown,
@@ -294,7 +292,7 @@ adopt(MillmTokenizer *tok, const Header *h, const char *image, const size_t at[N
 		return false;
 	if (tok->is_bpe)
 	{
-		bpe->is_byte_level = h->is_byte_level != 0;
+		bpe->is_byte_level = is_byte_level;
 		bpe->ignore_merges = h->ignore_merges != 0;
 		bpe->byte_fallback = h->byte_fallback != 0;
 		bpe->fuse_unknown = h->fuse_unknown != 0;
@@ -304,9 +302,8 @@ adopt(MillmTokenizer *tok, const Header *h, const char *image, const size_t at[N
 		bpe->prefix_n = h->n[TABLE_PREFIX];
 		bpe->suffix = h->n[TABLE_SUFFIX] > 0 ? table[TABLE_SUFFIX] : NULL;
 		bpe->suffix_n = h->n[TABLE_SUFFIX];
-		return bpe->is_byte_level == is_byte_level &&
-			millm_map_adopt(&bpe->pieces, table[TABLE_PIECES], h->n[TABLE_PIECES], table[TABLE_PIECE_SLOTS],
-							h->n[TABLE_PIECE_SLOTS], n_ids) &&
+		return millm_map_adopt(&bpe->pieces, table[TABLE_PIECES], h->n[TABLE_PIECES], table[TABLE_PIECE_SLOTS],
+							   h->n[TABLE_PIECE_SLOTS], n_ids) &&
 			millm_bpe_adopt_merges(bpe, table[TABLE_MERGES], h->n[TABLE_MERGES], n_ids);
 	}
 	lexicon->kind = (LexiconKind) h->kind;

@@ -21,7 +21,7 @@
 #include "loader.h"
 
 #define MAX_FILE_BYTES (INT64_C(256) << 20)
-#define MIN_IMAGE_BYTES (4 << 20)	/* of a tokenizer's files that are worth an image: smaller ones are read in 20 ms */
+#define MIN_IMAGE_BYTES (4 << 20)	/* of a tokenizer's files that are worth an image: smaller ones are read in some tens of ms */
 
 static const char *const file_names[N_TOKENIZER_FILES] = {
 	[FILE_TOKENIZER] = "tokenizer.json",

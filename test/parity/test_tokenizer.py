@@ -4,13 +4,17 @@ import json
 import os
 import random
 import struct
+import sys
 import time
 
 import pytest
-from conftest import FIXTURES, SMOLLM2
+from conftest import FIXTURES, ROOT, SMOLLM2
 from tokenizers import AddedToken, Tokenizer, pre_tokenizers
 import tokenizer_cases as cases
 from tokenizer_cases import Ours
+
+sys.path.insert(0, str(ROOT / "test/fixture"))
+from unigram_tokenizers import fields  # noqa: E402
 
 # These see the whole corpus and every code point beside others; the rest, which share their code, see a sample.
 THOROUGH = ["smollm2", "gpt2", "llama3"]
@@ -205,16 +209,14 @@ def test_config_over_tokenizer(tmp_path):
         assert ours.decode([pad], "K") == ""
 
 
-PUBLISHED = ["qwen3", "llama3.1", "deepseek-v3", "mistral", "gpt-oss", "gemma3", "minilm"]
-
-
-LARGE = ["qwen3", "llama3.1", "deepseek-v3", "gpt-oss", "gemma3"]  # that compiling pays for
+PUBLISHED = {"gemma3": FIXTURES / "gemma-3-270m", "xlm-roberta": FIXTURES / "unigram/xlm-roberta",
+             **{name: FIXTURES / "tokenizers" / name for name in ("qwen3", "llama3.1", "deepseek-v3", "mistral", "gpt-oss", "minilm")}}
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_published(name, tmp_path):
     """Tokenizers as their authors published them, the large ones compiled too.  MILLM_TOKENIZER_BYTES: so much text of many languages too, and all of the corpus."""
-    directory = FIXTURES / "gemma-3-270m" if name == "gemma3" else FIXTURES / "tokenizers" / name
+    directory = PUBLISHED[name]
     much = int(os.environ.get("MILLM_TOKENIZER_BYTES", 0))
     assert directory.is_dir(), "run test/fixture/make"
     genuine = cases.Tokenizer.from_file(str(directory / "tokenizer.json"))
@@ -229,7 +231,8 @@ def test_published(name, tmp_path):
     specials = [t.content for t in genuine.get_added_tokens_decoder().values()][:200]
     rng = random.Random(name)
     texts += ["".join(rng.choice(specials + cases.AWKWARD) for _ in range(rng.randint(1, 12))) for _ in range(500)]
-    for where in [directory] + ([cases.compile_in(tmp_path / name, directory)] if name in LARGE else []):
+    is_large = (directory / "tokenizer.json").stat().st_size > 4 << 20
+    for where in [directory] + ([cases.compile_in(tmp_path / name, directory)] if is_large else []):
         with Ours(where) as ours:
             assert cases.differences(ours, genuine, texts) == []
             for text in texts[::7]:
@@ -322,6 +325,27 @@ def test_sentencepiece_unigram(tmp_path):
     (tmp_path / "tokenizer.model").write_bytes(model)
     with Ours(tmp_path) as ours:
         assert cases.differences(ours, genuine, legacy_texts()) == []
+
+
+def test_published_sentencepiece():
+    """The model of SentencePiece's own tests."""
+    directory = FIXTURES / "unigram/botchan"
+    assert directory.is_dir(), "run test/fixture/make"
+    messages = list(fields((directory / "tokenizer.model").read_bytes()))
+    pieces = [dict(fields(m)) for number, m in messages if number == 1]
+    charsmap = dict(fields(dict(messages)[3]))[2]
+    vocab = [(p[1].decode(), struct.unpack("<f", p[2])[0]) for p in pieces]
+    assert len(vocab) == 1000 and len(charsmap) > 200_000
+    data = json.loads(cases.make("unigram").to_str())
+    data["normalizer"]["normalizers"][0]["precompiled_charsmap"] = cases.base64.b64encode(charsmap).decode()
+    data["post_processor"], data["pre_tokenizer"] = None, cases.METASPACE
+    data["added_tokens"] = [{"id": i, "content": p[1].decode(), "single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
+                            for i, p in enumerate(pieces) if p.get(3, 1) in (2, 3)]
+    data["model"] = {"type": "Unigram", "unk_id": 0, "vocab": vocab, "byte_fallback": False}
+    genuine = cases.Tokenizer.from_str(json.dumps(data))
+    texts = legacy_texts() + list(cases.neighbour_texts())[::20] + [t for _, t in cases.translations(200_000)]
+    with Ours(directory) as ours:
+        assert cases.differences(ours, genuine, texts) == []
 
 
 def test_transformers_agrees():

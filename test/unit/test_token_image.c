@@ -193,9 +193,13 @@ use(const MillmTokenizer *tok)
 		MillmIds	ids = {0};
 		char	   *decoded;
 
-		if (millm_encode(tok, texts[t], strlen(texts[t]), (MillmEncodeOptions) {true, true, NULL}, 0, &ids, &err) == MILLM_OK &&
-			millm_decode(tok, ids.ids, ids.n, false, &decoded, &n, &err) == MILLM_OK)
-			free(decoded);
+		if (millm_encode(tok, texts[t], strlen(texts[t]), (MillmEncodeOptions) {true, true, NULL}, 0, &ids, &err) == MILLM_OK)
+		{
+			for (size_t i = 0; i < ids.n; i++)
+				assert_in_range(ids.ids[i], 0, millm_tokenizer_n_ids(tok) - 1);
+			if (millm_decode(tok, ids.ids, ids.n, false, &decoded, &n, &err) == MILLM_OK)
+				free(decoded);
+		}
 		millm_ids_free(&ids);
 	}
 	for (int id = 0; id < millm_tokenizer_n_ids(tok) && detok; id++)
@@ -258,6 +262,74 @@ test_hostile(void **state)
 		free(good);
 		free(data);
 	}
+}
+
+/* Tables that small images hardly come to by a few changed bytes: full ones, odd sizes, what ends one byte behind the end. */
+static void
+test_tables(void **state)
+{
+	char		keys[] = "ab";
+	StringMapSlot slots[4] = {{.value = 1, .key = {0, 2}}, {.value = 0, .key = {2, 0}}, {.value = -1}, {.value = -1}};
+	Merge		merges[4] = {{.key = 1, .id = 1}, {.key = UINT64_MAX}, {.key = UINT64_MAX}, {.key = UINT64_MAX, .id = 7}};
+	TrieEdge	edges[4] = {{'a', 1}, {'b', 2}, {0}, {0}};
+	int32_t		ids[3] = {-1, 0, 1};
+	double		scores[2] = {-1, -2};
+	const Lexicon good = {.kind = LEXICON_UNIGRAM, .unknown_id = 1, .edges = edges, .n_edge_slots = 4, .n_nodes = 3, .ids = ids, .scores = scores,
+		.n_scores = 2, .continuing = 2};
+	Lexicon		lexicon = good;
+	StringMap	map = {0};
+	Bpe			bpe = {0};
+
+	(void) state;
+	assert_true(millm_map_adopt(&map, keys, 2, slots, 4, 2));
+	assert_int_equal(map.n, 2);
+	assert_true(millm_map_adopt(&map, keys, 2, slots, 0, 2));
+	assert_false(millm_map_adopt(&map, keys, 2, slots, 4, 1));	/* a value */
+	assert_false(millm_map_adopt(&map, keys, 1, slots, 4, 2));	/* a key */
+	assert_false(millm_map_adopt(&map, keys, 2, slots, 3, 2));
+	assert_false(millm_map_adopt(&map, keys, 2, slots, 2, 2));	/* no free slot */
+	slots[0].key = (Span) {3, 0};
+	assert_false(millm_map_adopt(&map, keys, 2, slots, 4, 2));
+	slots[0].key = (Span) {1, UINT32_MAX};
+	assert_false(millm_map_adopt(&map, keys, 2, slots, 4, 2));
+
+	assert_true(millm_bpe_adopt_merges(&bpe, merges, 4, 2));
+	assert_int_equal(bpe.n_merges, 1);
+	assert_true(millm_bpe_adopt_merges(&bpe, merges, 0, 2));
+	assert_false(millm_bpe_adopt_merges(&bpe, merges, 4, 1));
+	assert_false(millm_bpe_adopt_merges(&bpe, merges, 3, 2));
+	assert_false(millm_bpe_adopt_merges(&bpe, merges, 1, 2));
+	merges[0].id = -1;
+	assert_false(millm_bpe_adopt_merges(&bpe, merges, 4, 2));
+
+	assert_true(millm_lexicon_is_sound(&lexicon, 2));
+	lexicon.continuing = NO_NODE;
+	assert_true(millm_lexicon_is_sound(&lexicon, 2));
+	lexicon.continuing = 3;
+	assert_false(millm_lexicon_is_sound(&lexicon, 2));
+	lexicon = good;
+	lexicon.n_nodes = 2;		/* an edge leads out of it */
+	assert_false(millm_lexicon_is_sound(&lexicon, 2));
+	lexicon.n_nodes = 0;
+	assert_false(millm_lexicon_is_sound(&lexicon, 2));
+	lexicon = good;
+	lexicon.n_scores = 1;		/* a piece without a score */
+	assert_false(millm_lexicon_is_sound(&lexicon, 2));
+	lexicon.kind = LEXICON_WORDLEVEL;	/* which needs none */
+	assert_true(millm_lexicon_is_sound(&lexicon, 2));
+	assert_false(millm_lexicon_is_sound(&lexicon, 1));
+	lexicon = good;
+	lexicon.unknown_id = 2;
+	assert_false(millm_lexicon_is_sound(&lexicon, 2));
+	lexicon.unknown_id = -2;
+	assert_false(millm_lexicon_is_sound(&lexicon, 2));
+	lexicon = good;
+	lexicon.n_edge_slots = 3;
+	assert_false(millm_lexicon_is_sound(&lexicon, 2));
+	lexicon.n_edge_slots = 2;
+	assert_false(millm_lexicon_is_sound(&lexicon, 2));
+	lexicon.n_edge_slots = 0;
+	assert_false(millm_lexicon_is_sound(&lexicon, 2));
 }
 
 /* ---- in a directory ---- */
@@ -363,7 +435,7 @@ main(void)
 {
 	const struct CMUnitTest tests[] = {
 		cmocka_unit_test(test_same), cmocka_unit_test(test_key), cmocka_unit_test(test_damage), cmocka_unit_test(test_hostile),
-		cmocka_unit_test(test_directory),
+		cmocka_unit_test(test_tables), cmocka_unit_test(test_directory),
 	};
 
 	return cmocka_run_group_tests(tests, NULL, NULL);
