@@ -377,10 +377,12 @@ add_branch(MillmForward *fw, const MillmWeight *w, const MillmVector *bias, cons
 static MillmBuffer *
 normed(MillmForward *fw, const MillmVector *weight, const MillmVector *bias, int n)
 {
+	MillmBuffer *y = fw->model->config.residual_normed ? fw->x : fw->h;
+
 	if (!weight->data || fw->model->config.norm_after)
 		return fw->x;
-	norm(fw, fw->h, fw->x, weight, bias, n);
-	return fw->h;
+	norm(fw, y, fw->x, weight, bias, n);
+	return y;
 }
 
 /* up = act(gate(in)) * up(in), or act(up(in)) */

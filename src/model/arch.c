@@ -52,7 +52,7 @@
 #define STABLELM \
 	.model_type = "stablelm", LLAMA_SIZES, .n_kv_heads = {"num_key_value_heads"}, .norm_eps = {"layer_norm_eps"}, .act = {"hidden_act"}, \
 	.default_norm_eps = 1e-5, .default_rope_theta = 10000.0, .rotary_part = {"partial_rotary_factor", "rope_pct"}, .default_rotary_part = 0.25, \
-	.default_max_positions = 4096, .default_act = "silu", \
+	.default_n_kv_heads = 32, .default_max_positions = 4096, .default_act = "silu", \
 	.norm = MILLM_NORM_LAYER, .norm_bias = true, .position = MILLM_POS_ROPE, .mlp_gated = true, .qkv_bias = {.key = "use_qkv_bias"}, \
 	.head_norms = {.key = "qk_layernorm"}, .head_norm_kind = MILLM_HEAD_NORMS_OWN, \
 	.q_norm = "layers.{i}.self_attn.q_layernorm.norms.{h}", .k_norm = "layers.{i}.self_attn.k_layernorm.norms.{h}", \
@@ -69,7 +69,7 @@
 	.project_in = "project_in", .project_out = "project_out", \
 	.attn_norm = "layers.{i}.self_attn_layer_norm", .mlp_norm = "layers.{i}.final_layer_norm", LLAMA_QKV, \
 	.o = "layers.{i}.self_attn.out_proj", .up = "layers.{i}.fc1", .down = "layers.{i}.fc2", \
-	.ignored = {"decoder.version"}, .required = "layer_norm_elementwise_affine"
+	.ignored = {"decoder.version"}, .norm_switch = "layer_norm_elementwise_affine"
 
 #define FALCON \
 	.model_type = "falcon", .hidden_size = {"n_embed", "hidden_size"}, .intermediate_size = {"ffn_hidden_size"}, .n_layers = {"num_hidden_layers", "n_layer"}, \
@@ -112,7 +112,7 @@ static const MillmArch archs[] = {
 		.attn_norm = "h.{i}.input_layernorm", .mlp_norm = "h.{i}.post_attention_layernorm",
 		.grouped_qkv = "h.{i}.self_attention.query_key_value", .o = "h.{i}.self_attention.dense",
 		.up = "h.{i}.mlp.dense_h_to_4h", .down = "h.{i}.mlp.dense_4h_to_h",
-		.refused = {"apply_residual_connection_post_layernorm"},
+		.residual_normed_key = "apply_residual_connection_post_layernorm",
 	},
 	{
 		/* Command R, R+, Aya: attention and MLP read one LayerNorm, which has no bias; interleaved rope */
@@ -148,7 +148,7 @@ static const MillmArch archs[] = {
 		/* GLM-4 0414: norms before and after, under names of its own; interleaved rope of half a head */
 		.model_type = "glm4",
 		LLAMA_KEYS, LLAMA_BLOCK, LLAMA_NAMES, LLAMA_QKV, LLAMA_MLP_NORM, .act = {"hidden_act"},
-		.default_norm_eps = 1.5625e-7, .default_rope_theta = 10000.0, .default_rotary_part = 0.5, .default_max_positions = 131072, .default_act = "silu",
+		.default_norm_eps = 1.5625e-7, .default_rope_theta = 10000.0, .default_rotary_part = 0.5, .default_n_kv_heads = 2, .default_max_positions = 131072, .default_act = "silu",
 		.default_head_dim = 128, .rope_interleaved = true, .qkv_bias = {.by_default = true, .key = "attention_bias"},
 		.attn_post_norm = "layers.{i}.post_self_attn_layernorm", .mlp_post_norm = "layers.{i}.post_mlp_layernorm",
 		.gate_up = "layers.{i}.mlp.gate_up_proj",
@@ -166,7 +166,7 @@ static const MillmArch archs[] = {
 		/* gpt-oss 20B, 120B: sinks, every other layer slides, experts of pairs in MXFP4 */
 		.model_type = "gpt_oss",
 		LLAMA_KEYS, LLAMA_BLOCK, LLAMA_NAMES, LLAMA_QKV, LLAMA_MLP_NORM, .act = {"hidden_act"},
-		.default_norm_eps = 1e-5, .default_rope_theta = 150000.0, .rope_is_scaled = true, .default_max_positions = 131072, .default_act = "silu", .default_head_dim = 64,
+		.default_norm_eps = 1e-5, .default_rope_theta = 150000.0, .rope_is_scaled = true, .default_n_kv_heads = 8, .default_max_positions = 131072, .default_act = "silu", .default_head_dim = 64,
 		.qkv_bias = {.by_default = true}, .o_bias = {.by_default = true}, .sinks = "layers.{i}.self_attn.sinks",
 		.sliding = {.possible = true, .default_window = 128, .default_every = 2},
 		.mixture = {.possible = true, .default_n = 128, .default_chosen = 4, .router = "layers.{i}.mlp.router", .router_bias = true,
@@ -176,13 +176,13 @@ static const MillmArch archs[] = {
 		/* Gemma: old files say "gelu" and mean its approximation */
 		.model_type = "gemma",
 		LLAMA_KEYS, GEMMA_BLOCK, LLAMA_NAMES, LLAMA_QKV, LLAMA_MLP_NORM, LLAMA_GATE_UP, .act = {"hidden_activation", "hidden_act"},
-		.default_rope_theta = 10000.0, .default_max_positions = 8192, .legacy_gelu_is_tanh = true,
+		.default_rope_theta = 10000.0, .default_n_kv_heads = 16, .default_max_positions = 8192, .legacy_gelu_is_tanh = true,
 	},
 	{
 		/* Gemma 2: norms before and after, softcaps, every other layer slides */
 		.model_type = "gemma2",
 		LLAMA_KEYS, GEMMA_BLOCK, LLAMA_NAMES, LLAMA_QKV, SANDWICH_NORMS, LLAMA_GATE_UP, .act = {"hidden_activation"},
-		.default_rope_theta = 10000.0, .default_max_positions = 8192,
+		.default_rope_theta = 10000.0, .default_n_kv_heads = 4, .default_max_positions = 8192,
 		.scale_key = "query_pre_attn_scalar", .default_scale_key = 256,
 		.attention_softcap_key = "attn_logit_softcapping", .default_attention_softcap = 50,
 		.logit_softcap_key = "final_logit_softcapping", .default_logit_softcap = 30,
@@ -192,7 +192,7 @@ static const MillmArch archs[] = {
 		/* Gemma 3's text model: norms of the heads, five layers of six slide and rotate faster.  transformers reads the softcap of scores, and ignores it */
 		.model_type = "gemma3_text",
 		LLAMA_KEYS, GEMMA_BLOCK, LLAMA_NAMES, LLAMA_QKV, SANDWICH_NORMS, LLAMA_GATE_UP, HEAD_NORMS, .act = {"hidden_activation"},
-		.default_rope_theta = 1000000.0, .local_theta_key = "rope_local_base_freq", .default_local_theta = 10000.0, .default_max_positions = 131072,
+		.default_rope_theta = 1000000.0, .local_theta_key = "rope_local_base_freq", .default_local_theta = 10000.0, .default_n_kv_heads = 4, .default_max_positions = 131072,
 		.scale_key = "query_pre_attn_scalar", .default_scale_key = 256, .logit_softcap_key = "final_logit_softcapping",
 		.sliding = {.possible = true, .default_window = 4096, .every_key = {"sliding_window_pattern", "_sliding_window_pattern"}, .default_every = 6},
 		.refused = {"attn_logit_softcapping"},
@@ -215,14 +215,14 @@ static const MillmArch archs[] = {
 		/* Mistral 7B, Nemo, Small: a window in all layers, or in none */
 		.model_type = "mistral",
 		LLAMA_KEYS, LLAMA_BLOCK, LLAMA_NAMES, LLAMA_QKV, LLAMA_MLP_NORM, LLAMA_GATE_UP, .act = {"hidden_act"},
-		.default_norm_eps = 1e-6, .default_rope_theta = 10000.0, .default_max_positions = 131072, .default_act = "silu",
+		.default_norm_eps = 1e-6, .default_rope_theta = 10000.0, .default_n_kv_heads = 8, .default_max_positions = 131072, .default_act = "silu",
 		.sliding = {.possible = true, .default_window = 4096},
 	},
 	{
 		/* Mixtral 8x7B, 8x22B: of the intermediate size are its experts */
 		.model_type = "mixtral",
 		LLAMA_KEYS, LLAMA_BLOCK, LLAMA_NAMES, LLAMA_QKV, LLAMA_MLP_NORM, .act = {"hidden_act"},
-		.default_norm_eps = 1e-5, .default_rope_theta = 1000000.0, .default_max_positions = 131072, .default_act = "silu",
+		.default_norm_eps = 1e-5, .default_rope_theta = 1000000.0, .default_n_kv_heads = 8, .default_max_positions = 131072, .default_act = "silu",
 		.sliding = {.possible = true},
 		.mixture = {.possible = true, .default_n = 8, .default_chosen = 2, .router = "layers.{i}.block_sparse_moe.gate",
 			.gate = "layers.{i}.block_sparse_moe.{e}.w1", .up = "layers.{i}.block_sparse_moe.{e}.w3", .down = "layers.{i}.block_sparse_moe.{e}.w2"},
@@ -272,31 +272,32 @@ static const MillmArch archs[] = {
 		/* Qwen1.5, 2, 2.5, R1-Distill-Qwen: biases on q, k, v and nowhere else */
 		.model_type = "qwen2",
 		LLAMA_KEYS, LLAMA_BLOCK, LLAMA_NAMES, LLAMA_QKV, LLAMA_MLP_NORM, LLAMA_GATE_UP, .act = {"hidden_act"},
-		.default_norm_eps = 1e-6, .default_rope_theta = 10000.0, .default_max_positions = 32768, .default_act = "silu",
+		.default_norm_eps = 1e-6, .default_rope_theta = 10000.0, .default_n_kv_heads = 32, .default_max_positions = 32768, .default_act = "silu",
 		.qkv_bias = {.by_default = true}, QWEN_SLIDING,
 	},
 	{
-		/* Qwen1.5-MoE, Qwen2-57B-A14B: a shared expert.  What slides when is not the same in all versions of transformers; no published model does */
+		/* Qwen1.5-MoE, Qwen2-57B-A14B: a shared expert.  All layers slide, or none, as transformers 4 has it; 5 has another rule, and writes layer_types */
 		.model_type = "qwen2_moe",
 		LLAMA_KEYS, LLAMA_BLOCK, LLAMA_NAMES, LLAMA_QKV, LLAMA_MLP_NORM, LLAMA_GATE_UP, .act = {"hidden_act"},
-		.default_norm_eps = 1e-6, .default_rope_theta = 10000.0, .default_max_positions = 32768, .default_act = "silu",
+		.default_norm_eps = 1e-6, .default_rope_theta = 10000.0, .default_n_kv_heads = 16, .default_max_positions = 32768, .default_act = "silu",
 		.qkv_bias = {.by_default = true, .key = "qkv_bias"},
 		.mixture = {QWEN_MIXTURE(60, 4, 1408), .shared_size_key = "shared_expert_intermediate_size", .default_shared_size = 5632,
 			.shared_router = "layers.{i}.mlp.shared_expert_gate"},
-		.refused = {"use_sliding_window", "mlp_layer_types"},
+		.sliding = {.possible = true, .default_window = 4096, .switch_key = "use_sliding_window"},
+		.refused = {"mlp_layer_types"},
 	},
 	{
 		/* Qwen3: norms of the heads of q and k */
 		.model_type = "qwen3",
 		LLAMA_KEYS, LLAMA_BLOCK, LLAMA_NAMES, LLAMA_QKV, LLAMA_MLP_NORM, LLAMA_GATE_UP, .act = {"hidden_act"},
-		.default_norm_eps = 1e-6, .default_rope_theta = 10000.0, .default_max_positions = 32768, .default_act = "silu", .default_head_dim = 128,
+		.default_norm_eps = 1e-6, .default_rope_theta = 10000.0, .default_n_kv_heads = 32, .default_max_positions = 32768, .default_act = "silu", .default_head_dim = 128,
 		.qkv_bias = {.key = "attention_bias"}, .o_bias = {.key = "attention_bias"}, QWEN_SLIDING, HEAD_NORMS,
 	},
 	{
 		/* Qwen3-30B-A3B, 235B-A22B, Qwen3-Coder: all layers slide, or none */
 		.model_type = "qwen3_moe",
 		LLAMA_KEYS, LLAMA_BLOCK, LLAMA_NAMES, LLAMA_QKV, LLAMA_MLP_NORM, LLAMA_GATE_UP, HEAD_NORMS, .act = {"hidden_act"},
-		.default_norm_eps = 1e-6, .default_rope_theta = 10000.0, .default_max_positions = 32768, .default_act = "silu",
+		.default_norm_eps = 1e-6, .default_rope_theta = 10000.0, .default_n_kv_heads = 4, .default_max_positions = 32768, .default_act = "silu",
 		.qkv_bias = {.key = "attention_bias"}, .o_bias = {.key = "attention_bias"},
 		.sliding = {.possible = true, .default_window = 4096, .switch_key = "use_sliding_window"},
 		.mixture = {QWEN_MIXTURE(128, 8, 768)},
@@ -306,7 +307,7 @@ static const MillmArch archs[] = {
 		/* SmolLM3: every fourth layer without rope */
 		.model_type = "smollm3",
 		LLAMA_KEYS, LLAMA_BLOCK, LLAMA_NAMES, LLAMA_QKV, LLAMA_MLP_NORM, LLAMA_GATE_UP, .act = {"hidden_act"},
-		.default_norm_eps = 1e-6, .default_rope_theta = 2000000.0, .default_max_positions = 32768, .default_act = "silu", .default_tied = true,
+		.default_norm_eps = 1e-6, .default_rope_theta = 2000000.0, .default_n_kv_heads = 4, .default_max_positions = 32768, .default_act = "silu", .default_tied = true,
 		.qkv_bias = {.key = "attention_bias"}, .o_bias = {.key = "attention_bias"}, .mlp_bias = {.key = "mlp_bias"},
 		.unrotated_key = "no_rope_layers", .unrotated_every_key = {"no_rope_layer_interval"}, .default_unrotated_every = 4,
 		.sliding = {.possible = true, .switch_key = "use_sliding_window", .unrotated_only = true},
@@ -323,7 +324,7 @@ static const MillmArch archs[] = {
 		/* StarCoder 2: Llama's names and GPT-2's MLP */
 		.model_type = "starcoder2",
 		LLAMA_SIZES, LLAMA_HEADS, LLAMA_ENDS, LLAMA_QKV, LLAMA_MLP_NORM, .norm_eps = {"norm_epsilon"}, .act = {"hidden_act"},
-		.default_norm_eps = 1e-5, .default_rope_theta = 10000.0, .default_max_positions = 4096, .default_act = "gelu_pytorch_tanh", .default_tied = true,
+		.default_norm_eps = 1e-5, .default_rope_theta = 10000.0, .default_n_kv_heads = 2, .default_max_positions = 4096, .default_act = "gelu_pytorch_tanh", .default_tied = true,
 		.norm = MILLM_NORM_LAYER, .norm_bias = true, .position = MILLM_POS_ROPE, .sliding = {.possible = true},
 		.qkv_bias = {.by_default = true, .key = "use_bias"}, .o_bias = {.by_default = true, .key = "use_bias"},
 		.mlp_bias = {.by_default = true, .key = "use_bias"},

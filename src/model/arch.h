@@ -85,6 +85,7 @@ typedef struct MillmArch
 	bool		rope_is_scaled;			/* "rope_scaling" has a default that is not none, and must be there */
 	const char *local_theta_key;		/* layers that slide rotate by this theta, unscaled; NULL: as the others */
 	double		default_local_theta;
+	int			default_n_kv_heads;		/* when absent; 0: as many as heads, which null always means */
 	int			default_max_positions;
 	int			default_head_dim;		/* 0: hidden size over heads */
 	const char *default_act;
@@ -99,6 +100,8 @@ typedef struct MillmArch
 	bool		norm_after;				/* attn_norm and mlp_norm norm the residual, after attention and MLP were added to it */
 	MillmNorm	norm;
 	bool		norm_bias;
+	const char *norm_switch;			/* boolean key: false means norms without weights and biases; NULL: no such key */
+	const char *residual_normed_key;	/* boolean key; NULL: no such key */
 	bool		norm_plus_one;			/* weights of norms are stored less 1 */
 	bool		embedding_scaled;		/* by the root of the hidden size */
 	const char *embedding_scale_key, *residual_scale_key;	/* factors, 1 by default; NULL: no such key */
@@ -150,9 +153,8 @@ typedef struct MillmArch
 	const char *down;
 	const char *ignored[6];				/* suffixes of buffers that old files carry */
 
-	/* keys that must be false, null or absent for this engine; a key that must not be false */
+	/* keys that must be false, null or absent for this engine */
 	const char *refused[6];
-	const char *required;
 } MillmArch;
 
 /* The rows of a model_type, in order, from i = 0 on; NULL past the last. */

@@ -509,11 +509,6 @@ refuse_flags(json_t *json, const MillmArch *arch, MillmError *err)
 		if (flag)
 			return unsupported_flag(err, arch->model_type, *key, "true");
 	}
-	flag = true;
-	if (arch->required && (rc = get_bool(json, arch->required, &flag, err)) != MILLM_OK)
-		return rc;
-	if (!flag)
-		return unsupported_flag(err, arch->model_type, arch->required, "false");
 	for (size_t i = 0; i < sizeof(arch->refused) / sizeof(arch->refused[0]) && arch->refused[i]; i++)
 	{
 		json_t	   *value = get(json, arch->refused[i]);
@@ -585,15 +580,15 @@ resolve_sliding(json_t *json, const MillmArch *arch, MillmConfig *c, MillmError 
 		millm_detail(err, "It has %zu entries; there are %d layers.", json_array_size(types), c->n_layers);
 		return MILLM_E_INVALID_MODEL_FILE;
 	}
-	if (json_is_null(json_object_get(json, "sliding_window")))
+	if (s->switch_key && (rc = get_bool(json, s->switch_key, &on, err)) != MILLM_OK)
+		return rc;
+	/* transformers 5 may write 0 where it is off */
+	if (!on || json_is_null(json_object_get(json, "sliding_window")))
 		window = 0;
-	if ((rc = get_int(json, (const MillmKeys) {"sliding_window"}, 1, MILLM_MAX_POSITIONS, &window, err)) != MILLM_OK ||
-		(s->switch_key && (rc = get_bool(json, s->switch_key, &on, err)) != MILLM_OK) ||
+	if ((on && (rc = get_int(json, (const MillmKeys) {"sliding_window"}, 1, MILLM_MAX_POSITIONS, &window, err)) != MILLM_OK) ||
 		(s->first_key && (rc = get_int(json, (const MillmKeys) {s->first_key}, 0, INT_MAX, &first, err)) != MILLM_OK) ||
 		(rc = get_int(json, s->every_key, 1, INT_MAX, &every, err)) != MILLM_OK)
 		return rc;
-	if (!on)
-		window = 0;
 	for (int l = 0; l < c->n_layers; l++)
 	{
 		if (!types)
@@ -691,7 +686,7 @@ resolve(json_t *json, const MillmArch *arch, MillmConfig *c, MillmError *err)
 {
 	json_t	   *v;
 	double		eps = arch->default_norm_eps;
-	bool		scaled = true, alibi, multi_query;
+	bool		scaled = true, affine = true, alibi, multi_query;
 	const char *act = arch->default_act, *act_key;
 	MillmCode	rc;
 
@@ -702,6 +697,7 @@ resolve(json_t *json, const MillmArch *arch, MillmConfig *c, MillmError *err)
 
 	c->max_positions = arch->default_max_positions;
 	c->head_dim = arch->default_head_dim;
+	c->n_kv_heads = arch->n_kv_heads[0] && json_is_null(json_object_get(json, arch->n_kv_heads[0])) ? 0 : arch->default_n_kv_heads;
 	if ((rc = get_int(json, arch->hidden_size, 1, MILLM_MAX_HIDDEN, &c->hidden_size, err)) != MILLM_OK ||
 		(rc = get_int(json, arch->n_layers, 1, MILLM_MAX_LAYERS, &c->n_layers, err)) != MILLM_OK ||
 		(rc = get_int(json, arch->n_heads, 1, MILLM_MAX_HEADS, &c->n_heads, err)) != MILLM_OK ||
@@ -773,8 +769,11 @@ resolve(json_t *json, const MillmArch *arch, MillmConfig *c, MillmError *err)
 		(rc = get_when(json, arch->mlp_bias, &c->mlp_bias, err)) != MILLM_OK ||
 		(rc = get_when(json, arch->head_norms, &c->head_norms, err)) != MILLM_OK)
 		return rc;
-	if (arch->scale_switch && (rc = get_bool(json, arch->scale_switch, &scaled, err)) != MILLM_OK)
+	if ((arch->scale_switch && (rc = get_bool(json, arch->scale_switch, &scaled, err)) != MILLM_OK) ||
+		(arch->norm_switch && (rc = get_bool(json, arch->norm_switch, &affine, err)) != MILLM_OK) ||
+		(arch->residual_normed_key && (rc = get_bool(json, arch->residual_normed_key, &c->residual_normed, err)) != MILLM_OK))
 		return rc;
+	c->norm_plain = !affine;
 	if (arch->attention_scale_key)
 		rc = get_scale(json, arch->attention_scale_key, 1, &c->attention_scale, err);
 	else if (arch->scale_key)

@@ -541,9 +541,19 @@ static MillmCode
 bind_norm(Binder *b, const char *template, int layer, MillmVector *weight, MillmVector *bias)
 {
 	const MillmConfig *c = &b->model->config;
-	MillmCode	rc = template ? bind_norm_weight(b, template, layer, c->hidden_size, weight) : MILLM_OK;
+	MillmCode	rc;
 
-	if (rc == MILLM_OK && template && c->norm_bias)
+	if (!template)
+		return MILLM_OK;
+	if (c->norm_plain)
+	{
+		rc = create_vector(b, c->hidden_size, weight);
+		for (int64_t i = 0; i < weight->n; i++)
+			weight->data[i] = 1;
+		return rc;
+	}
+	rc = bind_norm_weight(b, template, layer, c->hidden_size, weight);
+	if (rc == MILLM_OK && c->norm_bias)
 		rc = bind_vector(b, b->prefix, template, layer, ".bias", c->hidden_size, bias);
 	return rc;
 }

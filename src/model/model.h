@@ -69,6 +69,8 @@ typedef struct MillmConfig
 	MillmNorm	norm;
 	bool		norm_after;			/* attn_norm and mlp_norm norm the residual, after attention and MLP were added to it */
 	bool		norm_bias;
+	bool		norm_plain;			/* norms of the residual have neither weight nor bias; once open the weights are ones */
+	bool		residual_normed;	/* attention and MLP are added to the residual as their norm made it */
 	bool		head_norms;			/* of q and k, before rope */
 	MillmHeadNorms head_norm_kind;
 	bool		norm_plus_one;		/* weights of norms are stored less 1; once open they are whole */

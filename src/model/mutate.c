@@ -37,6 +37,7 @@ static void rotary_dim(MillmModel *m) { m->config.rotary_dim -= m->config.rotary
 static void rope_attention_factor(MillmModel *m) { m->config.rope.attention_factor *= 1.1f; }
 static void rope_long_above(MillmModel *m) { m->config.rope.long_above = 0; }
 static void parallel(MillmModel *m) { m->config.parallel = !m->config.parallel; }
+static void residual_normed(MillmModel *m) { m->config.residual_normed = !m->config.residual_normed; }
 static void norm_after(MillmModel *m) { m->config.norm_after = !m->config.norm_after; }
 
 /* Positions from 0 on. */
@@ -243,7 +244,7 @@ static const struct
 	{"local_rope", local_rope, NULL}, {"norm_plus_one", norm_plus_one, NULL}, {"embedding_scale", embedding_scale, NULL},
 	{"attention_softcap", attention_softcap, NULL}, {"logit_softcap", logit_softcap, NULL}, {"attn_post_norm", NULL, l_attn_post_norm},
 	{"mlp_post_norm", NULL, l_mlp_post_norm}, {"window", NULL, l_window}, {"window_wider", NULL, l_window_wider}, {"slides", slides, NULL}, {"q_norm", NULL, l_q_norm}, {"k_norm", NULL, l_k_norm},
-	{"parallel", parallel, NULL}, {"own_norms", NULL, l_own_norms}, {"embedding_norm", embedding_norm, NULL}, {"embedding_norm_bias", embedding_norm_bias, NULL}, {"alibi_slopes", alibi_slopes, NULL}, {"alibi_rounded", alibi_rounded, NULL}, {"norm_after", norm_after, NULL}, {"position_offset", position_offset, NULL},
+	{"parallel", parallel, NULL}, {"own_norms", NULL, l_own_norms}, {"embedding_norm", embedding_norm, NULL}, {"embedding_norm_bias", embedding_norm_bias, NULL}, {"alibi_slopes", alibi_slopes, NULL}, {"alibi_rounded", alibi_rounded, NULL}, {"norm_after", norm_after, NULL}, {"residual_normed", residual_normed, NULL}, {"position_offset", position_offset, NULL},
 	{"final_norm", final_norm, NULL}, {"unrotated", NULL, l_unrotated}, {"residual_scale", residual_scale, NULL}, {"logit_scale", logit_scale, NULL}, {"head_norms_whole", head_norms_whole, NULL}, {"head_bias", head_bias, NULL}, {"q_norm_bias", NULL, l_q_norm_bias}, {"k_norm_bias", NULL, l_k_norm_bias},
 	{"attn_norm_bias", NULL, l_attn_norm_bias}, {"mlp_norm_bias", NULL, l_mlp_norm_bias}, {"q_bias", NULL, l_q_bias},
 	{"k_bias", NULL, l_k_bias}, {"v_bias", NULL, l_v_bias}, {"o_bias", NULL, l_o_bias}, {"gate_bias", NULL, l_gate_bias}, {"up_bias", NULL, l_up_bias},

@@ -113,7 +113,11 @@ def spelled_by_5(tmp_path_factory):
     return out
 
 
-@pytest.mark.parametrize("model", TINY_MODELS)
+# transformers 5 lets every other layer of it slide, 4 all of them
+OTHERWISE_IN_5 = ["qwen2_moe-sliding"]
+
+
+@pytest.mark.parametrize("model", [m for m in TINY_MODELS if m not in OTHERWISE_IN_5])
 def test_spelling_of_5(model, spelled_by_5, tmp_path):
     """The same bits from the config.json that transformers 5 writes."""
     directory = spelled_by_5 / model
