@@ -211,7 +211,7 @@ publish(const char *payload)
 	char	   *data;
 
 	if (name && name[0] && strlen(name) <= MAX_EVENT_NAME && strncmp(name, OWN_PREFIX, strlen(OWN_PREFIX)) != 0 &&
-		name[strspn(name, "abcdefghijklmnopqrstuvwxyz_:")] == '\0' && (data = json_dumps(event, JSON_COMPACT)) != NULL)
+		name[strspn(name, "abcdefghijklmnopqrstuvwxyz0123456789_:-")] == '\0' && (data = json_dumps(event, JSON_COMPACT)) != NULL)
 	{
 		for (Stream *s = streams; s; s = s->next)
 			deliver(s, name, data);

@@ -61,6 +61,8 @@ is(answers('the field is named', 400, 'POST', '/api/models', { repo_id => 'a/b',
 is($bridge->call('POST', '/api/models', '{}', $operator, 'Content-Type' => 'text/plain')->{status}, 415, 'not JSON by its type');
 no_call('no number', 400, 'INVALID_ARGUMENT', 'GET', '/api/models/nobody');
 no_call('too large a number', 400, 'INVALID_ARGUMENT', 'GET', '/api/models/9223372036854775808');
+$reply = $bridge->call("GET", "/api/models/preview", undef, $operator);
+is("$reply->{status} $reply->{headers}{allow}", "405 POST", "a path that is written out is no model");
 no_call('a query', 400, 'UNSUPPORTED_PARAMETER', 'GET', '/api/models?status=ready');
 no_call('a body with a field where there is none', 400, 'UNKNOWN_PARAMETER', 'POST', '/api/models/1/unload', { force => JSON::PP::true });
 for ([ GET => '' ], [ DELETE => '' ], [ POST => '/load' ], [ POST => '/unload' ], [ POST => '/cancel' ])
