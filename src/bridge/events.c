@@ -147,6 +147,7 @@ static void
 check(Stream *s)
 {
 	s->checking = true;
+	s->r->deadline_us = bridge_now_us() + (int64_t) settings.request_timeout * 1000000;
 	db_run(s->r, db_call(MAY_LOOK, NULL, on_checked));
 }
 
