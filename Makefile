@@ -201,6 +201,8 @@ drivers: $(DRIVERS)
 $(BUILD)/test/%: test/unit/%.c $(LIB)
 	@mkdir -p $(@D)
 	$(Q)$(CC) $(ENGINE_CFLAGS) -Itest/unit -MMD -MP -MF $@.d -o $@ $(filter %.c %.o,$^) $(LIB) -lcmocka $(ENGINE_LIBS)
+# the bridge's parser, which is in no library
+$(BUILD)/test/test_http: $(BUILD)/src/bridge/http_parse.o
 # AVX-512 apart from the test itself, which must be able to say that this CPU lacks it
 $(BUILD)/test/test_amx: $(BUILD)/test/amx_emulated.o
 $(BUILD)/test/amx_emulated.o: test/unit/amx_emulated.c
@@ -217,11 +219,12 @@ unit: $(UNIT_TESTS)
 # Fuzz targets are clang's; everything that they reach is instrumented.
 FUZZ_SECONDS ?= 20
 FUZZ_TARGETS  = $(patsubst test/fuzz/%.c,build/fuzz/%,$(wildcard test/fuzz/fuzz_*.c))
+FUZZ_BRIDGE   = build/fuzz/src/bridge/http_parse.o
 fuzz-lib:
-	@$(MAKE) --no-print-directory BUILD=build/fuzz CC=clang SAN=fuzzer-no-link,address,undefined build/fuzz/libmillm.a
+	@$(MAKE) --no-print-directory BUILD=build/fuzz CC=clang SAN=fuzzer-no-link,address,undefined build/fuzz/libmillm.a $(FUZZ_BRIDGE)
 build/fuzz/fuzz_%: test/fuzz/fuzz_%.c fuzz-lib
 	$(Q)clang $(filter-out -fsanitize%,$(ENGINE_CFLAGS)) -fsanitize=fuzzer,address,undefined -fno-sanitize-recover=all \
-		-o $@ $< build/fuzz/libmillm.a $(ENGINE_LIBS)
+		-o $@ $< $(FUZZ_BRIDGE) build/fuzz/libmillm.a $(ENGINE_LIBS)
 fuzz-programs: $(FUZZ_TARGETS)
 fuzz: $(FUZZ_TARGETS)
 	@dev/run-fuzz $(FUZZ_SECONDS) $(FUZZ_TARGETS)

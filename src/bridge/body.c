@@ -169,3 +169,18 @@ body_text_array(HttpRequest *r, const char *field, json_t *value)
 	}
 	return text;
 }
+
+bool
+body_take_user(HttpRequest *r, const BodyField *f, json_t *value, void *arg)
+{
+	(void) arg;
+	if (!json_is_string(value))
+		return body_wrong(r, f->name, "a string");
+	if (json_string_length(value) >= sizeof(r->user))
+	{
+		reply_error(r, 400, "out_of_range", f->name, "Field \"%s\" has %zu bytes; %zu are the most.", f->name, json_string_length(value), sizeof(r->user) - 1);
+		return false;
+	}
+	memcpy(r->user, json_string_value(value), json_string_length(value) + 1);
+	return true;
+}

@@ -40,4 +40,7 @@ extern bool body_number(HttpRequest *r, const char *field, json_t *value, char t
 /* An array of strings as text of PostgreSQL's text[]; a single string counts as an array of one.  NULL: the request has been answered. */
 extern char *body_text_array(HttpRequest *r, const char *field, json_t *value);
 
+/* take() of the field "user", which goes to the log. */
+extern bool body_take_user(HttpRequest *r, const BodyField *field, json_t *value, void *arg);
+
 #endif

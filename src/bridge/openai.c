@@ -252,21 +252,6 @@ take_logprobs_count(HttpRequest *r, const BodyField *f, json_t *value, void *arg
 	return set_param(r, q, TOP_LOGPROBS, strdup(text)) && set_param(r, q, LOGPROBS, strdup("true"));
 }
 
-static bool
-take_user(HttpRequest *r, const BodyField *f, json_t *value, void *arg)
-{
-	(void) arg;
-	if (!json_is_string(value))
-		return body_wrong(r, f->name, "a string");
-	if (json_string_length(value) >= sizeof(r->user))
-	{
-		reply_error(r, 400, "out_of_range", f->name, "Field \"%s\" has %zu bytes; %zu are the most.", f->name, json_string_length(value), sizeof(r->user) - 1);
-		return false;
-	}
-	memcpy(r->user, json_string_value(value), json_string_length(value) + 1);
-	return true;
-}
-
 /* What may be said but only to say no. */
 static bool
 take_false(HttpRequest *r, const BodyField *f, json_t *value, void *arg)
@@ -461,7 +446,7 @@ take_prompt(HttpRequest *r, const BodyField *f, json_t *value, void *arg)
 	{"logit_bias", take_logit_bias, LOGIT_BIAS}, \
 	{"stream", take_stream, 0}, \
 	{"stream_options", take_stream_options, 0}, \
-	{"user", take_user, 0}
+	{"user", body_take_user, 0}
 
 static const BodyField chat_fields[] = {
 	SAMPLING_FIELDS,

@@ -10,5 +10,6 @@ extern void openai_models(HttpRequest *r);		/* GET /v1/models: what is loaded; ?
 extern void openai_model(HttpRequest *r);		/* GET /v1/models/{id} */
 extern void openai_chat(HttpRequest *r);		/* POST /v1/chat/completions */
 extern void openai_complete(HttpRequest *r);	/* POST /v1/completions */
+extern void openai_embed(HttpRequest *r);		/* POST /v1/embeddings */
 
 #endif

@@ -8,13 +8,15 @@
 #include <stdlib.h>
 #include <string.h>
 
+/* Numbers as they were written, most of the time: 17 digits would make 0.1 another number to the eye */
+#define DUMP_FLAGS (JSON_COMPACT | JSON_REAL_PRECISION(15))
 /* Of a long message the end is cut; PostgreSQL's are shorter, but may quote what a client sent. */
 #define MAX_MESSAGE 4096
 
 void
 reply_json(HttpRequest *r, int status, json_t *body)
 {
-	char	   *text = json_dumps(body, JSON_COMPACT);
+	char	   *text = json_dumps(body, DUMP_FLAGS);
 
 	json_decref(body);
 	if (text)
@@ -33,7 +35,7 @@ reply_data(HttpRequest *r, int status, json_t *data)
 void
 reply_event(HttpRequest *r, json_t *body)
 {
-	char	   *text = json_dumps(body, JSON_COMPACT);
+	char	   *text = json_dumps(body, DUMP_FLAGS);
 	char	   *event;
 	int			n;
 

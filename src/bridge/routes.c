@@ -12,7 +12,6 @@
 #include "openai.h"
 #include "probes.h"
 
-/* What is written out comes before a pattern that it fits. */
 const Route routes[] = {
 	{"GET", "/health", probe_health, ROUTE_OPEN},
 	{"GET", "/ready", probe_ready, ROUTE_OPEN},
@@ -22,6 +21,7 @@ const Route routes[] = {
 	{"GET", "/v1/models/{id*}", openai_model, 0},
 	{"POST", "/v1/chat/completions", openai_chat, 0},
 	{"POST", "/v1/completions", openai_complete, 0},
+	{"POST", "/v1/embeddings", openai_embed, 0},
 	{"GET", "/api/models", api_list, 0},
 	{"POST", "/api/models", api_add, 0},
 	{"POST", "/api/models/preview", api_preview, 0},
@@ -65,7 +65,6 @@ const Route *
 route_find(const char *method, const char *path, const char **param, size_t *param_len, char *allowed, size_t size)
 {
 	const bool	is_head = strcmp(method, "HEAD") == 0;
-	bool		is_literal = false;
 	size_t		n = 0;
 
 	allowed[0] = '\0';
@@ -76,10 +75,6 @@ route_find(const char *method, const char *path, const char **param, size_t *par
 
 		if (!fits(route->pattern, path, param, param_len))
 			continue;
-		/* a path that is written out is no pattern's: /api/models/preview is no model */
-		if (is_literal && *param)
-			continue;
-		is_literal = *param == NULL;
 		if (strcmp(method, route->method) == 0 || (is_head && has_head))
 			return route;
 		n += (size_t) snprintf(allowed + n, size - n, "%s%s%s", n ? ", " : "", route->method, has_head ? ", HEAD" : "");

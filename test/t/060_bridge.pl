@@ -5,6 +5,7 @@ use IO::Select;
 use IO::Socket::INET;
 use IPC::Run qw(start);
 use JSON::PP;
+use MIME::Base64;
 use PostgreSQL::Test::Cluster;
 use PostgreSQL::Test::Utils;
 use Socket qw(SOL_SOCKET SO_LINGER SO_RCVBUF);
@@ -236,8 +237,11 @@ is($events[-1]{usage}{completion_tokens}, $expected->{usage}{completion_tokens},
 like($r->{body}, qr/\ndata: \[DONE\]\n\n\z/, '[DONE]');
 ok(!grep({ exists $_->{usage} } events(ask('POST', '/v1/chat/completions', { %question, stream => JSON::PP::true }, $auth)->{body})), 'no usage unless asked for');
 
-$r = ask('POST', '/v1/chat/completions', { %question, n => 3, temperature => 1, seed => 1 }, $auth);
+$r = ask('POST', '/v1/chat/completions', { %question, n => 3, temperature => 1, seed => 1, logprobs => JSON::PP::true, top_logprobs => 2 }, $auth);
 is_deeply([ map { $_->{index} } @{ $r->{json}{choices} } ], [ 0, 1, 2 ], 'three choices');
+my $logprob = $r->{json}{choices}[2]{logprobs}{content}[0];
+is(join(' ', sort keys %$logprob), 'bytes logprob token top_logprobs', "logprobs in OpenAI's shape");
+is(scalar @{ $logprob->{top_logprobs} }, 2, 'with two beside each');
 is($r->{json}{choices}[1]{message}{content},
 	$node->safe_psql('postgres', q(SELECT millm.chat(messages => '[{"role": "user", "content": "Count to five."}]', temperature => 1, seed => 1, max_tokens => 12, n => 3)->'choices'->1->>'text')),
 	'the choices of SQL');
@@ -249,6 +253,32 @@ is(scalar @texts, 4, 'two prompts, two choices each');
 like("$texts[0]$texts[1]", qr/Paris.*Paris/s, "the first prompt's come first");
 @events = events(ask('POST', '/v1/completions', { %completion, stream => JSON::PP::true }, $auth)->{body});
 is(join('|', map { my $i = $_; join('', map { $_->{text} } grep { $_->{index} == $i } map { @{ $_->{choices} } } @events) } 0 .. 3), join('|', @texts), 'streamed, by index');
+$r = ask('POST', '/v1/completions', { %completion, prompt => 'One two three', n => 1, logprobs => 1 }, $auth);
+is_deeply($r->{json}{choices}[0]{logprobs}{text_offset}[0], 13, 'logprobs of completions: where the text begins');
+is(join('', @{ $r->{json}{choices}[0]{logprobs}{tokens} }), $r->{json}{choices}[0]{text}, 'and its tokens');
+
+# Embeddings
+my %embedding = (model => $SMOLLM2, input => [ 'The cat sat on the mat.', 'x' ]);
+$r = ask('POST', '/v1/embeddings', \%embedding, $auth);
+is($r->{status}, 200, 'embeddings') or diag $r->{body};
+is('{' . join(',', @{ $r->{json}{data}[0]{embedding} }[ 0 .. 3 ]) . '}', $node->safe_psql('postgres', q(SELECT e[1:4] FROM millm.embed(ARRAY['The cat sat on the mat.', 'x']) e LIMIT 1)), 'are those of SQL');
+is($r->{json}{data}[1]{index}, 1, 'in order');
+is($r->{json}{usage}{prompt_tokens}, $node->safe_psql('postgres', q(SELECT millm.count_tokens('The cat sat on the mat.') + millm.count_tokens('x'))), 'usage');
+my $base64 = ask('POST', '/v1/embeddings', { %embedding, encoding_format => 'base64' }, $auth)->{json}{data}[1]{embedding};
+is_deeply([ map { sprintf '%.4g', $_ } unpack('f<*', decode_base64($base64)) ], [ map { sprintf '%.4g', $_ } @{ $r->{json}{data}[1]{embedding} } ], 'base64 is the same');
+is(ask('POST', '/v1/embeddings', { %embedding, dimensions => 576 }, $auth)->{status}, 200, "the model's dimensions");
+for my $case (
+	[ { dimensions => 100 }, '400 unsupported_parameter' ],
+	[ { input => [] }, '400 invalid_type' ],
+	[ { input => [ 1, 2 ] }, '400 unsupported_parameter' ],
+	[ { input => '' }, '400 invalid_argument' ],
+	[ { input => undef }, '400 missing_parameter' ],
+	[ { encoding_format => 'hex' }, '400 invalid_type' ])
+{
+	my ($change, $code) = @$case;
+	is(error_code(ask('POST', '/v1/embeddings', { %embedding, %$change }, $auth)), $code, 'refused: ' . encode_json($change));
+}
+
 for my $case (
 	[ { foo => 1 }, '400 unknown_parameter', 'foo' ],
 	[ { temperature => 'hot' }, '400 invalid_type', 'temperature' ],
