@@ -2,12 +2,14 @@
 import json
 import os
 import random
+import re
 import subprocess
 
 import numpy as np
 import pytest
 
 from conftest import ROOT, TINY, engine_logits, error
+from engine_client import Engine
 
 EMULATED = ROOT / "build" / "emulated"
 BNB = ROOT / ".fixtures" / "tiny-bnb"
@@ -49,6 +51,31 @@ def test_plain_kernels(model, tmp_path):
     plain = cuda_logits(model, ids, tmp_path, "--kernels", "ref")
     assert error(cuda_logits(model, ids, tmp_path), plain) <= TOLERANCE_PLAIN
     assert error(cuda_logits(model, ids, tmp_path, "--chunk", "3"), plain) <= TOLERANCE_PLAIN
+
+
+def test_device_fails():
+    """A call that fails after the load ends the process: with its reason in the log, and every request with it; a new process computes again."""
+    model = TINY / "llama"
+
+    def serve(calls):
+        e = Engine(env={"LD_LIBRARY_PATH": str(EMULATED / "driver"), **({"EMULATED_CALLS_LEFT": str(calls)} if calls else {})},
+                   program=str(EMULATED / "millm-engine"))
+        e.call("load", path=str(model), device="cuda", max_sequences=1)
+        return e
+
+    e = serve(None)
+    status = e.call("status")
+    assert (status["device"], status["device_reason"]) == ("cuda:0", "Emulated GPU 0, compute capability 9.0")
+    text = e.call("generate", prompt="once", max_tokens=4, temperature=0)["text"]
+    e.stop()
+    e = serve(700)
+    with pytest.raises(ConnectionError):
+        for _ in range(100):
+            assert e.call("generate", prompt="once", max_tokens=4, temperature=0)["text"] == text
+    assert e.process.wait(15) == 71
+    assert re.search(r"^ERROR the CUDA device has failed: an illegal memory access was encountered: cudaErrorIllegalAddress, seen at .*backend_cuda.c:\d+ in ",
+                     e.lines()[-1])
+    e.stop()
 
 
 def test_device_that_is_not_there(tmp_path):
