@@ -227,7 +227,7 @@ job_free(Job *job)
 static int64_t
 time_left_ms(const HttpRequest *r)
 {
-	int64_t		left = (int64_t) settings.request_timeout * 1000 - (bridge_now_us() - r->started_us) / 1000;
+	int64_t		left = (r->deadline_us - bridge_now_us()) / 1000;
 
 	return left > 1 ? left : 1;
 }

@@ -9,7 +9,7 @@
  * events beyond that are dropped, for it alone, and counted in events:dropped as soon as it reads again.
  *
  * Owns:     the listening connection, the list of streams; a reference to each stream's request.
- * Refuses:  notifications that are no event of millm: any role can NOTIFY.
+ * Refuses:  notifications that do not look like an event, or like one of ours: any role can NOTIFY.
  */
 #include "events.h"
 
@@ -27,7 +27,7 @@
 #include "settings.h"
 
 #define CHANNEL			"millm_progress"
-#define EVENT_PREFIX	"model:"	/* of every event of millm; the bridge's own are events:... */
+#define OWN_PREFIX		"events:"	/* of the bridge's own events */
 #define MAX_EVENT_NAME	64
 #define TICK_MS			1000
 #define RECHECK_MS		10000
@@ -147,6 +147,7 @@ static void
 check(Stream *s)
 {
 	s->checking = true;
+	s->r->deadline_us = bridge_now_us() + (int64_t) settings.request_timeout * 1000000;
 	db_run(s->r, db_call(MAY_LOOK, NULL, on_checked));
 }
 
@@ -210,8 +211,8 @@ publish(const char *payload)
 	const char *name = json_string_value(json_object_get(event, "event"));
 	char	   *data;
 
-	if (name && strncmp(name, EVENT_PREFIX, strlen(EVENT_PREFIX)) == 0 && strlen(name) <= MAX_EVENT_NAME &&
-		name[strspn(name, "abcdefghijklmnopqrstuvwxyz_:")] == '\0' && (data = json_dumps(event, JSON_COMPACT)) != NULL)
+	if (name && name[0] && strlen(name) <= MAX_EVENT_NAME && strncmp(name, OWN_PREFIX, strlen(OWN_PREFIX)) != 0 &&
+		name[strspn(name, "abcdefghijklmnopqrstuvwxyz0123456789_:-")] == '\0' && (data = json_dumps(event, JSON_COMPACT)) != NULL)
 	{
 		for (Stream *s = streams; s; s = s->next)
 			deliver(s, name, data);

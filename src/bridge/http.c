@@ -199,7 +199,8 @@ request_over(HttpRequest *r, int status)
 		json_object_set_new(line, "prompt_tokens", json_integer(r->prompt_tokens));
 	if (r->completion_tokens >= 0)
 		json_object_set_new(line, "completion_tokens", json_integer(r->completion_tokens));
-	if (settings.log_prompts && r->body_len > 0)
+	/* no prompts in /api, but access tokens */
+	if (settings.log_prompts && r->body_len > 0 && !r->is_api)
 		json_object_set_new(line, "body", json_stringn(r->body, r->body_len));
 	bridge_log("info", "request", line);
 }
@@ -538,6 +539,7 @@ request_create(HttpConn *c)
 	r->conn = c;
 	r->prompt_tokens = r->completion_tokens = -1;
 	r->started_us = bridge_now_us();
+	r->deadline_us = r->started_us + (int64_t) settings.request_timeout * 1000000;
 	if (RAND_bytes(random, sizeof(random)) != 1)
 		memset(random, 0, sizeof(random));
 	memcpy(r->id, "req-", 5);

@@ -54,6 +54,7 @@ struct HttpRequest
 	size_t		body_len;
 	char		id[129];		/* X-Request-Id */
 	int64_t		started_us;		/* bridge_now_us() */
+	int64_t		deadline_us;	/* request_timeout is over; a stream without an end puts it off */
 
 	/* For the log line and the metrics; filled by who knows. */
 	char		key_name[64];

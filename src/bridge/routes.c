@@ -12,6 +12,7 @@
 #include "openai.h"
 #include "probes.h"
 
+/* What is written out comes before a pattern that it fits. */
 const Route routes[] = {
 	{"GET", "/health", probe_health, ROUTE_OPEN},
 	{"GET", "/ready", probe_ready, ROUTE_OPEN},
@@ -65,6 +66,7 @@ const Route *
 route_find(const char *method, const char *path, const char **param, size_t *param_len, char *allowed, size_t size)
 {
 	const bool	is_head = strcmp(method, "HEAD") == 0;
+	bool		is_literal = false;
 	size_t		n = 0;
 
 	allowed[0] = '\0';
@@ -75,6 +77,10 @@ route_find(const char *method, const char *path, const char **param, size_t *par
 
 		if (!fits(route->pattern, path, param, param_len))
 			continue;
+		/* a path that is written out is no pattern's: /api/models/preview is no model */
+		if (is_literal && *param)
+			continue;
+		is_literal = *param == NULL;
 		if (strcmp(method, route->method) == 0 || (is_head && has_head))
 			return route;
 		n += (size_t) snprintf(allowed + n, size - n, "%s%s%s", n ? ", " : "", route->method, has_head ? ", HEAD" : "");

@@ -11,6 +11,10 @@
  * running is waiting, be it in the hands of an encoding thread, in the inbox, or in the scheduler's line.  A choice's pages
  * are back, and the counters say so, before the sink hears of its end.  The failure of one choice is that of the request, as is a cancel.
  *
+ * The choices of a request share its prompt.  The first one computes it but for the last token, while the others are paused; what it has
+ * then (its prefix) each of them forks when it is admitted, and goes on from there: full pages stay shared, the one that is begun is copied.  The
+ * prefix lives until all have begun, or until somebody needs its pages; who begins later computes the prompt itself.
+ *
  * No wait is without end: a paused stream is looked at every PAUSE_POLL_MS, an unload ends at its deadline.
  */
 #include "engine.h"
@@ -109,6 +113,13 @@ publish(MillmEngine *e)
 	pthread_mutex_unlock(&e->lock);
 }
 
+static void
+drop_prefix(MillmRequest *r)
+{
+	millm_sequence_free(r->prefix);
+	r->prefix = NULL;
+}
+
 /* A request of the model thread's fails: pages first. */
 static void
 retire(MillmEngine *e, int at, const MillmError *err)
@@ -118,6 +129,7 @@ retire(MillmEngine *e, int at, const MillmError *err)
 	e->live[at] = e->live[--e->n_live];
 	for (int i = 0; i < r->n_choices; i++)
 		millm_sched_remove(e->sched, &r->choices[i].slot);
+	drop_prefix(r);
 	publish(e);
 	fail_request(e, r, err);
 }
@@ -179,16 +191,60 @@ choice_of(MillmSlot *slot)
 }
 
 static bool
+has_begun(const MillmChoice *c)
+{
+	return c->seq || c->sampler;
+}
+
+/* The choice begins, or begins again: with the prefix of its request, if there is one. */
+static bool
+begin_sequence(MillmEngine *e, MillmChoice *c, int length)
+{
+	MillmRequest *r = c->request;
+	bool		all_have_begun = true;
+
+	c->seq = r->prefix ? millm_sequence_fork(r->prefix) : millm_sequence_create(e->fw, r->n_prompt + r->max_tokens);
+	if (!c->seq)
+		return false;
+	if (!millm_sequence_reserve(c->seq, length))
+	{
+		millm_sequence_free(c->seq);
+		c->seq = NULL;
+		return false;
+	}
+	c->slot.n_past = millm_sequence_length(c->seq);
+	for (int i = 0; i < r->n_choices; i++)
+		all_have_begun &= has_begun(&r->choices[i]);
+	if (all_have_begun)
+		drop_prefix(r);
+	return true;
+}
+
+/* Somebody needs pages: take a prefix's, if there is one. */
+static bool
+drop_any_prefix(MillmEngine *e)
+{
+	for (int i = 0; i < e->n_live; i++)
+		if (e->live[i]->prefix)
+		{
+			drop_prefix(e->live[i]);
+			return true;
+		}
+	return false;
+}
+
+static bool
 pages_reserve(void *arg, MillmSlot *slot, int length)
 {
 	MillmEngine *e = arg;
 	MillmChoice *c = choice_of(slot);
+	bool		has_room;
 
-	if (c->request->embedding)
-		return embedding_reserve(c->request, e->fw);
-	if (!c->seq && !(c->seq = millm_sequence_create(e->fw, c->request->n_prompt + c->request->max_tokens)))
-		return false;
-	return millm_sequence_reserve(c->seq, length);
+	do
+		has_room = c->request->embedding ? embedding_reserve(c->request, e->fw) :
+			c->seq ? millm_sequence_reserve(c->seq, length) : begin_sequence(e, c, length);
+	while (!has_room && drop_any_prefix(e));
+	return has_room;
 }
 
 static void
@@ -210,9 +266,25 @@ pages_n_free(void *arg)
 }
 
 static int64_t
-pages_needs(void *arg, int length)
+pages_needs(void *arg, const MillmSlot *slot)
 {
-	return millm_kv_pages_needed(((MillmEngine *) arg)->fw, length);
+	const MillmForward *fw = ((MillmEngine *) arg)->fw;
+	const MillmSequence *prefix = ((const MillmChoice *) slot)->request->prefix;
+	int64_t		n = millm_kv_pages_needed(fw, slot->n_tokens);
+
+	/* the page in which the prefix ends is copied */
+	return prefix ? n - millm_kv_pages_needed(fw, millm_sequence_length(prefix)) + millm_kv_pages_needed(fw, 1) : n;
+}
+
+/* Choice 0 has computed the prompt but for its last token: now all of them begin. */
+static void
+share_prompt(MillmChoice *c)
+{
+	MillmRequest *r = c->request;
+
+	r->shares_prompt = false;
+	r->prefix = millm_sequence_fork(c->seq);	/* NULL: they compute it themselves */
+	c->slot.n_tokens = r->n_prompt;
 }
 
 /* ---- a step -------------------------------------------------------------------------------- */
@@ -287,7 +359,7 @@ run_step(MillmEngine *e, int n)
 		top = generation_needs(c);
 		for (int pos = c->slot.n_past; pos < last; pos++)
 			e->batch[n_batch++] = (MillmBatchToken) {.seq = c->seq, .position = pos, .token = generation_token(c, pos),
-				.want_logits = pos == c->slot.n_tokens - 1, .top = top};
+				.want_logits = pos == c->slot.n_tokens - 1 && !c->request->shares_prompt, .top = top};
 	}
 	rc = millm_forward_step(e->fw, e->batch, n_batch, step_is_unwanted, &step, &logits, &err);
 	if (rc == MILLM_E_CANCELED)
@@ -310,6 +382,11 @@ run_step(MillmEngine *e, int n)
 			rc = embedding_take(c->request, e->plan[i].n_tokens, &hidden, &err);
 		else if (c->slot.n_past < c->slot.n_tokens)
 			continue;			/* more of its prompt is to come */
+		else if (c->request->shares_prompt)
+		{
+			share_prompt(c);
+			continue;
+		}
 		else
 			rc = generation_take(c, logits + (size_t) row++ * (size_t) vocab, &err);
 		if (rc != MILLM_OK)
@@ -326,7 +403,7 @@ run_step(MillmEngine *e, int n)
 	sweep(e);
 }
 
-/* Retire what is canceled or stalled; pause whose reader is behind.  Returns whether any is paused. */
+/* Retire what is canceled or stalled; pause whose reader is behind, and who waits for his prompt.  Returns whether any is paused. */
 static bool
 look_at_readers(MillmEngine *e)
 {
@@ -337,7 +414,7 @@ look_at_readers(MillmEngine *e)
 		MillmRequest *r = e->live[i];
 		MillmError	err;
 		int			stalled_ms = 0;
-		bool		is_behind;
+		bool		is_behind = false;
 
 		if (atomic_load(&r->is_canceled) || atomic_load(&e->cancels_all))
 		{
@@ -345,11 +422,10 @@ look_at_readers(MillmEngine *e)
 			retire(e, i, &err);
 			continue;
 		}
-		if ((!r->sink.piece && !r->sink.embedding) || !r->sink.is_behind)
-			continue;
-		is_behind = r->sink.is_behind(r->sink.arg, &stalled_ms);
+		if ((r->sink.piece || r->sink.embedding) && r->sink.is_behind)
+			is_behind = r->sink.is_behind(r->sink.arg, &stalled_ms);
 		for (int k = 0; k < r->n_choices; k++)
-			r->choices[k].slot.is_paused = is_behind;
+			r->choices[k].slot.is_paused = is_behind || (r->shares_prompt && k > 0);
 		if (stalled_ms > e->loaded->stream_stall_timeout_ms)
 		{
 			millm_fail(&err, MILLM_E_CANCELED, "%s canceled: its reader stopped reading", what_of(r));
@@ -393,7 +469,7 @@ free_model(MillmEngine *e)
 static MillmCode
 set_up_steps(MillmEngine *e, const MillmLoaded *loaded, MillmError *err)
 {
-	MillmSchedPages pages = {pages_reserve, pages_release, pages_n_free, pages_needs, e};
+	MillmSchedPages pages = {pages_reserve, pages_release, pages_n_free, pages_needs, millm_kv_pages_needed(e->fw, 1), e};
 	int			max_batch = millm_forward_max_batch_tokens(e->fw);
 
 	e->sched = millm_sched_create(&pages, loaded->max_sequences, loaded->max_queue, max_batch);

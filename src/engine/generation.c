@@ -163,11 +163,12 @@ generation_begin(MillmRequest *r, const MillmPrompt *prompt, MillmError *err)
 	}
 	r->prompt = ids.ids;
 	r->n_prompt = (int) ids.n;	/* n_prompt + max_tokens <= context_length */
+	r->shares_prompt = r->n_choices > 1 && r->n_prompt > 1;
 	for (int i = 0; i < r->n_choices; i++)
 	{
 		MillmChoice *c = &r->choices[i];
 
-		c->slot.n_tokens = r->n_prompt;
+		c->slot.n_tokens = r->shares_prompt && i == 0 ? r->n_prompt - 1 : r->n_prompt;
 		c->generated = malloc((size_t) r->max_tokens * sizeof(*c->generated));
 		if (!c->generated)
 			return out_of_memory(err);

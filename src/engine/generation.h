@@ -56,6 +56,8 @@ struct MillmRequest
 	bool		has_failed;		/* one of the choices; why is in failure */
 	MillmError	failure;
 	int			n_left;			/* choices that have not ended */
+	bool		shares_prompt;	/* choice 0 computes the prompt for all, up to its last token; the others are paused until it has */
+	MillmSequence *prefix;		/* what it has computed, for choices that have not begun; NULL: nothing */
 	int			n_choices;
 	MillmChoice choices[];		/* [n_choices] */
 };

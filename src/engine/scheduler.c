@@ -157,7 +157,7 @@ admit(MillmScheduler *s)
 	if (at == s->n || s->n_running == s->max_running)
 		return NULL;
 	slot = s->slots[at];
-	need = s->pages.needs(s->pages.arg, slot->n_tokens) + s->n_running * s->pages.needs(s->pages.arg, 1);
+	need = s->pages.needs(s->pages.arg, slot) + s->n_running * s->pages.growth;
 	if (s->n_running > 0 && s->pages.n_free(s->pages.arg) < need)
 		return NULL;
 	if (!s->pages.reserve(s->pages.arg, slot, slot->n_tokens))

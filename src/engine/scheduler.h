@@ -23,12 +23,16 @@ typedef struct MillmSlot
 
 typedef struct MillmSchedPages
 {
-	/* Make room for the slot's positions up to length; false, and nothing changed, when the pool is too full. */
+	/*
+	 * Make room for the slot's positions up to length; false, and nothing changed, when the pool is too full.  A slot that had no pages may be
+	 * given some that hold a beginning of its tokens: its n_past is then set.
+	 */
 	bool		(*reserve) (void *arg, MillmSlot *slot, int length);
 	/* Give all pages of the slot back. */
 	void		(*release) (void *arg, MillmSlot *slot);
 	int64_t		(*n_free) (void *arg);		/* pages */
-	int64_t		(*needs) (void *arg, int length);	/* pages that a slot of so many tokens takes at most */
+	int64_t		(*needs) (void *arg, const MillmSlot *slot);	/* pages that a waiting slot takes at most for the tokens that it has */
+	int64_t		growth;			/* pages that a running one may need for its next position */
 	void	   *arg;
 } MillmSchedPages;
 

@@ -453,7 +453,7 @@ millm_token_bytes(const MillmTokenizer *tok, int32_t id, char **out, size_t *len
 	d.is_begun = true;
 	for (int i = 0; i < tok->n_decoders; i++)
 	{
-		d.stages[i].is_begun = true;
+		d.stages[i].is_begun = tok->decoders[i].kind != DECODE_SUFFIX;	/* which holds no token yet */
 		if (tok->decoders[i].kind == DECODE_BYTE_FALLBACK && !token->special)
 			byte = fallback_byte(content, token->content.n);
 	}

@@ -212,6 +212,79 @@ def test_choices_take_places(model):
     assert e.stop() == 0
 
 
+def at_work(engine, running):
+    """The status when so many sequences run."""
+    end = time.monotonic() + SOON
+    while (s := engine.call("status"))["running"] != running:
+        assert time.monotonic() < end, s
+    return s
+
+
+def test_choices_share_their_prompt(model):
+    """The prompt is computed once: eight choices of 1,400 tokens run together where the pool holds one such sequence and a half."""
+    e = Engine()
+    whole = e.call("load", path=str(model), context_length=2048, max_sequences=8, deterministic=True)
+    prompt = "x " * 700
+    n_prompt = e.call("count_tokens", text=prompt)["count"]
+    assert n_prompt > 1024
+    ask = {"prompt": prompt, "temperature": 1, "seed": 1}
+    want = [c["text"] for c in generate(e, **ask, n=8, max_tokens=16)["choices"]]
+    assert want[0] == generate(e, **ask, max_tokens=16)["text"] and len(set(want)) > 1
+    e.call("unload")
+    e.call("load", path=str(model), context_length=2048, max_sequences=8, deterministic=True, kv_cache_bytes=whole["kv_bytes"] // 8)
+    with e.open("generate", **ask, n=8, max_tokens=16, stream=True) as c:
+        c.result()
+    assert [text for text, _ in rows_by_choice([row for _, row in c.before], 8)] == want
+    total = all_free(e)["pages_total"]
+    assert total * 16 < 2 * n_prompt
+    c = e.open("generate", **ask, n=8, max_tokens=300, stream=True)
+    c.receive()
+    s = at_work(e, 8)
+    assert (total - s["pages_free"]) * 16 < n_prompt + 8 * 340		# each its last page, and what it has said
+    c.close()
+    all_free(e)
+    # others between the choices, which wait for theirs; a cancel while the prompt is computed
+    several = e.open("generate", **ask, n=12, max_tokens=16)
+    alone = e.open("generate", prompt=PROMPT, temperature=1, seed=1, max_tokens=16)
+    assert [c["text"] for c in several.result()["choices"]][:8] == want
+    assert alone.result()["text"] == generate(e, max_tokens=16, temperature=1, seed=1)["text"]
+    e.open("generate", **ask, n=8, max_tokens=300).close()
+    all_free(e)
+    assert e.stop() == 0
+
+
+@pytest.mark.parametrize("family", ["mistral", "gemma3", "gpt_oss", "phi3-long"])
+def test_choices_of_families(family):
+    """Windows let go of a prompt's beginning, long prompts rotate otherwise: what choices share is what each would have computed."""
+    e = Engine()
+    e.call("load", path=str(TINY / family), deterministic=True, max_sequences=3)
+    context = e.call("status")["context_length"]
+    for n_prompt in (2, 15, 16, 17, 18, 33, 48, context - 20):
+        prompt = e.call("detokenize", ids=[5 + i % 40 for i in range(n_prompt)])["text"]
+        one = generate(e, prompt, max_tokens=12, temperature=1, seed=n_prompt)
+        several = generate(e, prompt, max_tokens=12, temperature=1, seed=n_prompt, n=5)
+        assert several["choices"][0]["text"] == one["text"] and several["usage"]["prompt_tokens"] == one["usage"]["prompt_tokens"]
+        greedy = generate(e, prompt, max_tokens=12, temperature=0)["text"]
+        assert [c["text"] for c in generate(e, prompt, max_tokens=12, temperature=0, n=5)["choices"]] == [greedy] * 5
+    all_free(e)
+    assert e.stop() == 0
+
+
+def test_a_prefix_gives_way(model):
+    """The pages of a prompt that waiting choices would share go to who runs; the choices compute it again and say the same."""
+    e = Engine()
+    one = e.call("load", path=str(model), context_length=256, max_sequences=2, deterministic=True)["kv_bytes"] // 2
+    prompts = ["x " * 40, "y " * 45]
+    ask = [{"prompt": p, "temperature": 1, "seed": i, "max_tokens": 256 - e.call("count_tokens", text=p)["count"]} for i, p in enumerate(prompts)]
+    want = [[c["text"] for c in generate(e, **a, n=3)["choices"]] for a in ask]
+    e.call("unload")
+    e.call("load", path=str(model), context_length=256, max_sequences=2, deterministic=True, kv_cache_bytes=one)
+    together = [e.open("generate", **a, n=3) for a in ask for _ in range(2)]
+    assert [[c["text"] for c in t.result()["choices"]] for t in together] == [want[0], want[0], want[1], want[1]]
+    all_free(e)
+    assert e.stop() == 0
+
+
 def test_close_frees_pages(engine):
     """In the prefill and in decode: the pages come back long before the generation would have ended by itself."""
     request = {"prompt": "x " * 200, "max_tokens": 1200, "temperature": 1}

@@ -6,7 +6,7 @@ use PostgreSQL::Test::Utils;
 use Test::More;
 use MillmTest;
 
-my $node = new_server('complete', 'millm.max_sequences = 4', 'millm.max_queue = 8');
+my $node = new_server('complete', 'millm.max_sequences = 4', 'millm.max_queue = 8', 'millm.deterministic = on');
 my ($state, $message);
 sub sql { return $node->safe_psql('postgres', $_[0]); }
 

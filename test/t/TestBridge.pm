@@ -48,7 +48,7 @@ sub promised
 	for my $pattern (sort { ($a =~ /\{/) <=> ($b =~ /\{/) } keys %{ $self->{promised} })
 	{
 		my $re = join '[^/]+', map { quotemeta } split /\{\w+\}/, $pattern, -1;
-		return $self->{promised}{$pattern}{ lc $method }{responses} if $path =~ /^$re$/ && $self->{promised}{$pattern}{ lc $method };
+		return $self->{promised}{$pattern}{ lc $method } && $self->{promised}{$pattern}{ lc $method }{responses} if $path =~ /^$re$/;
 	}
 	return;
 }

@@ -17,6 +17,7 @@ typedef struct Pool
 	int64_t		n_free;
 	int			window;			/* 0: none */
 	int			step;
+	int			shared;			/* positions that a slot without pages is given, in pages of somebody else's: whole ones */
 } Pool;
 
 typedef struct Seq
@@ -25,6 +26,7 @@ typedef struct Seq
 	Pool	   *pool;			/* that has given it pages */
 	int			pages;
 	int			passed;			/* of them, that have gone back */
+	int			shared;			/* of them, somebody else's */
 	int			goal;			/* tokens in all */
 	int			number;
 } Seq;
@@ -40,11 +42,18 @@ reserve(void *arg, MillmSlot *slot, int length)
 	if (pool->window > 0 && length > slot->n_past + pool->step)
 		length = slot->n_past + pool->step;
 	more = (length + PAGE - 1) / PAGE - seq->pages;
+	if (seq->pages == 0)
+		more -= pool->shared / PAGE;
 	if (more <= 0)
 		return true;
 	if (more > pool->n_free)
 		return false;
 	pool->n_free -= more;
+	if (seq->pages == 0)
+	{
+		slot->n_past = pool->shared;
+		seq->pages = seq->shared = pool->shared / PAGE;
+	}
 	seq->pages += more;
 	return true;
 }
@@ -54,8 +63,8 @@ release(void *arg, MillmSlot *slot)
 {
 	Seq		   *seq = (Seq *) slot;
 
-	((Pool *) arg)->n_free += seq->pages - seq->passed;
-	seq->pages = seq->passed = 0;
+	((Pool *) arg)->n_free += seq->pages - seq->passed - seq->shared;
+	seq->pages = seq->passed = seq->shared = 0;
 }
 
 static void
@@ -74,19 +83,26 @@ n_free(void *arg)
 }
 
 static int64_t
-needs(void *arg, int length)
+pages_of(const Pool *pool, int length)
 {
-	const Pool *pool = arg;
 	const int	all = (length + PAGE - 1) / PAGE;
 	const int	seen = (pool->window + pool->step + 2 * PAGE - 3) / PAGE;
 
 	return pool->window > 0 && seen < all ? seen : all;
 }
 
+static int64_t
+needs(void *arg, const MillmSlot *slot)
+{
+	const Pool *pool = arg;
+
+	return pages_of(pool, slot->n_tokens) - pool->shared / PAGE;
+}
+
 static MillmScheduler *
 create(Pool *pool, int64_t pages, int max_running, int max_waiting, int max_batch)
 {
-	MillmSchedPages p = {reserve, release, n_free, needs, pool};
+	MillmSchedPages p = {reserve, release, n_free, needs, 1, pool};
 
 	*pool = (Pool) {.n_free = pages};
 	return millm_sched_create(&p, max_running, max_waiting, max_batch);
@@ -271,6 +287,44 @@ preempts_the_youngest(void **state)
 	millm_sched_free(s);
 }
 
+/* Who is given a beginning that somebody else has computed takes pages, and a step, for the rest only; after a preemption too. */
+static void
+shared_beginning(void **state)
+{
+	Pool		pool;
+	MillmScheduler *s = create(&pool, 6, 4, 4, 64);
+	Seq			q[3] = {0};
+	MillmPlanItem items[4];
+	int			steps = 0;
+	int			n;
+
+	(void) state;
+	pool.shared = 8;
+	for (int i = 0; i < 3; i++)
+	{
+		q[i].slot.n_tokens = 9;
+		q[i].goal = 24;
+		assert_true(millm_sched_add(s, &q[i].slot));
+	}
+	assert_int_equal(millm_sched_plan(s, items), 3);	/* nine pages, were they not shared */
+	check_plan(items, 3, 64);
+	for (int i = 0; i < 3; i++)
+		assert_true(items[i].n_tokens == 1 && items[i].slot->n_past == 8);
+	assert_int_equal(pool.n_free, 3);
+	do
+	{
+		finish_step(s, items, n = millm_sched_plan(s, items));
+		assert_true(++steps < 200);
+		for (int i = 0; i < 3; i++)
+			assert_true(!q[i].slot.is_running || q[i].slot.n_past >= 8);
+	} while (n > 0);
+	assert_true(q[2].slot.n_preempted > 0);
+	for (int i = 0; i < 3; i++)
+		assert_int_equal(q[i].slot.n_tokens, 24);
+	assert_int_equal(pool.n_free, 6);
+	millm_sched_free(s);
+}
+
 /* Many random sequences in a small pool, with cancels and pauses: everything ends, every page comes back. */
 static void
 run_storm(int window, int longest)
@@ -290,7 +344,7 @@ run_storm(int window, int longest)
 
 		pool.window = window;
 		pool.step = max_batch;
-		pool.n_free = n_pages = needs(&pool, longest);	/* the pool holds one */
+		pool.n_free = n_pages = pages_of(&pool, longest);	/* the pool holds one */
 		srandom(seed);
 		for (int i = 0; i < 36; i++)
 		{
@@ -378,7 +432,7 @@ main(void)
 {
 	const struct CMUnitTest tests[] = {
 		cmocka_unit_test(decode_goes_first), cmocka_unit_test(canceled_step), cmocka_unit_test(limits),
-		cmocka_unit_test(no_overtaking), cmocka_unit_test(preempts_the_youngest), cmocka_unit_test(storm),
+		cmocka_unit_test(no_overtaking), cmocka_unit_test(preempts_the_youngest), cmocka_unit_test(shared_beginning), cmocka_unit_test(storm),
 		cmocka_unit_test(chunk_follows_time),
 	};
 
