@@ -203,20 +203,21 @@ connect_now(void)
 		watch(EV_WRITE);
 }
 
-/* A notification: to everybody, if it is an event.  Any role can send one, so nothing of it goes out as it came. */
+/* A notification: to everybody, if it is an event, on one line: a line end can only stand between JSON's words. */
 static void
-publish(const char *payload)
+publish(char *payload)
 {
 	json_t	   *event = json_loads(payload, JSON_REJECT_DUPLICATES, NULL);
 	const char *name = json_string_value(json_object_get(event, "event"));
-	char	   *data;
 
 	if (name && name[0] && strlen(name) <= MAX_EVENT_NAME && strncmp(name, OWN_PREFIX, strlen(OWN_PREFIX)) != 0 &&
-		name[strspn(name, "abcdefghijklmnopqrstuvwxyz0123456789_:-")] == '\0' && (data = json_dumps(event, JSON_COMPACT)) != NULL)
+		name[strspn(name, "abcdefghijklmnopqrstuvwxyz0123456789_:-")] == '\0')
 	{
+		for (char *c = payload; *c; c++)
+			if (*c == '\n' || *c == '\r')
+				*c = ' ';
 		for (Stream *s = streams; s; s = s->next)
-			deliver(s, name, data);
-		free(data);
+			deliver(s, name, payload);
 	}
 	json_decref(event);
 }
