@@ -10,6 +10,7 @@
 #include <string.h>
 #include <time.h>
 
+#include "arch.h"
 #include "machine.h"
 #include "memory.h"
 
@@ -78,6 +79,9 @@ collect_warnings(MillmLoaded *loaded)
 	if (g->n_ignored > n)
 		snprintf(loaded->warnings[loaded->n_warnings++], sizeof(loaded->warnings[0]),
 				 "generation_config.json sets %d more keys that are not honoured", g->n_ignored - n);
+	if (loaded->model->config.arch->text_config)
+		snprintf(loaded->warnings[loaded->n_warnings++], sizeof(loaded->warnings[0]),
+				 "only the text part of the model is used: it sees no images");
 	if (loaded->model->screen_refused[0])
 		snprintf(loaded->warnings[loaded->n_warnings++], sizeof(loaded->warnings[0]), "%s", loaded->model->screen_refused);
 }

@@ -22,6 +22,7 @@
 static const char *const wanted[] = {
 	"config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "tokenizer.*.json", "special_tokens_map.json",
 	"added_tokens.json", "vocab.json", "merges.txt", "vocab.txt", "tokenizer.model", "*.tiktoken", "chat_template.jinja", "chat_template.json",
+	"preprocessor_config.json", "processor_config.json",
 	"modules.json", "sentence_bert_config.json", "config_sentence_transformers.json", "[0-9]_*/config.json", "LICENSE*", "README.md",
 };
 

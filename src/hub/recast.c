@@ -72,11 +72,12 @@ struct MillmRecast
 	MillmRecastTarget target;
 	const json_t *config_json;
 	MillmDtype	dtype16;		/* what F32 becomes */
+	const MillmArch *arch;
 	bool		in_out;			/* the family stores its Linears [in, out] */
 	char		head_name[128];	/* module of the LM head */
 	char		project_in[128], project_out[128];	/* modules outside of the blocks that the family may have; or "" */
 	bool		has_experts;
-	char		tapped[160];	/* tensor that the screening copy is made from */
+	char		tapped[2][160];	/* tensor that the screening copy is made from, in both spellings */
 	bool		has_converted;
 
 	/* the file in work */
@@ -242,6 +243,12 @@ is_16bit(MillmDtype dtype)
 	return dtype == MILLM_F16 || dtype == MILLM_BF16;
 }
 
+static bool
+is_tapped(const MillmRecast *r, const char *name)
+{
+	return strcmp(name, r->tapped[0]) == 0 || strcmp(name, r->tapped[1]) == 0;
+}
+
 static MillmCode
 plan_item(MillmRecast *r, const MillmStTensor *t, Item *item, MillmError *err)
 {
@@ -259,8 +266,8 @@ plan_item(MillmRecast *r, const MillmStTensor *t, Item *item, MillmError *err)
 		item->dtype = r->dtype16;
 		r->has_converted = true;
 	}
-	item->is_head = r->target != MILLM_RECAST_16BIT && strcmp(t->name, r->tapped) == 0 && is_matrix && is_16bit(item->dtype);
-	if (r->target == MILLM_RECAST_16BIT || !millm_quant_is_quantized(t->name, t->n_dims))
+	item->is_head = r->target != MILLM_RECAST_16BIT && is_tapped(r, t->name) && is_matrix && is_16bit(item->dtype);
+	if (r->target == MILLM_RECAST_16BIT || !millm_quant_is_quantized(t->name, t->n_dims) || millm_arch_is_foreign(r->arch, t->name))
 	{
 		item->n_outputs = 1;
 		if (!add_output(r, t->name, "", item->dtype, t->n_dims, t->dims, item->kind == CONVERT ? t->bytes / 2 : t->bytes))
@@ -1058,6 +1065,7 @@ millm_recast_create(MillmStore *store, MillmRecastTarget target, const MillmConf
 	r->config_json = config_json;
 	r->fd = r->screen_fd = -1;
 	r->dtype16 = millm_config_dtype(config_json) == MILLM_F16 ? MILLM_F16 : MILLM_BF16;
+	r->arch = arch;
 	r->in_out = arch->in_out;
 	r->has_experts = config->n_experts > 0;
 	snprintf(r->head_name, sizeof(r->head_name), "%s", arch->head);
@@ -1066,12 +1074,15 @@ millm_recast_create(MillmStore *store, MillmRecastTarget target, const MillmConf
 		snprintf(r->project_in, sizeof(r->project_in), "%s%s", arch->prefix, arch->project_in);
 		snprintf(r->project_out, sizeof(r->project_out), "%s%s", arch->prefix, arch->project_out);
 	}
-	if (!millm_config_can_screen(config))
-		r->tapped[0] = '\0';
-	else if (config->tied)
-		snprintf(r->tapped, sizeof(r->tapped), "%s%s.weight", arch->prefix ? arch->prefix : "", arch->embedding);
-	else
-		snprintf(r->tapped, sizeof(r->tapped), "%s.weight", arch->head);
+	if (millm_config_can_screen(config) && config->tied)
+	{
+		const char *prefixes[] = {arch->prefix, arch->other_prefix ? arch->other_prefix : arch->prefix};
+
+		for (int i = 0; i < 2; i++)
+			snprintf(r->tapped[i], sizeof(r->tapped[i]), "%s%s.weight", prefixes[i], arch->embedding);
+	}
+	else if (millm_config_can_screen(config))
+		snprintf(r->tapped[0], sizeof(r->tapped[0]), "%s.weight", arch->head);
 	*out = r;
 	return MILLM_OK;
 }
@@ -1161,7 +1172,8 @@ MillmCode
 millm_recast_complete(MillmRecast *r, const MillmHubFile *const *files, size_t n, MillmError *err)
 {
 	json_t	   *config = json_deep_copy(r->config_json);
-	const char *skip[3 + MILLM_QUANT_N_ROUTERS] = {r->head_name};
+	const char *skip[3 + MILLM_QUANT_N_ROUTERS + 2 * 3] = {r->head_name};
+	char		foreign[2 * 3][64];
 	int			n_skip = 1;
 	const char *dtype = r->dtype16 == MILLM_F16 ? "float16" : "bfloat16";
 	MillmCode	rc = MILLM_OK;
@@ -1175,6 +1187,13 @@ millm_recast_complete(MillmRecast *r, const MillmHubFile *const *files, size_t n
 	}
 	for (int i = 0; r->has_experts && i < MILLM_QUANT_N_ROUTERS; i++)
 		skip[n_skip++] = millm_quant_routers()[i];
+	/* module names, without the dot: transformers 5 wants them from their begin on, in either spelling */
+	for (int i = 0; i < 3 && r->arch->foreign[i]; i++)
+		for (int k = 0; k < 2; k++)
+		{
+			snprintf(foreign[2 * i + k], sizeof(foreign[0]), "%s%.*s", k ? "model." : "", (int) strlen(r->arch->foreign[i]) - 1, r->arch->foreign[i]);
+			skip[n_skip++] = foreign[2 * i + k];
+		}
 	if (r->has_converted)
 	{
 		bool		has_new = json_object_get(config, "dtype") != NULL;

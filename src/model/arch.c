@@ -15,9 +15,9 @@
 #define LLAMA_BLOCK \
 	.norm = MILLM_NORM_RMS, .position = MILLM_POS_ROPE, .mlp_gated = true, .ignored = {".rotary_emb.inv_freq"}
 #define LLAMA_ENDS .prefix = "model.", .embedding = "embed_tokens", .head = "lm_head"
-#define LLAMA_NAMES \
-	LLAMA_ENDS, .final_norm = "norm", .attn_norm = "layers.{i}.input_layernorm", \
-	.o = "layers.{i}.self_attn.o_proj", .down = "layers.{i}.mlp.down_proj"
+#define LLAMA_BODY \
+	.final_norm = "norm", .attn_norm = "layers.{i}.input_layernorm", .o = "layers.{i}.self_attn.o_proj", .down = "layers.{i}.mlp.down_proj"
+#define LLAMA_NAMES LLAMA_ENDS, LLAMA_BODY
 #define LLAMA_QKV \
 	.q = "layers.{i}.self_attn.q_proj", .k = "layers.{i}.self_attn.k_proj", .v = "layers.{i}.self_attn.v_proj"
 #define LLAMA_MLP_NORM .mlp_norm = "layers.{i}.post_attention_layernorm"
@@ -82,6 +82,14 @@
 	.up = "h.{i}.mlp.dense_h_to_4h", .down = "h.{i}.mlp.dense_4h_to_h", .ignored = {".inv_freq"}
 #define FALCON_KV_HEADS .n_kv_heads = {"num_kv_heads", "n_head_kv"}
 #define FALCON_MULTI_QUERY .multi_query = {.by_default = true, .key = "multi_query"}
+
+#define GEMMA3 \
+	LLAMA_KEYS, GEMMA_BLOCK, LLAMA_QKV, SANDWICH_NORMS, LLAMA_GATE_UP, HEAD_NORMS, .act = {"hidden_activation"}, \
+	.default_rope_theta = 1000000.0, .local_theta_key = "rope_local_base_freq", .default_local_theta = 10000.0, .default_n_kv_heads = 4, \
+	.default_max_positions = 131072, .default_n_heads = 8, .default_vocab_size = 262208, \
+	.scale_key = "query_pre_attn_scalar", .default_scale_key = 256, .logit_softcap_key = "final_logit_softcapping", \
+	.sliding = {.possible = true, .default_window = 4096, .every_key = {"sliding_window_pattern", "_sliding_window_pattern"}, .default_every = 6}, \
+	.refused = {"attn_logit_softcapping"}
 
 static const MillmArch archs[] = {
 	{
@@ -189,13 +197,15 @@ static const MillmArch archs[] = {
 		.sliding = {.possible = true, .default_window = 4096, .default_every = 2},
 	},
 	{
+		/* Gemma 3 4B, 12B, 27B: the text model of one that also sees */
+		.model_type = "gemma3", .text_config = "text_config",
+		LLAMA_BODY, GEMMA3, .prefix = "language_model.model.", .embedding = "embed_tokens", .head = "lm_head", .other_prefix = "model.language_model.",
+		.foreign = {"vision_tower.", "multi_modal_projector."},
+	},
+	{
 		/* Gemma 3's text model: norms of the heads, five layers of six slide and rotate faster.  transformers reads the softcap of scores, and ignores it */
 		.model_type = "gemma3_text",
-		LLAMA_KEYS, GEMMA_BLOCK, LLAMA_NAMES, LLAMA_QKV, SANDWICH_NORMS, LLAMA_GATE_UP, HEAD_NORMS, .act = {"hidden_activation"},
-		.default_rope_theta = 1000000.0, .local_theta_key = "rope_local_base_freq", .default_local_theta = 10000.0, .default_n_kv_heads = 4, .default_max_positions = 131072,
-		.scale_key = "query_pre_attn_scalar", .default_scale_key = 256, .logit_softcap_key = "final_logit_softcapping",
-		.sliding = {.possible = true, .default_window = 4096, .every_key = {"sliding_window_pattern", "_sliding_window_pattern"}, .default_every = 6},
-		.refused = {"attn_logit_softcapping"},
+		LLAMA_NAMES, GEMMA3,
 	},
 	{
 		/* Pythia, GPT-NeoX-20B, Dolly: attention and MLP beside each other, each with its norm, or, rarely, one after the other */
@@ -342,8 +352,19 @@ millm_arch_find(const char *model_type, int i)
 	return NULL;
 }
 
+bool
+millm_arch_is_foreign(const MillmArch *arch, const char *tensor)
+{
+	if (strncmp(tensor, "model.", 6) == 0)
+		tensor += 6;
+	for (size_t k = 0; k < sizeof(arch->foreign) / sizeof(arch->foreign[0]) && arch->foreign[k]; k++)
+		if (strncmp(tensor, arch->foreign[k], strlen(arch->foreign[k])) == 0)
+			return true;
+	return false;
+}
+
 const char *
 millm_supported_model_types(void)
 {
-	return "bloom, cohere, falcon, gemma, gemma2, gemma3_text, glm4, gpt2, gpt_neox, gpt_oss, granite, llama, mistral, mixtral, olmo2, opt, phi, phi3, qwen2, qwen2_moe, qwen3, qwen3_moe, smollm3, stablelm, starcoder2";
+	return "bloom, cohere, falcon, gemma, gemma2, gemma3, gemma3_text, glm4, gpt2, gpt_neox, gpt_oss, granite, llama, mistral, mixtral, olmo2, opt, phi, phi3, qwen2, qwen2_moe, qwen3, qwen3_moe, smollm3, stablelm, starcoder2";
 }

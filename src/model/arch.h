@@ -77,6 +77,7 @@ typedef struct MillmArch
 	MillmCondition only_if[2];	/* of the rows of a type, the first one whose conditions hold counts */
 
 	/* config.json */
+	const char *text_config;		/* key of the object that has all that is below, of a model with other parts than a text model; NULL: the file itself */
 	MillmKeys	hidden_size, intermediate_size, n_layers, n_heads, n_kv_heads, head_dim, max_positions, norm_eps, act;
 	double		default_norm_eps;
 	double		default_rope_theta;
@@ -85,6 +86,7 @@ typedef struct MillmArch
 	bool		rope_is_scaled;			/* "rope_scaling" has a default that is not none, and must be there */
 	const char *local_theta_key;		/* layers that slide rotate by this theta, unscaled; NULL: as the others */
 	double		default_local_theta;
+	int			default_n_heads, default_vocab_size;	/* 0: required */
 	int			default_n_kv_heads;		/* when absent; 0: as many as heads, which null always means */
 	int			default_max_positions;
 	int			default_head_dim;		/* 0: hidden size over heads */
@@ -136,6 +138,8 @@ typedef struct MillmArch
 
 	/* tensor names; {i} is the layer.  prefix, or words at its begin, may be missing in a file.  Without ".weight" / ".bias". */
 	const char *prefix;
+	const char *other_prefix;			/* of newer files; NULL: the same */
+	const char *foreign[3];				/* what the names of other parts begin with, behind "model." or not: they are not read */
 	const char *embedding, *position_embedding, *head;
 	const char *embedding_norm;			/* of the embedding's rows; NULL: none */
 	const char *project_in, *project_out;	/* where embedding_size is not the hidden size */
@@ -159,5 +163,8 @@ typedef struct MillmArch
 
 /* The rows of a model_type, in order, from i = 0 on; NULL past the last. */
 extern const MillmArch *millm_arch_find(const char *model_type, int i);
+
+/* Does the tensor belong to a part that the engine does not run (a vision tower)? */
+extern bool millm_arch_is_foreign(const MillmArch *arch, const char *tensor);
 
 #endif

@@ -698,6 +698,8 @@ resolve(json_t *json, const MillmArch *arch, MillmConfig *c, MillmError *err)
 	c->max_positions = arch->default_max_positions;
 	c->head_dim = arch->default_head_dim;
 	c->n_kv_heads = arch->n_kv_heads[0] && json_is_null(json_object_get(json, arch->n_kv_heads[0])) ? 0 : arch->default_n_kv_heads;
+	c->n_heads = arch->default_n_heads;
+	c->vocab_size = arch->default_vocab_size;
 	if ((rc = get_int(json, arch->hidden_size, 1, MILLM_MAX_HIDDEN, &c->hidden_size, err)) != MILLM_OK ||
 		(rc = get_int(json, arch->n_layers, 1, MILLM_MAX_LAYERS, &c->n_layers, err)) != MILLM_OK ||
 		(rc = get_int(json, arch->n_heads, 1, MILLM_MAX_HEADS, &c->n_heads, err)) != MILLM_OK ||
@@ -836,12 +838,30 @@ conditions_hold(json_t *json, const MillmArch *arch, bool *out, MillmError *err)
 	return MILLM_OK;
 }
 
+/* The text model's part of a config, with what the whole says for it; a new reference. */
+static MillmCode
+text_part(json_t *json, const MillmArch *arch, json_t **out, MillmError *err)
+{
+	static const char *const whole[] = {"architectures", "quantization_config", "eos_token_id"};
+	json_t	   *part = get(json, arch->text_config), *value;
+
+	if (!json_is_object(part))
+		return bad_value(err, arch->text_config, part, "an object");
+	if (!(*out = json_copy(part)))
+		return millm_fail(err, MILLM_E_INSUFFICIENT_MEMORY, "out of memory");
+	for (size_t i = 0; i < sizeof(whole) / sizeof(whole[0]); i++)
+		if ((value = get(json, whole[i])))
+			json_object_set(*out, whole[i], value);
+	return MILLM_OK;
+}
+
 MillmCode
 millm_config_resolve(json_t *json, MillmConfig *config, MillmError *err)
 {
 	json_t	   *type = get(json, "model_type");
 	const MillmArch *arch;
 	bool		holds = false;
+	json_t	   *part = NULL;
 	MillmCode	rc;
 
 	memset(config, 0, sizeof(*config));
@@ -868,8 +888,11 @@ millm_config_resolve(json_t *json, MillmConfig *config, MillmError *err)
 	}
 	config->arch = arch;
 	snprintf(config->model_type, sizeof(config->model_type), "%s", arch->model_type);
-	if ((rc = resolve(json, arch, config, err)) != MILLM_OK)
+	if (arch->text_config && (rc = text_part(json, arch, &part, err)) != MILLM_OK)
+		return rc;
+	if ((rc = resolve(part ? part : json, arch, config, err)) != MILLM_OK)
 		millm_config_free(config);
+	json_decref(part);
 	return rc;
 }
 

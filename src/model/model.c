@@ -906,7 +906,7 @@ check_complete(Binder *b)
 	for (size_t i = 0; i < files->n_entries; i++)
 	{
 		const char *name = files->entries[i].tensor->name;
-		bool		known = files->entries[i].used;
+		bool		known = files->entries[i].used || millm_arch_is_foreign(b->arch, name);
 
 		for (int k = 0; !known && k < 6 && b->arch->ignored[k]; k++)
 			known = ends_with(name, b->arch->ignored[k]);
@@ -944,6 +944,9 @@ count(Binder *b)
 	{
 		const Entry *e = &m->files->entries[i];
 
+		/* parts that are not run are parameters all the same, as their file has them */
+		if (millm_arch_is_foreign(b->arch, e->tensor->name))
+			m->n_params += (int64_t) (e->tensor->bytes / (uint64_t) millm_dtype_bytes(e->tensor->dtype));
 		if (!e->used)
 			continue;
 		m->weights_bytes += e->tensor->bytes;
@@ -992,6 +995,8 @@ bind(Binder *b)
 	/* a file saved from the headless class lacks the prefix, or its first word */
 	for (b->prefix = a->prefix; *b->prefix && !find(b, tensor_name(name, b->prefix, a->embedding, 0, ".weight"));)
 		b->prefix = strchr(b->prefix, '.') + 1;
+	if (a->other_prefix && find(b, tensor_name(name, a->other_prefix, a->embedding, 0, ".weight")))
+		b->prefix = a->other_prefix;
 	if (!*b->prefix && !find(b, tensor_name(name, "", a->embedding, 0, ".weight")))
 		b->prefix = a->prefix;
 	if ((rc = bind_table(b, a->embedding, c->vocab_size, c->embedding_size, &m->embedding)) != MILLM_OK ||

@@ -20,7 +20,7 @@ LONG = TINY / "llama-long"
 TEXTS = ["Hello world", "a", "The quick brown fox jumps over the lazy dog.", "def main(out):\n\treturn {}", "\u00e4\u00f6\u00fc \u6f22\u5b57 \U0001f600"]
 MODES = ["cls", "max", "mean", "mean_sqrt_len_tokens", "weightedmean", "lasttoken"]
 FAMILIES = sorted(p.name for p in TINY.iterdir() if "-" not in p.name and (p / "config.json").exists()) if TINY.is_dir() else []
-OTHERS = ["opt-after", "opt-plain", "llama-bf16", "gemma2-uncapped", "cohere-norms", "falcon-rw"]
+OTHERS = ["opt-after", "opt-plain", "llama-bf16", "gemma2-uncapped", "gemma3-vision", "cohere-norms", "falcon-rw"]
 
 
 def tokens(model, text):

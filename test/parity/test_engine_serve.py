@@ -628,6 +628,16 @@ def test_chat_templates_of_a_directory(model, tmp_path):
     assert e.stop() == 0
 
 
+def test_text_part_only():
+    """A load says that a model which also sees will not."""
+    e = Engine()
+    warnings = e.call("load", path=str(TINY / "gemma3-vision"))["warnings"]
+    assert any("sees no images" in w for w in warnings)
+    assert e.call("status")["weights_bytes"] < (TINY / "gemma3-vision/model.safetensors").stat().st_size - 50_000
+    assert e.call("generate", prompt="Hello", max_tokens=3)["usage"]["completion_tokens"] > 0
+    assert e.stop() == 0
+
+
 def test_ignored_keys_are_named(model, tmp_path):
     path = tmp_path / "m"
     shutil.copytree(model, path)

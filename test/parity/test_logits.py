@@ -29,7 +29,8 @@ def test_there_are_tiny_models():
 
 
 def some_ids(model, n, seed=1):
-    vocab = json.loads((TINY / model / "config.json").read_text())["vocab_size"]
+    config = json.loads((TINY / model / "config.json").read_text())
+    vocab = config.get("text_config", config)["vocab_size"]
     rng = random.Random(seed)
     return [rng.randrange(vocab) for _ in range(n)]
 

@@ -79,7 +79,8 @@ def judge(directory):
 
 def some_ids(directory, n):
     rng = random.Random(1)
-    vocab = json.loads((directory / "config.json").read_text())["vocab_size"]
+    config = json.loads((directory / "config.json").read_text())
+    vocab = config.get("text_config", config)["vocab_size"]
     return [rng.randrange(vocab) for _ in range(n)]
 
 
@@ -97,7 +98,7 @@ def test_tiny_ref(model, tmp_path):
 
 
 @pytest.mark.parametrize("quantization", ["Q4", "Q8"])
-@pytest.mark.parametrize("family", ["mistral", "phi3", "qwen2-sliding", "qwen3", "gemma", "gemma2", "gemma3", "phi-norms", "neox", "stablelm", "olmo2", "granite", "smollm3", "starcoder2", "cohere-norms", "glm4", "opt-after", "falcon-new", "bloom-6", "mixtral", "qwen2_moe", "qwen3_moe"])
+@pytest.mark.parametrize("family", ["mistral", "phi3", "qwen2-sliding", "qwen3", "gemma", "gemma2", "gemma3", "gemma3-vision-5", "phi-norms", "neox", "stablelm", "olmo2", "granite", "smollm3", "starcoder2", "cohere-norms", "glm4", "opt-after", "falcon-new", "bloom-6", "mixtral", "qwen2_moe", "qwen3_moe"])
 def test_families(family, quantization, tmp_path):
     """Every family as millm-hub quantizes it."""
     made = tmp_path / "made"
@@ -107,9 +108,31 @@ def test_families(family, quantization, tmp_path):
     model, ids = judge(made), some_ids(made, 24)
     if family.startswith("gemma"):
         # it scales the embedding by a number of the embedding's dtype, which is float32 here and bfloat16 in the file
-        scale = model.config.hidden_size**0.5
-        model.model.embed_tokens.register_forward_hook(lambda _, __, x: x * (float(torch.tensor(scale).bfloat16()) / scale))
+        scale = model.config.get_text_config().hidden_size**0.5
+        model.get_input_embeddings().register_forward_hook(lambda _, __, x: x * (float(torch.tensor(scale).bfloat16()) / scale))
     assert error(engine_logits(made, ids, tmp_path), reference_logits(model, ids)) <= TINY_TOLERANCE
+
+
+@pytest.mark.parametrize("quantization", ["Q4", "Q8"])
+@pytest.mark.parametrize("model", ["gemma3-vision", "gemma3-vision-5"])
+def test_other_parts_stay(model, quantization, tmp_path):
+    """A vision tower keeps 16 bits, and is in the list by which transformers knows it; the text model is quantized, its head has a screening copy."""
+    made = tmp_path / "made"
+    done = subprocess.run([ENGINE.parent / "millm-hub", "quantize", FIXTURES / "tiny" / model, "--output", made, "--quantization", quantization],
+                          capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    theirs, ours = tensors(FIXTURES / "tiny" / model), tensors(made)
+    foreign = [n for n in theirs if "vision_tower." in n or "multi_modal_projector." in n]
+    assert len(foreign) > 30 and all(torch.equal(ours[n], theirs[n].bfloat16() if theirs[n].dim() > 1 else theirs[n]) for n in foreign)
+    state, quantized = float_state(made)
+    assert len(quantized) == 6 * 7 and not quantized & {n.removesuffix(".weight") for n in foreign}
+    assert (made / "millm_head_int8.safetensors").exists()
+    skip = json.loads((made / "config.json").read_text())["quantization_config"]["llm_int8_skip_modules"]
+    assert {"lm_head", "vision_tower", "model.vision_tower"} <= set(skip)
+    # transformers makes a plain Linear of each of its modules
+    model = AutoModelForCausalLM.from_pretrained(made)
+    assert {type(m).__name__ for n, m in model.named_modules() if "vision_tower" in n and "Linear" in type(m).__name__} <= {"Linear", "NonDynamicallyQuantizableLinear"}
+    assert sum(type(m).__name__ in ("Linear4bit", "Linear8bitLt") for m in model.modules()) == 6 * 7
 
 
 @pytest.mark.parametrize("quantization", ["Q4", "Q8", "FP16"])

@@ -137,6 +137,39 @@ must_slide(const char *base, const char *change, const char *layers, int window)
 	millm_config_free(&c);
 }
 
+/* A model with other parts: its text model's config, and what is said for the whole. */
+static void
+composite(void **state)
+{
+	static const char whole[] = "\"model_type\": \"gemma3\", \"architectures\": [\"Gemma3ForConditionalGeneration\"], \"eos_token_id\": [1, 106], \"vision_config\": {},"
+		" \"text_config\": {\"model_type\": \"gemma3_text\", \"hidden_size\": 2560, \"intermediate_size\": 10240, \"num_hidden_layers\": 34, \"sliding_window\": 1024}";
+	MillmConfig c;
+	MillmError	err;
+
+	(void) state;
+	/* as Gemma 3 4B is published: the class has the rest */
+	must_parse(whole, "", &c);
+	assert_string_equal(c.model_type, "gemma3");
+	assert_string_equal(c.architecture, "Gemma3ForConditionalGeneration");
+	assert_int_equal(c.n_heads, 8);
+	assert_int_equal(c.n_kv_heads, 4);
+	assert_int_equal(c.head_dim, 256);
+	assert_int_equal(c.vocab_size, 262208);
+	assert_int_equal(c.window, 1024);
+	assert_int_equal(c.n_eos, 2);
+	assert_true(c.tied);
+	assert_true(c.slides[0] && !c.slides[5]);
+	millm_config_free(&c);
+	assert_int_equal(parse(whole, "\"text_config\": \"-\"", &c, &err), MILLM_E_INVALID_MODEL_FILE);
+	assert_int_equal(parse(whole, "\"text_config\": [1]", &c, &err), MILLM_E_INVALID_MODEL_FILE);
+	assert_non_null(strstr(err.message, "text_config"));
+	assert_int_equal(parse(whole, "\"quantization_config\": {\"quant_method\": \"gptq\"}", &c, &err), MILLM_E_UNSUPPORTED);
+	assert_true(millm_arch_is_foreign(millm_arch_find("gemma3", 0), "vision_tower.x"));
+	assert_true(millm_arch_is_foreign(millm_arch_find("gemma3", 0), "model.multi_modal_projector.x"));
+	assert_false(millm_arch_is_foreign(millm_arch_find("gemma3", 0), "language_model.model.vision_tower.x"));
+	assert_false(millm_arch_is_foreign(millm_arch_find("llama", 0), "vision_tower.x"));
+}
+
 /* KV heads that a family has where its config says nothing; null are as many as heads. */
 static void
 kv_heads(void **state)
@@ -886,7 +919,7 @@ main(void)
 {
 	const struct CMUnitTest tests[] = {
 		cmocka_unit_test(llama),
-		cmocka_unit_test(kv_heads), cmocka_unit_test(sliding),
+		cmocka_unit_test(composite), cmocka_unit_test(kv_heads), cmocka_unit_test(sliding),
 		cmocka_unit_test(mixtures),
 		cmocka_unit_test(families),
 		cmocka_unit_test(gpt2),
