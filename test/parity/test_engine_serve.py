@@ -4,6 +4,7 @@ The model is a tiny random llama of the fixtures; what it says makes no sense, a
 """
 import json
 import os
+import random
 import shutil
 import signal
 import socket
@@ -282,6 +283,35 @@ def test_a_prefix_gives_way(model):
     together = [e.open("generate", **a, n=3) for a in ask for _ in range(2)]
     assert [[c["text"] for c in t.result()["choices"]] for t in together] == [want[0], want[0], want[1], want[1]]
     all_free(e)
+    assert e.stop() == 0
+
+
+@pytest.mark.parametrize("family", ["llama-long", "gemma3"])
+def test_storm_of_choices(family):
+    """Requests of one to six choices in a pool for one sequence, some of them given up: the others say what they say with room for all."""
+    rng = random.Random(family)
+    asked = [{"prompt": "ab " * rng.randrange(1, 25), "max_tokens": rng.randrange(1, 40), "temperature": rng.choice([0, 1]), "seed": i, "n": rng.randrange(1, 7),
+              "logprobs": rng.random() < 0.3, "repetition_penalty": rng.choice([1, 1.3])} for i in range(24)]
+    e = Engine()
+    load = {"path": str(TINY / family), "context_length": 128, "max_sequences": 4, "max_queue": 120, "deterministic": True}
+    one = e.call("load", **load)["kv_bytes"] // 4
+    want = [e.call("generate", **a) for a in asked]
+    e.call("unload")
+    e.call("load", **load, kv_cache_bytes=one + one // 8)
+    for _ in range(2):
+        conversations = [(a, w, e.open("generate", **a, stream=i % 2 == 0)) for i, (a, w) in enumerate(zip(asked, want))]
+        for _, _, c in rng.sample(conversations, 8):
+            c.close()
+        for a, w, c in conversations:
+            if c.sock.fileno() < 0:
+                continue
+            r = c.result()
+            assert r["usage"] == w["usage"]
+            if "choices" in r:
+                assert r == w
+            else:
+                assert rows_by_choice([row for _, row in c.before], a["n"]) == [(x["text"], x["finish_reason"]) for x in w["choices"]]
+        all_free(e)
     assert e.stop() == 0
 
 
