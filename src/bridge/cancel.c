@@ -28,6 +28,7 @@ static Order *first;			/* under lock, as is last */
 static Order **last = &first;
 static int	pipe_fds[2];
 static struct event *pipe_event;
+static struct event *pipe_event;
 static void (*when_done) (void *arg);
 
 static void *

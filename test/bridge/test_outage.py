@@ -18,7 +18,7 @@ HI = [{"role": "user", "content": "Hi"}]
 @pytest.fixture(scope="module")
 def small():
     """A server with a place for one request and one that waits."""
-    cluster = Cluster("small", **{"millm.max_sequences": 1, "millm.max_queue": 1, "max_connections": 30, "millm.context_length": 8192})
+    cluster = Cluster("small", **{"millm.max_sequences": 1, "millm.max_queue": 1, "max_connections": 50, "millm.context_length": 8192})
     cluster.keys = make_roles(cluster)
     cluster.load("SmolLM2-135M-Instruct")
     yield cluster
@@ -144,6 +144,7 @@ def test_engine_killed(small):
     with pytest.raises(openai.APIError) as caught:
         list(stream)
     assert caught.value.code == "engine_unavailable"
+    wait_true(lambda: small.value("SELECT engine_state FROM millm.status()") == "ready", "there is another engine")
     small.load("SmolLM2-135M-Instruct")
     assert client.chat.completions.create(**LONG | {"max_tokens": 2}).usage.completion_tokens == 2
     assert bridge.stop() == 0

@@ -40,7 +40,8 @@ def expected(cluster):
         return [db.execute("SELECT millm.chat(%s::jsonb, max_tokens => 24, temperature => 1, seed => %s) ->> 'text'", [json.dumps(prompt(i)), i]).fetchone()[0] for i in range(N)]
 
 
-async def all_streams(bridge, key):
+async def genuine(bridge, key):
+    """All at once through the openai client: the texts."""
     http_client = httpx.AsyncClient(limits=httpx.Limits(max_connections=N), timeout=PATIENCE)
     async with openai.AsyncOpenAI(base_url=f"{bridge.url}/v1", api_key=key, max_retries=0, http_client=http_client) as client:
         async def one(i):
@@ -49,52 +50,70 @@ async def all_streams(bridge, key):
         return await asyncio.gather(*(one(i) for i in range(N)))
 
 
+def request(key, i, tokens):
+    body = json.dumps({"model": "tiny-chat", "messages": prompt(i), "max_tokens": tokens, "temperature": 1, "seed": i, "stream": True})
+    # HTTP/1.0: a stream without chunks, ended by the connection's end
+    return (f"POST /v1/chat/completions HTTP/1.0\r\nAuthorization: Bearer {key}\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n{body}").encode()
+
+
+def text_of(answer):
+    events = [line[6:] for line in answer.split(b"\n") if line.startswith(b"data: ")]
+    assert events and events[-1] == b"[DONE]", answer[-500:]
+    return "".join(json.loads(e)["choices"][0]["delta"].get("content") or "" for e in events[:-1])
+
+
+async def bare(bridge, key):
+    """The same over bare sockets: the client's own work is small."""
+    async def one(i):
+        reader, writer = await asyncio.open_connection("127.0.0.1", bridge.port)
+        writer.write(request(key, i, 24))
+        answer = await reader.read()
+        writer.close()
+        return text_of(answer)
+    return await asyncio.gather(*(one(i) for i in range(N)))
+
+
 class SlowReader:
     """A stream of thousands of tokens over a connection whose window is small, which nobody reads until read()."""
 
     def __init__(self, bridge, key, seed, tokens):
-        body = json.dumps({"model": "tiny-chat", "messages": prompt(seed), "max_tokens": tokens, "temperature": 1, "seed": seed, "stream": True}).encode()
         self.sock = socket.socket()
         self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
         self.sock.settimeout(PATIENCE)
         self.sock.connect(("127.0.0.1", bridge.port))
-        self.sock.sendall(f"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nConnection: close\r\nAuthorization: Bearer {key}\r\nContent-Type: application/json\r\n"
-                          f"Content-Length: {len(body)}\r\n\r\n".encode() + body)
+        self.sock.sendall(request(key, seed, tokens))
 
     def read(self):
-        """All that has come and will come: the text."""
-        data = b""
+        """The text, of all that has come and will come."""
+        answer = b""
         while piece := self.sock.recv(1 << 20):
-            data += piece
-        events = [line[6:] for line in data.split(b"\n") if line.startswith(b"data: ")]
-        assert events[-1] == b"[DONE]", events[-1]
-        return "".join(json.loads(e)["choices"][0]["delta"].get("content") or "" for e in events[:-1])
+            answer += piece
+        return text_of(answer)
 
 
-@pytest.mark.parametrize("which", ["wide", "narrow"])
-def test_two_hundred(which, request, keys, cluster, expected):
+@pytest.mark.parametrize("which, streams", [("wide", genuine), ("wide", bare), ("narrow", bare)])
+def test_two_hundred(which, streams, request, keys, expected):
     bridge = request.getfixturevalue(which)
-    asyncio.run(all_streams(bridge, keys["user"]))  # connections and buffers are there afterwards
     before = bridge.rss_kb()
     begin = time.monotonic()
-    texts = asyncio.run(all_streams(bridge, keys["user"]))
+    texts = asyncio.run(streams(bridge, keys["user"]))
     took = time.monotonic() - begin
     lost = [i for i in range(N) if texts[i] != expected[i]]
     assert not lost, f"{len(lost)} of {N} differ, the first: {lost[0]}: {texts[lost[0]]!r}, expected {expected[lost[0]]!r}"
-    print(f"{N} streams of 24 tokens over {which} pool: {took:.2f} s; the bridge has {bridge.rss_kb()} kB, {bridge.rss_kb() - before:+} kB")
+    print(f"{N} streams of 24 tokens, {streams.__name__} client, {which} pool: {took:.2f} s; the bridge has {bridge.rss_kb()} kB, {bridge.rss_kb() - before:+} kB")
     assert bridge.rss_kb() - before < 16 * 1024
 
 
 def test_slow_readers(wide, keys, cluster, expected):
     """Ten that do not read: the two hundred others do not notice, the bridge does not store what the ten leave, and these lose nothing."""
     begin = time.monotonic()
-    asyncio.run(all_streams(wide, keys["user"]))
+    asyncio.run(bare(wide, keys["user"]))
     alone = time.monotonic() - begin
     before = wide.rss_kb()
     slow = [SlowReader(wide, keys["user"], seed, 6000) for seed in range(10)]  # some 1.5 MB each
     time.sleep(1)
     begin = time.monotonic()
-    assert asyncio.run(all_streams(wide, keys["user"])) == expected
+    assert asyncio.run(bare(wide, keys["user"])) == expected
     beside = time.monotonic() - begin
     grown = wide.rss_kb() - before
     print(f"{N} streams alone {alone:.2f} s, beside ten that do not read {beside:.2f} s; the bridge grew by {grown} kB")
