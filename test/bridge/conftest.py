@@ -22,7 +22,7 @@ KEYS = {  # name of the key: (role, limits)
 def make_roles(cluster):
     """The roles, and the text of each key by its name."""
     for sql in ("CREATE ROLE app", "CREATE ROLE boss", "CREATE ROLE nobody", "CREATE ROLE bridge LOGIN NOINHERIT",
-                "SELECT millm.grant_user('app'), millm.grant_admin('boss'), millm.grant_bridge('bridge')"):
+                "GRANT pg_read_server_files TO boss", "SELECT millm.grant_user('app'), millm.grant_admin('boss'), millm.grant_bridge('bridge')"):
         cluster.execute(sql)
     keys = {name: cluster.value(f"SELECT millm.create_api_key(%s, %s::regrole{limits})", name, role) for name, (role, limits) in KEYS.items()}
     cluster.execute("SELECT millm.revoke_api_key('revoked')")
