@@ -2,6 +2,7 @@
 import http.client
 import json
 import queue
+import socket
 import threading
 
 import pytest
@@ -57,6 +58,7 @@ class Events:
         return [self.queue.get() for _ in range(self.queue.qsize())]
 
     def close(self):
+        self.connection.sock.shutdown(socket.SHUT_RDWR)  # close() would wait for the thread
         self.connection.close()
 
 
@@ -129,7 +131,7 @@ def test_events_are_bounded(bridge, keys, cluster, tiny):
     """A listener that does not read: others get theirs, and the bridge does not keep his without end."""
     deaf = http.client.HTTPConnection("127.0.0.1", bridge.port)
     deaf.connect()
-    deaf.sock.setsockopt(1, 8, 4096)  # SO_RCVBUF
+    deaf.sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
     deaf.request("GET", "/api/events", headers={"Authorization": f"Bearer {keys['user']}"})
     events = Events(bridge, keys["user"])
     before = bridge.rss_kb()
