@@ -50,6 +50,7 @@
 #define BODIES_AT_ONCE 64		/* all bodies together: so many of the largest */
 #define MAX_ANSWER_HEAD 2048
 #define MAX_EXTRA_HEADERS 1024
+#define MAX_SHOWN_NAME 100		/* of a query's parameter */
 
 typedef enum ConnState
 {
@@ -643,6 +644,24 @@ preflight(HttpRequest *r)
 	http_reply(r, 204, NULL, NULL, 0);
 }
 
+/* The first name in the query that the route does not know, and how much of it to show; NULL: there is none. */
+static const char *
+unknown_query(const HttpRequest *r, int *len)
+{
+	for (const char *at = r->query; *at; at += *at == '&')
+	{
+		size_t		n = strcspn(at, "=&");
+
+		if (!r->route->query || n != strlen(r->route->query) || strncmp(at, r->route->query, n) != 0)
+		{
+			*len = n < MAX_SHOWN_NAME ? (int) n : MAX_SHOWN_NAME;
+			return at;
+		}
+		at += strcspn(at, "&");
+	}
+	return NULL;
+}
+
 /*
  * A whole head has come: everything that can be refused without the body is refused here.  The request is answered, or the
  * connection is in state BODY afterwards.
@@ -654,6 +673,8 @@ begin_request(HttpConn *c, const HttpHead *head)
 	const char *param;
 	size_t		param_len;
 	char		allowed[64];
+	const char *unknown;
+	int			unknown_len;
 
 	c->minor = head->minor;
 	c->keep_alive = head->keep_alive;
@@ -687,6 +708,11 @@ begin_request(HttpConn *c, const HttpHead *head)
 	if (!r->route)
 	{
 		refuse(c, 404, "not_found", "There is nothing at this path; /openapi.json lists what there is.");
+		return;
+	}
+	if (!(r->route->flags & ROUTE_OPEN) && (unknown = unknown_query(r, &unknown_len)) != NULL)
+	{
+		refuse(c, 400, "unknown_parameter", "Parameter \"%.*s\" is not one of this path.", unknown_len, unknown);
 		return;
 	}
 	if (param && (!(r->param = malloc(param_len + 1)) || !http_percent_decode(r->param, param, param_len)))

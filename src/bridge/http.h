@@ -37,6 +37,7 @@ typedef struct Route
 	const char *pattern;		/* "/v1/models/{id}"; a last segment {id*} is the rest of the path */
 	void		(*handle) (HttpRequest *r);
 	unsigned	flags;
+	const char *query;			/* the parameter that may follow the path's '?'; NULL: none may */
 } Route;
 
 struct HttpRequest

@@ -556,8 +556,9 @@ completion_logprobs(json_t *entries, size_t *offset)
 
 		json_array_append(tokens, json_object_get(entry, "token"));
 		json_array_append(logprobs, json_object_get(entry, "logprob"));
+		/* halves of characters have one text in common: the likeliest counts */
 		json_array_foreach(json_object_get(entry, "top_logprobs"), k, top)
-			if (json_is_string(json_object_get(top, "token")))
+			if (json_is_string(json_object_get(top, "token")) && !json_object_get(others, json_string_value(json_object_get(top, "token"))))
 				json_object_set(others, json_string_value(json_object_get(top, "token")), json_object_get(top, "logprob"));
 		json_array_append_new(tops, others);
 		json_array_append_new(offsets, json_integer((json_int_t) *offset));
