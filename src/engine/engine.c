@@ -521,12 +521,20 @@ run_load(MillmEngine *e)
 		sink.failed(sink.arg, &err);
 }
 
-/* What was freed goes back to the kernel, not to the allocator's stock: another program may need it. */
+/*
+ * What a model takes on that device is the difference of two of these; -1: not known.  What was freed goes back to the kernel, not to the
+ * allocator's stock: another program may need it.
+ */
 static int64_t
-private_bytes(void)
+taken_bytes(const MillmDevice *device)
 {
+	int64_t		free_bytes,
+				total_bytes;
+
 	malloc_trim(0);
-	return millm_memory_private();
+	if (!device->memory)
+		return millm_memory_private();
+	return device->memory(device->ordinal, &free_bytes, &total_bytes, NULL) == MILLM_OK ? total_bytes - free_bytes : -1;
 }
 
 static void
@@ -534,7 +542,8 @@ finish_unload(MillmEngine *e)
 {
 	MillmLoadSink sink = e->sink;
 	const MillmLoaded *loaded;
-	const int64_t before = private_bytes();
+	const MillmDevice device = e->loaded->device;
+	const int64_t before = taken_bytes(&device);
 	char	   *name;
 	int64_t		after;
 
@@ -548,7 +557,7 @@ finish_unload(MillmEngine *e)
 	publish(e);
 	name = strdup(loaded->name);
 	millm_loaded_release(loaded);
-	after = private_bytes();
+	after = taken_bytes(&device);
 	sink.unloaded(sink.arg, name ? name : "", before < 0 || after < 0 ? -1 : before > after ? before - after : 0);
 	free(name);
 }
@@ -797,20 +806,12 @@ MillmCode
 millm_engine_plan(MillmEngine *e, const MillmLoadOptions *options, const char *quantization, bool must_fit, MillmLoadPlan *out, MillmError *err)
 {
 	MillmEngineStatus now;
-	int64_t		releasable = 0;
+	MillmCode	rc;
 
-	/* of what the loaded model has reserved, that which it has touched */
 	millm_engine_status(e, &now);
-	if (now.loaded)
-	{
-		releasable = millm_memory_private();
-		if (releasable > now.loaded->private_bytes)
-			releasable = now.loaded->private_bytes;
-		if (releasable < 0)
-			releasable = 0;
-	}
+	rc = plan_load(options, quantization, must_fit, now.loaded, out, err);
 	millm_loaded_release(now.loaded);
-	return plan_load(options, quantization, must_fit, releasable, out, err);
+	return rc;
 }
 
 /* Fill err for a state in which the loaded model cannot be asked for anything.  Under the lock. */

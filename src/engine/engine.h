@@ -86,6 +86,7 @@ typedef struct MillmLoaded
 	int			threads;
 	bool		deterministic;
 	int64_t		pages_total;
+	int64_t		weights_bytes;	/* as the device has them: mapped files, or a copy */
 	int64_t		kv_bytes;
 	int64_t		private_bytes;	/* the KV cache and the workspace: what is ours alone, not the page cache's */
 	int64_t		loaded_at;		/* unix seconds */
@@ -98,7 +99,7 @@ typedef struct MillmLoadSink
 {
 	void		(*progress) (void *arg, int n);	/* load: percent; unload: requests still pending */
 	void		(*loaded) (void *arg, const MillmLoaded *loaded);
-	void		(*unloaded) (void *arg, const char *name, int64_t freed_bytes);	/* private memory, measured; -1: not known */
+	void		(*unloaded) (void *arg, const char *name, int64_t freed_bytes);	/* private memory, or the device's, measured; -1: not known */
 	void		(*failed) (void *arg, const MillmError *err);
 	void	   *arg;
 } MillmLoadSink;

@@ -170,9 +170,22 @@ weights_bytes(const MillmModel *model, const MillmDevice *device)
 	return device->kind->copied_bytes ? device->kind->copied_bytes(model) : (int64_t) model->weights_bytes;
 }
 
+/* What unloading now (NULL: nothing) gives back on the device. */
+static int64_t
+releasable_bytes(const MillmLoaded *now, const MillmDevice *device)
+{
+	int64_t		touched;
+
+	if (!now || strcmp(now->device.name, device->name) != 0)
+		return 0;
+	if (device->memory)
+		return now->weights_bytes + now->private_bytes;
+	touched = millm_memory_private();	/* of what it has reserved */
+	return touched < 0 ? 0 : touched < now->private_bytes ? touched : now->private_bytes;
+}
+
 MillmCode
-plan_load(const MillmLoadOptions *options, const char *quantization, bool must_fit, int64_t releasable_bytes, MillmLoadPlan *out,
-		  MillmError *err)
+plan_load(const MillmLoadOptions *options, const char *quantization, bool must_fit, const MillmLoaded *now, MillmLoadPlan *out, MillmError *err)
 {
 	MillmModel *model;
 	MillmMemoryPlan plan;
@@ -184,7 +197,7 @@ plan_load(const MillmLoadOptions *options, const char *quantization, bool must_f
 		return rc;
 	out->quantization = quantization ? quantization : millm_model_quantization(model);
 	rc = plan_memory(model, options, &device, strcmp(out->quantization, millm_model_quantization(model)) == 0 ? weights_bytes(model, &device) :
-					 millm_model_weights_bytes_as(model, out->quantization), releasable_bytes, &plan, &fo, err);
+					 millm_model_weights_bytes_as(model, out->quantization), releasable_bytes(now, &device), &plan, &fo, err);
 	if (rc == MILLM_OK && must_fit)
 		rc = millm_memory_check(&plan, q4_bytes(model), err);
 	out->weights_bytes = plan.weights_bytes;
@@ -234,6 +247,7 @@ open_model(MillmLoaded *loaded, const MillmLoadOptions *options, bool (*progress
 	snprintf(loaded->kernels, sizeof(loaded->kernels), "%s", millm_forward_kernels(*fw));
 	loaded->threads = millm_forward_threads(*fw);
 	loaded->pages_total = plan.n_pages;
+	loaded->weights_bytes = plan.weights_bytes;
 	loaded->kv_bytes = plan.kv_bytes;
 	loaded->private_bytes = plan.kv_bytes + plan.workspace_bytes;
 	collect_warnings(loaded);

@@ -14,8 +14,8 @@
 extern MillmCode load_model(const MillmLoadOptions *options, bool (*progress) (void *arg, int percent), void *arg,
 							const MillmLoaded **out, MillmForward **fw, MillmError *err);
 
-/* millm_engine_plan(), when releasable_bytes of memory are given back before the load. */
-extern MillmCode plan_load(const MillmLoadOptions *options, const char *quantization, bool must_fit, int64_t releasable_bytes,
+/* millm_engine_plan(), when what is loaded now (NULL: nothing) gives its memory back before the load. */
+extern MillmCode plan_load(const MillmLoadOptions *options, const char *quantization, bool must_fit, const MillmLoaded *now,
 						   MillmLoadPlan *out, MillmError *err);
 
 #endif

@@ -174,6 +174,18 @@ integer_or_null(bool known, int64_t n)
 	return known ? json_integer(n) : json_null();
 }
 
+/* Of a device that has its own; null when the device does not tell. */
+static json_t *
+memory_or_null(const MillmLoaded *m)
+{
+	int64_t		free_bytes,
+				total_bytes;
+
+	if (!m || !m->device.memory || m->device.memory(m->device.ordinal, &free_bytes, &total_bytes, NULL) != MILLM_OK)
+		return json_null();
+	return json_pack("{s:I, s:I}", "total_bytes", (json_int_t) total_bytes, "free_bytes", (json_int_t) free_bytes);
+}
+
 static void
 op_status(EngineServer *server, MillmConn *conn, json_t *request)
 {
@@ -191,7 +203,7 @@ op_status(EngineServer *server, MillmConn *conn, json_t *request)
 	}
 	millm_engine_status(server->engine, &st);
 	m = st.loaded;
-	millm_conn_result(conn, json_pack("{s:s, s:i, s:s, s:o, s:o, s:o, s:o, s:o, s:o, s:o, s:o, s:o, s:o, s:i, s:i, s:o, s:o, s:o, s:o, s:o}",
+	millm_conn_result(conn, json_pack("{s:s, s:i, s:s, s:o, s:o, s:o, s:o, s:o, s:o, s:o, s:o, s:o, s:o, s:o, s:i, s:i, s:o, s:o, s:o, s:o, s:o}",
 									  "state", states[st.state],
 									  "pid", (int) getpid(),
 									  "version", MILLM_VERSION,
@@ -202,6 +214,7 @@ op_status(EngineServer *server, MillmConn *conn, json_t *request)
 									  "deterministic", m ? json_boolean(m->deterministic) : json_null(),
 									  "device", string_or_null(m ? m->device.name : NULL),
 									  "device_reason", string_or_null(m ? m->device.reason : NULL),
+									  "device_memory", memory_or_null(m),
 									  "model", string_or_null(m ? m->name : NULL),
 									  "model_uuid", string_or_null(m ? m->uuid : NULL),
 									  "path", string_or_null(m ? m->path : NULL),
@@ -210,7 +223,7 @@ op_status(EngineServer *server, MillmConn *conn, json_t *request)
 									  "waiting", st.waiting,
 									  "pages_total", integer_or_null(m, m ? m->pages_total : 0),
 									  "pages_free", integer_or_null(m && st.pages_free >= 0, st.pages_free),
-									  "weights_bytes", integer_or_null(m, m ? (int64_t) m->model->weights_bytes : 0),
+									  "weights_bytes", integer_or_null(m, m ? m->weights_bytes : 0),
 									  "kv_bytes", integer_or_null(m, m ? m->kv_bytes : 0),
 									  "loaded_at", integer_or_null(m, m ? m->loaded_at : 0)));
 	millm_loaded_release(m);
@@ -237,10 +250,10 @@ load_done(void *arg, const MillmLoaded *m)
 		json_array_append_new(warnings, json_string(m->warnings[i]));
 	}
 	millm_log("LOG", "loaded model \"%s\": %s, %.1f MB of weights, %.1f MB of KV cache, on %s (%s), kernels %s, %d threads, %.0f ms",
-			  m->name, m->model->config.model_type, (double) m->model->weights_bytes / 1e6, (double) m->kv_bytes / 1e6,
+			  m->name, m->model->config.model_type, (double) m->weights_bytes / 1e6, (double) m->kv_bytes / 1e6,
 			  m->device.name, m->device.reason, m->kernels, m->threads, m->load_ms);
-	end_with_result(arg, json_pack("{s:f, s:I, s:I, s:I, s:i, s:i, s:o}", "load_ms", m->load_ms,
-								   "weights_bytes", (json_int_t) m->model->weights_bytes, "kv_bytes", (json_int_t) m->kv_bytes,
+	end_with_result(arg, json_pack("{s:s, s:f, s:I, s:I, s:I, s:i, s:i, s:o}", "device", m->device.name, "load_ms", m->load_ms,
+								   "weights_bytes", (json_int_t) m->weights_bytes, "kv_bytes", (json_int_t) m->kv_bytes,
 								   "private_bytes", (json_int_t) m->private_bytes, "context_length", m->context_length,
 								   "max_sequences", m->max_sequences, "warnings", warnings));
 }

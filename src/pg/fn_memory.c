@@ -99,30 +99,77 @@ millm_estimate_memory_name(PG_FUNCTION_ARGS)
 
 /* --- memory --------------------------------------------------------------------------------------- */
 
-/* millm.memory() RETURNS SETOF record (device, name, total_bytes, free_bytes, used_bytes): this version's one device. */
+/* The columns of millm.memory(). */
+enum
+{
+	MEM_DEVICE, MEM_NAME, MEM_TOTAL, MEM_FREE, MEM_USED, MEM_COLUMNS
+};
+
+/* A row; figures below 0 are not known. */
+static void
+put_device(ReturnSetInfo *rsinfo, const char *device, const char *name, int64 total, int64 free_bytes, int64 used)
+{
+	Datum		values[MEM_COLUMNS] = {0};
+	bool		nulls[MEM_COLUMNS] = {0};
+
+	values[MEM_DEVICE] = CStringGetTextDatum(device);
+	values[MEM_NAME] = CStringGetTextDatum(name);
+	values[MEM_TOTAL] = Int64GetDatum(total);
+	values[MEM_FREE] = Int64GetDatum(free_bytes);
+	values[MEM_USED] = Int64GetDatum(used);
+	nulls[MEM_TOTAL] = total < 0;
+	nulls[MEM_FREE] = free_bytes < 0;
+	nulls[MEM_USED] = used < 0;
+	tuplestore_putvalues(rsinfo->setResult, rsinfo->setDesc, values, nulls);
+}
+
+/*
+ * millm.memory() RETURNS SETOF record: the machine's memory, and that of the GPU that the loaded model is on, which the engine knows.  What the
+ * model still has of the machine's then is not known.
+ */
 Datum
 millm_memory(PG_FUNCTION_ARGS)
 {
 	ReturnSetInfo *rsinfo = (ReturnSetInfo *) fcinfo->resultinfo;
-	Datum		values[5];
-	bool		nulls[5] = {false};
 	const MillmMachineMemory memory = millm_machine_memory("");
-	int64		used;
+	char		device[sizeof(millm_shared->loaded_device)] = "";
+	MillmHelperStatus engine;
+	StringInfoData reply;
+	MillmJson	status,
+				own;
+	const char *title;			/* the GPU's name */
+	int64		used = 0,
+				total,
+				free_bytes;
 
 	millm_check_registry();
 	millm_init_set(fcinfo);
 	LWLockAcquire(millm_shared->lock, LW_SHARED);
-	used = millm_shared->is_loaded ? millm_shared->loaded_bytes : 0;
+	if (millm_shared->is_loaded)
+	{
+		used = millm_shared->loaded_bytes;
+		strlcpy(device, millm_shared->loaded_device, sizeof(device));
+	}
 	LWLockRelease(millm_shared->lock);
-	nulls[2] = memory.total_bytes < 0;
-	nulls[3] = memory.available_bytes < 0;
-	nulls[4] = used < 0;
-	values[0] = CStringGetTextDatum("cpu");
-	values[1] = CStringGetTextDatum("RAM");
-	values[2] = Int64GetDatum(memory.total_bytes);
-	values[3] = Int64GetDatum(memory.available_bytes);
-	values[4] = Int64GetDatum(used);
-	tuplestore_putvalues(rsinfo->setResult, rsinfo->setDesc, values, nulls);
+	if (device[0] == '\0' || strcmp(device, "cpu") == 0)
+	{
+		put_device(rsinfo, "cpu", "RAM", memory.total_bytes, memory.available_bytes, used);
+		return (Datum) 0;
+	}
+	put_device(rsinfo, "cpu", "RAM", memory.total_bytes, memory.available_bytes, -1);
+	millm_helper_status(MILLM_ENGINE, &engine);
+	initStringInfo(&reply);
+	if (!millm_helper_ask(MILLM_ENGINE, &engine, &reply))
+		resetStringInfo(&reply);
+	status = millm_json(reply.data, reply.len);
+	if (!millm_json_get(status, "device_memory", &own))
+		own = millm_json("", 0);
+	title = millm_json_get_string(status, "device_reason");
+	if (!millm_json_get_int(own, "total_bytes", &total))
+		total = -1;
+	if (!millm_json_get_int(own, "free_bytes", &free_bytes))
+		free_bytes = -1;
+	put_device(rsinfo, device, title ? title : device, total, free_bytes, used);
 	return (Datum) 0;
 }
 

@@ -38,9 +38,8 @@ state_name(MillmHelperState state)
 	return names[state];
 }
 
-/* The helper's own account; false when there is none to be had. */
-static bool
-ask(MillmHelper helper, const MillmHelperStatus *status, StringInfo reply)
+bool
+millm_helper_ask(MillmHelper helper, const MillmHelperStatus *status, StringInfo reply)
 {
 	MillmClient *volatile client = NULL;
 	MemoryContext caller = CurrentMemoryContext;
@@ -127,7 +126,7 @@ millm_status(PG_FUNCTION_ARGS)
 	millm_helper_status(MILLM_ENGINE, &engine);
 	millm_helper_status(MILLM_HUB, &hub);
 	initStringInfo(&reply);
-	if (!ask(MILLM_ENGINE, &engine, &reply))
+	if (!millm_helper_ask(MILLM_ENGINE, &engine, &reply))
 		resetStringInfo(&reply);
 	object = millm_json(reply.data, reply.len);
 
@@ -156,7 +155,7 @@ millm_status(PG_FUNCTION_ARGS)
 	put_pid(row, HUB_PID, hub.pid);
 	put_text(row, HUB_STATE, state_name(hub.state));
 	resetStringInfo(&reply);
-	if (!ask(MILLM_HUB, &hub, &reply))
+	if (!millm_helper_ask(MILLM_HUB, &hub, &reply))
 		resetStringInfo(&reply);
 	put_text(row, CIRCUIT_BREAKER, millm_json_get_string(millm_json(reply.data, reply.len), "circuit_breaker"));
 	PG_RETURN_DATUM(HeapTupleGetDatum(heap_form_tuple(BlessTupleDesc(desc), values, nulls)));

@@ -7,6 +7,8 @@
 
 #include "postgres.h"
 
+#include "lib/stringinfo.h"
+
 #include "client.h"
 
 /* Relative to the data directory, so always short enough for sun_path; left out of base backups by its name. */
@@ -28,6 +30,8 @@ typedef struct MillmHelperStatus
 /* "pgsql_tmp.millm/engine.sock" */
 extern const char *millm_helper_socket(MillmHelper helper);
 extern void millm_helper_status(MillmHelper helper, MillmHelperStatus *out);
+/* The helper's own account, the JSON of its status; false when there is none to be had. */
+extern bool millm_helper_ask(MillmHelper helper, const MillmHelperStatus *status, StringInfo reply);
 
 /* The model that the engine holds, as the supervisor last heard. */
 typedef struct MillmLoadedModel

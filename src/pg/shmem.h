@@ -128,6 +128,7 @@ typedef struct MillmShared
 	char		loaded_path[MILLM_PATH_BYTES];
 	TimestampTz loaded_at;
 	int64		loaded_bytes;	/* weights, KV cache and workspace; < 0: unknown */
+	char		loaded_device[16];	/* where these are: "cpu", "cuda:0" */
 	MillmLoadedModel failed;	/* the model whose last load failed, and why; uuid "": none */
 	MillmError	failure;
 	MillmCommand command;

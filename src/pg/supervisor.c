@@ -308,6 +308,7 @@ set_loaded(MillmJson answer)
 {
 	int64		weights;
 	int64		reserved;
+	const char *device = millm_json_get_string(answer, "device");
 	bool		known = millm_json_get_int(answer, "weights_bytes", &weights) && millm_json_get_int(answer, "private_bytes", &reserved);
 
 	LWLockAcquire(millm_shared->lock, LW_EXCLUSIVE);
@@ -316,6 +317,7 @@ set_loaded(MillmJson answer)
 	strlcpy(millm_shared->loaded_path, millm_shared->command.path, sizeof(millm_shared->loaded_path));
 	millm_shared->loaded_at = GetCurrentTimestamp();
 	millm_shared->loaded_bytes = known ? weights + reserved : -1;
+	strlcpy(millm_shared->loaded_device, device ? device : "", sizeof(millm_shared->loaded_device));
 	LWLockRelease(millm_shared->lock);
 	millm_broadcast();
 }
