@@ -113,7 +113,8 @@ start(MillmChild *child)
 	char	   *argv[] = {(char *) child->program, "serve", "--socket", (char *) socket, NULL};
 	/* what a helper may know of our environment; never a credential */
 	static const char *const passed[] = {"LANG", "LC_ALL", "TZ", "HOME", "PATH", "http_proxy", "https_proxy", "HTTPS_PROXY", "no_proxy", "NO_PROXY",
-		"SSL_CERT_FILE", "SSL_CERT_DIR", "CURL_CA_BUNDLE", "MILLM_KERNELS"};
+		"SSL_CERT_FILE", "SSL_CERT_DIR", "CURL_CA_BUNDLE", "MILLM_KERNELS",
+		"LD_LIBRARY_PATH", "CUDA_VISIBLE_DEVICES", "CUDA_DEVICE_ORDER"};	/* where containers have the GPU driver, and which GPUs it shows */
 	char	   *envp[lengthof(passed) + 1];
 	int			n = 0;
 	int			log_pipe[2],
