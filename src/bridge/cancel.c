@@ -28,7 +28,6 @@ static Order *first;			/* under lock, as is last */
 static Order **last = &first;
 static int	pipe_fds[2];
 static struct event *pipe_event;
-static struct event *pipe_event;
 static void (*when_done) (void *arg);
 
 static void *
@@ -94,6 +93,12 @@ cancel_open(struct event_base *base, void (*on_done) (void *arg))
 	}
 	pthread_sigmask(SIG_SETMASK, &before, NULL);
 	return ok;
+}
+
+void
+cancel_close(void)
+{
+	event_free(pipe_event);		/* the threads end with the process */
 }
 
 bool

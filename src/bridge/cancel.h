@@ -15,4 +15,7 @@ extern bool cancel_open(struct event_base *base, void (*on_done) (void *arg));
 /* Cancel what conn runs.  False: there is no memory, and on_done will not be called.  conn may be finished meanwhile; arg must live. */
 extern bool cancel_send(PGconn *conn, void *arg);
 
+/* After this nobody is told. */
+extern void cancel_close(void);
+
 #endif

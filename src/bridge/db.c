@@ -446,18 +446,19 @@ static void
 begin(Db *db, Job *job)
 {
 	HttpRequest *r = job->r;
-	char		name[160];
+	char		name[64];		/* as long as application_name; a key's name goes behind it */
 	char		timeout[24];
 	char		hash[3 + 2 * SHA256_DIGEST_LENGTH] = "\\x";
 	const char *values[3] = {name, timeout, NULL};
 	bool		ok;
 
+	r->had_turn = true;
 	job->db = db;
 	db->job = job;
 	db->key_id = 0;
 	db->key_max_concurrency = db->key_max_tokens = -1;
 	start_batch(db, DB_BEGIN, 0);
-	snprintf(name, sizeof(name), "millm-bridge %s", r->id);
+	snprintf(name, sizeof(name), "millm-bridge %.28s", r->id);
 	snprintf(timeout, sizeof(timeout), "%lld", (long long) time_left_ms(r));
 	ok = send_sql(db, "BEGIN", 0, NULL);
 	if (r->route->flags & ROUTE_OPEN)
@@ -943,7 +944,7 @@ db_run(HttpRequest *r, DbCall *call)
 	for (Db *db = dbs; db; db = db->next)
 		n_busy += db->pg && db->state != DB_IDLE && db->state != DB_CONNECTING;
 	/* who waits for a connection that is being opened does not wait for another request's end */
-	if (n_waiting >= settings.queue_size + settings.pool_size - n_busy)
+	if (!r->had_turn && n_waiting >= settings.queue_size + settings.pool_size - n_busy)
 	{
 		char		text[160];
 
@@ -1008,6 +1009,8 @@ db_close(void)
 		if (db->pg)
 			disconnect(db);
 	}
+	event_free(backoff_timer);
+	cancel_close();
 }
 
 /* ---- the check at the start ---------------------------------------------------------------- */

@@ -103,6 +103,7 @@ static bool is_listening;		/* the listener is enabled */
 static void (*when_empty) (void);	/* set: we are draining */
 
 static void pump(HttpConn *c);
+static void set_tick(HttpConn *c, int64_t now);
 static void conn_close(HttpConn *c);
 
 int64_t
@@ -795,10 +796,10 @@ static void
 run_request(HttpConn *c)
 {
 	HttpRequest *r = c->request;
-	int			tick = settings.keepalive_interval < settings.send_timeout ? settings.keepalive_interval : settings.send_timeout;
 
 	c->state = CONN_RUNNING;
-	set_timer(c, tick * 1000);
+	c->last_sent_us = bridge_now_us();
+	set_tick(c, c->last_sent_us);
 	http_request_ref(r);
 	r->route->handle(r);
 	if (c->is_eof && c->request == r && !c->is_closed)
@@ -1005,6 +1006,44 @@ on_io(evutil_socket_t fd, short what, void *arg)
 		free(c);
 }
 
+/* When tick() has something to do next: the client has not read for send_timeout, or nothing was sent for keepalive_interval. */
+static void
+set_tick(HttpConn *c, int64_t now)
+{
+	const bool	is_behind = evbuffer_get_length(c->out) > 0;
+	int64_t		due = is_behind ? c->last_progress_us + (int64_t) settings.send_timeout * 1000000
+		: c->last_sent_us + (int64_t) settings.keepalive_interval * 1000000;
+	const int64_t soonest = (int64_t) (settings.keepalive_interval < settings.send_timeout ? settings.keepalive_interval : settings.send_timeout) * 1000000;
+
+	/* the two change over as bytes come and go, which sets no timer: look at least this often */
+	if (due > now + soonest)
+		due = now + soonest;
+	set_timer(c, due > now ? (due - now) / 1000 + 1 : 1);
+}
+
+/* A request runs: is the client there, and does it know that we are? */
+static void
+tick(HttpConn *c, int64_t now)
+{
+	if (evbuffer_get_length(c->out) > 0)
+	{
+		if (now - c->last_progress_us >= (int64_t) settings.send_timeout * 1000000)
+			conn_close(c);
+	}
+	else if (now - c->last_sent_us >= (int64_t) settings.keepalive_interval * 1000000)
+	{
+		c->last_sent_us = now;
+		if (c->request->will_stream)
+			stream_put(c->request, ": keep-alive\n\n", 14);
+		else if (c->is_eof)
+			ask_if_gone(c);
+		if (!c->is_closed)
+			flush(c);
+	}
+	if (!c->is_closed)
+		set_tick(c, now);
+}
+
 static void
 on_timer(evutil_socket_t fd, short what, void *arg)
 {
@@ -1031,24 +1070,7 @@ on_timer(evutil_socket_t fd, short what, void *arg)
 			pump(c);
 			break;
 		case CONN_RUNNING:
-			if (evbuffer_get_length(c->out) > 0)
-			{
-				if (now - c->last_progress_us >= (int64_t) settings.send_timeout * 1000000)
-				{
-					conn_close(c);
-					break;
-				}
-			}
-			else if (now - c->last_sent_us >= (int64_t) settings.keepalive_interval * 1000000 - 1000)
-			{
-				if (c->request->will_stream)
-					stream_put(c->request, ": keep-alive\n\n", 14);
-				else if (c->is_eof)
-					ask_if_gone(c);
-				if (c->is_closed || !flush(c))
-					break;
-			}
-			set_timer(c, (settings.keepalive_interval < settings.send_timeout ? settings.keepalive_interval : settings.send_timeout) * 1000);
+			tick(c, now);
 			break;
 		case CONN_SENDING:
 			if (now - c->last_progress_us < (int64_t) settings.send_timeout * 1000000)

@@ -78,6 +78,8 @@ struct HttpRequest
 	void		(*on_gone) (HttpRequest *r);	/* the client is gone: stop the work.  Called at most once; may come from within any function below */
 	void		(*on_drained) (HttpRequest *r);	/* the backlog has fallen below HTTP_BACKLOG_LOW */
 
+	bool		had_turn;		/* db.c's: a further statement of this request is not refused for a full queue */
+
 	/* http.c's own. */
 	HttpConn   *conn;			/* NULL: the client is gone */
 	int			refs;

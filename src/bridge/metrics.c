@@ -78,7 +78,7 @@ metrics_handle(HttpRequest *r)
 		for (int k = 0; k < MAX_STATUSES && counters[i].by_status[k].status; k++)
 			fprintf(f, "millm_bridge_requests_total{method=\"%s\",route=\"%s\",status=\"%d\"} %ld\n", i < n_routes ? routes[i].method : "",
 					i < n_routes ? routes[i].pattern : "none", counters[i].by_status[k].status, counters[i].by_status[k].n);
-	fputs("# HELP millm_bridge_request_seconds Time from the first byte of a request to the end of its answer.\n"
+	fputs("# HELP millm_bridge_request_seconds Time from the head of a request to the end of its answer.\n"
 		  "# TYPE millm_bridge_request_seconds summary\n", f);
 	for (int i = 0; i <= MAX_ROUTES; i++)
 		if (counters[i].n > 0)
