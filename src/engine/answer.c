@@ -68,7 +68,7 @@ put_string(MillmAnswer *a, const char *text, size_t len)
 		a->n += wire_put_json_string(a->json + a->n, n, text, len);
 }
 
-/* A token's own text: bytes that are no characters by themselves become U+FFFD. */
+/* A token's own text: bytes that are no characters by themselves become U+FFFD, and so does U+0000, which PostgreSQL cannot hold. */
 static void
 put_characters(MillmAnswer *a, const char *bytes, size_t len)
 {
@@ -85,9 +85,10 @@ put_characters(MillmAnswer *a, const char *bytes, size_t len)
 	{
 		int			k = millm_utf8_decode(bytes + i, len - i, &cp, NULL);
 		size_t		bytes_n = (size_t) (k > 0 ? k : -k);
-		size_t		text_n = k > 0 ? bytes_n : 3;
+		bool		is_shown = k > 0 && cp != 0;
+		size_t		text_n = is_shown ? bytes_n : 3;
 
-		memcpy(text + n, k > 0 ? bytes + i : "\xEF\xBF\xBD", text_n);
+		memcpy(text + n, is_shown ? bytes + i : "\xEF\xBF\xBD", text_n);
 		n += text_n;
 		i += bytes_n;
 	}

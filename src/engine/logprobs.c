@@ -5,7 +5,14 @@
  */
 #include "logprobs.h"
 
+#include <float.h>
 #include <math.h>
+
+static float
+finite(double logprob)
+{
+	return (float) fmax(logprob, -FLT_MAX);
+}
 
 void
 millm_logprobs(MillmLogprob *out, int n_top, const float *logits, int n, int32_t chosen)
@@ -31,7 +38,7 @@ millm_logprobs(MillmLogprob *out, int n_top, const float *logits, int n, int32_t
 	for (int i = 0; i < n; i++)
 		sum += expf(logits[i] - max);
 	shift = (double) max + log(sum);
-	out[0] = (MillmLogprob) {chosen, (float) (logits[chosen] - shift)};
+	out[0] = (MillmLogprob) {chosen, finite(logits[chosen] - shift)};
 	for (int i = 0; i < n_top; i++)
-		top[i].logprob = (float) (top[i].logprob - shift);
+		top[i].logprob = finite(top[i].logprob - shift);
 }

@@ -17,7 +17,7 @@ typedef struct MillmLogprob
 /*
  * Log-softmax of logits [n], finite or -infinity and not all of them the latter: of chosen to out[0], of the n_top (at most
  * MILLM_MAX_TOP_LOGPROBS) most probable ids to out[1 .. n_top], the most probable first, of equal ones the lower id.  Where there are
- * fewer that are possible at all, the rest have the id -1.
+ * fewer that are possible at all, the rest have the id -1.  None is less than -FLT_MAX, so JSON has a word for each.
  */
 extern void millm_logprobs(MillmLogprob *out, int n_top, const float *logits, int n, int32_t chosen);
 

@@ -127,6 +127,13 @@ def test_special_tokens(smollm2):
     assert [(row["text"], len(row["logprobs"])) for _, row in c.before] == [("", 256)] and len(last["logprobs"]) == 44
 
 
+def test_zero_byte(smollm2):
+    """PostgreSQL's json and text have no U+0000."""
+    zero = json.loads((SMOLLM2 / "tokenizer.json").read_text())["model"]["vocab"]["\u0100"]	# its letter in the byte alphabet
+    r = smollm2.call("generate", prompt="x", max_tokens=2, temperature=0, logit_bias={str(zero): 100}, logprobs=True)
+    assert r["text"] == "��" and [(entry["token"], entry["bytes"]) for entry in r["logprobs"]] == [("�", [0])] * 2
+
+
 def test_logit_bias(smollm2):
     ask = {"prompt": "The capital of France is", "max_tokens": 1, "temperature": 0, "logprobs": True, "top_logprobs": 5}
     plain = smollm2.call("generate", **ask)["logprobs"][0]

@@ -66,6 +66,10 @@ is(sql("SELECT jsonb_agg(e ORDER BY o, k) = $asked -> 'logprobs' FROM millm.comp
 is(sql(q(SELECT jsonb_array_length(millm.chat('Hi', max_tokens => 3, n => 2, logprobs => true) -> 'choices' -> 1 -> 'logprobs'))), 3, 'each choice of a chat has its own');
 is(sql("SELECT $three ? 'logprobs' OR $three -> 'choices' -> 0 ? 'logprobs'"), 'f', 'none unless asked');
 
+my $zero = decode_json(slurp_file(MillmTest::fixture_dir($SMOLLM2) . '/tokenizer.json'))->{model}{vocab}{"\x{100}"};
+is(sql("SELECT millm.complete('x', max_tokens => 1, temperature => 0, logprobs => true, logit_bias => '{\"$zero\": 100}') -> 'logprobs' -> 0 ->> 'bytes'"), '[0]',
+	'a zero byte, which jsonb cannot hold as text');
+
 # A bias
 is(sql("SELECT millm.complete('The capital of France is', max_tokens => 1, temperature => 0, logit_bias => '{\"$entry->{top_logprobs}[1]{id}\": 100}') ->> 'text'"),
 	$entry->{top_logprobs}[1]{token}, 'logit_bias raises a token above the greedy one');

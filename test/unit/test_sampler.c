@@ -1,4 +1,5 @@
 /* test_sampler.c -- order of the processors, ties, distributions, and what a choice may depend on. */
+#include <float.h>
 #include <math.h>
 #include <setjmp.h>
 #include <stdarg.h>
@@ -233,15 +234,15 @@ logprobs(void **state)
 	millm_logprobs(p, 0, logits, 5, 0);
 	assert_true(p[0].id == 0 && fabs(p[0].logprob - (1 - log(sum))) < 1e-6);
 	millm_logprobs(p, 1, logits, 5, 2);
-	assert_true(p[0].logprob == -INFINITY && p[1].id == 1);		/* of equal ones the lower id */
+	assert_true(p[0].logprob == -FLT_MAX && p[1].id == 1);		/* of equal ones the lower id */
 	millm_logprobs(p, MILLM_MAX_TOP_LOGPROBS, logits, 5, 3);
 	for (int i = 0; i < 4; i++)
 		assert_true(p[1 + i].id == order[i] && fabs(p[1 + i].logprob - (logits[order[i]] - log(sum))) < 1e-6);
 	for (int i = 4; i < MILLM_MAX_TOP_LOGPROBS; i++)
 		assert_int_equal(p[1 + i].id, -1);
 	/* one is certain; large logits */
-	millm_logprobs(p, 2, (float[]) {-1e30f, 3e38f}, 2, 1);
-	assert_true(p[0].logprob == 0 && p[1].id == 1 && p[2].id == 0);
+	millm_logprobs(p, 2, (float[]) {-3e38f, 3e38f}, 2, 1);
+	assert_true(p[0].logprob == 0 && p[1].id == 1 && p[2].id == 0 && p[2].logprob == -FLT_MAX);
 }
 
 /* The same (seed, choice, position) is the same draw, whatever was drawn before; another one is another. */
