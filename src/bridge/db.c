@@ -33,6 +33,8 @@
 #include "settings.h"
 
 #define STEP_TIMEOUT_S 10		/* for connecting, BEGIN and DISCARD ALL; over the statement's own time, too */
+#define CANCEL_AGAIN_MS 100		/* a cancel that reaches a Postgres backend before the statement does is lost */
+#define MAX_CANCELS 100
 #define BACKOFF_MIN_MS 100
 #define BACKOFF_MAX_MS 5000
 #define DEFAULT_MAX_TOKENS 256	/* of millm.generate() and its kin */
@@ -68,6 +70,7 @@ typedef struct Db
 	bool		is_paused;		/* the client must read first */
 	bool		is_processing;
 	bool		is_canceling;	/* PQcancel() is under way */
+	int			n_cancels;		/* of this statement */
 	bool		is_run_over;	/* the Sync of RUN has come */
 	bool		has_failed;		/* error is filled */
 	DbError		error;
@@ -197,11 +200,17 @@ db_call(const char *sql, void (*on_row) (HttpRequest *, const PGresult *), void 
 bool
 db_param(DbCall *call, const char *value)
 {
+	char	   *copy = value ? strdup(value) : NULL;
+
+	db_take_param(call, copy);
+	return copy || !value;
+}
+
+void
+db_take_param(DbCall *call, char *value)
+{
 	assert(call->n_params < DB_MAX_PARAMS);
-	if (value && !(call->params[call->n_params] = strdup(value)))
-		return false;
-	call->n_params++;
-	return true;
+	call->params[call->n_params++] = value;
 }
 
 static void
@@ -291,6 +300,23 @@ on_wait_over(evutil_socket_t fd, short what, void *arg)
 }
 
 static void
+set_timer(Db *db, int64_t ms)
+{
+	struct timeval tv = {ms / 1000, ms % 1000 * 1000};
+
+	event_add(db->timer, &tv);
+}
+
+/* Stop the statement of a job that nobody waits for.  When that does not help, on_step_timeout() comes here again. */
+static void
+cancel(Db *db)
+{
+	db->n_cancels++;
+	db->is_canceling = cancel_send(db->pg, db);
+	set_timer(db, CANCEL_AGAIN_MS);
+}
+
+static void
 job_gone(HttpRequest *r)
 {
 	Job		   *job = r->work;
@@ -307,7 +333,7 @@ job_gone(HttpRequest *r)
 	}
 	if (job->db->state == DB_RUN && !job->db->is_run_over && !job->db->is_canceling)
 	{
-		job->db->is_canceling = cancel_send(job->db->pg, job->db);
+		cancel(job->db);
 		n_canceled++;
 	}
 	if (job->db->is_paused)
@@ -330,14 +356,6 @@ job_drained(HttpRequest *r)
 }
 
 /* ---- one connection ------------------------------------------------------------------------ */
-
-static void
-set_timer(Db *db, int64_t ms)
-{
-	struct timeval tv = {ms / 1000, ms % 1000 * 1000};
-
-	event_add(db->timer, &tv);
-}
 
 static void
 db_free(Db *db)
@@ -418,6 +436,8 @@ on_cancel_done(void *arg)
 	db->is_canceling = false;
 	if (!db->pg)
 		db_free(db);
+	else if (db->state == DB_RUN && !db->is_run_over)
+		set_timer(db, CANCEL_AGAIN_MS);
 	else
 		process(db);
 }
@@ -427,6 +447,7 @@ start_batch(Db *db, DbState state, int timeout_ms)
 {
 	db->state = state;
 	db->syncs = 1;
+	db->n_cancels = 0;
 	db->is_run_over = false;
 	db->has_failed = false;
 	set_timer(db, timeout_ms + STEP_TIMEOUT_S * 1000);
@@ -853,6 +874,13 @@ on_step_timeout(evutil_socket_t fd, short what, void *arg)
 	(void) what;
 	if (db->state == DB_CONNECTING)
 		connect_failed(db, "no answer in time");
+	else if (db->state == DB_RUN && !db->is_run_over && db->job->is_gone && db->n_cancels < MAX_CANCELS)
+	{
+		if (!db->is_canceling)
+			cancel(db);
+		else
+			set_timer(db, STEP_TIMEOUT_S * 1000);	/* PQcancel() itself takes its time */
+	}
 	else
 		lost(db, "no answer in time");
 }

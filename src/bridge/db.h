@@ -51,6 +51,8 @@ struct DbCall
 extern DbCall *db_call(const char *sql, void (*on_row) (HttpRequest *, const PGresult *), void (*on_done) (HttpRequest *, const DbError *));
 /* Append a parameter, which is copied; NULL is NULL.  False: no memory. */
 extern bool db_param(DbCall *call, const char *value);
+/* The same, taken: malloc's. */
+extern void db_take_param(DbCall *call, char *value);
 /* Run call, which is taken, for r.  NULL is answered as out of memory.  Uses r->work, r->on_gone and r->on_drained. */
 extern void db_run(HttpRequest *r, DbCall *call);
 

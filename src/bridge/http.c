@@ -145,7 +145,7 @@ http_request_unref(HttpRequest *r)
 		return;
 	if (r->free_state)
 		r->free_state(r->state);
-	body_bytes -= r->body_len;
+	body_bytes -= r->charged_bytes;
 	free(r->method);
 	free(r->path);
 	free(r->query);
@@ -781,6 +781,7 @@ take_body(HttpConn *c, const char *bytes, size_t len)
 	memcpy(r->body + r->body_len, bytes, len);
 	r->body_len += len;
 	r->body[r->body_len] = '\0';
+	r->charged_bytes += len;
 	body_bytes += len;
 	return true;
 }
@@ -802,6 +803,12 @@ run_request(HttpConn *c)
 	set_tick(c, c->last_sent_us);
 	http_request_ref(r);
 	r->route->handle(r);
+	if (!settings.log_prompts)
+	{
+		free(r->body);
+		r->body = NULL;
+		r->body_len = 0;
+	}
 	if (c->is_eof && c->request == r && !c->is_closed)
 		ask_if_gone(c);
 	http_request_unref(r);

@@ -51,7 +51,7 @@ struct HttpRequest
 	char	   *query;			/* "" if there is none; still percent-encoded */
 	char	   *param;			/* decoded, what stood for {id}; NULL if the pattern has none */
 	char	   *bearer;			/* the key; NULL if there is no Authorization */
-	char	   *body;			/* terminated; may hold zero bytes */
+	char	   *body;			/* terminated; may hold zero bytes.  Gone after handle(), unless it is to be logged */
 	size_t		body_len;
 	char		id[129];		/* X-Request-Id */
 	int64_t		started_us;		/* bridge_now_us() */
@@ -84,6 +84,7 @@ struct HttpRequest
 	HttpConn   *conn;			/* NULL: the client is gone */
 	int			refs;
 	char	   *extra_headers;	/* whole lines; NULL: none */
+	size_t		charged_bytes;	/* of its body, counted until the request ends: what was made of it lives that long */
 	bool		will_stream;
 };
 

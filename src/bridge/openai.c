@@ -59,7 +59,7 @@ typedef struct Question
 
 	char		id[48];
 	json_int_t	created;
-	char	   *model;
+	char	   *model;			/* as it is called; before the first row as the request calls it */
 	char	   *fingerprint;
 	json_t	   *choices;
 	bool		has_begun[MAX_N];	/* a stream of chat: the choice's role has been sent */
@@ -501,6 +501,11 @@ check_whole(HttpRequest *r, Question *q)
 		reply_error(r, 400, "out_of_range", "n", "%d choices of %d prompts are more than %d.", q->n, q->n_prompts, MAX_CHOICES);
 		return false;
 	}
+	if (!(q->model = strdup(q->params[MODEL])))
+	{
+		reply_error(r, 503, "out_of_memory", NULL, "The bridge is out of memory.");
+		return false;
+	}
 	return set_param(r, q, N, strdup(text));
 }
 
@@ -597,17 +602,24 @@ envelope(const Question *q, json_t *choices)
 	const char *object = !q->is_chat ? "text_completion" : q->is_stream ? "chat.completion.chunk" : "chat.completion";
 
 	return json_pack("{s:s, s:s, s:I, s:s, s:s?, s:o}", "id", q->id, "object", object, "created", q->created,
-					 "model", q->model ? q->model : q->params[MODEL], "system_fingerprint", q->fingerprint, "choices", choices);
+					 "model", q->model, "system_fingerprint", q->fingerprint, "choices", choices);
 }
 
 /* What every row brings besides its jsonb. */
 static json_t *
 take_row(Question *q, const PGresult *row, int *first_index)
 {
-	if (!q->model && !PQgetisnull(row, 0, 1))
-		q->model = strdup(PQgetvalue(row, 0, 1));
-	if (!q->fingerprint && !PQgetisnull(row, 0, 2))
+	char	   *name;
+
+	if (!q->fingerprint)
+	{
+		if (!PQgetisnull(row, 0, 1) && (name = strdup(PQgetvalue(row, 0, 1))) != NULL)
+		{
+			free(q->model);
+			q->model = name;
+		}
 		q->fingerprint = strdup(PQgetvalue(row, 0, 2));
+	}
 	*first_index = ((int) strtol(PQgetvalue(row, 0, 3), NULL, 10) - 1) * q->n;
 	return json_loads(PQgetvalue(row, 0, 0), JSON_ALLOW_NUL, NULL);
 }
@@ -798,7 +810,10 @@ ask(HttpRequest *r, bool is_chat, const BodyField *fields, const char *sql, cons
 		call->max_tokens_param = MAX_TOKENS;
 		call->n_choices = q->n * q->n_prompts;
 		for (int i = 0; i < (is_chat ? N_PARAMS : TEMPLATE_KWARGS); i++)
-			db_param(call, q->params[i]);
+		{
+			db_take_param(call, q->params[i]);	/* a prompt may be large: there is one copy of it */
+			q->params[i] = NULL;
+		}
 	}
 	if (q->is_stream)
 		http_stream_expect(r);

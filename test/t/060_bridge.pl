@@ -150,6 +150,26 @@ like($err, qr/may not become anonymous_role "other".*GRANT "other" TO "millm_bri
 ($out, $err) = run_command([ $program, @base, '--pool_size', '5000' ]);
 like($err, qr/pool_size is 5000, but the server allows role "millm_bridge" \d+/, 'a pool that does not fit');
 
+my $file = PostgreSQL::Test::Utils::tempdir() . '/bridge.conf';
+append_to_file($file, "# a comment\npool_size = 3\n listen = '127.0.0.1:0'\nqueue_sise = 4\n");
+($out, $err) = run_command([ $program, @base, '--config', $file ]);
+like($err, qr/unrecognized setting "queue_sise"/, 'a setting in a file that is none');
+{
+	local $ENV{MILLM_BRIDGE_POOL_SISE} = 3;
+	($out, $err) = run_command([ $program, @base ]);
+	like($err, qr/unrecognized setting "MILLM_BRIDGE_POOL_SISE"/, 'or in the environment');
+}
+{
+	local $ENV{MILLM_BRIDGE_POOL_SIZE} = 6000;
+	($out, $err) = run_command([ $program, @base, '--config', $file =~ s/bridge\.conf$/good.conf/r ]);
+	like($err, qr/could not open ".*good\.conf"/, 'a file that is not there');
+	append_to_file($file =~ s/bridge\.conf$/good.conf/r, "pool_size = 5000\n");
+	($out, $err) = run_command([ $program, @base, '--config', $file =~ s/bridge\.conf$/good.conf/r ]);
+	like($err, qr/pool_size is 6000/, 'the environment wins over the file');
+	($out, $err) = run_command([ $program, @base, '--pool-size=7000' ]);
+	like($err, qr/pool_size is 7000/, 'a flag wins over the environment');
+}
+
 my $key = $node->safe_psql('postgres', q(SELECT millm.create_api_key('test', 'app')));
 my $auth = "Authorization: Bearer $key";
 load_model($node, $SMOLLM2);
