@@ -5,7 +5,7 @@
  * the database makes goes into the envelope as it came.
  *
  * Owns:     of each request, what must be kept between its statements.
- * Refuses:  by name, fields that a route does not have and values of another type; a query.
+ * Refuses:  by name, fields that a route does not have and values of another type.
  */
 #include "api.h"
 
@@ -62,17 +62,12 @@ free_work(void *state)
 	free(w);
 }
 
-/* Begin to work on r, which has no query.  False: it is answered. */
+/* Begin to work on r.  False: it is answered. */
 static bool
 begin(HttpRequest *r, int status)
 {
 	Work	   *w;
 
-	if (r->query[0])
-	{
-		reply_error(r, 400, "unsupported_parameter", NULL, "This path takes no query.");
-		return false;
-	}
 	if (!(w = calloc(1, sizeof(*w))))
 	{
 		reply_error(r, 503, "out_of_memory", NULL, "The bridge is out of memory.");

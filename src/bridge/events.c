@@ -51,7 +51,7 @@ typedef struct Stream
 static struct event_base *loop;
 static Stream *streams;
 static struct event *tick;		/* pending while there are streams */
-static bool is_closed;
+static bool is_draining;
 
 static PGconn *conn;			/* NULL: not connected, and the next try is at retry_us */
 static struct event *io;
@@ -189,6 +189,14 @@ watch(short what)
 		lost("out of memory");
 }
 
+/* What ends the connection is logged by lost(). */
+static void
+ignore_notice(void *arg, const char *message)
+{
+	(void) arg;
+	(void) message;
+}
+
 static void
 connect_now(void)
 {
@@ -198,9 +206,12 @@ connect_now(void)
 	connect_deadline_us = bridge_now_us() + CONNECT_TIMEOUT_MS * 1000;
 	conn = PQconnectStartParams(keywords, values, 1);
 	if (!conn || PQstatus(conn) == CONNECTION_BAD)
+	{
 		lost(conn ? PQerrorMessage(conn) : "out of memory");
-	else
-		watch(EV_WRITE);
+		return;
+	}
+	PQsetNoticeProcessor(conn, ignore_notice, NULL);
+	watch(EV_WRITE);
 }
 
 /* A notification: to everybody, if it is an event, on one line: a line end can only stand between JSON's words. */
@@ -341,10 +352,10 @@ events_handle(HttpRequest *r)
 {
 	Stream	   *s = calloc(1, sizeof(*s));
 
-	if (!s || is_closed)
+	if (is_draining || !s)
 	{
+		reply_error(r, 503, is_draining ? "shutting_down" : "out_of_memory", NULL, is_draining ? "The bridge is shutting down." : "The bridge is out of memory.");
 		free(s);
-		reply_error(r, 503, is_closed ? "shutting_down" : "out_of_memory", NULL, is_closed ? "The bridge is shutting down." : "The bridge is out of memory.");
 		return;
 	}
 	s->r = http_request_ref(r);
@@ -369,15 +380,26 @@ events_open(struct event_base *base)
 }
 
 void
-events_close(void)
+events_drain(void)
 {
-	is_closed = true;
+	is_draining = true;
 	for (Stream *s = streams; s; s = s->next)
 		if (s->r->is_streaming)
 			http_stream_end(s->r);
 		else
 			reply_error(s->r, 503, "shutting_down", NULL, "The bridge is shutting down.");
-	/* on_tick() finds them ended */
-	if (streams)
-		event_active(tick, EV_TIMEOUT, 0);
+}
+
+void
+events_close(void)
+{
+	while (streams)
+	{
+		Stream	   *s = streams;
+
+		streams = s->next;
+		http_request_unref(s->r);
+	}
+	disconnect();
+	event_free(tick);
 }

@@ -13,7 +13,9 @@ extern void events_handle(HttpRequest *r);
 
 /* Before the first request. */
 extern void events_open(struct event_base *base);
-/* End all streams and the connection: at once, when draining begins.  Streams that come later are refused, 503. */
+/* Draining begins: end all streams, which would not end by themselves.  Those that come later are refused, 503. */
+extern void events_drain(void);
+/* After the loop. */
 extern void events_close(void);
 
 #endif

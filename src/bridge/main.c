@@ -65,7 +65,7 @@ on_signal(evutil_socket_t number, short what, void *arg)
 	is_draining = true;
 	bridge_log("info", "draining", json_pack("{s:s, s:i}", "signal", strsignal(number), "connections", http_n_connections()));
 	event_add(drain_timer, &tv);
-	events_close();
+	events_drain();
 	http_drain(on_empty);
 }
 
@@ -133,6 +133,7 @@ main(int argc, char **argv)
 	event_base_dispatch(base);
 
 	db_close();
+	events_close();
 	bridge_log("info", "stopped", NULL);
 	event_free(drain_timer);
 	event_free(signals[0]);

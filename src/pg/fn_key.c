@@ -8,7 +8,9 @@
  */
 #include "postgres.h"
 
+#include "access/genam.h"
 #include "access/htup_details.h"
+#include "access/table.h"
 #include "catalog/catalog.h"
 #include "catalog/pg_authid.h"
 #include "catalog/pg_type.h"
@@ -37,8 +39,26 @@ PG_FUNCTION_INFO_V1(millm_grant_bridge);
 #define HASH_BYTES		32
 #define MAX_NAME_BYTES	63		/* that of application_name, where the bridge shows it */
 
-/* Of the role $1: a superuser that it is or can become. */
-#define SUPERUSER_OF(role) "(SELECT s.rolname FROM pg_roles s WHERE s.rolsuper AND pg_has_role(" role ", s.oid, 'MEMBER') ORDER BY s.rolname LIMIT 1)"
+/* A superuser that the role is or can become: its name; NULL if there is none.  Read here and not by SQL, since each request asks. */
+static const char *
+superuser_of(Oid role)
+{
+	Relation	roles = table_open(AuthIdRelationId, AccessShareLock);
+	SysScanDesc scan = systable_beginscan(roles, InvalidOid, false, NULL, 0, NULL);
+	const char *name = NULL;
+	HeapTuple	tuple;
+
+	while (!name && HeapTupleIsValid(tuple = systable_getnext(scan)))
+	{
+		Form_pg_authid form = (Form_pg_authid) GETSTRUCT(tuple);
+
+		if (form->rolsuper && is_member_of_role_nosuper(role, form->oid))
+			name = pstrdup(NameStr(form->rolname));
+	}
+	systable_endscan(scan);
+	table_close(roles, AccessShareLock);
+	return name;
+}
 
 /* SPI as the caller, with a safe search_path and without "is already a member" notices; returns what end_statements() takes. */
 static int
@@ -106,31 +126,27 @@ static void
 check_key_role(Oid role)
 {
 	char	   *name = GetUserNameFromId(role, false);
-	Oid			type = OIDOID;
-	Datum		arg = ObjectIdGetDatum(role);
+	const char *superuser = superuser_of(role);
 	MillmError	err;
-	int			level;
-	const char *superuser;
 
+	if (superuser && superuser_arg(role))
+	{
+		millm_fail(&err, MILLM_E_INVALID_ARGUMENT, "no API key can act as the superuser \"%s\"", name);
+		millm_hint(&err, "Make the key for a role with no more privileges than its holder needs.");
+		millm_ereport(ERROR, &err);
+	}
+	if (superuser)
+	{
+		millm_fail(&err, MILLM_E_INVALID_ARGUMENT, "no API key can act as \"%s\", which is a member of the superuser \"%s\"", name, superuser);
+		millm_hint(&err, "Make the key for a role with no more privileges than its holder needs.");
+		millm_ereport(ERROR, &err);
+	}
 	if (IsReservedName(name))
 	{
 		millm_fail(&err, MILLM_E_INVALID_ARGUMENT, "no API key can act as the predefined role \"%s\"", name);
 		millm_hint(&err, "GRANT it to a role of its own, and make the key for that.");
 		millm_ereport(ERROR, &err);
 	}
-	level = begin_statements();
-	millm_registry_execute("SELECT " SUPERUSER_OF("$1"), 1, &type, &arg, NULL);
-	superuser = value(1);
-	if (superuser)
-	{
-		if (superuser_arg(role))
-			millm_fail(&err, MILLM_E_INVALID_ARGUMENT, "no API key can act as the superuser \"%s\"", name);
-		else
-			millm_fail(&err, MILLM_E_INVALID_ARGUMENT, "no API key can act as \"%s\", which is a member of the superuser \"%s\"", name, superuser);
-		millm_hint(&err, "Make the key for a role with no more privileges than its holder needs.");
-		millm_ereport(ERROR, &err);
-	}
-	end_statements(level);
 }
 
 /* It is shown in application_name, logs and metrics. */
@@ -290,30 +306,37 @@ millm_authenticate(PG_FUNCTION_ARGS)
 	MillmError	err;
 	TupleDesc	desc;
 	HeapTuple	tuple;
-	char	   *superuser;
+	bool		known;
 	char	   *values[6];
+	const char *superuser;
+	Oid			role = InvalidOid;
+	bool		isnull;
 
 	if (get_call_result_type(fcinfo, NULL, &desc) != TYPEFUNC_COMPOSITE)
 		elog(ERROR, "return type must be a row type");
 	millm_registry_begin(&r);
-	if (VARSIZE_ANY_EXHDR(hash) != HASH_BYTES ||
-		millm_registry_execute("SELECT k.id, k.name, r.rolname, k.max_concurrency, k.max_tokens, (extract(epoch FROM k.timeout) * 1000)::integer, "
-							   SUPERUSER_OF("r.oid") " FROM millm.api_key k JOIN pg_roles r ON r.oid = k.role WHERE k.hash = $1",
-							   1, &type, &arg, NULL) == 0)
+	known = VARSIZE_ANY_EXHDR(hash) == HASH_BYTES &&
+		millm_registry_execute("SELECT id, name, NULL, max_concurrency, max_tokens, (extract(epoch FROM timeout) * 1000)::integer, role::oid "
+							   "FROM millm.api_key WHERE hash = $1", 1, &type, &arg, NULL) > 0;
+	if (known)
+	{
+		for (int i = 0; i < (int) lengthof(values); i++)
+			values[i] = value(i + 1) ? MemoryContextStrdup(r.caller, value(i + 1)) : NULL;
+		role = DatumGetObjectId(SPI_getbinval(SPI_tuptable->vals[0], SPI_tuptable->tupdesc, 7, &isnull));
+	}
+	millm_registry_end(&r);
+	if (!known || !(values[2] = GetUserNameFromId(role, true)))
 	{
 		millm_fail(&err, MILLM_E_INVALID_API_KEY, "invalid API key");
 		millm_detail(&err, "It never was one, it was revoked, or its role was dropped.");
 		millm_hint(&err, "millm.create_api_key() makes a new one.");
 		millm_ereport(ERROR, &err);
 	}
-	superuser = value(7);
+	superuser = superuser_of(role);
 	if (superuser)
 		ereport(ERROR,
-				(errcode(ERRCODE_INSUFFICIENT_PRIVILEGE), errmsg("API key \"%s\" may not be used any more", value(2)),
-				 errdetail("Its role \"%s\" is, or can become, the superuser \"%s\".", value(3), superuser)));
-	for (int i = 0; i < (int) lengthof(values); i++)
-		values[i] = value(i + 1) ? MemoryContextStrdup(r.caller, value(i + 1)) : NULL;
-	millm_registry_end(&r);
+				(errcode(ERRCODE_INSUFFICIENT_PRIVILEGE), errmsg("API key \"%s\" may not be used any more", values[1]),
+				 errdetail("Its role \"%s\" is, or can become, the superuser \"%s\".", values[2], superuser)));
 	tuple = BuildTupleFromCStrings(TupleDescGetAttInMetadata(desc), values);
 	PG_RETURN_DATUM(HeapTupleGetDatum(tuple));
 }

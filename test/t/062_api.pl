@@ -63,7 +63,7 @@ no_call('no number', 400, 'INVALID_ARGUMENT', 'GET', '/api/models/nobody');
 no_call('too large a number', 400, 'INVALID_ARGUMENT', 'GET', '/api/models/9223372036854775808');
 $reply = $bridge->call("GET", "/api/models/preview", undef, $operator);
 is("$reply->{status} $reply->{headers}{allow}", "405 POST", "a path that is written out is no model");
-no_call('a query', 400, 'UNSUPPORTED_PARAMETER', 'GET', '/api/models?status=ready');
+no_call('a query', 400, 'UNKNOWN_PARAMETER', 'GET', '/api/models?status=ready');
 no_call('a body with a field where there is none', 400, 'UNKNOWN_PARAMETER', 'POST', '/api/models/1/unload', { force => JSON::PP::true });
 for ([ GET => '' ], [ DELETE => '' ], [ POST => '/load' ], [ POST => '/unload' ], [ POST => '/cancel' ])
 {
