@@ -9,7 +9,7 @@
 #include <math.h>
 
 static float
-finite(double logprob)
+as_float(double logprob)
 {
 	return (float) fmax(logprob, -FLT_MAX);
 }
@@ -38,7 +38,7 @@ millm_logprobs(MillmLogprob *out, int n_top, const float *logits, int n, int32_t
 	for (int i = 0; i < n; i++)
 		sum += expf(logits[i] - max);
 	shift = (double) max + log(sum);
-	out[0] = (MillmLogprob) {chosen, finite(logits[chosen] - shift)};
+	out[0] = (MillmLogprob) {chosen, as_float(logits[chosen] - shift)};
 	for (int i = 0; i < n_top; i++)
-		top[i].logprob = finite(top[i].logprob - shift);
+		top[i].logprob = as_float(top[i].logprob - shift);
 }
