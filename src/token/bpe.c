@@ -5,6 +5,11 @@
  * pair of lowest rank becomes one symbol, the leftmost of equals first, and the two new neighbours compete at
  * once.  Most words are short: those scan an array of ranks for its first minimum.  The long ones (a megabyte
  * without a space is one word) use a heap over a linked list: O(n log n).
+ *
+ * Where there is no pre-tokenizer, as with Gemma and Llama 2, all of a text is one word, in which U+2581 stands for a space.  Hardly a
+ * piece has that behind anything else, so nothing is ever merged across most of them: such a word is cut there, and its parts are
+ * short words.  That is exact: a merge across the cut would make a piece that has both sides of it, and each part's own merges come in
+ * the same order.
  */
 #include "bpe.h"
 
@@ -211,7 +216,7 @@ find_piece(const Bpe *bpe, const char *text, size_t n)
 }
 
 /*
- * The symbols that a word starts as, into s->ids.  An unknown character waits in `unknown` until the next known
+ * The symbols that a word starts as, behind those in s->ids.  An unknown character waits in `unknown` until the next known
  * one, so that neighbours can become one; the bytes of a fallback do not end such a run, as in the genuine library.
  */
 static bool
@@ -219,7 +224,6 @@ split_characters(const Bpe *bpe, BpeScratch *s, const char *word, size_t n)
 {
 	bool		unknown = false;
 
-	s->n = 0;
 	for (size_t i = 0, next; i < n; i = next)
 	{
 		char		letter[4];
@@ -292,13 +296,14 @@ look_up(const Bpe *bpe, const int32_t *ids, size_t i, uint32_t *ranks, int32_t *
 	merged[i] = m ? m->id : -1;
 }
 
+/* Merge the symbols of s->ids from `first' on, 2 to SHORT_WORD of them. */
 static void
-merge_short(const Bpe *bpe, BpeScratch *s)
+merge_short(const Bpe *bpe, BpeScratch *s, size_t first)
 {
 	uint32_t	ranks[SHORT_WORD];
 	int32_t		merged[SHORT_WORD];
-	int32_t    *ids = s->ids;
-	size_t		n = s->n;
+	int32_t    *ids = s->ids + first;
+	size_t		n = s->n - first;
 
 	for (size_t i = 0; i + 1 < n; i++)
 		look_up(bpe, ids, i, ranks, merged);
@@ -323,7 +328,7 @@ merge_short(const Bpe *bpe, BpeScratch *s)
 		if (best > 0)
 			look_up(bpe, ids, best - 1, ranks, merged);
 	}
-	s->n = n;
+	s->n = first + n;
 }
 
 static bool
@@ -378,10 +383,11 @@ offer(const Bpe *bpe, BpeScratch *s, int32_t i)
 	return !m || heap_push(s, (BpeCandidate) {(uint64_t) m->rank << 32 | (uint32_t) i, m->id});
 }
 
+/* The same of any number. */
 static bool
-merge_long(const Bpe *bpe, BpeScratch *s)
+merge_long(const Bpe *bpe, BpeScratch *s, size_t first)
 {
-	size_t		n = s->n;
+	size_t		n = s->n - first;
 	BpeSymbol  *symbols;
 
 	if (n > s->n_symbols_max)
@@ -394,7 +400,7 @@ merge_long(const Bpe *bpe, BpeScratch *s)
 	}
 	symbols = s->symbols;
 	for (size_t i = 0; i < n; i++)
-		symbols[i] = (BpeSymbol) {s->ids[i], (int32_t) i - 1, i + 1 < n ? (int32_t) i + 1 : -1};
+		symbols[i] = (BpeSymbol) {s->ids[first + i], (int32_t) i - 1, i + 1 < n ? (int32_t) i + 1 : -1};
 	s->heap_n = 0;
 	for (size_t i = 0; i < n; i++)
 		if (!offer(bpe, s, (int32_t) i))
@@ -420,19 +426,20 @@ merge_long(const Bpe *bpe, BpeScratch *s)
 		if (!offer(bpe, s, left->prev) || !offer(bpe, s, (int32_t) (left - symbols)))
 			return false;
 	}
-	s->n = 0;
+	s->n = first;
 	for (int32_t i = 0; i >= 0; i = symbols[i].next)
 		s->ids[s->n++] = symbols[i].id;
 	return true;
 }
 
-bool
-millm_bpe_encode(const Bpe *bpe, BpeScratch *s, const char *word, size_t n)
+/* Add the ids of a word, or of a part that nothing joins to the others. */
+static bool
+encode_part(const Bpe *bpe, BpeScratch *s, const char *word, size_t n)
 {
 	int32_t		whole = n <= bpe->longest ? find_piece(bpe, word, n) : -1;
+	size_t		first = s->n;
 	bool		ask = false;
 
-	s->n = 0;
 	if (whole >= 0)
 	{
 		uint8_t		memo = bpe->ignore_merges ? WHOLE_YES : atomic_load_explicit(&bpe->is_whole[whole], memory_order_relaxed);
@@ -443,12 +450,69 @@ millm_bpe_encode(const Bpe *bpe, BpeScratch *s, const char *word, size_t n)
 	}
 	if (!split_characters(bpe, s, word, n))
 		return false;
-	if (s->n <= SHORT_WORD)
-		merge_short(bpe, s);
-	else if (!merge_long(bpe, s))
-		return false;
+	if (s->n - first > SHORT_WORD)
+	{
+		if (!merge_long(bpe, s, first))
+			return false;
+	}
+	else if (s->n - first > 1)
+		merge_short(bpe, s, first);
 	if (ask)
-		atomic_store_explicit(&bpe->is_whole[whole], s->n == 1 && s->ids[0] == whole ? WHOLE_YES : WHOLE_NO,
+		atomic_store_explicit(&bpe->is_whole[whole], s->n - first == 1 && s->ids[first] == whole ? WHOLE_YES : WHOLE_NO,
 							  memory_order_relaxed);
 	return true;
+}
+
+/* ---- cuts ---- */
+
+static const char marker[] = "\xE2\x96\x81";	/* U+2581 */
+
+#define MARKER_BYTES 3
+
+/* Where the next U+2581 in text[from..n) begins, or n. */
+static inline size_t
+find_marker(const char *text, size_t n, size_t from)
+{
+	const char *hit;
+
+	for (; from < n && (hit = memchr(text + from, (unsigned char) marker[0], n - from)) != NULL; from = (size_t) (hit - text) + 1)
+		if (n - (size_t) (hit - text) >= MARKER_BYTES && memcmp(hit, marker, MARKER_BYTES) == 0)
+			return (size_t) (hit - text);
+	return n;
+}
+
+/* Does text[0..n) end in a "<0xHH>"? */
+static bool
+ends_in_fallback(const char *text, size_t n)
+{
+	return n >= 6 && memcmp(text + n - 6, "<0x", 3) == 0 && text[n - 1] == '>';
+}
+
+void
+millm_bpe_note_joins(Bpe *bpe, const char *piece, size_t n, const char *unknown, size_t unknown_n)
+{
+	for (size_t at = find_marker(piece, n, 1); at < n; at = find_marker(piece, n, at + 1))
+	{
+		bpe->joins[(unsigned char) piece[at - 1]] = true;
+		/* what stands for characters that are no pieces ends in another byte than they do */
+		if (ends_in_fallback(piece, at) || (at >= unknown_n && memcmp(piece + at - unknown_n, unknown, unknown_n) == 0))
+			bpe->has_cuts = false;
+	}
+}
+
+bool
+millm_bpe_encode(const Bpe *bpe, BpeScratch *s, const char *word, size_t n)
+{
+	size_t		start = 0;
+
+	s->n = 0;
+	if (bpe->has_cuts)
+		for (size_t at = find_marker(word, n, 1); at < n; at = find_marker(word, n, at + 1))
+			if (!bpe->joins[(unsigned char) word[at - 1]])
+			{
+				if (!encode_part(bpe, s, word + start, at - start))
+					return false;
+				start = at;
+			}
+	return encode_part(bpe, s, word + start, n - start);
 }

@@ -39,6 +39,8 @@ typedef struct Bpe
 	size_t		longest;		/* of them, in bytes */
 	int32_t		byte_ids[256];	/* is_byte_level: the id of that byte alone, or -1 */
 	int32_t		fallback_ids[256];	/* the id of "<0xHH>", or -1 */
+	bool		has_cuts;		/* a word is cut before U+2581, if the byte before that is none of these: no piece has the two together */
+	bool		joins[256];
 
 	Merge	   *merges;			/* open addressing */
 	size_t		n_merge_slots;	/* a power of two, or 0 */
@@ -77,6 +79,9 @@ typedef struct BpeScratch
 /* Encode one word, valid UTF-8 unless is_byte_level, into scratch->ids.  False: out of memory. */
 extern bool millm_bpe_encode(const Bpe *bpe, BpeScratch *scratch, const char *word, size_t n);
 extern void millm_bpe_scratch_free(BpeScratch *scratch);
+
+/* Look at a piece: does it join something and U+2581?  Once for each, from has_cuts true on; what is in it is as when it is encoded. */
+extern void millm_bpe_note_joins(Bpe *bpe, const char *piece, size_t n, const char *unknown, size_t unknown_n);
 
 /*
  * Make room for n merges, once; false: out of memory.  Then add so many: a later one replaces an earlier one of the

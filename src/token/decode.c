@@ -156,6 +156,8 @@ replace(MillmDetok *d, const Pattern *find, const char *with, size_t with_n, con
 	const char *hit;
 
 	out->n = 0;
+	if (n == 0)
+		return;
 	for (; (hit = memmem(text, (size_t) (end - text), find->literal, find->literal_n)) != NULL; text = hit + find->literal_n)
 	{
 		add(d, out, text, (size_t) (hit - text));

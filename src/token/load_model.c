@@ -165,6 +165,25 @@ find_fallbacks(const MillmTokenizer *tok, int32_t ids[256])
 	}
 }
 
+/* Where words may be cut: bpe.h.  Where every character becomes a piece, its bytes or the unknown one, and nothing is said of a whole word. */
+static void
+find_cuts(MillmTokenizer *tok)
+{
+	Bpe		   *bpe = &tok->bpe;
+	const char *keys = tok->contents.keys.data;
+	int32_t		marker = millm_map_get(&tok->contents, "\xE2\x96\x81", 3);
+	Span		unknown;
+
+	bpe->has_cuts = !bpe->is_byte_level && !bpe->prefix && !bpe->suffix && !bpe->ignore_merges && bpe->unknown_id >= 0 &&
+		marker >= 0 && tok->tokens[marker].is_piece;
+	if (!bpe->has_cuts)
+		return;
+	unknown = tok->tokens[bpe->unknown_id].content;
+	for (int32_t id = 0; id < tok->n_ids; id++)
+		if (tok->tokens[id].is_piece)
+			millm_bpe_note_joins(bpe, keys + tok->tokens[id].content.offset, tok->tokens[id].content.n, keys + unknown.offset, unknown.n);
+}
+
 MillmCode
 millm_load_derived(Loader *l)
 {
@@ -191,6 +210,7 @@ millm_load_derived(Loader *l)
 	for (int32_t id = 0; id < bpe->n_ids; id++)
 		if (!tok->tokens[id].is_piece)
 			atomic_init(&bpe->is_whole[id], WHOLE_NO_PIECE);
+	find_cuts(tok);
 	return MILLM_OK;
 }
 
@@ -444,18 +464,18 @@ load_bpe(Loader *l, const json_t *json)
 		return rc;
 	/* the merges are written in letters, so is the prefix that is cut from them */
 	prefix_n = json_string_length(millm_load_get(json, "continuing_subword_prefix"));
-	if ((rc = load_merges(l, json, prefix_n)) != MILLM_OK || (rc = millm_load_derived(l)) != MILLM_OK)
+	if ((rc = load_merges(l, json, prefix_n)) != MILLM_OK)
+		return rc;
+	if (unknown && !json_is_string(unknown))
+		return millm_load_invalid(l, "\"unk_token\" is not a string.");
+	if (unknown)
+		bpe->unknown_id = millm_map_get(&l->tok->contents, json_string_value(unknown), json_string_length(unknown));
+	if ((rc = millm_load_derived(l)) != MILLM_OK)
 		return rc;
 	for (int b = 0; b < 256; b++)
 		has_all_bytes = has_all_bytes && bpe->byte_ids[b] >= 0;
-	if (unknown)
-	{
-		if (!json_is_string(unknown))
-			return millm_load_invalid(l, "\"unk_token\" is not a string.");
-		bpe->unknown_id = millm_map_get(&l->tok->contents, json_string_value(unknown), json_string_length(unknown));
-		if (bpe->unknown_id < 0 && !has_all_bytes)
-			return millm_load_invalid(l, "The \"unk_token\" \"%.100s\" is not in the vocabulary.", json_string_value(unknown));
-	}
+	if (unknown && bpe->unknown_id < 0 && !has_all_bytes)
+		return millm_load_invalid(l, "The \"unk_token\" \"%.100s\" is not in the vocabulary.", json_string_value(unknown));
 	return MILLM_OK;
 }
 

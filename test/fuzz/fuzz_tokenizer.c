@@ -191,6 +191,27 @@ damage(char *image, size_t n, const uint8_t *text, size_t text_n)
 }
 
 static void
+require_same(const MillmIds *a, const MillmIds *b)
+{
+	require(a->n == b->n && (a->n == 0 || memcmp(a->ids, b->ids, a->n * sizeof(*a->ids)) == 0));
+}
+
+/* Words that are cut at U+2581 must give what they give in one piece. */
+static void
+use_uncut(MillmTokenizer *tok, const char *text, size_t text_n, const MillmIds *expected)
+{
+	MillmIds	ids = {0};
+
+	if (!tok->bpe.has_cuts)
+		return;
+	tok->bpe.has_cuts = false;
+	use(tok, text, text_n, true, &ids);
+	require_same(&ids, expected);
+	tok->bpe.has_cuts = true;
+	millm_ids_free(&ids);
+}
+
+static void
 use_compiled(const MillmTokenizer *tok, const char *text, size_t text_n, const MillmIds *expected)
 {
 	FilesKey	key = {0};
@@ -206,7 +227,7 @@ use_compiled(const MillmTokenizer *tok, const char *text, size_t text_n, const M
 	compiled = millm_image_open((FileBytes) {aligned, image.n}, &key);
 	require(compiled != NULL);
 	use(compiled, text, text_n, true, &ids);
-	require(ids.n == expected->n && (ids.n == 0 || memcmp(ids.ids, expected->ids, ids.n * sizeof(*ids.ids)) == 0));
+	require_same(&ids, expected);
 	millm_tokenizer_close(compiled);
 	damage(aligned, image.n, (const uint8_t *) text, text_n);
 	compiled = millm_image_open((FileBytes) {aligned, image.n}, &key);
@@ -233,6 +254,7 @@ LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
 	if (!open_files((const char *) end + 1, size - text_n - 1, &tok))
 		return 0;
 	use(tok, text, text_n, true, &ids);
+	use_uncut(tok, text, text_n, &ids);
 	use_compiled(tok, text, text_n, &ids);
 	millm_ids_free(&ids);
 	millm_tokenizer_close(tok);

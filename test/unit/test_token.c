@@ -630,6 +630,87 @@ test_repeated_keys(void **state)
 	assert_non_null(strstr(err.detail, "Line 4, column 10:"));
 }
 
+/* A number below n, the same ones each time. */
+static unsigned
+next_random(unsigned n)
+{
+	static uint32_t x = 7;
+
+	x = x * 1664525 + 1013904223;
+	return (x >> 8) % n;
+}
+
+/*
+ * Words are cut before U+2581 where no piece goes across.  For random vocabularies, in which unknown characters and bytes are merged
+ * too, that changes nothing; and in some of them there are cuts, in others none.
+ */
+static void
+test_cuts(void **state)
+{
+	static const char *const first[] = {"<unk>", "<0x63>", "a", "b", ">", "\xE2\x96\x81"};
+	static const char *const alphabet[] = {"a", "b", ">", "\xE2\x96\x81", "\xE2\x96\x81", "c", "\xE2\x98\x83", "<unk>", "\xE2\x96\x82"};
+	int			n_cutting = 0;
+
+	(void) state;
+	for (int round = 0; round < 600; round++)
+	{
+		char		pieces[32][64];
+		char		merges[8192] = "";
+		char		json[32768];
+		size_t		n = sizeof(first) / sizeof(first[0]);
+		MillmTokenizer *tok;
+		int			at;
+
+		for (size_t i = 0; i < n; i++)
+			snprintf(pieces[i], sizeof(pieces[i]), "%s", first[i]);
+		for (unsigned tries = next_random(14); tries > 0; tries--)
+		{
+			/* of <unk> and <0x63> seldom: they end all cuts */
+			unsigned	low = next_random(5) > 0 ? 2 : 0;
+			char		joined[1024];
+			const char *left = pieces[low + next_random((unsigned) n - low)];
+			const char *right = pieces[low + next_random((unsigned) n - low)];
+			size_t		i = 0;
+
+			if (snprintf(joined, sizeof(joined), "%s%s", left, right) > 60)
+				continue;
+			memcpy(pieces[n], joined, strlen(joined) + 1);
+			while (strcmp(pieces[i], pieces[n]) != 0)
+				i++;
+			snprintf(merges + strlen(merges), sizeof(merges) - strlen(merges), "%s\"%s %s\"", merges[0] ? "," : "", left, right);
+			n += i == n;
+		}
+		at = snprintf(json, sizeof(json), "{\"model\":{\"type\":\"BPE\",\"unk_token\":\"<unk>\",\"byte_fallback\":true,\"fuse_unk\":%s,\"merges\":[%s],"
+					  "\"vocab\":{", next_random(2) ? "true" : "false", merges);
+		for (size_t i = 0; i < n; i++)
+			at += snprintf(json + at, sizeof(json) - (size_t) at, "%s\"%s\":%zu", i ? "," : "", pieces[i], i);
+		snprintf(json + at, sizeof(json) - (size_t) at, "}}}");
+		tok = open_text(json, NULL);
+		n_cutting += tok->bpe.has_cuts;
+		for (int t = 0; t < 60 && tok->bpe.has_cuts; t++)
+		{
+			char		text[512] = "";
+			MillmIds	ids[2] = {0};
+			MillmError	err;
+
+			for (unsigned length = next_random(70); length > 0; length--)
+				strncat(text, alphabet[next_random(sizeof(alphabet) / sizeof(alphabet[0]))], 7);
+			for (int i = 0; i < 2; i++)
+			{
+				tok->bpe.has_cuts = i == 0;
+				assert_int_equal(millm_encode(tok, text, strlen(text), (MillmEncodeOptions) {0}, 0, &ids[i], &err), MILLM_OK);
+			}
+			if (ids[0].n != ids[1].n || (ids[0].n > 0 && memcmp(ids[0].ids, ids[1].ids, ids[0].n * sizeof(int32_t)) != 0))
+				fail_msg("%s: \"%s\"", json, text);
+			tok->bpe.has_cuts = true;
+			millm_ids_free(&ids[0]);
+			millm_ids_free(&ids[1]);
+		}
+		millm_tokenizer_close(tok);
+	}
+	assert_in_range(n_cutting, 300, 599);
+}
+
 static void
 test_missing_file(void **state)
 {
@@ -754,7 +835,7 @@ main(void)
 		cmocka_unit_test(test_truncated),
 		cmocka_unit_test(test_deep),
 		cmocka_unit_test(test_repeated_keys),
-		cmocka_unit_test(test_missing_file),
+		cmocka_unit_test(test_cuts), cmocka_unit_test(test_missing_file),
 		cmocka_unit_test(test_utf8),
 		cmocka_unit_test(test_translation),
 		cmocka_unit_test(test_threads),
