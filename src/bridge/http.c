@@ -46,7 +46,7 @@
 
 #define LINGER_MS 2000			/* for a client to read a refusal while it still sends */
 #define REFUSED_CONNECTIONS 64	/* beyond max_connections: they are there to be told so */
-#define ROUNDS_AT_ONCE 16		/* a client that sends faster than we read has its turns like everybody: each of max_header_bytes */
+#define STEPS_AT_ONCE 64		/* of one connection, before others have their turn: a client may send faster than we read */
 #define BODIES_AT_ONCE 64		/* all bodies together: so many of the largest */
 #define MAX_ANSWER_HEAD 2048
 #define MAX_EXTRA_HEADERS 1024
@@ -959,25 +959,24 @@ fill(HttpConn *c)
 static void
 pump(HttpConn *c)
 {
-	int			rounds = 0;
-
-	do
+	for (int steps = 0;; steps++)
 	{
 		if (!flush(c))
 			return;
-		while (advance(c))
-			if (!flush(c))
-				return;
-		if (c->is_closed)
-			return;
-		if (++rounds > ROUNDS_AT_ONCE)
+		if (steps == STEPS_AT_ONCE)
 		{
 			/* an edge-triggered watch that is added anew tells of what is there already: in the loop's next turn */
 			if (event_del(c->io) != 0 || event_add(c->io, NULL) != 0)
 				conn_close(c);
 			return;
 		}
-	} while (fill(c));
+		if (advance(c))
+			continue;
+		if (c->is_closed)
+			return;
+		if (!fill(c))
+			break;
+	}
 	if (c->is_closed)
 		return;
 	if (c->is_eof && (c->state == CONN_IDLE || c->state == CONN_HEAD || c->state == CONN_BODY || c->state == CONN_LINGER))

@@ -7,6 +7,7 @@
  * SIGTERM and SIGINT drain: no new connection, the requests that run end, at most drain_timeout; a second one ends at once.
  */
 #include <event2/event.h>
+#include <malloc.h>
 #include <signal.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -110,6 +111,10 @@ main(int argc, char **argv)
 	struct event *signals[2];
 
 	settings_read(argc, argv);
+#ifdef M_MMAP_THRESHOLD
+	/* glibc would raise this with each large block that is freed, and keep ever more of what large bodies took */
+	mallopt(M_MMAP_THRESHOLD, 128 * 1024);
+#endif
 	signal(SIGPIPE, SIG_IGN);
 	if (settings.anonymous_role[0] && !http_is_loopback())
 		return fail("anonymous_role is only for a loopback address\nHINT:  Make keys with millm.create_api_key(), or listen on 127.0.0.1.");

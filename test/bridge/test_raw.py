@@ -271,11 +271,12 @@ def test_a_flood(bridge, keys):
             threads = [threading.Thread(target=t) for t in (send, read)]
             for thread in threads:
                 thread.start()
-            slowest = max(others() for _ in range(20))
+            slowest = max(others() for _ in range(10))
             stop.set()
             wire.sock.shutdown(socket.SHUT_RDWR)
             for thread in threads:
                 thread.join(PATIENCE)
+        print(f"slowest answer beside a flood: {1000 * slowest:.0f} ms")
         assert slowest < 20  # it took for ever
 
 
