@@ -39,6 +39,10 @@ enum
 	OPT_MAX_TOKENS, OPT_TEMPERATURE, OPT_TOP_P, OPT_TOP_K, OPT_MIN_P, OPT_REPETITION_PENALTY, OPT_FREQUENCY_PENALTY, OPT_PRESENCE_PENALTY,
 	OPT_SEED, OPT_STOP, OPT_MODEL, N_OPTIONS
 };
+enum
+{
+	CHOICES_N, CHOICES_LOGPROBS, CHOICES_TOP_LOGPROBS, CHOICES_LOGIT_BIAS
+};
 
 /* The arguments of generate and generate_stream, in the order of the SQL script. */
 enum
@@ -49,13 +53,13 @@ enum
 /* Those of chat and chat_stream.  Of chat(text), messages is the prompt. */
 enum
 {
-	ARG_MESSAGES, ARG_TOOLS, ARG_TEMPLATE_KWARGS, ARG_CHAT_OPTIONS, ARG_DOCUMENTS = ARG_CHAT_OPTIONS + N_OPTIONS, ARG_CHAT_TEMPLATE, ARG_CHAT_N
+	ARG_MESSAGES, ARG_TOOLS, ARG_TEMPLATE_KWARGS, ARG_CHAT_OPTIONS, ARG_DOCUMENTS = ARG_CHAT_OPTIONS + N_OPTIONS, ARG_CHAT_TEMPLATE, ARG_CHAT_CHOICES
 };
 
 /* Of complete and complete_stream; the prompt as of generate. */
 enum
 {
-	ARG_COMPLETE_OPTIONS = 1, ARG_COMPLETE_PARSE_SPECIAL = ARG_COMPLETE_OPTIONS + N_OPTIONS, ARG_COMPLETE_N
+	ARG_COMPLETE_OPTIONS = 1, ARG_COMPLETE_PARSE_SPECIAL = ARG_COMPLETE_OPTIONS + N_OPTIONS, ARG_COMPLETE_CHOICES
 };
 
 /* And those of apply_chat_template: as of chat up to template_kwargs. */
@@ -188,17 +192,17 @@ append_logit_bias(StringInfo request, Jsonb *bias)
 	appendStringInfoChar(request, '}');
 }
 
-/* Those that chat and complete have besides: n, logprobs, top_logprobs and logit_bias, in arguments from first on. */
+/* Those that chat and complete have besides, in arguments from first on. */
 static void
 append_choices(StringInfo request, FunctionCallInfo fcinfo, int first)
 {
-	if (!PG_ARGISNULL(first))
-		append_number(request, "n", INT4OID, PG_GETARG_DATUM(first));
-	append_bool(request, fcinfo, "logprobs", first + 1);
-	if (!PG_ARGISNULL(first + 2))
-		append_number(request, "top_logprobs", INT4OID, PG_GETARG_DATUM(first + 2));
-	if (!PG_ARGISNULL(first + 3))
-		append_logit_bias(request, PG_GETARG_JSONB_P(first + 3));
+	if (!PG_ARGISNULL(first + CHOICES_N))
+		append_number(request, "n", INT4OID, PG_GETARG_DATUM(first + CHOICES_N));
+	append_bool(request, fcinfo, "logprobs", first + CHOICES_LOGPROBS);
+	if (!PG_ARGISNULL(first + CHOICES_TOP_LOGPROBS))
+		append_number(request, "top_logprobs", INT4OID, PG_GETARG_DATUM(first + CHOICES_TOP_LOGPROBS));
+	if (!PG_ARGISNULL(first + CHOICES_LOGIT_BIAS))
+		append_logit_bias(request, PG_GETARG_JSONB_P(first + CHOICES_LOGIT_BIAS));
 }
 
 /* The REQUEST of a call whose first argument is not NULL. */
@@ -235,7 +239,7 @@ complete_request(FunctionCallInfo fcinfo, bool stream)
 	millm_append_text(&request, PG_GETARG_TEXT_PP(ARG_PROMPT));
 	append_bool(&request, fcinfo, "parse_special", ARG_COMPLETE_PARSE_SPECIAL);
 	append_options(&request, fcinfo, ARG_COMPLETE_OPTIONS, stream);
-	append_choices(&request, fcinfo, ARG_COMPLETE_N);
+	append_choices(&request, fcinfo, ARG_COMPLETE_CHOICES);
 	appendStringInfoChar(&request, '}');
 	return request.data;
 }
@@ -321,7 +325,7 @@ conversation_request(FunctionCallInfo fcinfo, bool is_prompt, bool stream)
 	initStringInfo(&request);
 	append_conversation(&request, fcinfo, "generate", is_prompt, ARG_DOCUMENTS, ARG_CHAT_TEMPLATE);
 	append_options(&request, fcinfo, ARG_CHAT_OPTIONS, stream);
-	append_choices(&request, fcinfo, ARG_CHAT_N);
+	append_choices(&request, fcinfo, ARG_CHAT_CHOICES);
 	appendStringInfoChar(&request, '}');
 	return request.data;
 }
