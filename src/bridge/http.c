@@ -618,6 +618,15 @@ is_own_host(const HttpHead *head)
 	return strcasecmp(name, "localhost") == 0 || inet_pton(AF_INET, name, &any) == 1;
 }
 
+/* Nor is a page of another site, which a browser lets send what it may not read the answer of. */
+static bool
+is_own_page(const HttpHead *head)
+{
+	const HttpSlice *origin = http_find_header(head, "origin");
+
+	return !origin || strcmp(settings.cors_origin, "*") == 0 || http_slice_is(*origin, settings.cors_origin);
+}
+
 static bool
 is_json(const HttpHead *head)
 {
@@ -730,6 +739,11 @@ begin_request(HttpConn *c, const HttpHead *head)
 	if (!(r->route->flags & ROUTE_OPEN) && !r->bearer && !is_own_host(head))
 	{
 		refuse(c, 403, "host_not_allowed", "Without a key, the bridge must be addressed as localhost or by an IP address.");
+		return;
+	}
+	if (!(r->route->flags & ROUTE_OPEN) && !r->bearer && !is_own_page(head))
+	{
+		refuse(c, 403, "origin_not_allowed", "Without a key, no page of another site than cors_origin is answered.");
 		return;
 	}
 	if ((c->is_chunked || c->body_left > 0) && !is_json(head))

@@ -173,7 +173,7 @@ like($err, qr/unrecognized setting "queue_sise"/, 'a setting in a file that is n
 my $key = $node->safe_psql('postgres', q(SELECT millm.create_api_key('test', 'app')));
 my $auth = "Authorization: Bearer $key";
 load_model($node, $SMOLLM2);
-start_bridge('--header_timeout', '2', '--pool_size', '8');
+start_bridge('--header_timeout', '2', '--body_timeout', '2', '--pool_size', '8');
 
 #---------------------------------------------------------------------------------------------------------------------
 # Plain HTTP
@@ -226,6 +226,10 @@ my $start = time;
 $sock = connect_bridge();
 syswrite($sock, $_), sleep 0.3 for ("GET /hea", "lth HT", "TP/1.1", "\r\nHos", "t: x", "\r\nA", ": b\r\n", "C: d", "\r\n");
 is(error_code(read_answer($sock)), '408 request_timeout', 'a head that comes slowly');
+$sock = connect_bridge();
+syswrite($sock, "POST /v1/completions HTTP/1.1\r\nHost: x\r\n$auth\r\nContent-Type: application/json\r\nContent-Length: 20\r\n\r\n");
+syswrite($sock, $_), sleep 0.3 for split //, '{"model": ';
+is(error_code(read_answer($sock)), '408 request_timeout', 'a body that comes slowly');
 
 #---------------------------------------------------------------------------------------------------------------------
 # OpenAI's routes
@@ -428,6 +432,9 @@ is(error_code(ask('GET', '/v1/models', undef, 'Host: evil.example')), '400 malfo
 $sock = connect_bridge();
 syswrite($sock, "GET /v1/models HTTP/1.1\r\nHost: evil.example\r\n\r\n");
 is(error_code(read_answer($sock)), '403 host_not_allowed', "without a key, a stranger's name for this machine is not enough");
+
+is(error_code(ask('POST', '/api/models/1/unload', undef, 'Origin: http://evil.example')), '403 ORIGIN_NOT_ALLOWED', "nor is it for a stranger's page");
+is(ask('GET', '/v1/models', undef, 'Origin: http://evil.example', $auth)->{status}, 200, 'who has a key may come from anywhere');
 
 # A client that does not read: its stream waits, others do not, and in the end it is sent away
 load_model($node, 'tiny-long');
