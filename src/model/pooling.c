@@ -143,6 +143,32 @@ read_modules(const char *dir, const json_t *modules, MillmPooling *p, bool *excl
 	return rc;
 }
 
+/* Newer files say what becomes of a text.  Where there are messages, too, a text is made one: the chat template would write more around it. */
+static MillmCode
+check_modalities(const json_t *json, MillmError *err)
+{
+	const json_t *modalities = json_object_get(json, "modality_config"), *text = json_object_get(modalities, "text");
+	const char *task = json_string_value(json_object_get(json, "transformer_task"));
+	const char *method = json_string_value(json_object_get(text, "method")), *output = json_string_value(json_object_get(text, "method_output_name"));
+
+	if (task && strcmp(task, "feature-extraction") != 0)
+	{
+		refuse(err);
+		millm_detail(err, "sentence_bert_config.json has the \"transformer_task\" \"%s\"; millm knows \"feature-extraction\".", shown(task).text);
+		return MILLM_E_UNSUPPORTED;
+	}
+	if (!modalities)
+		return MILLM_OK;
+	if (json_object_get(modalities, "message") || !method || strcmp(method, "forward") != 0 || !output || strcmp(output, "last_hidden_state") != 0)
+	{
+		refuse(err);
+		millm_detail(err, "\"modality_config\" of sentence_bert_config.json takes a text otherwise than by its last hidden states%s.",
+					 json_object_get(modalities, "message") ? ": as a \"message\", by the chat template" : "");
+		return MILLM_E_UNSUPPORTED;
+	}
+	return MILLM_OK;
+}
+
 /* How the Transformer module takes its texts */
 static MillmCode
 read_transformer(const char *dir, MillmPooling *p, MillmError *err)
@@ -164,6 +190,8 @@ read_transformer(const char *dir, MillmPooling *p, MillmError *err)
 		rc = refuse(err);
 		millm_detail(err, "sentence_bert_config.json has \"do_lower_case\", which is not done.");
 	}
+	if (rc == MILLM_OK)
+		rc = check_modalities(json, err);
 	json_decref(json);
 	return rc;
 }

@@ -104,6 +104,7 @@ def module(i, kind, path=None, package="sentence_transformers.models"):
     return {"idx": i, "name": str(i), "path": path if path is not None else "" if kind == "Transformer" else f"{i}_{kind}", "type": f"{package}.{kind}"}
 
 
+FORWARD = {"method": "forward", "method_output_name": "last_hidden_state"}
 MODULES = [module(0, "Transformer"), module(1, "Pooling")]
 NORMALIZED = MODULES + [module(2, "Normalize")]
 
@@ -142,7 +143,8 @@ def test_pooling(engine, repository, theirs, modes, older, normalized):
 def test_newer_packages(engine, repository, theirs):
     modules = [module(0, "Transformer", package="sentence_transformers.base.modules.transformer"),
                module(1, "Pooling", package="sentence_transformers.sentence_transformer.modules.pooling")]
-    load(engine, repository(modules, **{"1_Pooling/config.json": {"embedding_dimension": 64}}))
+    config = {"transformer_task": "feature-extraction", "modality_config": {"text": FORWARD}, "module_output_name": "token_embeddings"}
+    load(engine, repository(modules, **{"1_Pooling/config.json": {"embedding_dimension": 64}, "sentence_bert_config.json": config}))
     assert error(embed(engine, ["Hello"])[0][0], expected(theirs, LONG, "Hello", normalized=False)) <= TOLERANCE
 
 
@@ -183,6 +185,9 @@ def test_prompt(engine, repository, theirs):
     (MODULES, {"1_Pooling/config.json": {"pooling_mode": ["mean"] * 7}}, "UNSUPPORTED", "one too many"),
     (MODULES, {"1_Pooling/config.json": {"pooling_mode": 3}}, "UNSUPPORTED", "pooling_mode"),
     (MODULES, {"sentence_bert_config.json": {"do_lower_case": True}}, "UNSUPPORTED", "do_lower_case"),
+    (MODULES, {"sentence_bert_config.json": {"modality_config": {"text": FORWARD, "message": FORWARD}}}, "UNSUPPORTED", '"message"'),
+    (MODULES, {"sentence_bert_config.json": {"modality_config": {"text": FORWARD | {"method_output_name": "pooler_output"}}}}, "UNSUPPORTED", "modality_config"),
+    (MODULES, {"sentence_bert_config.json": {"transformer_task": "text-generation"}}, "UNSUPPORTED", "text-generation"),
     (MODULES, {"sentence_bert_config.json": {"max_seq_length": 0}}, "INVALID_MODEL_FILE", "max_seq_length"),
     (MODULES, {"config_sentence_transformers.json": {"prompts": {}, "default_prompt_name": "query"}}, "INVALID_MODEL_FILE", "default_prompt_name"),
     (MODULES, {"config_sentence_transformers.json": {"prompts": {"q": "x" * 5000}, "default_prompt_name": "q"}}, "INVALID_MODEL_FILE", "4096"),
