@@ -4,7 +4,7 @@ CREATE EXTENSION millm;
 
 -- Its objects
 SELECT pg_describe_object(classid, objid, 0) COLLATE "C" AS object
-FROM pg_depend WHERE refclassid = 'pg_extension'::regclass AND refobjid = (SELECT oid FROM pg_extension WHERE extname = 'millm') AND deptype = 'e'
+FROM pg_depend WHERE refclassid = 'pg_extension'::regclass AND refobjid = (SELECT oid FROM pg_extension WHERE extname = 'millm') AND deptype = 'e' AND classid <> 'pg_type'::regclass
 ORDER BY 1;
 
 -- Every function and every relation that people meet says what it is

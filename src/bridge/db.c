@@ -1044,7 +1044,8 @@ db_close(void)
 /* ---- the check at the start ---------------------------------------------------------------- */
 
 static const char check_sql[] =
-	"SELECT r.rolname, r.rolsuper, r.rolinherit,"
+	"SELECT r.rolname, r.rolsuper, r.rolinherit OR EXISTS"
+	"  (SELECT FROM pg_catalog.pg_roles o WHERE o.oid <> r.oid AND pg_catalog.pg_has_role(r.oid, o.oid, 'USAGE')),"
 	" EXISTS (SELECT FROM pg_catalog.pg_extension WHERE extname = 'millm'),"
 	" least(pg_catalog.current_setting('max_connections')::int - pg_catalog.current_setting('superuser_reserved_connections')::int,"
 	"  nullif(r.rolconnlimit, -1), nullif(d.datconnlimit, -1)),"
@@ -1080,7 +1081,8 @@ check_row(PGconn *pg, const PGresult *row, char *why, size_t size)
 		snprintf(why, size, "role \"%s\" is a superuser\nHINT:  Let the bridge log in as a role of its own: "
 				 "CREATE ROLE millm_bridge LOGIN NOINHERIT; SELECT millm.grant_bridge('millm_bridge');", role);
 	else if (is_true(row, 2))
-		snprintf(why, size, "role \"%s\" inherits the privileges of its keys' roles\nHINT:  ALTER ROLE \"%s\" NOINHERIT;", role, role);
+		snprintf(why, size, "role \"%s\" inherits the privileges of its keys' roles\nHINT:  ALTER ROLE \"%s\" NOINHERIT; "
+				 "since PostgreSQL 16, GRANT ... TO \"%s\" WITH INHERIT FALSE, too.", role, role, role);
 	else if (!is_true(row, 3))
 		snprintf(why, size, "database \"%s\" does not have the extension\nHINT:  CREATE EXTENSION millm; in the database that millm.database names.",
 				 PQgetvalue(row, 0, 7));

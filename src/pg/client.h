@@ -72,7 +72,7 @@ extern void millm_append_text(StringInfo request, const text *value);
  */
 extern void millm_append_model(StringInfo request, const text *wanted);
 extern text *millm_reply_text(StringInfo reply, const char *field);
-extern void millm_reply_invalid(const char *what) pg_attribute_noreturn();
+extern void millm_reply_invalid(const char *what) __attribute__((noreturn));
 
 /* Raise err with its SQLSTATE, detail and hint. */
 extern void millm_ereport(int elevel, const MillmError *err);

@@ -57,6 +57,14 @@ for my $wrong ('', substr($app, 0, -1), "$app ", lc $app, 'millm-' . 'A' x 43)
 	is("$reply->{state} $reply->{message}", 'ML027 invalid API key', 'a wrong key: "' . substr($wrong, 0, 8) . '..."');
 }
 
+SKIP: {
+	skip 'before PostgreSQL 16 NOINHERIT says it all', 2 if sql('SHOW server_version_num') < 160000;
+	sql(q(CREATE ROLE heir LOGIN NOINHERIT; CREATE ROLE rich; GRANT rich TO heir WITH INHERIT TRUE));
+	my ($state, $error) = sqlstate($node, q(SELECT millm.grant_bridge('heir')));
+	is($state, '22023', 'a membership that inherits is refused');
+	like($error, qr/GRANT rich TO heir WITH INHERIT FALSE/, 'with what to do');
+}
+
 # --- A bridge that comes later, and a key that comes after it ----------------------------------------------------------
 sql(q(CREATE ROLE second LOGIN NOINHERIT; SELECT millm.grant_bridge('second')));
 my $second = MillmTest::Session->new($node, user => 'second');
