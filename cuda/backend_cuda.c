@@ -56,6 +56,7 @@ typedef struct CudaBackend
 	MillmCudaWeights *weights;
 	MillmBuffer *buffers;
 	bool		is_plain;		/* the obvious kernels only */
+	bool		has_tensor_cores;	/* of bfloat16 */
 	bool		deterministic;
 	/* KV */
 	char	   *kv;				/* [n_pages, page_bytes] */
@@ -501,7 +502,7 @@ matmul(MillmBackend *be, const MillmProjection *p, int n_projections, MillmBuffe
 		if (c->is_plain || !m.w.has_chunks)
 			CHECK(millm_cuda_matmul_any(&m, c->stream));
 		else if (n > MILLM_CUDA_FEW_ROWS && !c->deterministic)
-			CHECK(millm_cuda_matmul_many(&m, c->stream));
+			CHECK(c->has_tensor_cores ? millm_cuda_matmul_tensor(&m, c->stream) : millm_cuda_matmul_many(&m, c->stream));
 		else
 			for (int t = 0; t < n; t += MILLM_CUDA_FEW_ROWS)
 			{
@@ -693,6 +694,7 @@ millm_cuda_create(const MillmModel *model, const MillmBackendOptions *options, M
 {
 	CudaBackend *c;
 	cudaError_t status;
+	int			capability;		/* its major number */
 	MillmCode	rc;
 
 	if (!are_kernels(options->kernels))
@@ -733,6 +735,9 @@ millm_cuda_create(const MillmModel *model, const MillmBackendOptions *options, M
 		.copy_page = copy_page,
 	};
 	status = cudaSetDevice(options->ordinal);
+	if (status == cudaSuccess)
+		status = cudaDeviceGetAttribute(&capability, cudaDevAttrComputeCapabilityMajor, options->ordinal);
+	c->has_tensor_cores = status == cudaSuccess && capability >= 8;
 	if (status == cudaSuccess)
 		status = cudaStreamCreateWithFlags(&c->stream, cudaStreamNonBlocking);
 	if (status != cudaSuccess)

@@ -7,8 +7,15 @@
 #include <cuda_fp16.h>
 #include <cuda_bf16.h>
 #include <cuda_runtime.h>
+#include <mma.h>
 
-#define SHARED(type, name, n) __shared__ __align__(16) type name[n]
+namespace wmma = nvcuda::wmma;
+typedef __nv_bfloat16 bf16;
+#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 800
+#define HAS_TENSOR_CORES		/* of bfloat16 */
+#endif
+
+#define SHARED(type, name, n) __shared__ __align__(32) type name[n]	/* as matrices of warps want it */
 
 template <class... Parameters, class... Arguments>
 static cudaError_t
@@ -23,6 +30,7 @@ static __device__ float add(float a, float b) { return __fadd_rn(a, b); }
 static __device__ float as_float(uint32_t u) { return __uint_as_float(u); }
 static __device__ float from_f16(uint16_t h) { return __half2float(__ushort_as_half(h)); }
 static __device__ uint16_t to_f16(float f) { return __half_as_ushort(__float2half_rn(f)); }
+static __device__ bf16 as_bf16(float f) { return __float2bfloat16_rn(f); }
 static __device__ uint16_t to_bf16(float f) { return __bfloat16_as_ushort(__float2bfloat16_rn(f)); }
 
 #endif

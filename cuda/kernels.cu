@@ -113,6 +113,18 @@ element(const MillmCudaWeight &w, int64_t o, int64_t i)
 	}
 }
 
+/* 4BIT's codebook where lanes that want different entries do not wait for each other: 16 floats in 16 banks.  Of a whole block. */
+template <int DTYPE>
+static __device__ void
+share_codebook(float *shared, const MillmCudaWeight &w)
+{
+	if (DTYPE != MILLM_4BIT)
+		return;
+	if (threadIdx.x < 16)
+		shared[threadIdx.x] = w.codebook[threadIdx.x];
+	__syncthreads();
+}
+
 /* Weights in 16 bytes. */
 template <int DTYPE>
 struct Chunk
@@ -122,11 +134,11 @@ struct Chunk
 
 /*
  * v = w[o, i .. i + SIZE), of a weight with has_chunks: one load of 16 bytes, and one scale.  i is a multiple of SIZE; past the end of the row
- * they are zeros (F32, F16, BF16, INT8; rows of the others end with a chunk).
+ * they are zeros (F32, F16, BF16, INT8; rows of the others end with a chunk).  codebook is 4BIT's, from share_codebook().
  */
 template <int DTYPE>
 static __device__ void
-load_chunk(float *v, const MillmCudaWeight &w, int64_t o, int64_t i)
+load_chunk(float *v, const MillmCudaWeight &w, const float *codebook, int64_t o, int64_t i)
 {
 	const char *from = (const char *) w.data + (DTYPE == MILLM_4BIT ? (w.first + o * w.n_in + i) / 2 : o * w.row_bytes + i * 16 / Chunk<DTYPE>::SIZE);
 	const uint4 u = *(const uint4 *) from;
@@ -138,7 +150,7 @@ load_chunk(float *v, const MillmCudaWeight &w, int64_t o, int64_t i)
 
 #pragma unroll
 		for (int k = 0; k < 32; k++)
-			v[k] = round_to(mul(w.codebook[word[k / 8] >> (k % 8 / 2 * 8 + (k % 2 == 0 ? 4 : 0)) & 15], scale), w.rounded);
+			v[k] = round_to(mul(codebook[word[k / 8] >> (k % 8 / 2 * 8 + (k % 2 == 0 ? 4 : 0)) & 15], scale), w.rounded);
 		return;
 	}
 	if (DTYPE == MILLM_MXFP4)
@@ -217,10 +229,12 @@ static __global__ void
 matmul_few(MillmCudaMatmul m)
 {
 	const int	SIZE = Chunk<DTYPE>::SIZE;
+	SHARED(float, codebook, 16);
 	const int	lane = (int) threadIdx.x % WARP;
 	const int64_t o = (int64_t) blockIdx.x * FEW_WARPS + threadIdx.x / WARP;
 	float		sum[T];
 
+	share_codebook<DTYPE>(codebook, m.w);
 	if (o >= m.w.n_out)
 		return;
 #pragma unroll
@@ -231,7 +245,7 @@ matmul_few(MillmCudaMatmul m)
 		const int	n_left = m.w.n_in - i < SIZE ? (int) (m.w.n_in - i) : SIZE;
 		float		v[SIZE];
 
-		load_chunk<DTYPE>(v, m.w, o, i);
+		load_chunk<DTYPE>(v, m.w, codebook, o, i);
 #pragma unroll
 		for (int t = 0; t < T; t++)
 		{
@@ -266,7 +280,7 @@ matmul_few(MillmCudaMatmul m)
 }
 
 /*
- * Many tokens: tiles of TILE tokens x TILE outputs.  A slice of SLICE columns of weights is decoded into shared memory, beside it that of the
+ * Many tokens, in float32: tiles of TILE tokens x TILE outputs.  A slice of SLICE columns of weights is decoded into shared memory, beside it that of the
  * activations; a thread keeps 4 x 4 of the outputs.
  *
  *   blocks [ceil(n_out / TILE), ceil(n / TILE)], threads MANY_THREADS
@@ -282,12 +296,14 @@ matmul_many(MillmCudaMatmul m)
 	const int	PITCH = TILE + 4;	/* rows 16 bytes apart from a multiple of the banks */
 	SHARED(float, ws, SLICE * PITCH);	/* [SLICE, TILE] */
 	SHARED(float, xs, SLICE * PITCH);
+	SHARED(float, codebook, 16);
 	const int64_t o0 = (int64_t) blockIdx.x * TILE;
 	const int	t0 = (int) blockIdx.y * TILE;
 	const int	column = (int) threadIdx.x % 16 * 4;	/* of this thread's outputs in the tile */
 	const int	row = (int) threadIdx.x / 16 * 4;	/* and its tokens */
 	float		sum[4][4];
 
+	share_codebook<DTYPE>(codebook, m.w);
 	for (int j = 0; j < 16; j++)
 		sum[j / 4][j % 4] = 0;
 	for (int64_t i0 = 0; i0 < m.w.n_in; i0 += SLICE)
@@ -299,7 +315,7 @@ matmul_many(MillmCudaMatmul m)
 			float		v[SIZE];
 
 			if (o0 + o < m.w.n_out && i0 + i < m.w.n_in)
-				load_chunk<DTYPE>(v, m.w, o0 + o, i0 + i);
+				load_chunk<DTYPE>(v, m.w, codebook, o0 + o, i0 + i);
 			else
 				for (int k = 0; k < SIZE; k++)
 					v[k] = 0;
@@ -334,6 +350,85 @@ matmul_many(MillmCudaMatmul m)
 			finish(m, t0 + row + j / 4, o0 + column + j % 4, sum[j / 4][j % 4]);
 }
 
+/*
+ * Many tokens on tensor cores: weights and activations rounded to bfloat16, sums in float32.  Tiles as above, each of four warps has 32 x 32 of the
+ * outputs.  Needs compute capability 8.0.
+ *
+ *   blocks [ceil(n_out / TILE), ceil(n / TILE)], threads TENSOR_THREADS
+ */
+#define TENSOR_THREADS 128
+template <int DTYPE>
+static __global__ void
+matmul_tensor(MillmCudaMatmul m)
+{
+#ifdef HAS_TENSOR_CORES
+	const int	SIZE = Chunk<DTYPE>::SIZE;
+	const int	PITCH = SLICE + 8;	/* of bfloat16: rows 16 bytes apart from a multiple of the banks */
+	const int	Y_PITCH = TILE + 4;
+	SHARED(bf16, ws, TILE * PITCH);	/* [TILE outputs, SLICE] */
+	SHARED(bf16, xs, TILE * PITCH);	/* [TILE tokens, SLICE] */
+	SHARED(float, ys, TILE * Y_PITCH);	/* [TILE tokens, TILE outputs] */
+	SHARED(float, codebook, 16);
+	const int64_t o0 = (int64_t) blockIdx.x * TILE;
+	const int	t0 = (int) blockIdx.y * TILE;
+	const int	row = (int) threadIdx.x / WARP / 2 * 32;	/* of this warp's tokens in the tile */
+	const int	column = (int) threadIdx.x / WARP % 2 * 32;	/* and its outputs */
+	wmma::fragment<wmma::matrix_a, 16, 16, 16, bf16, wmma::row_major> x[2];
+	wmma::fragment<wmma::matrix_b, 16, 16, 16, bf16, wmma::col_major> w[2];
+	wmma::fragment<wmma::accumulator, 16, 16, 16, float> sum[2][2];
+
+	share_codebook<DTYPE>(codebook, m.w);
+#pragma unroll
+	for (int j = 0; j < 4; j++)
+		wmma::fill_fragment(sum[j / 2][j % 2], 0.0f);
+	for (int64_t i0 = 0; i0 < m.w.n_in; i0 += SLICE)
+	{
+		for (int c = (int) threadIdx.x; c < TILE * (SLICE / SIZE); c += TENSOR_THREADS)
+		{
+			const int	o = c / (SLICE / SIZE);
+			const int	i = c % (SLICE / SIZE) * SIZE;
+			float		v[SIZE];
+
+			if (o0 + o < m.w.n_out && i0 + i < m.w.n_in)
+				load_chunk<DTYPE>(v, m.w, codebook, o0 + o, i0 + i);
+			else
+				for (int k = 0; k < SIZE; k++)
+					v[k] = 0;
+#pragma unroll
+			for (int k = 0; k < SIZE; k++)
+				ws[o * PITCH + i + k] = as_bf16(v[k]);
+		}
+		for (int c = (int) threadIdx.x; c < TILE * SLICE; c += TENSOR_THREADS)
+		{
+			const int	t = c / SLICE;
+			const int	i = c % SLICE;
+
+			xs[t * PITCH + i] = as_bf16(t0 + t < m.n && i0 + i < m.w.n_in ? m.x.data[(t0 + t) * m.x.stride + i0 + i] : 0);
+		}
+		__syncthreads();
+#pragma unroll
+		for (int i = 0; i < SLICE; i += 16)
+		{
+			for (int j = 0; j < 2; j++)
+			{
+				wmma::load_matrix_sync(x[j], xs + (row + 16 * j) * PITCH + i, PITCH);
+				wmma::load_matrix_sync(w[j], ws + (column + 16 * j) * PITCH + i, PITCH);
+			}
+			for (int j = 0; j < 4; j++)
+				wmma::mma_sync(sum[j / 2][j % 2], x[j / 2], w[j % 2], sum[j / 2][j % 2]);
+		}
+		__syncthreads();
+	}
+#pragma unroll
+	for (int j = 0; j < 4; j++)
+		wmma::store_matrix_sync(ys + (row + j / 2 * 16) * Y_PITCH + column + j % 2 * 16, sum[j / 2][j % 2], Y_PITCH, wmma::mem_row_major);
+	__syncthreads();
+	for (int c = (int) threadIdx.x; c < TILE * TILE; c += TENSOR_THREADS)
+		if (t0 + c / TILE < m.n && o0 + c % TILE < m.w.n_out)
+			finish(m, t0 + c / TILE, o0 + c % TILE, ys[c / TILE * Y_PITCH + c % TILE]);
+#endif
+}
+
 cudaError_t
 millm_cuda_matmul_any(const MillmCudaMatmul *m, cudaStream_t stream)
 {
@@ -361,6 +456,15 @@ launch_many(const MillmCudaMatmul *m, cudaStream_t stream)
 	return launch(matmul_many<DTYPE>, blocks, MANY_THREADS, stream, *m);
 }
 
+template <int DTYPE>
+static cudaError_t
+launch_tensor(const MillmCudaMatmul *m, cudaStream_t stream)
+{
+	const dim3	blocks((unsigned) ((m->w.n_out + TILE - 1) / TILE), (unsigned) ((m->n + TILE - 1) / TILE));
+
+	return launch(matmul_tensor<DTYPE>, blocks, TENSOR_THREADS, stream, *m);
+}
+
 typedef cudaError_t (*MatmulLauncher) (const MillmCudaMatmul *m, cudaStream_t stream);
 
 cudaError_t
@@ -377,6 +481,16 @@ millm_cuda_matmul_many(const MillmCudaMatmul *m, cudaStream_t stream)
 {
 	static const MatmulLauncher of_dtype[MILLM_N_WEIGHT_DTYPES] = {
 		launch_many<MILLM_F32>, launch_many<MILLM_F16>, launch_many<MILLM_BF16>, launch_many<MILLM_4BIT>, launch_many<MILLM_INT8>, launch_many<MILLM_MXFP4>};
+
+	return of_dtype[m->w.dtype] (m, stream);
+}
+
+cudaError_t
+millm_cuda_matmul_tensor(const MillmCudaMatmul *m, cudaStream_t stream)
+{
+	static const MatmulLauncher of_dtype[MILLM_N_WEIGHT_DTYPES] = {
+		launch_many<MILLM_F32>,	/* who stores 32 bits wants them */
+		launch_tensor<MILLM_F16>, launch_tensor<MILLM_BF16>, launch_tensor<MILLM_4BIT>, launch_tensor<MILLM_INT8>, launch_tensor<MILLM_MXFP4>};
 
 	return of_dtype[m->w.dtype] (m, stream);
 }

@@ -74,6 +74,8 @@ typedef struct MillmCudaMatmul
 
 extern cudaError_t millm_cuda_matmul_few(const MillmCudaMatmul *m, cudaStream_t stream);	/* n <= MILLM_CUDA_FEW_ROWS, has_chunks */
 extern cudaError_t millm_cuda_matmul_many(const MillmCudaMatmul *m, cudaStream_t stream);	/* has_chunks */
+/* The same, rounding to bfloat16 first (but not F32 weights); compute capability 8.0, has_chunks */
+extern cudaError_t millm_cuda_matmul_tensor(const MillmCudaMatmul *m, cudaStream_t stream);
 extern cudaError_t millm_cuda_matmul_any(const MillmCudaMatmul *m, cudaStream_t stream);	/* the obvious one, of all weights */
 
 /* y[t] = table[rows[t]], or y[t] += */

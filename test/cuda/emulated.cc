@@ -19,7 +19,7 @@
 #define STACK_BYTES (128 << 10)
 #define SHARED_BYTES (48 << 10)	/* what a block has without asking */
 
-MillmEmulated millm_emulated = {(size_t) 8 << 30, 0, 0, -1, -1, 0};
+MillmEmulated millm_emulated = {(size_t) 8 << 30, 0, 0, -1, -1, 9, 0};
 
 /* In a module that is opened: what its process was told. */
 static const bool is_told = [] {
@@ -49,8 +49,8 @@ static void (*thread_function) (void *arg);
 static void *thread_arg;
 alignas(64) static char shared_memory[SHARED_BYTES];
 
-[[noreturn]] static void
-complain(const char *what)
+[[noreturn]] void
+emulated_complain(const char *what)
 {
 	fprintf(stderr, "emulated device: %s (thread %u of block %u, %u)\n", what, emulated_place.thread.x, emulated_place.block.x, emulated_place.block.y);
 	abort();
@@ -110,7 +110,7 @@ fiber_main()
 #endif
 	thread_function(thread_arg);
 	wait_as(DONE);
-	complain("a thread that has returned runs again");
+	emulated_complain("a thread that has returned runs again");
 }
 
 static void
@@ -122,7 +122,7 @@ begin_fiber(Fiber *f)
 	{
 		f->stack = (char *) mmap(NULL, STACK_BYTES, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
 		if (f->stack == MAP_FAILED)
-			complain("no memory for a stack");
+			emulated_complain("no memory for a stack");
 	}
 	top = (void **) (f->stack + STACK_BYTES);
 	*--top = NULL;				/* aligns the stack as a call does */
@@ -166,7 +166,7 @@ run_warp(int first, int n)
 		if (n_at_warp == 0)
 			return;
 		if (n_at_warp < WARP)
-			complain("a shuffle of the whole warp that not all of its lanes reach");
+			emulated_complain("a shuffle of the whole warp that not all of its lanes reach");
 		for (int i = first; i < first + n; i++)
 			fibers[i].state = READY;
 	}
@@ -192,7 +192,7 @@ run_block(int n_threads)
 				n_waiting++;
 			}
 		if (n_waiting != 0 && n_waiting != n_threads)
-			complain("__syncthreads() after a thread of the block has returned");
+			emulated_complain("__syncthreads() after a thread of the block has returned");
 	} while (n_waiting > 0);
 }
 
@@ -201,10 +201,17 @@ emulated_shared(size_t bytes)
 {
 	char	   *p = shared_memory + current->shared_used;
 
-	current->shared_used += (bytes + 15) / 16 * 16;
+	current->shared_used += (bytes + 31) / 32 * 32;
 	if (current->shared_used > SHARED_BYTES)
-		complain("too much shared memory");
+		emulated_complain("too much shared memory");
 	return p;
+}
+
+bool
+emulated_warp()
+{
+	wait_as(AT_WARP);
+	return (current - fibers) % WARP == 0;
 }
 
 void
@@ -220,7 +227,7 @@ __shfl_xor_sync(unsigned mask, float v, int by)
 	const int	turn = current->turn;
 
 	if (mask != 0xffffffffu)
-		complain("a shuffle of a part of the warp");
+		emulated_complain("a shuffle of a part of the warp");
 	current->brought[turn] = v;
 	current->turn = 1 - turn;	/* who is ahead by one does not overwrite what others still read */
 	wait_as(AT_WARP);
@@ -249,7 +256,7 @@ emulated_run(void (*thread) (void *arg), void *arg, dim3 blocks, int n_threads)
 	if (blocks.x == 0 || blocks.y == 0 || blocks.x > 0x7fffffff || blocks.y > 65535 || n_threads < 1 || n_threads > MAX_THREADS)
 		return cudaErrorInvalidValue;
 	if (n_threads % WARP != 0)
-		complain("a block that is not of whole warps");
+		emulated_complain("a block that is not of whole warps");
 	thread_function = thread;
 	thread_arg = arg;
 	emulated_block_size = dim3((unsigned) n_threads);
@@ -266,6 +273,13 @@ emulated_run(void (*thread) (void *arg), void *arg, dim3 blocks, int n_threads)
 cudaError_t
 cudaSetDevice(int)
 {
+	return answer();
+}
+
+cudaError_t
+cudaDeviceGetAttribute(int *value, cudaDeviceAttr, int)
+{
+	*value = millm_emulated.capability;
 	return answer();
 }
 
@@ -312,7 +326,7 @@ cudaMalloc(void **p, size_t bytes)
 	if (millm_emulated.allocations_left > 0)
 		millm_emulated.allocations_left--;
 	if (posix_memalign((void **) &block, HEAD, HEAD + bytes) != 0)
-		complain("no memory for the device's");
+		emulated_complain("no memory for the device's");
 	memcpy(block, &bytes, sizeof(bytes));
 	memset(block + HEAD, 0xff, bytes);
 	millm_emulated.used_bytes += bytes;

@@ -10,6 +10,7 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 
 #include "emulated_runtime.h"
 #include "half.h"
@@ -35,10 +36,13 @@ extern dim3 emulated_block_size, emulated_grid_size;
 #define blockDim emulated_block_size
 #define gridDim emulated_grid_size
 
+[[noreturn]] extern void emulated_complain(const char *what);
 extern void *emulated_shared(size_t bytes);
 extern void __syncthreads();
 /* The value that the lane `lane ^ by` of this warp brings to the same call. */
 extern float __shfl_xor_sync(unsigned mask, float v, int by);
+/* The whole warp comes here before it goes on; true: this is its first lane. */
+extern bool emulated_warp();
 extern cudaError_t emulated_run(void (*thread) (void *arg), void *arg, dim3 blocks, int n_threads);
 
 template <class... Parameters, class... Arguments>
@@ -50,11 +54,84 @@ launch(void (*kernel) (Parameters...), dim3 blocks, int threads, cudaStream_t, A
 	return emulated_run([] (void *arg) { (*(decltype(thread) *) arg)(); }, &thread, blocks, threads);
 }
 
+#define HAS_TENSOR_CORES
+struct bf16 { uint16_t bits; };
+
+/*
+ * Matrices of a warp: its first lane has them whole.  What a lane stores others see after a barrier only, as on the device.
+ */
+namespace wmma
+{
+	struct matrix_a {};
+	struct matrix_b {};
+	struct accumulator {};
+	struct row_major {};
+	struct col_major {};
+	enum Layout {mem_row_major};
+
+	template <class Use, int M, int N, int K, class T, class Layout = void>
+	struct fragment
+	{
+		static_assert(M == 16 && N == 16 && K == 16, "the only size that is emulated");
+		float		v[16][16];	/* [row, k], [column, k], [row, column] */
+	};
+
+	static inline void
+	check_place(const void *p, size_t pitch_bytes)
+	{
+		if ((uintptr_t) p % 32 != 0 || pitch_bytes % 16 != 0)
+			emulated_complain("a matrix of a warp that is not aligned");
+	}
+
+	template <class Use, class Layout>
+	static void
+	load_matrix_sync(fragment<Use, 16, 16, 16, bf16, Layout> &f, const bf16 *from, unsigned pitch)
+	{
+		static_assert(std::is_same<Use, matrix_a>::value == std::is_same<Layout, row_major>::value, "the layouts that are emulated");
+		check_place(from, pitch * sizeof(bf16));
+		if (emulated_warp())
+			for (int i = 0; i < 256; i++)
+				f.v[i / 16][i % 16] = millm_bf16_to_f32(from[i / 16 * pitch + i % 16].bits);
+	}
+
+	static inline void
+	fill_fragment(fragment<accumulator, 16, 16, 16, float> &f, float value)
+	{
+		for (int i = 0; i < 256; i++)
+			f.v[i / 16][i % 16] = value;
+	}
+
+	static inline void
+	mma_sync(fragment<accumulator, 16, 16, 16, float> &y, const fragment<matrix_a, 16, 16, 16, bf16, row_major> &x,
+			 const fragment<matrix_b, 16, 16, 16, bf16, col_major> &w, const fragment<accumulator, 16, 16, 16, float> &c)
+	{
+		if (emulated_warp())
+			for (int i = 0; i < 256; i++)
+			{
+				float		sum = c.v[i / 16][i % 16];
+
+				for (int k = 0; k < 16; k++)
+					sum += x.v[i / 16][k] * w.v[i % 16][k];
+				y.v[i / 16][i % 16] = sum;
+			}
+	}
+
+	static inline void
+	store_matrix_sync(float *to, const fragment<accumulator, 16, 16, 16, float> &f, unsigned pitch, Layout)
+	{
+		check_place(to, pitch * sizeof(float));
+		if (emulated_warp())
+			for (int i = 0; i < 256; i++)
+				to[i / 16 * pitch + i % 16] = f.v[i / 16][i % 16];
+	}
+}
+
 static inline float mul(float a, float b) { return a * b; }	/* compiled with -ffp-contract=off */
 static inline float add(float a, float b) { return a + b; }
 static inline float as_float(uint32_t u) { float f; memcpy(&f, &u, sizeof(f)); return f; }
 static inline float from_f16(uint16_t h) { return millm_f16_to_f32(h); }
 static inline uint16_t to_f16(float f) { return millm_f32_to_f16(f); }
+static inline bf16 as_bf16(float f) { return {millm_f32_to_bf16(f)}; }
 static inline uint16_t to_bf16(float f) { return millm_f32_to_bf16(f); }
 
 #endif

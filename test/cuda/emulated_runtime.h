@@ -18,8 +18,10 @@ typedef enum cudaError_t {cudaSuccess, cudaErrorInvalidValue, cudaErrorMemoryAll
 typedef struct CUstream_st *cudaStream_t;
 typedef enum cudaMemcpyKind {cudaMemcpyHostToDevice, cudaMemcpyDeviceToHost, cudaMemcpyDeviceToDevice} cudaMemcpyKind;
 enum {cudaStreamNonBlocking = 1};
+typedef enum cudaDeviceAttr {cudaDevAttrComputeCapabilityMajor = 75} cudaDeviceAttr;
 
 extern cudaError_t cudaSetDevice(int device);
+extern cudaError_t cudaDeviceGetAttribute(int *value, cudaDeviceAttr attribute, int device);
 extern cudaError_t cudaMemGetInfo(size_t *free_bytes, size_t *total_bytes);
 extern cudaError_t cudaStreamCreateWithFlags(cudaStream_t *stream, unsigned flags);
 extern cudaError_t cudaStreamDestroy(cudaStream_t stream);
@@ -41,6 +43,7 @@ typedef struct MillmEmulated
 	int			n_allocations;	/* that live */
 	int			allocations_left;	/* after so many more, memory is out; < 0: never */
 	int			calls_left;		/* after so many more, every call says cudaErrorIllegalAddress; < 0: never */
+	int			capability;		/* the major number */
 	int			backwards;		/* threads of a block take their turns from the last to the first: a race shows as other bits */
 } MillmEmulated;
 extern MillmEmulated millm_emulated;

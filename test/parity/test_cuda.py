@@ -13,7 +13,9 @@ from engine_client import Engine
 
 EMULATED = ROOT / "build" / "emulated"
 BNB = ROOT / ".fixtures" / "tiny-bnb"
-# Keys and values are float16, as on the fast CPU variants, which the issue allows 3e-2.  Measured: at most 1.3e-3, of gpt_oss-mxfp4.
+# Many rows are multiplied in bfloat16, as on the fast CPU variants, for which the issue allows this.  Measured: at most 1.5e-2, of gpt_oss-mxfp4.
+TOLERANCE_BF16 = 3e-2
+# Few are in float32; keys and values are float16.  Measured: at most 1.3e-3, of gpt_oss-mxfp4.
 TOLERANCE = 5e-3
 # The tuned kernels against the obvious ones: the order of float32 sums, and float16 keys that it rounds otherwise.  Measured: at most 1.7e-4.
 TOLERANCE_PLAIN = 1e-3
@@ -42,14 +44,15 @@ def test_family(model, tmp_path):
     """A prompt in chunks of many rows and of few; windows of the tiny models end within it."""
     ids = some_ids(model, 24)
     ref = engine_logits(model, ids, tmp_path)
-    assert error(cuda_logits(model, ids, tmp_path, "--chunk", "13"), ref) <= TOLERANCE
+    assert error(cuda_logits(model, ids, tmp_path, "--chunk", "13"), ref) <= TOLERANCE_BF16
+    assert error(cuda_logits(model, ids, tmp_path, "--chunk", "7"), ref) <= TOLERANCE
 
 
 @pytest.mark.parametrize("model", SOME, ids=lambda p: p.name)
 def test_plain_kernels(model, tmp_path):
     ids = some_ids(model, 20)
     plain = cuda_logits(model, ids, tmp_path, "--kernels", "ref")
-    assert error(cuda_logits(model, ids, tmp_path), plain) <= TOLERANCE_PLAIN
+    assert error(cuda_logits(model, ids, tmp_path), plain) <= TOLERANCE_BF16
     assert error(cuda_logits(model, ids, tmp_path, "--chunk", "3"), plain) <= TOLERANCE_PLAIN
 
 
