@@ -118,7 +118,9 @@ $(BRIDGE): $(BRIDGE_OBJS) $(BUILD)/src/bridge/openapi.o
 # --- The CUDA module: opened at run time, linked by nobody; without nvcc there is none, which is a normal build ----
 NVCC       ?= $(shell command -v nvcc)
 CUDA_HOME  ?= $(patsubst %/bin/nvcc,%,$(shell sed -n 's,^exec \(.*/nvcc\) .*,\1,p' $(NVCC) 2>/dev/null | grep . || readlink -f $(NVCC)))
-CUDA_ARCHS ?= 75 80 86 89 90 100 120
+# of these, what this nvcc can compile for; newer devices compile the last one's PTX themselves
+CUDA_KNOWN := $(if $(NVCC),$(patsubst sm_%,%,$(shell $(NVCC) --list-gpu-code 2>/dev/null)))
+CUDA_ARCHS ?= $(filter $(CUDA_KNOWN),75 80 86 89 90 100 120)
 CUDA_MODULE = $(if $(NVCC),$(BUILD)/libmillm_cuda.so)
 CUDA_C      = backend_cuda driver module weights
 CUDA_CFLAGS = -Icuda -DMILLM_BACKEND_ABI=$(BACKEND_ABI) -fPIC -fvisibility=hidden
