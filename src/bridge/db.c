@@ -173,7 +173,7 @@ db_reply_error(HttpRequest *r, const DbError *error)
 		reply_error(r, 500, error->code, NULL, "Something went wrong inside the server. The log tells what, of request %s.", r->id);
 		return;
 	}
-	if (error->status == 503 && !r->is_streaming)
+	if ((error->status == 503 || error->status == 429) && !r->is_streaming)
 		http_add_header(r, "Retry-After", "1");
 	if (error->status == 401 && !r->is_streaming)
 		http_add_header(r, "WWW-Authenticate", "Bearer");

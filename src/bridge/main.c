@@ -24,6 +24,9 @@
 /* Descriptors beside those of clients and the pool: of libevent, the log, cancels, LISTEN */
 #define OTHER_DESCRIPTORS 64
 
+#define MAX_ORIGIN 256
+#define ORIGIN_CHARACTERS "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789-._:/[]*"
+
 static struct event_base *base;
 static struct event *drain_timer;
 
@@ -118,6 +121,9 @@ main(int argc, char **argv)
 	signal(SIGPIPE, SIG_IGN);
 	if (settings.anonymous_role[0] && !http_is_loopback())
 		return fail("anonymous_role is only for a loopback address\nHINT:  Make keys with millm.create_api_key(), or listen on 127.0.0.1.");
+	/* it goes into a header as it is */
+	if (strlen(settings.cors_origin) > MAX_ORIGIN || settings.cors_origin[strspn(settings.cors_origin, ORIGIN_CHARACTERS)])
+		return fail("cors_origin is an origin like \"https://app.example.com\", or *");
 	if (!raise_descriptors(why, sizeof(why)) || !db_check(why, sizeof(why)))
 		return fail(why);
 

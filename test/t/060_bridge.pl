@@ -147,6 +147,8 @@ like($err, qr/no API key/, 'without keys it listens on loopback only');
 like($err, qr/anonymous_role is only for a loopback address/, 'nor for anonymous requests elsewhere');
 ($out, $err) = run_command([ $program, @base, '--anonymous_role', 'other' ]);
 like($err, qr/may not become anonymous_role "other".*GRANT "other" TO "millm_bridge"/s, 'a role that it may not become');
+($out, $err) = run_command([ $program, @base, '--cors_origin', "https://a\r\nSet-Cookie: b" ]);
+like($err, qr/cors_origin is an origin/, 'an origin that is none');
 ($out, $err) = run_command([ $program, @base, '--pool_size', '5000' ]);
 like($err, qr/pool_size is 5000, but the server allows role "millm_bridge" \d+/, 'a pool that does not fit');
 
