@@ -5,7 +5,7 @@
  * Borrows:  the model and, for a step, positions and page tables.
  * Does not: know what a layer is made of (forward.c), whose a page is (kv.c), or how a sum is computed (kernels.cu).
  *
- * Results are waited for where the host reads them, in buffer_read() and is_finite(), and nowhere else.  Once the backend exists a call of CUDA
+ * Results are waited for where the host reads them, in buffer_read() and first_bad(), and nowhere else.  Once the backend exists a call of CUDA
  * that fails means that the device is broken or the kernels are; the process ends with the reason (MillmCudaHost), and its successor gets a new context.
  *
  * KV pages: for each layer of a group K, then V [n_kv_heads, 16, head_dim] float16: a warp reads one key side by side.
@@ -75,7 +75,7 @@ typedef struct CudaBackend
 	/* an operation's */
 	int32_t    *row_numbers;	/* [max_tokens] */
 	float	   *row_weights;	/* the same */
-	int		   *is_bad;			/* [1] */
+	int		   *bad_place;		/* [1]; the step's */
 } CudaBackend;
 
 static const MillmCudaHost *host;
@@ -256,7 +256,7 @@ cuda_free(MillmBackend *be)
 	(void) cudaFree(c->parcel.device);
 	(void) cudaFree(c->row_numbers);
 	(void) cudaFree(c->row_weights);
-	(void) cudaFree(c->is_bad);
+	(void) cudaFree(c->bad_place);
 	if (c->stream)
 		(void) cudaStreamDestroy(c->stream);
 	free(c->parcel.host);
@@ -398,6 +398,7 @@ begin(MillmBackend *be, const int32_t *positions, const int32_t *planned_lengths
 				at_table_of,
 				at_angles[2] = {0};
 
+	CHECK(cudaMemsetAsync(c->bad_place, MILLM_CUDA_NO_PLACE & 0xff, sizeof(*c->bad_place), c->stream));
 	c->parcel.used = 0;
 	pack_tables(c, positions, pages, n, &at_tables, &at_table_of);	/* first: it makes room, and the rest fits into what create() reserved beside */
 	parcel_reserve(c, parcel_bytes(c->model, n, 0, 0));
@@ -515,20 +516,6 @@ matmul(MillmBackend *be, const MillmProjection *p, int n_projections, MillmBuffe
 	}
 }
 
-/* Reading the whole head takes the device less than the shortlist takes the host. */
-static int64_t
-screened_matmul(MillmBackend *be, MillmBuffer *y, const MillmWeight *head, const MillmScreen *screen, MillmBuffer *x, const MillmTop *tops, int n)
-{
-	(void) be;
-	(void) y;
-	(void) head;
-	(void) screen;
-	(void) x;
-	(void) tops;
-	(void) n;
-	return -1;
-}
-
 static MillmCudaAttention
 attention_of(CudaBackend *c, const MillmAttention *a)
 {
@@ -631,17 +618,23 @@ select_rows(MillmBackend *be, MillmBuffer *y, MillmBuffer *x, const int32_t *row
 	y->n_written = n;
 }
 
-static bool
-is_finite(MillmBackend *be, MillmBuffer *x, int n)
+static void
+check_rows(MillmBackend *be, MillmBuffer *x, int place, int n)
 {
 	CudaBackend *c = cuda(be);
-	int			is_bad;
 
-	CHECK(cudaMemsetAsync(c->is_bad, 0, sizeof(is_bad), c->stream));
-	CHECK(millm_cuda_find_not_finite(c->is_bad, x->rows, x->n_columns, n, c->stream));
-	CHECK(cudaMemcpyAsync(&is_bad, c->is_bad, sizeof(is_bad), cudaMemcpyDeviceToHost, c->stream));
+	CHECK(millm_cuda_find_not_finite(c->bad_place, x->rows, place, x->n_columns, n, c->stream));
+}
+
+static int
+first_bad(MillmBackend *be)
+{
+	CudaBackend *c = cuda(be);
+	int			place;
+
+	CHECK(cudaMemcpyAsync(&place, c->bad_place, sizeof(place), cudaMemcpyDeviceToHost, c->stream));
 	CHECK(cudaStreamSynchronize(c->stream));	/* for the answer */
-	return is_bad == 0;
+	return place == MILLM_CUDA_NO_PLACE ? -1 : place;
 }
 
 /* ---- create ---- */
@@ -684,7 +677,7 @@ create_memory(CudaBackend *c, const MillmBackendOptions *options, MillmError *er
 	if ((rc = allocate(c, &c->parcel.device, c->parcel.capacity, "the page tables", err)) != MILLM_OK ||
 		(rc = allocate(c, &c->row_numbers, n * (int64_t) sizeof(*c->row_numbers), "the workspace", err)) != MILLM_OK ||
 		(rc = allocate(c, &c->row_weights, n * (int64_t) sizeof(*c->row_weights), "the workspace", err)) != MILLM_OK ||
-		(rc = allocate(c, &c->is_bad, sizeof(*c->is_bad), "the workspace", err)) != MILLM_OK)
+		(rc = allocate(c, &c->bad_place, sizeof(*c->bad_place), "the workspace", err)) != MILLM_OK)
 		return rc;
 	return allocate(c, &c->kv, (int64_t) kv_bytes, "the KV cache", err);
 }
@@ -721,7 +714,6 @@ millm_cuda_create(const MillmModel *model, const MillmBackendOptions *options, M
 		.embed = embed,
 		.norm = norm,
 		.matmul = matmul,
-		.screened_matmul = screened_matmul,
 		.split_qkv = split_qkv,
 		.rope_and_store = rope_and_store,
 		.attention = attention,
@@ -731,7 +723,8 @@ millm_cuda_create(const MillmModel *model, const MillmBackendOptions *options, M
 		.softcap = softcap,
 		.add_rows = add_rows,
 		.select = select_rows,
-		.is_finite = is_finite,
+		.check = check_rows,
+		.first_bad = first_bad,
 		.copy_page = copy_page,
 	};
 	status = cudaSetDevice(options->ordinal);

@@ -696,18 +696,18 @@ millm_cuda_select(MillmRows y, MillmRows x, const int32_t *rows, int64_t n_colum
 }
 
 static __global__ void
-find_not_finite(int *bad, MillmRows x, int64_t n_columns)
+find_not_finite(int *first, MillmRows x, int place, int64_t n_columns)
 {
 	const int64_t i = element_index();
 
 	if (i < n_columns && !(fabsf(x.data[blockIdx.y * x.stride + i]) <= 3.402823466e38f))
-		*bad = 1;				/* whoever writes it, writes the same */
+		atomicMin(first, place);
 }
 
 cudaError_t
-millm_cuda_find_not_finite(int *bad, MillmRows x, int64_t n_columns, int n, cudaStream_t stream)
+millm_cuda_find_not_finite(int *first, MillmRows x, int place, int64_t n_columns, int n, cudaStream_t stream)
 {
-	return launch_elements(find_not_finite, n_columns, n, stream, bad, x, n_columns);
+	return launch_elements(find_not_finite, n_columns, n, stream, first, x, place, n_columns);
 }
 
 /* ---- attention ---- */

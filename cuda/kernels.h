@@ -130,8 +130,9 @@ extern cudaError_t millm_cuda_softcap(MillmRows x, float cap, int64_t n_columns,
 extern cudaError_t millm_cuda_add_rows(MillmRows y, MillmRows x, const int32_t *rows, const float *weights, float scale, int64_t n_columns, int n,
 									   cudaStream_t stream);
 extern cudaError_t millm_cuda_select(MillmRows y, MillmRows x, const int32_t *rows, int64_t n_columns, int n, cudaStream_t stream);
-/* *bad = 1 if a value is NaN or infinite; else it stays */
-extern cudaError_t millm_cuda_find_not_finite(int *bad, MillmRows x, int64_t n_columns, int n, cudaStream_t stream);
+/* *first = the smaller of it and place, if a value is NaN or infinite; NO_PLACE is larger than any, and of four equal bytes */
+#define MILLM_CUDA_NO_PLACE 0x7f7f7f7f
+extern cudaError_t millm_cuda_find_not_finite(int *first, MillmRows x, int place, int64_t n_columns, int n, cudaStream_t stream);
 
 #ifdef __cplusplus
 }

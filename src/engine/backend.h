@@ -72,7 +72,7 @@ struct MillmBackend
 	/*
 	 * y[t] = x[t] head^T, the same bits as matmul's for the n rows, where tops[t] (k > 0) needs them, -infinity elsewhere: decided by
 	 * the head's screening copy.  Returns how many rows of the head were read; -1, y undefined, when matmul is
-	 * the better or the only way: also whenever a logit that was read is NaN or infinite.
+	 * the better or the only way: also whenever a logit that was read is NaN or infinite.  NULL: it never is of use.
 	 */
 	int64_t		(*screened_matmul) (MillmBackend *be, MillmBuffer *y, const MillmWeight *head, const MillmScreen *screen, MillmBuffer *x,
 									const MillmTop *tops, int n);
@@ -91,7 +91,10 @@ struct MillmBackend
 	/* y[rows[t]] += weights[t] x[t], for rows that differ; rows NULL: row t */
 	void		(*add_rows) (MillmBackend *be, MillmBuffer *y, MillmBuffer *x, const int32_t *rows, const float *weights, int n);
 	void		(*select) (MillmBackend *be, MillmBuffer *y, MillmBuffer *x, const int32_t *rows, int n);	/* y[t] = x[rows[t]] */
-	bool		(*is_finite) (MillmBackend *be, MillmBuffer *x, int n);
+	/* Look for a NaN or infinity in x, at a place of the step that is numbered: from 0 on, in the order of the looks. */
+	void		(*check) (MillmBackend *be, MillmBuffer *x, int place, int n);
+	/* The first place since begin() that had one, once all of it is computed; -1: none had.  The only wait of a step but for what is read. */
+	int			(*first_bad) (MillmBackend *be);
 
 	void		(*copy_page) (MillmBackend *be, int32_t dst, int32_t src);	/* all layers */
 };

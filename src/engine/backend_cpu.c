@@ -76,6 +76,7 @@ typedef struct CpuBackend
 	int64_t		page_bytes;
 	int64_t		layer_bytes;	/* of a layer in a page */
 	/* the step */
+	int			bad_place;		/* of check(); -1: none */
 	const int32_t *positions;
 	const int32_t *const *pages;	/* [n, n_groups] */
 	int			n_groups;
@@ -292,6 +293,7 @@ begin(MillmBackend *be, const int32_t *positions, const int32_t *planned_lengths
 {
 	CpuBackend *c = cpu(be);
 
+	c->bad_place = -1;
 	c->positions = positions;
 	c->pages = pages;
 	compute_angles(c, &c->model->config.rope, planned_lengths, 0, n);
@@ -838,13 +840,20 @@ select_rows(MillmBackend *be, MillmBuffer *y, MillmBuffer *x, const int32_t *row
 		memcpy(row(y, t), row(x, rows[t]), sizeof(float) * (size_t) x->n_columns);
 }
 
-static bool
-is_finite(MillmBackend *be, MillmBuffer *x, int n)
+static void
+check(MillmBackend *be, MillmBuffer *x, int place, int n)
 {
-	for (int t = 0; t < n; t++)
-		if (!cpu(be)->k.is_finite(row(x, t), x->n_columns))
-			return false;
-	return true;
+	CpuBackend *c = cpu(be);
+
+	for (int t = 0; t < n && c->bad_place < 0; t++)
+		if (!c->k.is_finite(row(x, t), x->n_columns))
+			c->bad_place = place;
+}
+
+static int
+first_bad(MillmBackend *be)
+{
+	return cpu(be)->bad_place;
 }
 
 /* ---- create ---- */
@@ -924,7 +933,8 @@ create(const MillmModel *model, const MillmBackendOptions *options, MillmBackend
 		.softcap = softcap,
 		.add_rows = add_weighted_rows,
 		.select = select_rows,
-		.is_finite = is_finite,
+		.check = check,
+		.first_bad = first_bad,
 		.copy_page = copy_page,
 	};
 	if ((rc = millm_team_create(options->n_threads, &c->team, err)) != MILLM_OK ||

@@ -219,6 +219,7 @@ millm_forward_create(const MillmModel *model, const MillmForwardOptions *options
 		millm_forward_free(fw);
 		return rc;
 	}
+	fw->is_screened &= fw->be->screened_matmul != NULL;
 	*out = fw;
 	return MILLM_OK;
 }
@@ -516,13 +517,23 @@ run_layer(MillmForward *fw, int i, int n)
 		norm(fw, fw->x, fw->x, &l->mlp_norm, &l->mlp_norm_bias, n);
 }
 
+/* Places of a step that are checked: the embedding, what each layer leaves, the logits. */
+#define PLACE_EMBEDDING		0
+#define PLACE_LAYER(i)		(1 + (i))
+
+/* Was every activation of the step a number? */
 static MillmCode
-not_finite(const char *where, int layer, MillmError *err)
+check_step(MillmForward *fw, MillmError *err)
 {
-	if (layer >= 0)
-		millm_fail(err, MILLM_E_INTERNAL, "an activation became NaN or infinite in layer %d", layer);
+	const int	n_layers = fw->model->config.n_layers;
+	const int	place = fw->be->first_bad(fw->be);
+
+	if (place < 0)
+		return MILLM_OK;
+	if (place == PLACE_EMBEDDING || place == PLACE_LAYER(n_layers))
+		millm_fail(err, MILLM_E_INTERNAL, "an activation became NaN or infinite in the %s", place == PLACE_EMBEDDING ? "embedding" : "logits");
 	else
-		millm_fail(err, MILLM_E_INTERNAL, "an activation became NaN or infinite in %s", where);
+		millm_fail(err, MILLM_E_INTERNAL, "an activation became NaN or infinite in layer %d", place - PLACE_LAYER(0));
 	millm_hint(err, "The weights may be damaged, or of a model that overflows in this precision.");
 	return MILLM_E_INTERNAL;
 }
@@ -552,13 +563,13 @@ hidden(MillmForward *fw)
 }
 
 /* The logits of the first n rows of in, which are scaled first: the screening copy needs to know nothing of it. */
-static MillmCode
-run_head(MillmForward *fw, MillmBuffer *in, int n, MillmError *err)
+static void
+run_head(MillmForward *fw, MillmBuffer *in, int n)
 {
 	MillmBackend *be = fw->be;
 	const MillmModel *model = fw->model;
 	const MillmProjection head = {fw->logits, &model->head, &model->head_bias, false};
-	bool		screens = fw->is_screened;
+	bool		screens = fw->is_screened && be->first_bad(be) < 0;	/* what is no number is in no order */
 	int64_t		n_read = -1;
 
 	if (model->config.logit_scale != 1)
@@ -575,14 +586,12 @@ run_head(MillmForward *fw, MillmBuffer *in, int n, MillmError *err)
 	{
 		fw->head_use.n_screened += n;
 		fw->head_use.n_read += n_read;
-		return MILLM_OK;
+		return;
 	}
 	be->matmul(be, &head, 1, in, n);
-	if (!be->is_finite(be, fw->logits, n))	/* a softcap would make infinite ones finite */
-		return not_finite("the logits", -1, err);
+	be->check(be, fw->logits, PLACE_LAYER(model->config.n_layers), n);	/* a softcap would make infinite ones finite */
 	if (model->config.logit_softcap > 0)
 		be->softcap(be, fw->logits, model->config.logit_softcap, n);
-	return MILLM_OK;
 }
 
 /* x = the tokens' rows of the embedding, at the hidden size */
@@ -613,21 +622,21 @@ run_step(MillmForward *fw, int n, bool (*should_stop) (void *arg), void *arg, Mi
 		be->scale(be, fw->x, c->embedding_scale, n);
 	if (c->position == MILLM_POS_LEARNED)
 		be->embed(be, fw->x, &model->position_embedding, fw->positions, true, n);
-	if (!be->is_finite(be, fw->x, n))
-		return not_finite("the embedding", -1, err);
+	be->check(be, fw->x, PLACE_EMBEDDING, n);
 
 	for (int i = 0; i < c->n_layers; i++)
 	{
 		if (should_stop && should_stop(arg))
 			return millm_fail(err, MILLM_E_CANCELED, "canceled");
 		run_layer(fw, i, n);
-		if (!be->is_finite(be, fw->x, n))
-			return not_finite(NULL, i, err);
+		be->check(be, fw->x, PLACE_LAYER(i), n);
 	}
 
 	if (fw->n_wanted > 0)
 		hidden(fw);
-	return fw->n_logits > 0 ? run_head(fw, hidden_buffer(fw), fw->n_logits, err) : MILLM_OK;
+	if (fw->n_logits > 0)
+		run_head(fw, hidden_buffer(fw), fw->n_logits);
+	return check_step(fw, err);
 }
 
 MillmCode

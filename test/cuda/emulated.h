@@ -39,6 +39,7 @@ extern dim3 emulated_block_size, emulated_grid_size;
 [[noreturn]] extern void emulated_complain(const char *what);
 extern void *emulated_shared(size_t bytes);
 extern void __syncthreads();
+static inline void atomicMin(int *p, int v) { *p = v < *p ? v : *p; }
 /* The value that the lane `lane ^ by` of this warp brings to the same call. */
 extern float __shfl_xor_sync(unsigned mask, float v, int by);
 /* The whole warp comes here before it goes on; true: this is its first lane. */

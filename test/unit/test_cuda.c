@@ -675,14 +675,22 @@ run_rows(int backwards)
 		MillmBuffer *b = buffer(&r, i, 2);
 		const int32_t first[] = {0},
 					second[] = {1},
-					third[] = {2};
+					third[] = {2},
+					positions[] = {0},
+				   *tables[] = {first};
 
-		r.be[i]->embed(r.be[i], b, &r.layer.o, first, false, 1);
-		assert_true(r.be[i]->is_finite(r.be[i], b, 1));
-		r.be[i]->embed(r.be[i], b, &r.layer.o, second, false, 1);
-		assert_false(r.be[i]->is_finite(r.be[i], b, 1));
-		r.be[i]->embed(r.be[i], b, &r.layer.o, third, false, 1);
-		assert_false(r.be[i]->is_finite(r.be[i], b, 1));
+		/* the first place counts, and a new step begins without */
+		for (int step = 0; step < 2; step++)
+		{
+			r.be[i]->begin(r.be[i], positions, positions, tables, 1);
+			r.be[i]->embed(r.be[i], b, &r.layer.o, first, false, 1);
+			r.be[i]->check(r.be[i], b, 0, 1);
+			assert_int_equal(r.be[i]->first_bad(r.be[i]), -1);
+			r.be[i]->embed(r.be[i], b, &r.layer.o, step == 0 ? second : third, false, 1);
+			r.be[i]->check(r.be[i], b, 5, 1);
+			r.be[i]->check(r.be[i], b, 6, 1);
+			assert_int_equal(r.be[i]->first_bad(r.be[i]), 5);
+		}
 	}
 	millm_emulated.backwards = 0;
 	rig_close(&r);
@@ -876,7 +884,8 @@ test_device_fails(void **state)
 			for (;;)
 			{
 				r.be[1]->embed(r.be[1], b, &r.layer.k, &row, false, 1);
-				r.be[1]->is_finite(r.be[1], b, 1);
+				r.be[1]->check(r.be[1], b, 0, 1);
+				r.be[1]->first_bad(r.be[1]);
 			}
 		}
 		close(said[1]);
