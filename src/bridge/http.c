@@ -1115,6 +1115,7 @@ on_accept(struct evconnlistener *l, evutil_socket_t fd, struct sockaddr *sa, int
 	HttpConn   *c = calloc(1, sizeof(*c));
 	const int	one = 1;
 	const int	unsent = HTTP_BACKLOG_HIGH;
+	const unsigned patience_ms = (unsigned) settings.send_timeout * 1000;
 
 	(void) l;
 	(void) sa;
@@ -1129,6 +1130,11 @@ on_accept(struct evconnlistener *l, evutil_socket_t fd, struct sockaddr *sa, int
 	setsockopt(fd, IPPROTO_TCP, TCP_NODELAY, &one, sizeof(one));
 	/* else the kernel keeps megabytes for a client that does not read */
 	setsockopt(fd, IPPROTO_TCP, TCP_NOTSENT_LOWAT, &unsent, sizeof(unsent));
+	/* a machine that has lost its power says no good-bye: it is asked, and must take what is sent */
+	setsockopt(fd, SOL_SOCKET, SO_KEEPALIVE, &one, sizeof(one));
+	setsockopt(fd, IPPROTO_TCP, TCP_KEEPIDLE, &settings.send_timeout, sizeof(settings.send_timeout));
+	setsockopt(fd, IPPROTO_TCP, TCP_KEEPINTVL, &settings.send_timeout, sizeof(settings.send_timeout));
+	setsockopt(fd, IPPROTO_TCP, TCP_USER_TIMEOUT, &patience_ms, sizeof(patience_ms));
 	c->out = evbuffer_new();
 	c->io = event_new(loop, fd, EV_READ | EV_WRITE | EV_CLOSED | EV_ET | EV_PERSIST, on_io, c);
 	c->timer = event_new(loop, -1, 0, on_timer, c);
