@@ -11,8 +11,8 @@ use Time::HiRes qw(time sleep);
 use MillmTest;
 use TestBridge;
 
-my ($nginx) = grep { -x } map { "$_/nginx" } split(/:/, $ENV{PATH}), '/usr/sbin', '/usr/local/sbin';
-die "there is no nginx: run make setup\n" unless $nginx;
+my ($nginx) = grep { -x } map { "$_/nginx" } split(/:/, $ENV{PATH}), '/usr/sbin', '/usr/local/sbin', "$ENV{MILLM_FIXTURES}/nginx/usr/sbin";
+die "there is no nginx: run test/fixture/make all\n" unless $nginx;
 my $node = new_server('proxy');
 sub sql { my ($sql) = @_; return $node->safe_psql('postgres', $sql); }
 sql(q(CREATE ROLE millm_bridge LOGIN NOINHERIT; CREATE ROLE app; SELECT millm.grant_bridge('millm_bridge'), millm.grant_user('app')));
