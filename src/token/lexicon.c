@@ -26,12 +26,19 @@ typedef struct PathNode
 
 /* ---- the trie ---- */
 
+/* Where the edge of a node and a byte should be. */
+static inline size_t
+edge_place(const Lexicon *lexicon, uint32_t node, unsigned char byte)
+{
+	return ((node << 8 | byte) * UINT64_C(0x9E3779B97F4A7C15) >> 32) & (lexicon->n_edge_slots - 1);
+}
+
 static TrieEdge *
 find_edge(const Lexicon *lexicon, uint32_t node, unsigned char byte)
 {
 	uint32_t	key = node << 8 | byte;
 	size_t		mask = lexicon->n_edge_slots - 1;
-	size_t		i = (key * UINT64_C(0x9E3779B97F4A7C15) >> 32) & mask;
+	size_t		i = edge_place(lexicon, node, byte);
 
 	while (lexicon->edges[i].node != 0 && lexicon->edges[i].key != key)
 		i = (i + 1) & mask;
@@ -62,8 +69,8 @@ millm_lexicon_reserve(Lexicon *lexicon, size_t n_bytes)
 {
 	size_t		n_slots = 1024;
 
-	/* half of the bytes of a vocabulary are nodes of their own; the table grows when they are more */
-	while (n_slots < n_bytes)
+	/* a third of the bytes of a vocabulary are nodes of their own; the table grows when they are more */
+	while (n_slots < n_bytes / 2)
 		n_slots *= 2;
 	lexicon->max_nodes = n_slots / 2;
 	lexicon->ids = millm_table_alloc(lexicon->max_nodes, sizeof(*lexicon->ids));
@@ -89,26 +96,46 @@ grow_nodes(Lexicon *lexicon)
 	return grow_edges(lexicon, lexicon->n_edge_slots * 2);
 }
 
-bool
-millm_lexicon_add(Lexicon *lexicon, const char *piece, size_t n, int32_t id)
+/* One step, along an edge that is made if there is none. */
+static bool
+enter(Lexicon *lexicon, uint32_t *node, unsigned char byte)
 {
-	uint32_t	node = 0;
+	TrieEdge   *edge;
+
+	if (lexicon->n_nodes == lexicon->max_nodes && !grow_nodes(lexicon))
+		return false;
+	edge = find_edge(lexicon, *node, byte);
+	if (edge->node == 0)
+	{
+		*edge = (TrieEdge) {*node << 8 | byte, lexicon->n_nodes};
+		lexicon->ids[lexicon->n_nodes++] = -1;
+	}
+	*node = edge->node;
+	return true;
+}
+
+/* Byte by byte of all pieces at once: what the next step of one will read is fetched while the others do theirs. */
+bool
+millm_lexicon_add(Lexicon *lexicon, const LexiconPiece *pieces, size_t n)
+{
+	uint32_t	nodes[LEXICON_BATCH] = {0};
+	uint32_t	longest = 0;
 
 	for (size_t i = 0; i < n; i++)
-	{
-		TrieEdge   *edge;
-
-		if (lexicon->n_nodes == lexicon->max_nodes && !grow_nodes(lexicon))
-			return false;
-		edge = find_edge(lexicon, node, (unsigned char) piece[i]);
-		if (edge->node == 0)
+		if (pieces[i].n > longest)
+			longest = pieces[i].n;
+	for (uint32_t at = 0; at < longest; at++)
+		for (size_t i = 0; i < n; i++)
 		{
-			*edge = (TrieEdge) {node << 8 | (unsigned char) piece[i], lexicon->n_nodes};
-			lexicon->ids[lexicon->n_nodes++] = -1;
+			if (at >= pieces[i].n)
+				continue;
+			if (!enter(lexicon, &nodes[i], (unsigned char) pieces[i].text[at]))
+				return false;
+			if (at + 1 < pieces[i].n)
+				__builtin_prefetch(&lexicon->edges[edge_place(lexicon, nodes[i], (unsigned char) pieces[i].text[at + 1])], 1);
 		}
-		node = edge->node;
-	}
-	lexicon->ids[node] = id;
+	for (size_t i = 0; i < n; i++)
+		lexicon->ids[nodes[i]] = pieces[i].id;
 	return true;
 }
 

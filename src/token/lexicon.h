@@ -60,12 +60,21 @@ typedef struct LexiconScratch
 	size_t		path_capacity;
 } LexiconScratch;
 
+typedef struct LexiconPiece
+{
+	const char *text;			/* borrowed */
+	uint32_t	n;
+	int32_t		id;
+} LexiconPiece;
+
+#define LEXICON_BATCH 32		/* pieces that go in together */
+
 /*
- * Give a piece its id; a piece that is there gets the new one.  millm_lexicon_reserve() comes first, with the number of bytes
- * of all pieces, at most MAX_LEXICON_BYTES.  False: out of memory.
+ * Give pieces their ids, at most LEXICON_BATCH of them; a piece that is there gets the new one.  millm_lexicon_reserve() comes first,
+ * with the number of bytes of all pieces, at most MAX_LEXICON_BYTES.  False: out of memory.
  */
 extern bool millm_lexicon_reserve(Lexicon *lexicon, size_t n_bytes);
-extern bool millm_lexicon_add(Lexicon *lexicon, const char *piece, size_t n, int32_t id);
+extern bool millm_lexicon_add(Lexicon *lexicon, const LexiconPiece *pieces, size_t n);
 /* The node that a text leads to, or NO_NODE; and the id of the piece that is this text, or -1. */
 extern uint32_t millm_lexicon_walk(const Lexicon *lexicon, const char *text, size_t n);
 extern int32_t millm_lexicon_find(const Lexicon *lexicon, const char *text, size_t n);

@@ -491,6 +491,8 @@ load_pieces(Loader *l, const json_t *model, bool has_scores)
 	MillmTokenizer *tok = l->tok;
 	Lexicon    *lexicon = &tok->lexicon;
 	const Bulk *bulk = &l->bulk;
+	LexiconPiece batch[LEXICON_BATCH];
+	size_t		n_batch = 0;
 	size_t		key_bytes;
 	MillmCode	rc = begin_vocabulary(l, model, has_scores, &key_bytes);
 
@@ -514,10 +516,11 @@ load_pieces(Loader *l, const json_t *model, bool has_scores)
 			lexicon->scores[i] = entry->value.score;
 		if ((rc = millm_load_content(l, millm_map_key(entry->text, entry->n), id, &is_new)) != MILLM_OK)
 			return rc;
-		if (is_new && !millm_lexicon_add(lexicon, entry->text, entry->n, (int32_t) id))
-			return millm_load_out_of_memory(l->err);
 		if (is_new)
+		{
+			batch[n_batch++] = (LexiconPiece) {entry->text, entry->n, (int32_t) id};
 			l->n_vocabulary++;
+		}
 		else if (has_scores)
 		{
 			int32_t		last = millm_map_get(&tok->contents, entry->text, entry->n);
@@ -525,6 +528,10 @@ load_pieces(Loader *l, const json_t *model, bool has_scores)
 			tok->tokens[id] = (Token) {.content = tok->tokens[last].content, .exists = true};
 			l->n_vocabulary++;
 		}
+		if ((n_batch == LEXICON_BATCH || i == 0) && !millm_lexicon_add(lexicon, batch, n_batch))
+			return millm_load_out_of_memory(l->err);
+		if (n_batch == LEXICON_BATCH)
+			n_batch = 0;
 	}
 	mark_pieces(tok);
 	return MILLM_OK;
