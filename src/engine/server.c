@@ -24,7 +24,8 @@
 
 #define QUICK_TEXT_BYTES	(16 << 10)
 #define QUICK_IDS			4096
-#define MAX_QUEUED_TEXTS	64			/* long texts, up to WIRE_MAX_REQUEST_BYTES each, that wait for the worker */
+#define MAX_QUEUED_TEXTS	4096		/* conversations and long texts that wait for the worker */
+#define MAX_QUEUED_BYTES	((size_t) 256 << 20)	/* of them together; one has up to WIRE_MAX_REQUEST_BYTES */
 #define MAX_EMBED_TEXTS		1024		/* of one request */
 #define MAX_PENDING_BYTES	(1u << 20)	/* of a stream's unread frames; beyond it the sequence pauses */
 #define MAX_TIMEOUT_MS		(24 * 3600 * 1000)
@@ -145,7 +146,16 @@ static void
 too_many_texts(MillmError *err)
 {
 	millm_fail(err, MILLM_E_SERVER_BUSY, "too many texts and questions are waiting for the engine's worker");
-	millm_detail(err, "At most %d may wait.", MAX_QUEUED_TEXTS);
+	millm_detail(err, "At most %d may wait, of %zu bytes together.", MAX_QUEUED_TEXTS, MAX_QUEUED_BYTES);
+}
+
+/* Have the worker do it; false when too many wait for that. */
+static bool
+post(Call *call, MillmWorkFn fn)
+{
+	const size_t chat = call->chat ? json_dumpb(call->chat, NULL, 0, 0) : 0;
+
+	return millm_worker_post(call->server->worker, fn, call, call->len + call->n_ids * sizeof(call->ids[0]) + chat);
 }
 
 /* Every op begins so: its name is one of the fields. */
@@ -558,7 +568,7 @@ start(Call *call, MillmWorkFn submit_it)
 	millm_conn_set_data(call->conn, r);
 	if (!call->chat && call->len <= QUICK_TEXT_BYTES)
 		submit_it(call, false);
-	else if (!millm_worker_post(server->worker, submit_it, call))
+	else if (!post(call, submit_it))
 	{
 		too_many_texts(&err);
 		millm_engine_refuse(server->engine, r, &err);
@@ -990,7 +1000,7 @@ op_text(EngineServer *server, MillmConn *conn, json_t *request, bool decodes, bo
 		end_with_error(call, &err);
 	else if (call->len <= QUICK_TEXT_BYTES && call->n_ids <= QUICK_IDS)
 		work(call, false);
-	else if (!millm_worker_post(server->worker, work, call))
+	else if (!post(call, work))
 	{
 		too_many_texts(&err);
 		end_with_error(call, &err);
@@ -1038,7 +1048,7 @@ op_apply_chat_template(EngineServer *server, MillmConn *conn, json_t *request)
 		check_model(loaded, uuid, &err) != MILLM_OK ||
 		keep_chat(call, loaded, &chat, &err) != MILLM_OK)
 		end_with_error(call, &err);
-	else if (!millm_worker_post(server->worker, apply_template, call))
+	else if (!post(call, apply_template))
 	{
 		too_many_texts(&err);
 		end_with_error(call, &err);
@@ -1127,7 +1137,7 @@ op_plan(EngineServer *server, MillmConn *conn, json_t *request, bool inspects)
 		f.code = millm_fail(&err, MILLM_E_INTERNAL, "out of memory");
 	call->load.path = call->name;
 	call->load.model = NULL;
-	if (f.code == MILLM_OK && !millm_worker_post(server->worker, inspects ? inspect : plan, call))
+	if (f.code == MILLM_OK && !post(call, inspects ? inspect : plan))
 	{
 		too_many_texts(&err);
 		f.code = err.code;
@@ -1218,7 +1228,7 @@ millm_engine_serve(const char *socket_path)
 		millm_log("ERROR", "%s", err.message);
 		return 1;
 	}
-	server.worker = millm_worker_create(MAX_QUEUED_TEXTS);
+	server.worker = millm_worker_create(MAX_QUEUED_TEXTS, MAX_QUEUED_BYTES);
 	if (!server.worker)
 	{
 		millm_log("ERROR", "could not start a thread");

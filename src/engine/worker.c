@@ -10,6 +10,7 @@ typedef struct Job
 {
 	MillmWorkFn fn;
 	void	   *arg;
+	size_t		bytes;
 } Job;
 
 struct MillmWorker
@@ -21,6 +22,8 @@ struct MillmWorker
 	int			max;
 	int			first;
 	int			n;
+	size_t		bytes;			/* of these */
+	size_t		max_bytes;
 	Job			jobs[];			/* [max], n of them from first on, around the end */
 };
 
@@ -42,6 +45,7 @@ worker_thread(void *arg)
 		job = w->jobs[w->first];
 		w->first = (w->first + 1) % w->max;
 		w->n--;
+		w->bytes -= job.bytes;
 		is_ending = w->is_ending;
 		pthread_mutex_unlock(&w->lock);
 		job.fn(job.arg, is_ending);
@@ -52,13 +56,14 @@ worker_thread(void *arg)
 }
 
 MillmWorker *
-millm_worker_create(int max_queued)
+millm_worker_create(int max_jobs, size_t max_bytes)
 {
-	MillmWorker *w = calloc(1, sizeof(*w) + (size_t) max_queued * sizeof(w->jobs[0]));
+	MillmWorker *w = calloc(1, sizeof(*w) + (size_t) max_jobs * sizeof(w->jobs[0]));
 
 	if (!w)
 		return NULL;
-	w->max = max_queued;
+	w->max = max_jobs;
+	w->max_bytes = max_bytes;
 	pthread_mutex_init(&w->lock, NULL);
 	pthread_cond_init(&w->wake, NULL);
 	if (pthread_create(&w->thread, NULL, worker_thread, w) == 0)
@@ -70,16 +75,17 @@ millm_worker_create(int max_queued)
 }
 
 bool
-millm_worker_post(MillmWorker *w, MillmWorkFn fn, void *arg)
+millm_worker_post(MillmWorker *w, MillmWorkFn fn, void *arg, size_t bytes)
 {
 	bool		ok;
 
 	pthread_mutex_lock(&w->lock);
-	ok = w->n < w->max;
+	ok = w->n < w->max && bytes <= w->max_bytes - w->bytes;
 	if (ok)
 	{
-		w->jobs[(w->first + w->n) % w->max] = (Job) {fn, arg};
+		w->jobs[(w->first + w->n) % w->max] = (Job) {fn, arg, bytes};
 		w->n++;
+		w->bytes += bytes;
 		pthread_cond_signal(&w->wake);
 	}
 	pthread_mutex_unlock(&w->lock);
