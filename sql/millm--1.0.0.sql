@@ -348,9 +348,9 @@ CREATE FUNCTION millm.detokenize(ids integer[]) RETURNS text
 AS 'MODULE_PATHNAME', 'millm_detokenize' LANGUAGE C STABLE STRICT PARALLEL RESTRICTED COST 10000;
 COMMENT ON FUNCTION millm.detokenize(integer[]) IS 'The text of token ids, by the loaded model''s tokenizer';
 
-CREATE FUNCTION millm.count_tokens(text text) RETURNS integer
+CREATE FUNCTION millm.count_tokens(text text, for_embedding boolean DEFAULT false) RETURNS integer
 AS 'MODULE_PATHNAME', 'millm_count_tokens' LANGUAGE C STABLE STRICT PARALLEL RESTRICTED COST 10000;
-COMMENT ON FUNCTION millm.count_tokens(text) IS 'How many token ids a text has';
+COMMENT ON FUNCTION millm.count_tokens(text, boolean) IS 'How many token ids a text has, or those that embed() makes of it';
 
 -- ----------------------------------------------------------------------------------------------------------------
 -- Who may do what

@@ -190,7 +190,7 @@ on_done(HttpRequest *r, const DbError *error)
 void
 openai_embed(HttpRequest *r)
 {
-	static const char sql[] = "SELECT millm.embed($1::text[], model => $2::text), (SELECT sum(millm.count_tokens(t)) FROM unnest($1::text[]) t), s.model"
+	static const char sql[] = "SELECT millm.embed($1::text[], model => $2::text), (SELECT sum(millm.count_tokens(t, for_embedding => true)) FROM unnest($1::text[]) t), s.model"
 		" FROM millm.status() s";
 	Embedding  *e = calloc(1, sizeof(*e));
 	json_t	   *body;

@@ -118,28 +118,33 @@ check_length(const MillmRequest *r, const MillmTexts *texts, size_t i, size_t n,
 	return MILLM_OK;
 }
 
-/* Append the ids of text i, the model's prompt before it. */
+MillmCode
+embedding_encode(const MillmLoaded *loaded, const char *text, size_t len, MillmIds *ids, MillmError *err)
+{
+	const MillmEncodeOptions options = {.add_special = true, .parse_special = true};
+	const char *prompt = loaded->model->pooling.prompt;
+	const size_t n_prompt = prompt ? strlen(prompt) : 0;
+	char	   *whole;
+	MillmCode	rc;
+
+	if (n_prompt == 0)
+		return millm_encode(loaded->tokenizer, text, len, options, 0, ids, err);
+	if (!(whole = malloc(n_prompt + len)))
+		return out_of_memory(err);
+	memcpy(whole, prompt, n_prompt);
+	memcpy(whole + n_prompt, text, len);
+	rc = millm_encode(loaded->tokenizer, whole, n_prompt + len, options, 0, ids, err);
+	free(whole);
+	return rc;
+}
+
+/* Append the ids of text i. */
 static MillmCode
 encode_text(const MillmRequest *r, const MillmTexts *texts, size_t i, MillmIds *ids, MillmError *err)
 {
-	const MillmEncodeOptions options = {.add_special = true, .parse_special = true};
-	const char *prompt = r->loaded->model->pooling.prompt;
-	const size_t begin = i == 0 ? 0 : texts->ends[i - 1], len = texts->ends[i] - begin;
-	const size_t n_prompt = prompt ? strlen(prompt) : 0, before = ids->n;
-	const char *text = texts->bytes + begin;
-	char	   *whole = NULL;
-	MillmCode	rc;
+	const size_t begin = i == 0 ? 0 : texts->ends[i - 1], before = ids->n;
+	MillmCode	rc = embedding_encode(r->loaded, texts->bytes + begin, texts->ends[i] - begin, ids, err);
 
-	if (n_prompt > 0)
-	{
-		if (!(whole = malloc(n_prompt + len)))
-			return out_of_memory(err);
-		memcpy(whole, prompt, n_prompt);
-		memcpy(whole + n_prompt, text, len);
-		text = whole;
-	}
-	rc = millm_encode(r->loaded->tokenizer, text, n_prompt + len, options, 0, ids, err);
-	free(whole);
 	if (rc == MILLM_OK && (rc = check_length(r, texts, i, ids->n - before, err)) == MILLM_OK)
 		rc = tokens_check(r, "text", ids->ids + before, ids->n - before, err);
 	return rc;

@@ -15,6 +15,8 @@ typedef struct MillmEmbedding MillmEmbedding;
 
 extern MillmEmbedding *embedding_create(void);	/* NULL: out of memory */
 extern void embedding_free(MillmEmbedding *e);	/* NULL is fine */
+/* Append the ids of a text as embeddings are made of it: the model's own prompt, if it has one, before it. */
+extern MillmCode embedding_encode(const MillmLoaded *loaded, const char *text, size_t len, MillmIds *ids, MillmError *err);
 /*
  * Encode the texts of r and form the first group.  INVALID_ARGUMENT for an empty text or one with an id that the model does not have,
  * CONTEXT_LENGTH_EXCEEDED with both numbers.

@@ -17,6 +17,7 @@
 #include <unistd.h>
 
 #include "answer.h"
+#include "embedding.h"
 #include "engine.h"
 #include "serve.h"
 #include "version.h"
@@ -54,6 +55,7 @@ typedef struct Call
 	bool		add_special;
 	bool		parse_special;	/* of the text; a rendered chat has origins instead */
 	bool		counts;			/* count_tokens: the number, not the ids */
+	bool		embeds;			/* and of the text as embeddings are made of it */
 	MillmAnswerForm form;		/* generate */
 	char	   *name;			/* load, unload: for the log; plan, inspect: the path */
 	MillmLoadOptions load;		/* plan, with the two below */
@@ -938,7 +940,8 @@ encode(void *arg, bool is_ending)
 
 	if (is_unwanted(call, is_ending))
 		return;
-	if (millm_encode(call->loaded->tokenizer, call->text, call->len, options, 0, &ids, &err) != MILLM_OK)
+	if ((call->embeds ? embedding_encode(call->loaded, call->text, call->len, &ids, &err) :
+		 millm_encode(call->loaded->tokenizer, call->text, call->len, options, 0, &ids, &err)) != MILLM_OK)
 		millm_conn_error(call->conn, &err);
 	else if (call->counts)
 		millm_conn_result(call->conn, json_pack("{s:I}", "count", (json_int_t) ids.n));
@@ -987,7 +990,9 @@ op_text(EngineServer *server, MillmConn *conn, json_t *request, bool decodes, bo
 		millm_field_array(&f, "ids", &ids);
 	else
 		millm_field_text(&f, "text", &text, &len);
-	if (!decodes && !counts)
+	if (counts)
+		millm_field_bool(&f, "for_embedding", &call->embeds);
+	else if (!decodes)
 	{
 		millm_field_bool(&f, "add_special", &call->add_special);
 		millm_field_bool(&f, "parse_special", &call->parse_special);

@@ -86,7 +86,7 @@ millm_detokenize(PG_FUNCTION_ARGS)
 	PG_RETURN_TEXT_P(millm_reply_text(&buf, "text"));
 }
 
-/* millm.count_tokens(text) RETURNS int: the length of tokenize()'s array */
+/* millm.count_tokens(text, for_embedding) RETURNS int: the length of tokenize()'s array, or how many tokens embed() reads */
 Datum
 millm_count_tokens(PG_FUNCTION_ARGS)
 {
@@ -97,7 +97,7 @@ millm_count_tokens(PG_FUNCTION_ARGS)
 	initStringInfo(&buf);
 	appendStringInfoString(&buf, "{\"op\":\"count_tokens\",\"text\":");
 	millm_append_text(&buf, PG_GETARG_TEXT_PP(0));
-	appendStringInfoChar(&buf, '}');
+	appendStringInfo(&buf, ",\"for_embedding\":%s}", PG_GETARG_BOOL(1) ? "true" : "false");
 	millm_client_call(MILLM_ENGINE, buf.data, &buf, -1);
 	if (!millm_json_get_int(millm_json(buf.data, buf.len), "count", &count) || count < 0 || count > PG_INT32_MAX)
 		millm_reply_invalid("count");

@@ -154,7 +154,11 @@ def test_prompt(engine, repository, theirs):
     prompts = {"prompts": {"query": "query: ", "document": ""}, "default_prompt_name": "query"}
     files = {"1_Pooling/config.json": pooling, "config_sentence_transformers.json": prompts}
     load(engine, repository(NORMALIZED, **files))
-    assert error(embed(engine, ["Hello"])[0][0], expected(theirs, LONG, "query: Hello")) <= TOLERANCE
+    vectors, result = embed(engine, ["Hello"])
+    assert error(vectors[0], expected(theirs, LONG, "query: Hello")) <= TOLERANCE
+    count = lambda **more: engine.call("count_tokens", text="Hello", **more)["count"]
+    assert count(for_embedding=True) == result["usage"]["prompt_tokens"] == len(tokens(LONG, "query: Hello"))
+    assert count() == count(for_embedding=False) == len(tokens(LONG, "Hello"))
     for name in ("document", None):
         files["config_sentence_transformers.json"] = prompts | {"default_prompt_name": name}
         load(engine, repository(NORMALIZED, **files))
