@@ -131,30 +131,30 @@ sub wait_running
 # What it does not start with
 
 my @base = ('--database', $node->connstr('postgres') . ' user=millm_bridge');
-my ($out, $err) = run_command([ $program, @base, '--pool_sise', '3' ]);
+my ($out, $err) = run_command([ 'timeout', 30, $program, @base, '--pool_sise', '3' ]);
 like($err, qr/unrecognized setting "--pool_sise"/, 'a setting that is none');
-($out, $err) = run_command([ $program, @base, '--pool_size', 'x' ]);
+($out, $err) = run_command([ 'timeout', 30, $program, @base, '--pool_size', 'x' ]);
 like($err, qr/pool_size takes an integer from 1 to \d+, not "x"/, 'a value that is none');
-($out, $err) = run_command([ $program, '--database', $node->connstr('postgres') ]);
+($out, $err) = run_command([ 'timeout', 30, $program, '--database', $node->connstr('postgres') ]);
 like($err, qr/is a superuser.*HINT:.*CREATE ROLE millm_bridge/s, 'a superuser is refused');
 $node->safe_psql('postgres', 'CREATE ROLE millm_bridge LOGIN NOINHERIT; CREATE ROLE app; CREATE ROLE other; CREATE ROLE heir LOGIN');
 $node->safe_psql('postgres', q(SELECT millm.grant_bridge('millm_bridge'), millm.grant_user('app')));
-($out, $err) = run_command([ $program, '--database', $node->connstr('postgres') . ' user=heir' ]);
+($out, $err) = run_command([ 'timeout', 30, $program, '--database', $node->connstr('postgres') . ' user=heir' ]);
 like($err, qr/"heir" inherits.*ALTER ROLE "heir" NOINHERIT/s, 'so is a role that inherits');
-($out, $err) = run_command([ $program, @base, '--listen', '0.0.0.0:0' ]);
+($out, $err) = run_command([ 'timeout', 30, $program, @base, '--listen', '0.0.0.0:0' ]);
 like($err, qr/no API key/, 'without keys it listens on loopback only');
-($out, $err) = run_command([ $program, @base, '--listen', '0.0.0.0:0', '--anonymous_role', 'app' ]);
+($out, $err) = run_command([ 'timeout', 30, $program, @base, '--listen', '0.0.0.0:0', '--anonymous_role', 'app' ]);
 like($err, qr/anonymous_role is only for a loopback address/, 'nor for anonymous requests elsewhere');
-($out, $err) = run_command([ $program, @base, '--anonymous_role', 'other' ]);
+($out, $err) = run_command([ 'timeout', 30, $program, @base, '--anonymous_role', 'other' ]);
 like($err, qr/may not become anonymous_role "other".*GRANT "other" TO "millm_bridge"/s, 'a role that it may not become');
-($out, $err) = run_command([ $program, @base, '--cors_origin', "https://a\r\nSet-Cookie: b" ]);
+($out, $err) = run_command([ 'timeout', 30, $program, @base, '--cors_origin', "https://a\r\nSet-Cookie: b" ]);
 like($err, qr/cors_origin is an origin/, 'an origin that is none');
-($out, $err) = run_command([ $program, @base, '--pool_size', '5000' ]);
+($out, $err) = run_command([ 'timeout', 30, $program, @base, '--pool_size', '5000' ]);
 like($err, qr/pool_size is 5000, but the server allows role "millm_bridge" \d+/, 'a pool that does not fit');
 
 my $file = PostgreSQL::Test::Utils::tempdir() . '/bridge.conf';
 append_to_file($file, "# a comment\npool_size = 3\n listen = '127.0.0.1:0'\nqueue_sise = 4\n");
-($out, $err) = run_command([ $program, @base, '--config', $file ]);
+($out, $err) = run_command([ 'timeout', 30, $program, @base, '--config', $file ]);
 like($err, qr/unrecognized setting "queue_sise"/, 'a setting in a file that is none');
 {
 	local $ENV{MILLM_BRIDGE_POOL_SISE} = 3;
