@@ -61,10 +61,10 @@ system_pg_config() {
 # A copy of the PostgreSQL installation in which we may install: programs copied (they find everything else
 # relative to themselves), libraries and data linked.  Sets PG_BIN and PG_CONFIG to the copy's.
 private_pg() {
-	local sys bin share pkglib
+	local sys bin share pkglib include
 	sys=$(system_pg_config)
 	[ -n "$sys" ] || fail "PostgreSQL's server packages are missing" "Run \"make setup\"."
-	bin=$("$sys" --bindir) share=$("$sys" --sharedir) pkglib=$("$sys" --pkglibdir)
+	bin=$("$sys" --bindir) share=$("$sys" --sharedir) pkglib=$("$sys" --pkglibdir) include=$("$sys" --includedir)
 	PG_BIN=$PG_PREFIX$bin
 	if [ ! -x "$PG_BIN/postgres" ] || [ "$bin/postgres" -nt "$PG_BIN/postgres" ]; then
 		rm -rf "${PG_PREFIX:?}"/usr "${PG_PREFIX:?}"/opt
@@ -73,6 +73,11 @@ private_pg() {
 		cp -rs "$share/." "$PG_PREFIX$share/"
 		cp -rs "$pkglib/." "$PG_PREFIX$pkglib/"
 		touch "$PG_BIN/postgres"
+	fi
+	# libpq's headers, where the copy's pg_config says that they are
+	if [ ! -e "$PG_PREFIX$include" ]; then
+		mkdir -p "$(dirname "$PG_PREFIX$include")"
+		ln -s "$include" "$PG_PREFIX$include"
 	fi
 	SYSTEM_PG_CONFIG=$sys
 	PG_CONFIG=$PG_BIN/pg_config
