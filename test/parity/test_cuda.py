@@ -35,7 +35,8 @@ def cuda_logits(model, ids, tmp_path, *options):
 
 def some_ids(model, n):
     rng = random.Random(1)
-    vocab = json.loads((model / "config.json").read_text())["vocab_size"]
+    config = json.loads((model / "config.json").read_text())
+    vocab = config.get("text_config", config)["vocab_size"]
     return [rng.randrange(vocab) for _ in range(n)]
 
 
