@@ -8,7 +8,8 @@
  * Results are waited for where the host reads them, in buffer_read() and first_bad(), and nowhere else.  Once the backend exists a call of CUDA
  * that fails means that the device is broken or the kernels are; the process ends with the reason (MillmCudaHost), and its successor gets a new context.
  *
- * KV pages: for each layer of a group K, then V [n_kv_heads, 16, head_dim] float16: a warp reads one key side by side.
+ * KV pages: for each layer of a group K, then V [n_kv_heads, 16, head_dim]: a warp reads one key side by side.  They are float16, but float32
+ * for the obvious kernels, as the CPU's ref has them, and for a model that is stored in float32: whoever stores 32 bits wants them.
  */
 #include "backend_cuda.h"
 
@@ -60,6 +61,7 @@ typedef struct CudaBackend
 	bool		deterministic;
 	/* KV */
 	char	   *kv;				/* [n_pages, page_bytes] */
+	MillmDtype	kv_dtype;
 	int64_t		page_bytes;
 	int64_t		layer_bytes;
 	/* the step */
@@ -145,21 +147,6 @@ round_up(int64_t n, int64_t to)
 	return (n + to - 1) / to * to;
 }
 
-static int64_t
-layer_bytes(const MillmModel *model)
-{
-	int64_t		largest = 0;
-
-	for (int i = 0; i < model->config.n_layers; i++)
-	{
-		/* bounded by MILLM_MAX_HEADS and MILLM_MAX_HEAD_DIM: no overflow */
-		const int64_t bytes = (int64_t) 2 * model->layers[i].n_kv_heads * model->layers[i].head_dim * MILLM_CUDA_PAGE * 2;
-
-		largest = bytes > largest ? bytes : largest;
-	}
-	return round_up(largest, LAYER_ALIGNMENT);
-}
-
 /* NULL, "" or "ref": the obvious kernels. */
 static bool
 are_kernels(const char *name)
@@ -167,10 +154,42 @@ are_kernels(const char *name)
 	return !name || !*name || strcmp(name, "ref") == 0;
 }
 
+static bool
+are_plain(const char *name)
+{
+	return name && strcmp(name, "ref") == 0;
+}
+
+/* Of K and V, whose kernels have these names. */
+static MillmDtype
+kv_dtype(const MillmModel *model, const char *kernels)
+{
+	for (int i = 0; i < model->config.n_layers && !are_plain(kernels); i++)
+		if (model->layers[i].o.dtype != MILLM_F32)
+			return MILLM_F16;
+	return MILLM_F32;
+}
+
+static int64_t
+layer_bytes(const MillmModel *model, const char *kernels)
+{
+	const int64_t element = millm_weight_bytes(kv_dtype(model, kernels), 1);
+	int64_t		largest = 0;
+
+	for (int i = 0; i < model->config.n_layers; i++)
+	{
+		/* bounded by MILLM_MAX_HEADS and MILLM_MAX_HEAD_DIM: no overflow */
+		const int64_t bytes = (int64_t) 2 * model->layers[i].n_kv_heads * model->layers[i].head_dim * MILLM_CUDA_PAGE * element;
+
+		largest = bytes > largest ? bytes : largest;
+	}
+	return round_up(largest, LAYER_ALIGNMENT);
+}
+
 int64_t
 millm_cuda_page_bytes(const MillmModel *model, const char *kernels, int layers_per_page)
 {
-	return are_kernels(kernels) ? layers_per_page * layer_bytes(model) : -1;
+	return are_kernels(kernels) ? layers_per_page * layer_bytes(model, kernels) : -1;
 }
 
 int64_t
@@ -524,6 +543,7 @@ attention_of(CudaBackend *c, const MillmAttention *a)
 	return (MillmCudaAttention) {
 		.kv = c->kv + a->page_place * c->layer_bytes,
 		.page_bytes = c->page_bytes,
+		.kv_dtype = c->kv_dtype,
 		.positions = c->positions,
 		.tables = c->tables,
 		.table_of = c->table_of + a->page_group,
@@ -663,7 +683,8 @@ create_memory(CudaBackend *c, const MillmBackendOptions *options, MillmError *er
 	size_t		kv_bytes;
 	MillmCode	rc;
 
-	c->layer_bytes = layer_bytes(c->model);
+	c->kv_dtype = kv_dtype(c->model, options->kernels);
+	c->layer_bytes = layer_bytes(c->model, options->kernels);
 	c->page_bytes = options->layers_per_page * c->layer_bytes;
 	if (options->n_pages < 1 || !millm_mul_size((size_t) options->n_pages, (size_t) c->page_bytes, &kv_bytes) || kv_bytes > INT64_MAX)
 		return millm_fail(err, MILLM_E_INVALID_ARGUMENT, "invalid number of KV pages: %" PRId64, options->n_pages);
@@ -702,7 +723,7 @@ millm_cuda_create(const MillmModel *model, const MillmBackendOptions *options, M
 		return millm_fail(err, MILLM_E_INSUFFICIENT_MEMORY, "out of memory");
 	c->model = model;
 	c->deterministic = options->deterministic;
-	c->is_plain = options->kernels && strcmp(options->kernels, "ref") == 0;
+	c->is_plain = are_plain(options->kernels);
 	c->base = (MillmBackend) {
 		.name = "cuda",
 		.variant = c->is_plain ? "cuda-ref" : "cuda",

@@ -739,13 +739,20 @@ millm_cuda_split_qkv(const MillmCudaAttention *a, MillmRows q, MillmRows k, Mill
 	return launch_elements(split_qkv, (int64_t) (a->n_heads + 2 * a->n_kv_heads) * a->head_dim, n, stream, *a, q, k, v, qkv);
 }
 
-/* K of a position in its page; V lies v_offset() elements behind. */
-static __device__ uint16_t *
+/* An element of a page, which is float16 or float32. */
+static __device__ float from_kv(uint16_t h) { return from_f16(h); }
+static __device__ float from_kv(float f) { return f; }
+static __device__ void to_kv(uint16_t *p, float f) { *p = to_f16(f); }
+static __device__ void to_kv(float *p, float f) { *p = f; }
+
+/* K of a position in its page of T; V lies v_offset() elements behind. */
+template <class T>
+static __device__ T *
 key_of(const MillmCudaAttention &a, int t, int64_t position, int kv_head)
 {
 	const int32_t page = a.tables[a.table_of[t * a.n_groups] + position / MILLM_CUDA_PAGE];
 
-	return (uint16_t *) (a.kv + page * a.page_bytes) + ((int64_t) kv_head * MILLM_CUDA_PAGE + position % MILLM_CUDA_PAGE) * a.head_dim;
+	return (T *) (a.kv + page * a.page_bytes) + ((int64_t) kv_head * MILLM_CUDA_PAGE + position % MILLM_CUDA_PAGE) * a.head_dim;
 }
 
 static __device__ int64_t
@@ -774,7 +781,8 @@ rotated(const MillmCudaAttention &a, int t, const float *head, int d)
 	}
 }
 
-/* A block for each token.  blocks [n], threads BLOCK */
+/* A block for each token.  T: of the pages; blocks [n], threads BLOCK */
+template <class T>
 static __global__ void
 rope_and_store(MillmCudaAttention a, MillmRows q, MillmRows k, MillmRows v)
 {
@@ -800,28 +808,29 @@ rope_and_store(MillmCudaAttention a, MillmRows q, MillmRows k, MillmRows v)
 	{
 		const int	h = i / a.head_dim;
 		const int	d = i % a.head_dim;
-		uint16_t   *key = key_of(a, t, position, h);
+		T		   *key = key_of<T>(a, t, position, h);
 
-		key[d] = to_f16(rotated(a, t, k_row + (int64_t) h * a.head_dim, d));
-		key[v_offset(a) + d] = to_f16(v_row[i]);
+		to_kv(key + d, rotated(a, t, k_row + (int64_t) h * a.head_dim, d));
+		to_kv(key + v_offset(a) + d, v_row[i]);
 	}
 }
 
 cudaError_t
 millm_cuda_rope_and_store(const MillmCudaAttention *a, MillmRows q, MillmRows k, MillmRows v, int n, cudaStream_t stream)
 {
-	return launch(rope_and_store, dim3((unsigned) n), BLOCK, stream, *a, q, k, v);
+	return launch(a->kv_dtype == MILLM_F32 ? rope_and_store<float> : rope_and_store<uint16_t>, dim3((unsigned) n), BLOCK, stream, *a, q, k, v);
 }
 
 /*
  * A block for each head of each token.  Each of its warps takes every ATTENTION_WARPS-th key, a lane every 32nd dim of it, and keeps a softmax of
  * its own; at the end they are brought to one maximum and added.
  *
+ *   T       of the pages
  *   DIMS    of a lane: head_dim <= DIMS * WARP
  *   blocks  [n_heads, n], threads ATTENTION_WARPS * WARP
  */
 #define ATTENTION_WARPS 4
-template <int DIMS>
+template <class T, int DIMS>
 static __global__ void
 attend(MillmCudaAttention a, MillmRows y, MillmRows q)
 {
@@ -850,14 +859,14 @@ attend(MillmCudaAttention a, MillmRows y, MillmRows q)
 	}
 	for (int64_t p = first + warp; p <= position; p += ATTENTION_WARPS)
 	{
-		const uint16_t *key = key_of(a, t, p, kv_head);
+		const T    *key = key_of<T>(a, t, p, kv_head);
 		float		score = 0,
 					weight;
 
 #pragma unroll
 		for (int j = 0; j < DIMS; j++)
 			if (j * WARP + lane < a.head_dim)
-				score = fmaf(of_query[j], from_f16(key[j * WARP + lane]), score);
+				score = fmaf(of_query[j], from_kv(key[j * WARP + lane]), score);
 		score = warp_sum(score) * a.scale;
 		if (a.softcap > 0)
 			score = a.softcap * tanhf(score / a.softcap);
@@ -883,7 +892,7 @@ attend(MillmCudaAttention a, MillmRows y, MillmRows q)
 #pragma unroll
 		for (int j = 0; j < DIMS; j++)
 			if (j * WARP + lane < a.head_dim)
-				value[j] = fmaf(weight, from_f16(key[j * WARP + lane]), value[j]);
+				value[j] = fmaf(weight, from_kv(key[j * WARP + lane]), value[j]);
 	}
 	if (lane == 0)
 	{
@@ -911,14 +920,19 @@ attend(MillmCudaAttention a, MillmRows y, MillmRows q)
 	}
 }
 
-cudaError_t
-millm_cuda_attention(const MillmCudaAttention *a, MillmRows y, MillmRows q, int n, cudaStream_t stream)
+template <class T>
+static cudaError_t
+launch_attend(const MillmCudaAttention *a, MillmRows y, MillmRows q, int n, cudaStream_t stream)
 {
 	const dim3	blocks((unsigned) a->n_heads, (unsigned) n);
 	const int	threads = ATTENTION_WARPS * WARP;
 
-	return a->head_dim <= 2 * WARP ? launch(attend<2>, blocks, threads, stream, *a, y, q) :
-		a->head_dim <= 4 * WARP ? launch(attend<4>, blocks, threads, stream, *a, y, q) :
-		a->head_dim <= 8 * WARP ? launch(attend<8>, blocks, threads, stream, *a, y, q) :
-		launch(attend<MILLM_MAX_HEAD_DIM / WARP>, blocks, threads, stream, *a, y, q);
+	return launch(a->head_dim <= 2 * WARP ? attend<T, 2> : a->head_dim <= 4 * WARP ? attend<T, 4> : a->head_dim <= 8 * WARP ? attend<T, 8> :
+				  attend<T, MILLM_MAX_HEAD_DIM / WARP>, blocks, threads, stream, *a, y, q);
+}
+
+cudaError_t
+millm_cuda_attention(const MillmCudaAttention *a, MillmRows y, MillmRows q, int n, cudaStream_t stream)
+{
+	return a->kv_dtype == MILLM_F32 ? launch_attend<float>(a, y, q, n, stream) : launch_attend<uint16_t>(a, y, q, n, stream);
 }

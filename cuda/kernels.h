@@ -94,13 +94,14 @@ typedef struct MillmCudaNorm
 extern cudaError_t millm_cuda_norm(const MillmCudaNorm *l, int n, cudaStream_t stream);
 
 /*
- * Attention of one layer.  Page p has at kv + p * page_bytes K [n_kv_heads, 16, head_dim], then V, the same, of float16.
+ * Attention of one layer.  Page p has at kv + p * page_bytes K [n_kv_heads, 16, head_dim], then V, the same, of kv_dtype.
  * The table of token t begins at tables[table_of[t * n_groups]].
  */
 typedef struct MillmCudaAttention
 {
 	char	   *kv;
 	int64_t		page_bytes;
+	MillmDtype	kv_dtype;		/* F16 or F32 */
 	const int32_t *positions;	/* [n] */
 	const int32_t *tables;
 	const int32_t *table_of;	/* [n, n_groups], from this group's on */
