@@ -5,7 +5,7 @@
  * Borrows:  the model and, for a step, positions and page tables.
  * Does not: know what a layer is made of (forward.c), whose a page is (kv.c), or how a sum is computed (kernels.cu).
  *
- * Results are waited for where the host reads them, in buffer_read() and first_bad(), and nowhere else.  Once the backend exists a call of CUDA
+ * Results are waited for where the host reads them: once a step, in first_bad(), and in buffer_read() of what was not fetched.  Once the backend exists a call of CUDA
  * that fails means that the device is broken or the kernels are; the process ends with the reason (MillmCudaHost), and its successor gets a new context.
  *
  * KV pages: for each layer of a group K, then V [n_kv_heads, 16, head_dim]: a warp reads one key side by side.  They are float16, but float32
@@ -22,6 +22,7 @@
 #include <sys/mman.h>
 
 #include "arith.h"
+#include "fetch.h"
 #include "kernels.h"
 #include "weights.h"
 
@@ -37,13 +38,15 @@ struct MillmBuffer
 	int			n_written;		/* rows that the last operation wrote: what there is to read */
 	float	   *host;			/* [n_rows, n_columns], mapped and not touched before it is read */
 	size_t		host_bytes;
+	size_t		locked_bytes;	/* of the host's, which copies need not stage */
+	bool		cannot_lock;
 	MillmBuffer *next;
 };
 
 /* What a step brings to the device in one copy, part after part. */
 typedef struct Parcel
 {
-	char	   *host;
+	char	   *host;			/* page-locked: the copy reads it until the stream was waited for */
 	char	   *device;
 	int64_t		capacity;		/* of both */
 	int64_t		used;
@@ -78,6 +81,10 @@ typedef struct CudaBackend
 	int32_t    *row_numbers;	/* [max_tokens] */
 	float	   *row_weights;	/* the same */
 	int		   *bad_place;		/* [1]; the step's */
+	int		   *arrived_place;	/* [1], page-locked: the same, here */
+	bool		is_idle;		/* no copy to or from what is page-locked is under way */
+	MillmCudaFetch *fetch;
+	MillmBuffer *fetched;		/* by the step; NULL: none yet */
 } CudaBackend;
 
 static const MillmCudaHost *host;
@@ -211,7 +218,7 @@ parcel_bytes(const MillmModel *model, int n, int64_t n_pages, int n_groups)
 int64_t
 millm_cuda_own_bytes(const MillmModel *model, int max_tokens, int64_t n_pages)
 {
-	return parcel_bytes(model, max_tokens, n_pages, 1) + (int64_t) max_tokens * 8;
+	return parcel_bytes(model, max_tokens, n_pages, 1) + (int64_t) max_tokens * 8 + millm_cuda_fetch_bytes(model->config.vocab_size, max_tokens);
 }
 
 static MillmCode
@@ -244,16 +251,66 @@ buffer_create(MillmBackend *be, int64_t n_rows, int64_t n_columns, MillmBuffer *
 	return MILLM_OK;
 }
 
+/* Wait for all that was queued: for the host, which reads or writes what it shares with the device. */
+static void
+wait(CudaBackend *c)
+{
+	CHECK(cudaStreamSynchronize(c->stream));
+	c->is_idle = true;
+}
+
+/* Lock the pages of the first rows of a buffer on the host, and some more.  Where the system refuses, copies are slower, and right. */
+static void
+lock_rows(MillmBuffer *b, int n)
+{
+	const size_t bytes = (size_t) (n * b->n_columns) * sizeof(float);
+
+	if (bytes <= b->locked_bytes || b->cannot_lock)
+		return;
+	if (b->locked_bytes > 0)
+		CHECK(cudaHostUnregister(b->host));
+	b->locked_bytes = bytes < b->host_bytes / 2 ? 2 * bytes : b->host_bytes;
+	if (cudaHostRegister(b->host, b->locked_bytes, cudaHostRegisterDefault) != cudaSuccess)
+	{
+		(void) cudaGetLastError();	/* or the next launch would report it */
+		b->locked_bytes = 0;
+		b->cannot_lock = true;
+	}
+}
+
 static const float *
 buffer_read(MillmBackend *be, MillmBuffer *x)
 {
 	CudaBackend *c = cuda(be);
 	const size_t row = (size_t) x->n_columns * sizeof(float);
 
+	if (x == c->fetched)
+	{
+		if (!c->is_idle)
+			wait(c);
+		CHECK(millm_cuda_fetch_finish(c->fetch, c->stream));
+		return x->host;
+	}
+	lock_rows(x, x->n_written);
 	CHECK(cudaMemcpy2DAsync(x->host, row, x->rows.data, (size_t) x->rows.stride * sizeof(float), row, (size_t) x->n_written, cudaMemcpyDeviceToHost,
 							c->stream));
-	CHECK(cudaStreamSynchronize(c->stream));	/* for the host, which reads it */
+	wait(c);
 	return x->host;
+}
+
+static void
+fetch(MillmBackend *be, MillmBuffer *y, const MillmTop *tops, int n)
+{
+	CudaBackend *c = cuda(be);
+	int			n_whole = 0;	/* rows up to the last that crosses so */
+
+	for (int t = 0; t < n; t++)
+		if (tops[t].k == 0)
+			n_whole = t + 1;
+	lock_rows(y, n_whole);
+	CHECK(millm_cuda_fetch_queue(c->fetch, y->host, y->rows, tops, n, c->stream));
+	c->fetched = y;
+	c->is_idle = false;
 }
 
 static void
@@ -267,6 +324,8 @@ cuda_free(MillmBackend *be)
 
 		c->buffers = b->next;
 		(void) cudaFree(b->rows.data);
+		if (b->locked_bytes > 0)
+			(void) cudaHostUnregister(b->host);
 		munmap(b->host, b->host_bytes);
 		free(b);
 	}
@@ -276,9 +335,11 @@ cuda_free(MillmBackend *be)
 	(void) cudaFree(c->row_numbers);
 	(void) cudaFree(c->row_weights);
 	(void) cudaFree(c->bad_place);
+	(void) cudaFreeHost(c->arrived_place);
+	(void) cudaFreeHost(c->parcel.host);
+	millm_cuda_fetch_free(c->fetch);
 	if (c->stream)
 		(void) cudaStreamDestroy(c->stream);
-	free(c->parcel.host);
 	free(c->frequencies);
 	free(c);
 }
@@ -293,29 +354,24 @@ copy_page(MillmBackend *be, int32_t dst, int32_t src)
 
 /* ---- the step ---- */
 
-/* Make room for so many bytes more; a table grows for long, so that it is seldom. */
+/* Make room for so many bytes more, while the stream is idle; a table grows for long, so that it is seldom. */
 static void
 parcel_reserve(CudaBackend *c, int64_t bytes)
 {
 	Parcel	   *p = &c->parcel;
-	MillmError	err;
 	char	   *larger;
 
 	bytes += p->used;
 	if (bytes <= p->capacity)
 		return;
 	bytes += bytes / 2;
-	CHECK(cudaStreamSynchronize(c->stream));	/* kernels of the step before read what is freed here */
+	CHECK(cudaMallocHost((void **) &larger, (size_t) bytes));
+	memcpy(larger, p->host, (size_t) p->used);
+	CHECK(cudaFreeHost(p->host));
+	p->host = larger;
 	CHECK(cudaFree(p->device));
 	p->device = NULL;
 	CHECK(cudaMalloc((void **) &p->device, (size_t) bytes));
-	if (!(larger = realloc(p->host, (size_t) bytes)))
-	{
-		millm_fail(&err, MILLM_E_INSUFFICIENT_MEMORY, "out of memory for the page tables of a step");
-		millm_detail(&err, "Need %.1f MB.", (double) bytes / 1e6);
-		host->fault(&err);
-	}
-	p->host = larger;
 	p->capacity = bytes;
 }
 
@@ -417,6 +473,10 @@ begin(MillmBackend *be, const int32_t *positions, const int32_t *planned_lengths
 				at_table_of,
 				at_angles[2] = {0};
 
+	if (!c->is_idle)			/* a step that was canceled may still read its parcel */
+		wait(c);
+	c->is_idle = false;
+	c->fetched = NULL;
 	CHECK(cudaMemsetAsync(c->bad_place, MILLM_CUDA_NO_PLACE & 0xff, sizeof(*c->bad_place), c->stream));
 	c->parcel.used = 0;
 	pack_tables(c, positions, pages, n, &at_tables, &at_table_of);	/* first: it makes room, and the rest fits into what create() reserved beside */
@@ -650,11 +710,10 @@ static int
 first_bad(MillmBackend *be)
 {
 	CudaBackend *c = cuda(be);
-	int			place;
 
-	CHECK(cudaMemcpyAsync(&place, c->bad_place, sizeof(place), cudaMemcpyDeviceToHost, c->stream));
-	CHECK(cudaStreamSynchronize(c->stream));	/* for the answer */
-	return place == MILLM_CUDA_NO_PLACE ? -1 : place;
+	CHECK(cudaMemcpyAsync(c->arrived_place, c->bad_place, sizeof(*c->bad_place), cudaMemcpyDeviceToHost, c->stream));
+	wait(c);
+	return *c->arrived_place == MILLM_CUDA_NO_PLACE ? -1 : *c->arrived_place;
 }
 
 /* ---- create ---- */
@@ -680,6 +739,7 @@ create_memory(CudaBackend *c, const MillmBackendOptions *options, MillmError *er
 {
 	const MillmConfig *config = &c->model->config;
 	const int64_t n = options->max_tokens;
+	cudaError_t status;
 	size_t		kv_bytes;
 	MillmCode	rc;
 
@@ -691,10 +751,17 @@ create_memory(CudaBackend *c, const MillmBackendOptions *options, MillmError *er
 	c->n_groups = options->n_groups;
 	c->n_pairs = config->position == MILLM_POS_ROPE ? config->rotary_dim / 2 : 0;
 	c->parcel.capacity = parcel_bytes(c->model, options->max_tokens, options->n_pages, c->n_groups);
-	c->parcel.host = malloc((size_t) c->parcel.capacity);
 	c->frequencies = calloc((size_t) c->n_pairs + 1, sizeof(float));
-	if (!c->parcel.host || !c->frequencies)
+	if (!c->frequencies)
 		return millm_fail(err, MILLM_E_INSUFFICIENT_MEMORY, "out of memory");
+	status = cudaMallocHost((void **) &c->parcel.host, (size_t) c->parcel.capacity);
+	if (status == cudaSuccess)
+		status = cudaMallocHost((void **) &c->arrived_place, sizeof(*c->arrived_place));
+	if (status != cudaSuccess)
+		return failed(status, "the page tables", c->parcel.capacity, err);
+	status = millm_cuda_fetch_create(config->vocab_size, options->max_tokens, c->stream, &c->fetch);
+	if (status != cudaSuccess)
+		return failed(status, "the choice among logits", millm_cuda_fetch_bytes(config->vocab_size, options->max_tokens), err);
 	if ((rc = allocate(c, &c->parcel.device, c->parcel.capacity, "the page tables", err)) != MILLM_OK ||
 		(rc = allocate(c, &c->row_numbers, n * (int64_t) sizeof(*c->row_numbers), "the workspace", err)) != MILLM_OK ||
 		(rc = allocate(c, &c->row_weights, n * (int64_t) sizeof(*c->row_weights), "the workspace", err)) != MILLM_OK ||
@@ -731,6 +798,7 @@ millm_cuda_create(const MillmModel *model, const MillmBackendOptions *options, M
 		.free = cuda_free,
 		.buffer_create = buffer_create,
 		.buffer_read = buffer_read,
+		.fetch = c->is_plain ? NULL : fetch,
 		.begin = begin,
 		.embed = embed,
 		.norm = norm,

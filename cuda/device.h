@@ -28,6 +28,7 @@ launch(void (*kernel) (Parameters...), dim3 blocks, int threads, cudaStream_t st
 static __device__ float mul(float a, float b) { return __fmul_rn(a, b); }	/* rounded, never fused */
 static __device__ float add(float a, float b) { return __fadd_rn(a, b); }
 static __device__ float as_float(uint32_t u) { return __uint_as_float(u); }
+static __device__ uint32_t as_bits(float f) { return __float_as_uint(f); }
 static __device__ float from_f16(uint16_t h) { return __half2float(__ushort_as_half(h)); }
 static __device__ uint16_t to_f16(float f) { return __half_as_ushort(__float2half_rn(f)); }
 static __device__ bf16 as_bf16(float f) { return __float2bfloat16_rn(f); }

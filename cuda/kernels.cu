@@ -710,6 +710,155 @@ millm_cuda_find_not_finite(int *first, MillmRows x, int place, int64_t n_columns
 	return launch_elements(find_not_finite, n_columns, n, stream, first, x, place, n_columns);
 }
 
+/* ---- the logits that a choice needs ---- */
+
+static __global__ void
+take(float *values, MillmRows y, const int32_t *rows, const int32_t *ids, int n)
+{
+	const int64_t i = element_index();
+
+	if (i < n)
+	{
+		float	   *from = y.data + rows[i] * y.stride + ids[i];
+
+		values[i] = *from;
+		*from = -INFINITY;
+	}
+}
+
+cudaError_t
+millm_cuda_take(float *values, MillmRows y, const int32_t *rows, const int32_t *ids, int n, cudaStream_t stream)
+{
+	return launch_elements(take, n, 1, stream, values, y, rows, ids, n);
+}
+
+/* The four logits of group g that are this lane's; -infinity past the end of the row, where rows have room up to a multiple of four */
+static __device__ float4
+load_logits(const float *row, int64_t g, int64_t n_columns)
+{
+	const int64_t i = g * MILLM_CUDA_GROUP + threadIdx.x % WARP * 4;
+	float4		f = {-INFINITY, -INFINITY, -INFINITY, -INFINITY};
+
+	if (i < n_columns)
+		f = *(const float4 *) (row + i);
+	f.y = i + 1 < n_columns ? f.y : -INFINITY;
+	f.z = i + 2 < n_columns ? f.z : -INFINITY;
+	f.w = i + 3 < n_columns ? f.w : -INFINITY;
+	return f;
+}
+
+/* A warp for each group.  blocks [ceil(groups / (BLOCK / WARP)), n], threads BLOCK */
+static __global__ void
+group_maxima(float *maxima, MillmRows y, int64_t n_columns)
+{
+	const int64_t n_groups = (n_columns + MILLM_CUDA_GROUP - 1) / MILLM_CUDA_GROUP;
+	const int64_t g = (int64_t) blockIdx.x * (BLOCK / WARP) + threadIdx.x / WARP;
+	float4		f;
+	float		max;
+
+	if (g >= n_groups)
+		return;
+	f = load_logits(y.data + blockIdx.y * y.stride, g, n_columns);
+	max = fmaxf(fmaxf(f.x, f.y), fmaxf(f.z, f.w));
+	for (int step = WARP / 2; step > 0; step /= 2)
+		max = fmaxf(max, __shfl_xor_sync(ALL_LANES, max, step));
+	if (threadIdx.x % WARP == 0)
+		maxima[blockIdx.y * n_groups + g] = max;
+}
+
+/* Unsigned numbers in the order of floats, and back */
+static __device__ uint32_t
+ordered(float f)
+{
+	const uint32_t u = as_bits(f);
+
+	return u & 0x80000000u ? ~u : u | 0x80000000u;
+}
+
+static __device__ float
+unordered(uint32_t u)
+{
+	return as_float(u & 0x80000000u ? u & 0x7fffffffu : ~u);
+}
+
+/*
+ * The k-th largest maximum, found bit by bit from the highest: the largest number that k of them reach; then what reaches it, of the groups that do.
+ *
+ *   blocks [n], threads BLOCK
+ */
+static __global__ void
+pick(MillmCudaPicks *picks, const float *maxima, MillmRows y, const MillmCudaTop *tops, int64_t n_columns)
+{
+	SHARED(uint32_t, keys, MILLM_CUDA_MAX_GROUPS);
+	SHARED(float, partial, BLOCK / WARP);
+	SHARED(int, n_picked, 1);
+	const int	n_groups = (int) ((n_columns + MILLM_CUDA_GROUP - 1) / MILLM_CUDA_GROUP);
+	const float *row = y.data + blockIdx.x * y.stride;
+	const MillmCudaTop top = tops[blockIdx.x];
+	MillmCudaPicks *to = &picks[blockIdx.x];
+	uint32_t	kth = 0,
+				largest = 0;
+	float		threshold;
+
+	for (int g = (int) threadIdx.x; g < n_groups; g += BLOCK)
+		keys[g] = ordered(maxima[(int64_t) blockIdx.x * n_groups + g]);
+	if (threadIdx.x == 0)
+		*n_picked = 0;
+	__syncthreads();
+	for (int bit = 31; bit >= 0 && top.k > 0; bit--)
+	{
+		float		n_kth = 0,	/* that reach it: far below 2^24, exact */
+					n_largest = 0;
+
+		for (int g = (int) threadIdx.x; g < n_groups; g += BLOCK)
+		{
+			n_kth += keys[g] >= (kth | 1u << bit);
+			n_largest += keys[g] >= (largest | 1u << bit);
+		}
+		if (block_sum(n_kth, partial) >= (float) top.k)
+			kth |= 1u << bit;
+		if (block_sum(n_largest, partial) >= 1)
+			largest |= 1u << bit;
+	}
+	threshold = fmaxf(unordered(kth), unordered(largest) - top.margin);
+	for (int g = (int) threadIdx.x / WARP; g < n_groups && top.k > 0; g += BLOCK / WARP)
+		if (!(unordered(keys[g]) < threshold))
+		{
+			const float4 f = load_logits(row, g, n_columns);
+			const float of_lane[4] = {f.x, f.y, f.z, f.w};
+
+#pragma unroll
+			for (int j = 0; j < 4; j++)
+			{
+				const int64_t i = (int64_t) g * MILLM_CUDA_GROUP + threadIdx.x % WARP * 4 + j;
+
+				if (i < n_columns && !(of_lane[j] < threshold))
+				{
+					const int	place = atomicAdd(n_picked, 1);
+
+					if (place < MILLM_CUDA_PICKS)
+					{
+						to->ids[place] = (int32_t) i;
+						to->values[place] = of_lane[j];
+					}
+				}
+			}
+		}
+	__syncthreads();
+	if (threadIdx.x == 0)
+		to->n = *n_picked;
+}
+
+cudaError_t
+millm_cuda_pick(MillmCudaPicks *picks, float *maxima, MillmRows y, const MillmCudaTop *tops, int64_t n_columns, int n, cudaStream_t stream)
+{
+	const int64_t n_groups = (n_columns + MILLM_CUDA_GROUP - 1) / MILLM_CUDA_GROUP;
+	const dim3	blocks((unsigned) ((n_groups + BLOCK / WARP - 1) / (BLOCK / WARP)), (unsigned) n);
+	const cudaError_t status = launch(group_maxima, blocks, BLOCK, stream, maxima, y, n_columns);
+
+	return status == cudaSuccess ? launch(pick, dim3((unsigned) n), BLOCK, stream, picks, maxima, y, tops, n_columns) : status;
+}
+
 /* ---- attention ---- */
 
 /* Element i of the row: for each KV head the queries of its group, k, v. */

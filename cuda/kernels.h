@@ -135,6 +135,33 @@ extern cudaError_t millm_cuda_select(MillmRows y, MillmRows x, const int32_t *ro
 #define MILLM_CUDA_NO_PLACE 0x7f7f7f7f
 extern cudaError_t millm_cuda_find_not_finite(int *first, MillmRows x, int place, int64_t n_columns, int n, cudaStream_t stream);
 
+/*
+ * Which logits cross the bus.  Of a row of n_columns, in groups of MILLM_CUDA_GROUP, the k-th largest of the groups' maxima is at most the k-th largest
+ * logit, and seldom far below: what reaches it is picked.
+ */
+#define MILLM_CUDA_PICKS 256
+#define MILLM_CUDA_GROUP 128
+#define MILLM_CUDA_MAX_GROUPS 4096
+
+typedef struct MillmCudaTop
+{
+	int32_t		k;				/* 0: nothing is picked of this row */
+	float		margin;			/* MillmTop's */
+} MillmCudaTop;
+
+typedef struct MillmCudaPicks
+{
+	int32_t		n;				/* that there are; if more than MILLM_CUDA_PICKS, not all of them are here */
+	int32_t		ids[MILLM_CUDA_PICKS];	/* in no order */
+	float		values[MILLM_CUDA_PICKS];
+} MillmCudaPicks;
+
+/* values[i] = y[rows[i], ids[i]], of i < n, which differ; -infinity takes its place. */
+extern cudaError_t millm_cuda_take(float *values, MillmRows y, const int32_t *rows, const int32_t *ids, int n, cudaStream_t stream);
+/* picks[t] of the row t: at least what tops[t] needs.  maxima is workspace, [n, ceil(n_columns / GROUP)], at most MAX_GROUPS each */
+extern cudaError_t millm_cuda_pick(MillmCudaPicks *picks, float *maxima, MillmRows y, const MillmCudaTop *tops, int64_t n_columns, int n,
+								   cudaStream_t stream);
+
 #ifdef __cplusplus
 }
 #endif

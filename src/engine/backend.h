@@ -56,6 +56,11 @@ struct MillmBackend
 	/* Rows are uninitialised.  INSUFFICIENT_MEMORY with figures. */
 	MillmCode	(*buffer_create) (MillmBackend *be, int64_t n_rows, int64_t n_columns, MillmBuffer **out, MillmError *err);
 	const float *(*buffer_read) (MillmBackend *be, MillmBuffer *x);	/* in host memory, until the buffer is written */
+	/*
+	 * Begin to bring y's n rows, which first_bad() waits for and buffer_read() then gives: of row t what tops[t] needs (k 0: all), elsewhere the
+	 * value or -infinity.  Nothing else reads y after it.  NULL: buffer_read() costs nothing.
+	 */
+	void		(*fetch) (MillmBackend *be, MillmBuffer *y, const MillmTop *tops, int n);
 
 	/* Begin a step of n tokens: where each is, what its sequence is planned for, and the page tables of it [n, n_groups] (borrowed for the step). */
 	void		(*begin) (MillmBackend *be, const int32_t *positions, const int32_t *planned_lengths, const int32_t *const *pages, int n);

@@ -635,7 +635,11 @@ run_step(MillmForward *fw, int n, bool (*should_stop) (void *arg), void *arg, Mi
 	if (fw->n_wanted > 0)
 		hidden(fw);
 	if (fw->n_logits > 0)
+	{
 		run_head(fw, hidden_buffer(fw), fw->n_logits);
+		if (be->fetch)
+			be->fetch(be, fw->logits, fw->tops, fw->n_logits);
+	}
 	return check_step(fw, err);
 }
 

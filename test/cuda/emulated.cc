@@ -19,7 +19,7 @@
 #define STACK_BYTES (128 << 10)
 #define SHARED_BYTES (48 << 10)	/* what a block has without asking */
 
-MillmEmulated millm_emulated = {(size_t) 8 << 30, 0, 0, -1, -1, 9, 0};
+MillmEmulated millm_emulated = {(size_t) 8 << 30, 0, 0, 0, 0, -1, -1, 9, 0};
 
 /* In a module that is opened: what its process was told. */
 static const bool is_told = [] {
@@ -357,18 +357,68 @@ cudaMemsetAsync(void *p, int value, size_t bytes, cudaStream_t)
 }
 
 cudaError_t
-cudaMemcpyAsync(void *to, const void *from, size_t bytes, cudaMemcpyKind, cudaStream_t)
+cudaMemcpyAsync(void *to, const void *from, size_t bytes, cudaMemcpyKind kind, cudaStream_t)
 {
+	millm_emulated.bytes_to_host += kind == cudaMemcpyDeviceToHost ? bytes : 0;
 	memcpy(to, from, bytes);
 	return answer();
 }
 
 cudaError_t
-cudaMemcpy2DAsync(void *to, size_t to_pitch, const void *from, size_t from_pitch, size_t width, size_t height, cudaMemcpyKind, cudaStream_t)
+cudaMemcpy2DAsync(void *to, size_t to_pitch, const void *from, size_t from_pitch, size_t width, size_t height, cudaMemcpyKind kind, cudaStream_t)
 {
+	millm_emulated.bytes_to_host += kind == cudaMemcpyDeviceToHost ? width * height : 0;
 	for (size_t i = 0; i < height; i++)
 		memcpy((char *) to + i * to_pitch, (const char *) from + i * from_pitch, width);
 	return answer();
+}
+
+cudaError_t
+cudaMallocHost(void **p, size_t bytes)
+{
+	*p = NULL;
+	if (answer() != cudaSuccess)
+		return cudaErrorIllegalAddress;
+	if (millm_emulated.allocations_left == 0)
+		return cudaErrorMemoryAllocation;
+	if (millm_emulated.allocations_left > 0)
+		millm_emulated.allocations_left--;
+	*p = malloc(bytes);
+	memset(*p, 0xff, bytes);
+	millm_emulated.n_host++;
+	return cudaSuccess;
+}
+
+cudaError_t
+cudaFreeHost(void *p)
+{
+	if (!p)
+		return cudaSuccess;
+	free(p);
+	millm_emulated.n_host--;
+	return answer();
+}
+
+cudaError_t
+cudaHostRegister(void *, size_t, unsigned)
+{
+	const cudaError_t status = answer();
+
+	millm_emulated.n_host += status == cudaSuccess;
+	return status;
+}
+
+cudaError_t
+cudaHostUnregister(void *)
+{
+	millm_emulated.n_host--;
+	return answer();
+}
+
+cudaError_t
+cudaGetLastError()
+{
+	return cudaSuccess;
 }
 
 const char *

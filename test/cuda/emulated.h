@@ -40,6 +40,7 @@ extern dim3 emulated_block_size, emulated_grid_size;
 extern void *emulated_shared(size_t bytes);
 extern void __syncthreads();
 static inline void atomicMin(int *p, int v) { *p = v < *p ? v : *p; }
+static inline int atomicAdd(int *p, int v) { const int was = *p; *p += v; return was; }
 /* The value that the lane `lane ^ by` of this warp brings to the same call. */
 extern float __shfl_xor_sync(unsigned mask, float v, int by);
 /* The whole warp comes here before it goes on; true: this is its first lane. */
@@ -130,6 +131,7 @@ namespace wmma
 static inline float mul(float a, float b) { return a * b; }	/* compiled with -ffp-contract=off */
 static inline float add(float a, float b) { return a + b; }
 static inline float as_float(uint32_t u) { float f; memcpy(&f, &u, sizeof(f)); return f; }
+static inline uint32_t as_bits(float f) { uint32_t u; memcpy(&u, &f, sizeof(u)); return u; }
 static inline float from_f16(uint16_t h) { return millm_f16_to_f32(h); }
 static inline uint16_t to_f16(float f) { return millm_f32_to_f16(f); }
 static inline bf16 as_bf16(float f) { return {millm_f32_to_bf16(f)}; }

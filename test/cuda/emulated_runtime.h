@@ -17,6 +17,7 @@ extern "C" {
 typedef enum cudaError_t {cudaSuccess, cudaErrorInvalidValue, cudaErrorMemoryAllocation, cudaErrorIllegalAddress = 700} cudaError_t;
 typedef struct CUstream_st *cudaStream_t;
 typedef enum cudaMemcpyKind {cudaMemcpyHostToDevice, cudaMemcpyDeviceToHost, cudaMemcpyDeviceToDevice} cudaMemcpyKind;
+enum {cudaHostRegisterDefault = 0};
 enum {cudaStreamNonBlocking = 1};
 typedef enum cudaDeviceAttr {cudaDevAttrComputeCapabilityMajor = 75} cudaDeviceAttr;
 
@@ -32,6 +33,11 @@ extern cudaError_t cudaMemsetAsync(void *p, int value, size_t bytes, cudaStream_
 extern cudaError_t cudaMemcpyAsync(void *to, const void *from, size_t bytes, cudaMemcpyKind kind, cudaStream_t stream);
 extern cudaError_t cudaMemcpy2DAsync(void *to, size_t to_pitch, const void *from, size_t from_pitch, size_t width, size_t height, cudaMemcpyKind kind,
 									 cudaStream_t stream);
+extern cudaError_t cudaMallocHost(void **p, size_t bytes);
+extern cudaError_t cudaFreeHost(void *p);
+extern cudaError_t cudaHostRegister(void *p, size_t bytes, unsigned flags);
+extern cudaError_t cudaHostUnregister(void *p);
+extern cudaError_t cudaGetLastError(void);
 extern const char *cudaGetErrorName(cudaError_t error);
 extern const char *cudaGetErrorString(cudaError_t error);
 
@@ -41,6 +47,8 @@ typedef struct MillmEmulated
 	size_t		total_bytes;	/* of the device's memory */
 	size_t		used_bytes;
 	int			n_allocations;	/* that live */
+	int			n_host;			/* page-locked allocations and ranges that live */
+	size_t		bytes_to_host;	/* that were copied so far */
 	int			allocations_left;	/* after so many more, memory is out; < 0: never */
 	int			calls_left;		/* after so many more, every call says cudaErrorIllegalAddress; < 0: never */
 	int			capability;		/* the major number */

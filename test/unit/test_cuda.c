@@ -240,6 +240,7 @@ rig_close(Rig *r)
 	for (int i = 0; i < 2; i++)
 		r->be[i]->free(r->be[i]);
 	assert_int_equal(millm_emulated.n_allocations, r->n_alive);
+	assert_int_equal(millm_emulated.n_host, 0);
 }
 
 static MillmBuffer *
@@ -731,6 +732,115 @@ test_backwards(void **state)
 	millm_emulated.backwards = 0;
 }
 
+/* ---- the logits that a choice needs ---- */
+
+/* Is id among top's always? */
+static bool
+is_always(const MillmTop *top, int32_t id)
+{
+	for (int i = 0; i < top->n_always; i++)
+		if (top->always[i] == id)
+			return true;
+	return false;
+}
+
+/* What backend.h promises of a row of n: each that is needed is itself; returns how many are there at all. */
+static int
+assert_needed(const float *row, const float *logits, int n, const MillmTop *top, const char *what)
+{
+	float		largest = -INFINITY;
+	int			n_there = 0;
+
+	for (int i = 0; i < n; i++)
+		if (!is_always(top, i))
+			largest = fmaxf(largest, logits[i]);
+	for (int i = 0; i < n; i++)
+	{
+		int			n_larger = 0;
+		bool		is_needed;
+
+		for (int j = 0; j < n && top->k > 0; j++)
+			n_larger += logits[j] > logits[i] && !is_always(top, j);
+		is_needed = top->k == 0 || is_always(top, i) || (n_larger < top->k && logits[i] >= largest - top->margin);
+		if (row[i] != logits[i] && (is_needed || row[i] != -INFINITY))
+			fail_msg("%s: logit %d is %.9g, not %.9g, the largest %.9g", what, i, (double) row[i], (double) logits[i], (double) largest);
+		n_there += row[i] != -INFINITY;
+	}
+	return n_there;
+}
+
+static void
+run_fetch(int n_columns, bool has_ties)
+{
+	enum {ROWS = 6};
+	static const int32_t ids[] = {0, 3, 4, 2};
+	/* rows that change places with each fetch, so that what an earlier one left on the host would be seen */
+	const MillmTop tops[] = {
+		{.k = 1, .margin = INFINITY}, {.k = 40, .margin = INFINITY}, {.k = 0}, {.k = n_columns, .margin = 0.01f}, {.k = 3, .margin = 0.001f, .always = ids, .n_always = 4},
+		{.k = 300, .margin = INFINITY, .always = ids, .n_always = 1}, {.k = n_columns, .margin = 1.5f, .always = ids + 1, .n_always = 2},
+	};
+	const int32_t rows[] = {0, 1, 2, 3, 4, 5},
+				zero = 0,
+			   *page_table = &zero;
+	Rig			r;
+	float	   *logits = floats((int64_t) N_ROWS * n_columns, 0);
+	MillmBuffer *b;
+	char		what[64];
+
+	for (int64_t i = 0; i < (int64_t) N_ROWS * n_columns && has_ties; i++)
+		logits[i] = roundf(logits[i] * 9) / 9;
+	rig_init(&r, 1, 1, 8);
+	r.model.config.vocab_size = n_columns;
+	r.layer.q = table(logits, n_columns);
+	rig_open(&r, NULL);
+	b = buffer(&r, 1, n_columns);
+	for (int step = 0; step < 9; step++)
+	{
+		const int	n = step % 3 == 0 ? 1 : ROWS;
+		MillmTop	now[ROWS];
+		const float *y;
+		size_t		bytes = millm_emulated.bytes_to_host;
+
+		for (int t = 0; t < ROWS; t++)
+			now[t] = tops[(t + step) % 7];
+		r.be[1]->begin(r.be[1], &zero, &zero, &page_table, 1);
+		r.be[1]->embed(r.be[1], b, &r.layer.q, rows, false, n);
+		r.be[1]->fetch(r.be[1], b, now, n);
+		if (step % 2 == 0)
+			assert_int_equal(r.be[1]->first_bad(r.be[1]), -1);
+		y = r.be[1]->buffer_read(r.be[1], b);
+		bytes = millm_emulated.bytes_to_host - bytes;
+		for (int t = 0; t < n; t++)
+		{
+			int			n_there;
+
+			snprintf(what, sizeof(what), "row %d of %d columns, step %d", t, n_columns, step);
+			n_there = assert_needed(y + (int64_t) t * n_columns, logits + (int64_t) t * n_columns, n_columns, &now[t], what);
+			if (now[t].k == 1 && !has_ties)
+				assert_int_equal(n_there, 1);
+		}
+		if (n == 1 && now[0].k == 1)
+			assert_true(bytes <= sizeof(MillmCudaPicks) + 4);
+	}
+	rig_close(&r);
+	free(logits);
+}
+
+/* Of a row of logits only what is needed crosses the bus, and all that is. */
+static void
+test_fetch(void **state)
+{
+	static const int widths[] = {5, 127, 640, 3001};
+
+	(void) state;
+	for (int i = 0; i < 4; i++)
+		for (int ties = 0; ties < 2; ties++)
+			run_fetch(widths[i], ties);
+	millm_emulated.backwards = 1;
+	run_fetch(3001, true);
+	millm_emulated.backwards = 0;
+}
+
 /* ---- trouble ---- */
 
 static void
@@ -909,7 +1019,7 @@ main(void)
 {
 	const struct CMUnitTest tests[] = {
 		cmocka_unit_test(test_matmul), cmocka_unit_test(test_matmul_old_device), cmocka_unit_test(test_matmul_others), cmocka_unit_test(test_company), cmocka_unit_test(test_attention),
-		cmocka_unit_test(test_rows), cmocka_unit_test(test_backwards), cmocka_unit_test(test_out_of_memory), cmocka_unit_test(test_prediction),
+		cmocka_unit_test(test_rows), cmocka_unit_test(test_fetch), cmocka_unit_test(test_backwards), cmocka_unit_test(test_out_of_memory), cmocka_unit_test(test_prediction),
 		cmocka_unit_test(test_refused_options), cmocka_unit_test(test_device_fails),
 	};
 

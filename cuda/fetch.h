@@ -1,0 +1,28 @@
+/*
+ * fetch.h -- what of the logits crosses the bus: of each row what the choice of its next token needs, not all of it.
+ */
+#ifndef MILLM_CUDA_FETCH_H
+#define MILLM_CUDA_FETCH_H
+
+#include <stdint.h>
+
+#include "kernels.h"
+#include "shortlist.h"
+
+typedef struct MillmCudaFetch MillmCudaFetch;
+
+/* Bytes on the device for rows of n_columns logits, n_rows of them at most. */
+extern int64_t millm_cuda_fetch_bytes(int64_t n_columns, int n_rows);
+/* cudaErrorMemoryAllocation: of the device or of page-locked memory. */
+extern cudaError_t millm_cuda_fetch_create(int64_t n_columns, int n_rows, cudaStream_t stream, MillmCudaFetch **out);
+extern void millm_cuda_fetch_free(MillmCudaFetch *f);	/* NULL is fine */
+
+/*
+ * Queue it for the first n rows of y, to the rows of host [n, n_columns], the same each time and nobody else's: what tops[t] always needs is -infinity in y
+ * from now on.
+ */
+extern cudaError_t millm_cuda_fetch_queue(MillmCudaFetch *f, float *host, MillmRows y, const MillmTop *tops, int n, cudaStream_t stream);
+/* Once the stream has been waited for: the rows of the host are what backend.h's fetch() promises, until the next are queued. */
+extern cudaError_t millm_cuda_fetch_finish(MillmCudaFetch *f, cudaStream_t stream);
+
+#endif
