@@ -8,7 +8,7 @@ MILLM_VERSION = 1.0.0
 BUILD  ?= build
 
 # The workflow targets are scripts that work before anything is installed, PostgreSQL included.
-WORKFLOW = help setup demo check check-long playground playground-stop
+WORKFLOW = help setup demo check check-long soak playground playground-stop
 ifeq ($(filter-out $(WORKFLOW),$(or $(MAKECMDGOALS),all)),)
 .DEFAULT_GOAL = help
 
@@ -16,6 +16,7 @@ help:
 	@echo "make demo              install what is missing, build, download a model, generate text"
 	@echo "make check             the same set-up, then every test (about half an hour, cold)"
 	@echo "make check-long        the tests that take longer"
+	@echo "make soak              an hour of everything that may happen to requests  SOAK_MINUTES=10"
 	@echo "make playground        a private server with the extension and a test hub; playground-stop ends it"
 	@echo "make setup             only install the packages that building and testing need"
 	@echo
@@ -33,6 +34,8 @@ setup:
 	@dev/setup all
 demo check playground playground-stop check-long:
 	@dev/$@
+soak:
+	@test/soak/run
 .PHONY: $(WORKFLOW)
 
 else # ----------------------------------------------------------------------------------------
@@ -196,7 +199,8 @@ uninstall-helpers:
 	rm -rf '$(HELPER_DIR)' '$(DESTDIR)$(bindir)/millm-bridge'
 
 # --- Tests in C ---------------------------------------------------------------------------------
-UNIT_TESTS = $(patsubst test/unit/%.c,$(BUILD)/test/%,$(wildcard test/unit/test_*.c))
+# ThreadSanitizer knows nothing of the emulated device's fibers, of which there is one thread
+UNIT_TESTS = $(patsubst test/unit/%.c,$(BUILD)/test/%,$(filter-out $(if $(filter thread,$(SAN)),%/test_cuda.c),$(wildcard test/unit/test_*.c)))
 DRIVERS    = $(patsubst test/parity/%.c,$(BUILD)/%,$(wildcard test/parity/*.c))
 unit-programs: $(UNIT_TESTS)
 drivers: $(DRIVERS)

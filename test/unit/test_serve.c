@@ -10,6 +10,7 @@
 #include <setjmp.h>
 #include <signal.h>
 #include <stdarg.h>
+#include <stdatomic.h>
 #include <stddef.h>
 #include <stdint.h>
 #include <stdio.h>
@@ -31,6 +32,8 @@
 /* ---- the helper ---------------------------------------------------------------------------- */
 
 static int	n_closed;			/* conversations that ended before their answer; in the helper */
+static atomic_int n_floods;		/* threads that hold a connection */
+static atomic_bool is_ending;
 
 static void *
 flood(void *arg)
@@ -41,14 +44,15 @@ flood(void *arg)
 	memset(text, 'x', sizeof(text) - 1);
 	text[sizeof(text) - 1] = '\0';
 	/* as a well-mannered producer: pause when the client is behind, end when it is gone */
-	for (int i = 0; i < 20000 && !millm_conn_is_closed(conn); i++)
+	for (int i = 0; i < 20000 && !millm_conn_is_closed(conn) && !is_ending; i++)
 	{
-		while (millm_conn_pending_bytes(conn) > 100000 && !millm_conn_is_closed(conn))
+		while (millm_conn_pending_bytes(conn) > 100000 && !millm_conn_is_closed(conn) && !is_ending)
 			usleep(1000);
 		millm_conn_send(conn, WIRE_TEXT, json_pack("{s:s}", "text", text));
 	}
 	millm_conn_result(conn, json_object());
 	millm_conn_unref(conn);
+	n_floods--;
 	return NULL;
 }
 
@@ -74,6 +78,7 @@ on_request(void *arg, MillmConn *conn, json_t *request)
 		millm_conn_result(conn, json_pack("{s:i}", "n", n_closed));
 	else if (strcmp(op, "flood") == 0)
 	{
+		n_floods++;
 		pthread_create(&thread, NULL, flood, millm_conn_ref(conn));
 		pthread_detach(thread);
 	}
@@ -100,6 +105,9 @@ static void
 on_shutdown(void *arg)
 {
 	(void) arg;
+	is_ending = true;
+	while (n_floods > 0)
+		usleep(1000);
 }
 
 /* ---- the harness --------------------------------------------------------------------------- */
