@@ -22,6 +22,7 @@
 #include <sys/mman.h>
 
 #include "arith.h"
+#include "device_memory.h"
 #include "fetch.h"
 #include "kernels.h"
 #include "weights.h"
@@ -116,36 +117,6 @@ check(cudaError_t status, const char *call, int line)
 }
 #define CHECK(call) check((call), #call, __LINE__)
 
-/* While there is no backend yet a failure is the load's. */
-static MillmCode
-failed(cudaError_t status, const char *what, int64_t bytes, MillmError *err)
-{
-	if (status == cudaErrorMemoryAllocation)
-	{
-		millm_fail(err, MILLM_E_INSUFFICIENT_MEMORY, "insufficient device memory for %s", what);
-		millm_detail(err, "Need %.1f MB.", (double) bytes / 1e6);
-		return MILLM_E_INSUFFICIENT_MEMORY;
-	}
-	millm_fail(err, MILLM_E_INTERNAL, "could not set up the CUDA device");
-	millm_detail(err, "%s: %s: %s.", what, cudaGetErrorName(status), cudaGetErrorString(status));
-	return MILLM_E_INTERNAL;
-}
-
-/* Zeroed device memory: what another model left there is nobody's to see. */
-static MillmCode
-allocate(CudaBackend *c, void *out, int64_t bytes, const char *what, MillmError *err)
-{
-	void	   *p;
-	cudaError_t status = cudaMalloc(&p, (size_t) bytes);
-
-	if (status == cudaSuccess && (status = cudaMemsetAsync(p, 0, (size_t) bytes, c->stream)) != cudaSuccess)
-		(void) cudaFree(p);
-	if (status != cudaSuccess)
-		return failed(status, what, bytes, err);
-	*(void **) out = p;
-	return MILLM_OK;
-}
-
 /* ---- memory ---- */
 
 static int64_t
@@ -239,7 +210,7 @@ buffer_create(MillmBackend *be, int64_t n_rows, int64_t n_columns, MillmBuffer *
 		free(b);
 		return millm_fail(err, MILLM_E_INSUFFICIENT_MEMORY, "insufficient memory for the workspace: %s", strerror(errno));
 	}
-	if ((rc = allocate(c, &b->rows.data, millm_cuda_buffer_bytes(n_rows, n_columns), "the workspace", err)) != MILLM_OK)
+	if ((rc = millm_cuda_allocate(&b->rows.data, millm_cuda_buffer_bytes(n_rows, n_columns), "the workspace", c->stream, err)) != MILLM_OK)
 	{
 		munmap(b->host, b->host_bytes);
 		free(b);
@@ -728,7 +699,7 @@ millm_cuda_memory(int ordinal, int64_t *free_bytes, int64_t *total_bytes, MillmE
 	if (status == cudaSuccess)
 		status = cudaMemGetInfo(&free_size, &total_size);
 	if (status != cudaSuccess)
-		return failed(status, "its memory", 0, err);
+		return millm_cuda_failed(status, "its memory", 0, err);
 	*free_bytes = (int64_t) free_size;
 	*total_bytes = (int64_t) total_size;
 	return MILLM_OK;
@@ -758,16 +729,16 @@ create_memory(CudaBackend *c, const MillmBackendOptions *options, MillmError *er
 	if (status == cudaSuccess)
 		status = cudaMallocHost((void **) &c->arrived_place, sizeof(*c->arrived_place));
 	if (status != cudaSuccess)
-		return failed(status, "the page tables", c->parcel.capacity, err);
+		return millm_cuda_failed(status, "the page tables", c->parcel.capacity, err);
 	status = millm_cuda_fetch_create(config->vocab_size, options->max_tokens, c->stream, &c->fetch);
 	if (status != cudaSuccess)
-		return failed(status, "the choice among logits", millm_cuda_fetch_bytes(config->vocab_size, options->max_tokens), err);
-	if ((rc = allocate(c, &c->parcel.device, c->parcel.capacity, "the page tables", err)) != MILLM_OK ||
-		(rc = allocate(c, &c->row_numbers, n * (int64_t) sizeof(*c->row_numbers), "the workspace", err)) != MILLM_OK ||
-		(rc = allocate(c, &c->row_weights, n * (int64_t) sizeof(*c->row_weights), "the workspace", err)) != MILLM_OK ||
-		(rc = allocate(c, &c->bad_place, sizeof(*c->bad_place), "the workspace", err)) != MILLM_OK)
+		return millm_cuda_failed(status, "the choice among logits", millm_cuda_fetch_bytes(config->vocab_size, options->max_tokens), err);
+	if ((rc = millm_cuda_allocate(&c->parcel.device, c->parcel.capacity, "the page tables", c->stream, err)) != MILLM_OK ||
+		(rc = millm_cuda_allocate(&c->row_numbers, n * (int64_t) sizeof(*c->row_numbers), "the workspace", c->stream, err)) != MILLM_OK ||
+		(rc = millm_cuda_allocate(&c->row_weights, n * (int64_t) sizeof(*c->row_weights), "the workspace", c->stream, err)) != MILLM_OK ||
+		(rc = millm_cuda_allocate(&c->bad_place, sizeof(*c->bad_place), "the workspace", c->stream, err)) != MILLM_OK)
 		return rc;
-	return allocate(c, &c->kv, (int64_t) kv_bytes, "the KV cache", err);
+	return millm_cuda_allocate(&c->kv, (int64_t) kv_bytes, "the KV cache", c->stream, err);
 }
 
 MillmCode
@@ -825,10 +796,14 @@ millm_cuda_create(const MillmModel *model, const MillmBackendOptions *options, M
 	if (status != cudaSuccess)
 	{
 		c->stream = NULL;
-		rc = failed(status, "its stream", 0, err);
+		rc = millm_cuda_failed(status, "its stream", 0, err);
 	}
 	else if ((rc = create_memory(c, options, err)) == MILLM_OK)
-		rc = millm_cuda_weights_create(model, c->stream, &c->weights, err);
+	{
+		const MillmUploadOptions upload = {.stream = c->stream, .progress = options->progress, .arg = options->progress_arg};
+
+		rc = millm_cuda_weights_create(model, &upload, &c->weights, err);
+	}
 	if (rc != MILLM_OK)
 	{
 		cuda_free(&c->base);

@@ -1085,3 +1085,35 @@ millm_cuda_attention(const MillmCudaAttention *a, MillmRows y, MillmRows q, int 
 {
 	return a->kv_dtype == MILLM_F32 ? launch_attend<float>(a, y, q, n, stream) : launch_attend<uint16_t>(a, y, q, n, stream);
 }
+
+/* ---- loading ---- */
+
+#define SQUARE 32				/* elements of a side, of what a block transposes */
+
+template <class T>
+static __global__ void
+transpose(char *to, int64_t pitch, const T *from, int64_t n_in, int64_t n_out)
+{
+	SHARED(T, square, SQUARE * (SQUARE + 1));	/* a column more, so that a column lies in different banks */
+	const int64_t in0 = (int64_t) blockIdx.x * SQUARE,
+				out0 = (int64_t) blockIdx.y * SQUARE;
+	const int	lane = (int) threadIdx.x % SQUARE;
+
+	for (int i = (int) threadIdx.x / SQUARE; i < SQUARE; i += BLOCK / SQUARE)
+		if (in0 + i < n_in && out0 + lane < n_out)
+			square[i * (SQUARE + 1) + lane] = from[(in0 + i) * n_out + out0 + lane];
+	__syncthreads();
+	for (int o = (int) threadIdx.x / SQUARE; o < SQUARE; o += BLOCK / SQUARE)
+		if (out0 + o < n_out && in0 + lane < n_in)
+			((T *) (to + (out0 + o) * pitch))[in0 + lane] = square[lane * (SQUARE + 1) + o];
+}
+
+cudaError_t
+millm_cuda_transpose(char *to, int64_t pitch, const char *from, int64_t n_in, int64_t n_out, int element, cudaStream_t stream)
+{
+	const dim3	blocks((unsigned) ((n_in + SQUARE - 1) / SQUARE), (unsigned) ((n_out + SQUARE - 1) / SQUARE));
+
+	return element == 4 ? launch(transpose<uint32_t>, blocks, BLOCK, stream, to, pitch, (const uint32_t *) from, n_in, n_out) :
+		element == 2 ? launch(transpose<uint16_t>, blocks, BLOCK, stream, to, pitch, (const uint16_t *) from, n_in, n_out) :
+		launch(transpose<uint8_t>, blocks, BLOCK, stream, to, pitch, (const uint8_t *) from, n_in, n_out);
+}

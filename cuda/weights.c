@@ -1,16 +1,17 @@
 /*
  * weights.c -- see weights.h.
  *
- * The model is walked three times in the same order: to count, with no memory, how many there are and what they take; to copy.  What
- * kernels read 16 bytes at a time begins at a multiple of 16, which nothing in a file does.
+ * The model is walked in the same order to count, with no memory, how many there are and what they take, and to lay out what is then
+ * uploaded (upload.c).  What kernels read 16 bytes at a time begins at a multiple of 16, which nothing in a file does.
  */
 #include "weights.h"
 
 #include <stdlib.h>
-#include <string.h>
+
+#include "device_memory.h"
+#include "upload.h"
 
 #define ALIGNMENT 256			/* of each part */
-#define STRIP_BYTES (8 << 20)	/* of a weight that is transposed on its way */
 
 typedef struct Place
 {
@@ -29,73 +30,30 @@ struct MillmCudaWeights
 {
 	char	   *memory;			/* NULL while it is only measured */
 	int64_t		used;
-	cudaStream_t stream;
-	cudaError_t status;			/* of the copies so far */
-	const char *missing;		/* host memory, then */
+	MillmPart  *parts;			/* [n_parts], what is uploaded; NULL once it is, and while it is measured */
+	int			n_parts;
 	Place	   *places;			/* [n_places]; sorted by weight once filled */
 	int			n_places;
 	Vector	   *vectors;		/* [n_vectors]; sorted by host */
 	int			n_vectors;
 };
 
-/* The next bytes of the memory. */
-static char *
-take(MillmCudaWeights *m, int64_t bytes)
-{
-	char	   *p = m->memory ? m->memory + m->used : NULL;
-
-	m->used += (bytes + ALIGNMENT - 1) / ALIGNMENT * ALIGNMENT;
-	return p;
-}
-
-/* n rows of row_bytes, from_pitch apart in the model and to_pitch on the device, to what is returned. */
+/* Give a part the next bytes of the memory: where it will be. */
 static void *
-put_rows(MillmCudaWeights *m, const void *from, int64_t n, int64_t row_bytes, int64_t from_pitch, int64_t to_pitch)
+put_part(MillmCudaWeights *m, MillmPart part)
 {
-	char	   *to = take(m, n * to_pitch);
-
-	if (to && m->status == cudaSuccess)
-		m->status = row_bytes == from_pitch && row_bytes == to_pitch ?
-			cudaMemcpyAsync(to, from, (size_t) (n * row_bytes), cudaMemcpyHostToDevice, m->stream) :
-			cudaMemcpy2DAsync(to, (size_t) to_pitch, from, (size_t) from_pitch, (size_t) row_bytes, (size_t) n, cudaMemcpyHostToDevice, m->stream);
-	return to;
+	part.at = m->used;
+	if (m->parts)
+		m->parts[m->n_parts] = part;
+	m->n_parts++;
+	m->used += (part.n_rows * part.to_pitch + ALIGNMENT - 1) / ALIGNMENT * ALIGNMENT;
+	return m->memory ? m->memory + part.at : NULL;
 }
 
 static void *
 put(MillmCudaWeights *m, const void *from, int64_t bytes)
 {
-	return put_rows(m, from, 1, bytes, bytes, bytes);
-}
-
-/* The transpose of w, which is in_out, strip by strip. */
-static void *
-put_transposed(MillmCudaWeights *m, const MillmWeight *w, int64_t row_bytes)
-{
-	const size_t size = (size_t) millm_weight_bytes(w->dtype, 1);
-	const int64_t n_strip = STRIP_BYTES / row_bytes + 1;	/* outputs */
-	char	   *to = take(m, w->n_out * row_bytes);
-	char	   *strip;
-
-	if (!to || m->status != cudaSuccess)
-		return to;
-	if (!(strip = calloc((size_t) n_strip, (size_t) row_bytes)))
-	{
-		m->missing = "the transpose of a weight";
-		return to;
-	}
-	for (int64_t first = 0; first < w->n_out && m->status == cudaSuccess; first += n_strip)
-	{
-		const int64_t n = w->n_out - first < n_strip ? w->n_out - first : n_strip;
-
-		for (int64_t i = 0; i < w->n_in; i++)
-			for (int64_t o = 0; o < n; o++)
-				memcpy(strip + o * row_bytes + i * (int64_t) size, (const char *) w->data + (i * w->stride + first + o) * (int64_t) size, size);
-		m->status = cudaMemcpyAsync(to + first * row_bytes, strip, (size_t) (n * row_bytes), cudaMemcpyHostToDevice, m->stream);
-		if (m->status == cudaSuccess)
-			m->status = cudaStreamSynchronize(m->stream);	/* the strip is filled again */
-	}
-	free(strip);
-	return to;
+	return put_part(m, (MillmPart) {.from = from, .n_rows = 1, .row_bytes = bytes, .from_pitch = bytes, .to_pitch = bytes});
 }
 
 static int
@@ -141,10 +99,9 @@ put_weight(MillmCudaWeights *m, const MillmWeight *w)
 	d.row_bytes = (bytes + 15) / 16 * 16;
 	if (w->dtype == MILLM_4BIT)
 		put_4bit(m, w, &d);
-	else if (w->in_out)
-		d.data = put_transposed(m, w, d.row_bytes);
 	else
-		d.data = put_rows(m, w->data, w->n_out, bytes, millm_weight_bytes(w->dtype, w->stride), d.row_bytes);
+		d.data = put_part(m, (MillmPart) {.from = w->data, .n_rows = w->n_out, .row_bytes = bytes, .from_pitch = millm_weight_bytes(w->dtype, w->stride),
+				.to_pitch = d.row_bytes, .element = w->in_out ? (int) millm_weight_bytes(w->dtype, 1) : 0});
 	if (w->dtype == MILLM_INT8)
 		d.scale = put(m, w->scale, w->n_out * (int64_t) sizeof(float));
 	else if (w->dtype == MILLM_MXFP4)
@@ -213,7 +170,7 @@ put_model(MillmCudaWeights *m, const MillmModel *model)
 		&model->embedding_norm, &model->embedding_norm_bias, &model->final_norm, &model->final_norm_bias, &model->head_bias};
 
 	m->used = 0;
-	m->n_places = m->n_vectors = 0;
+	m->n_parts = m->n_places = m->n_vectors = 0;
 	put_weight(m, &model->embedding);
 	if (!is_tied(model))
 		put_weight(m, &model->head);
@@ -261,51 +218,37 @@ compare_vectors(const void *a, const void *b)
 }
 
 static MillmCode
-fill(MillmCudaWeights *m, const MillmModel *model, MillmError *err)
+fill(MillmCudaWeights *m, const MillmModel *model, const MillmUploadOptions *upload, MillmError *err)
 {
-	const int64_t bytes = m->used;
+	MillmCode	rc;
 
+	m->parts = calloc((size_t) m->n_parts + 1, sizeof(*m->parts));
 	m->places = calloc((size_t) m->n_places + 1, sizeof(*m->places));
 	m->vectors = calloc((size_t) m->n_vectors + 1, sizeof(*m->vectors));
-	if (!m->places || !m->vectors)
+	if (!m->parts || !m->places || !m->vectors)
 		return millm_fail(err, MILLM_E_INSUFFICIENT_MEMORY, "out of memory");
-	m->status = cudaMalloc((void **) &m->memory, (size_t) bytes);
-	if (m->status == cudaErrorMemoryAllocation)
-	{
-		millm_fail(err, MILLM_E_INSUFFICIENT_MEMORY, "insufficient device memory for the weights");
-		millm_detail(err, "Need %.1f MB.", (double) bytes / 1e6);
-		return MILLM_E_INSUFFICIENT_MEMORY;
-	}
-	if (m->status == cudaSuccess)	/* what no copy reaches, at the ends of rows, must be zero */
-		m->status = cudaMemsetAsync(m->memory, 0, (size_t) bytes, m->stream);
-	if (m->status == cudaSuccess)
-		put_model(m, model);
-	if (m->missing)
-		return millm_fail(err, MILLM_E_INSUFFICIENT_MEMORY, "out of memory for %s", m->missing);
-	if (m->status == cudaSuccess)
-		m->status = cudaStreamSynchronize(m->stream);	/* load ends when the weights are there */
-	if (m->status != cudaSuccess)
-	{
-		millm_fail(err, MILLM_E_INTERNAL, "could not copy the weights to the device");
-		millm_detail(err, "%s: %s.", cudaGetErrorName(m->status), cudaGetErrorString(m->status));
-		return MILLM_E_INTERNAL;
-	}
+	if ((rc = millm_cuda_allocate(&m->memory, m->used, "the weights", upload->stream, err)) != MILLM_OK)
+		return rc;
+	put_model(m, model);
+	if ((rc = millm_cuda_upload(m->memory, m->parts, m->n_parts, upload, err)) != MILLM_OK)
+		return rc;
+	free(m->parts);
+	m->parts = NULL;
 	qsort(m->places, (size_t) m->n_places, sizeof(*m->places), compare_places);
 	qsort(m->vectors, (size_t) m->n_vectors, sizeof(*m->vectors), compare_vectors);
 	return MILLM_OK;
 }
 
 MillmCode
-millm_cuda_weights_create(const MillmModel *model, cudaStream_t stream, MillmCudaWeights **out, MillmError *err)
+millm_cuda_weights_create(const MillmModel *model, const MillmUploadOptions *upload, MillmCudaWeights **out, MillmError *err)
 {
 	MillmCudaWeights *m = calloc(1, sizeof(*m));
 	MillmCode	rc;
 
 	if (!m)
 		return millm_fail(err, MILLM_E_INSUFFICIENT_MEMORY, "out of memory");
-	m->stream = stream;
 	put_model(m, model);
-	if ((rc = fill(m, model, err)) != MILLM_OK)
+	if ((rc = fill(m, model, upload, err)) != MILLM_OK)
 		millm_cuda_weights_free(m);
 	else
 		*out = m;
@@ -318,6 +261,7 @@ millm_cuda_weights_free(MillmCudaWeights *m)
 	if (!m)
 		return;
 	(void) cudaFree(m->memory);	/* of a device that no longer answers there is nothing to free */
+	free(m->parts);
 	free(m->places);
 	free(m->vectors);
 	free(m);

@@ -7,6 +7,7 @@
 #include "error.h"
 #include "kernels.h"
 #include "model.h"
+#include "upload.h"
 
 typedef struct MillmCudaWeights MillmCudaWeights;
 
@@ -14,10 +15,10 @@ typedef struct MillmCudaWeights MillmCudaWeights;
 extern int64_t millm_cuda_weights_bytes(const MillmModel *model);
 
 /*
- * Copy all that the forward pass reads but the screening copy of the head; what is queued on the stream reads the model's mappings.
- * INSUFFICIENT_MEMORY with figures, INTERNAL when the device does not answer; nothing is left then.
+ * Copy all that the forward pass reads but the screening copy of the head; the model's mappings are read until this returns.
+ * The errors of millm_cuda_upload(); nothing is left then.
  */
-extern MillmCode millm_cuda_weights_create(const MillmModel *model, cudaStream_t stream, MillmCudaWeights **out, MillmError *err);
+extern MillmCode millm_cuda_weights_create(const MillmModel *model, const MillmUploadOptions *upload, MillmCudaWeights **out, MillmError *err);
 extern void millm_cuda_weights_free(MillmCudaWeights *weights);	/* NULL is fine */
 
 /* That weight of the model, and of a vector (or a slice of one) its values; NULL: of NULL, and of what the model has not. */

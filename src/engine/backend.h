@@ -114,6 +114,9 @@ typedef struct MillmBackendOptions
 	int64_t		n_pages;		/* of the KV cache */
 	int			layers_per_page;
 	int			n_groups;		/* page tables of a sequence */
+	/* Told how far the copy of the weights is, where one is made (copied_bytes), on this thread; false: stop, CANCELED.  NULL: nobody asks */
+	bool		(*progress) (void *arg, int percent);
+	void	   *progress_arg;
 } MillmBackendOptions;
 
 /* Backends of one kind: how one is made, and what it will take, for the prediction. */

@@ -63,6 +63,7 @@ struct MillmEngine
 	int			n_live;
 	MillmPlanItem *plan;			/* [max_sequences] */
 	MillmBatchToken *batch;			/* [max_batch_tokens] */
+	int			load_percent;		/* told last */
 };
 
 static double
@@ -482,12 +483,13 @@ set_up_steps(MillmEngine *e, const MillmLoaded *loaded, MillmError *err)
 }
 
 static bool
-report_load(void *arg, int percent)
+report_load(void *arg, const char *stage, int percent)
 {
 	MillmEngine *e = arg;
 
-	if (e->sink.progress)
-		e->sink.progress(e->sink.arg, percent);
+	if (e->sink.progress && percent != e->load_percent)
+		e->sink.progress(e->sink.arg, stage, percent);
+	e->load_percent = percent;
 	return !atomic_load(&e->stops_load) && !atomic_load(&e->is_ending);
 }
 
@@ -497,8 +499,11 @@ run_load(MillmEngine *e)
 	MillmLoadSink sink = e->sink;
 	const MillmLoaded *loaded = NULL;
 	MillmError	err;
-	MillmCode	rc = load_model(&e->load, report_load, e, &loaded, &e->fw, &err);
+	const LoadProgress progress = {report_load, e};
+	MillmCode	rc;
 
+	e->load_percent = -1;
+	rc = load_model(&e->load, &progress, &loaded, &e->fw, &err);
 	if (rc == MILLM_OK)
 		rc = set_up_steps(e, loaded, &err);
 	if (rc != MILLM_OK)
@@ -681,7 +686,7 @@ model_thread(void *arg)
 			if (state == MILLM_UNLOADING && e->sink.progress && now_ms() - reported >= DRAIN_REPORT_MS)
 			{
 				reported = now_ms();
-				e->sink.progress(e->sink.arg, n_active);
+				e->sink.progress(e->sink.arg, "draining", n_active);
 			}
 			wait_ms = run_round(e);
 		}

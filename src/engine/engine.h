@@ -97,7 +97,8 @@ typedef struct MillmLoaded
 
 typedef struct MillmLoadSink
 {
-	void		(*progress) (void *arg, int n);	/* load: percent; unload: requests still pending */
+	/* load: percent of "loading_weights" (reading them) or "moving_to_gpu"; unload: requests that are "draining" */
+	void		(*progress) (void *arg, const char *stage, int n);
 	void		(*loaded) (void *arg, const MillmLoaded *loaded);
 	void		(*unloaded) (void *arg, const char *name, int64_t freed_bytes);	/* private memory, or the device's, measured; -1: not known */
 	void		(*failed) (void *arg, const MillmError *err);

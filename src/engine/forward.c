@@ -191,7 +191,7 @@ millm_forward_create(const MillmModel *model, const MillmForwardOptions *options
 	MillmForward *fw;
 	MillmCode	rc;
 	MillmBackendOptions bo = {.ordinal = options->device ? options->device->ordinal : 0, .n_threads = options->n_threads, .deterministic = options->deterministic,
-		.kernels = options->kernels, .max_tokens = n, .n_pages = options->n_pages};
+		.kernels = options->kernels, .max_tokens = n, .n_pages = options->n_pages, .progress = options->progress, .progress_arg = options->progress_arg};
 
 	if (n < 1 || n > MAX_BATCH_TOKENS)
 		return millm_fail(err, MILLM_E_INVALID_ARGUMENT, "invalid number of tokens of a step: %d", n);

@@ -34,6 +34,9 @@ typedef struct MillmForwardOptions
 	bool		deterministic;	/* batch-invariant kernels: a row's bits do not depend on its company */
 	bool		full_head;		/* read all of the LM head, even if it has a screening copy: the tokens are the same */
 	const char *kernels;		/* the CPU: "ref", "avx2", "avx512", "amx"; NULL: the best, or $MILLM_KERNELS */
+	/* Told how far the copy of the weights is, on a device that makes one; false: stop, CANCELED.  NULL: nobody asks */
+	bool		(*progress) (void *arg, int percent);
+	void	   *progress_arg;
 } MillmForwardOptions;
 
 /* Reserves KV pool and workspace now; INSUFFICIENT_MEMORY with figures when it cannot.  The model must outlive it. */

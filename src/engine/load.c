@@ -210,10 +210,25 @@ plan_load(const MillmLoadOptions *options, const char *quantization, bool must_f
 	return rc;
 }
 
+static bool
+report_reading(void *arg, int percent)
+{
+	const LoadProgress *p = arg;
+
+	return p->report(p->arg, "loading_weights", percent);
+}
+
+static bool
+report_moving(void *arg, int percent)
+{
+	const LoadProgress *p = arg;
+
+	return p->report(p->arg, "moving_to_gpu", percent);
+}
+
 /* Open, plan, reserve all but the tokenizer; loaded and keeps what it got when this fails. */
 static MillmCode
-open_model(MillmLoaded *loaded, const MillmLoadOptions *options, bool (*progress) (void *arg, int percent), void *arg,
-	 MillmForward **fw, MillmError *err)
+open_model(MillmLoaded *loaded, const MillmLoadOptions *options, LoadProgress *progress, MillmForward **fw, MillmError *err)
 {
 	MillmForwardOptions fo;
 	MillmMemoryPlan plan;
@@ -235,8 +250,11 @@ open_model(MillmLoaded *loaded, const MillmLoadOptions *options, bool (*progress
 	}
 	loaded->context_length = plan.context_length;
 
-	if (!millm_model_populate(loaded->model, progress, arg))
+	/* a device reads the files while it copies them */
+	if (!loaded->device.kind->copied_bytes && !millm_model_populate(loaded->model, report_reading, progress))
 		return millm_fail(err, MILLM_E_CANCELED, "the load was canceled");
+	fo.progress = report_moving;
+	fo.progress_arg = progress;
 	if ((rc = millm_forward_create(loaded->model, &fo, fw, err)) != MILLM_OK)
 		return rc;
 
@@ -256,10 +274,10 @@ open_model(MillmLoaded *loaded, const MillmLoadOptions *options, bool (*progress
 
 /* loaded is zeroed, and keeps what it got when this fails. */
 static MillmCode
-fill(MillmLoaded *loaded, const MillmLoadOptions *options, bool (*progress) (void *arg, int percent), void *arg,
-	 MillmForward **fw, MillmError *err)
+fill(MillmLoaded *loaded, const MillmLoadOptions *options, const LoadProgress *progress, MillmForward **fw, MillmError *err)
 {
 	Opening		tokenizer = {.loaded = loaded, .may_write = options->may_write};
+	LoadProgress told = *progress;
 	double		start = now_ms();
 	pthread_t	thread;
 	MillmCode	rc;
@@ -272,7 +290,7 @@ fill(MillmLoaded *loaded, const MillmLoadOptions *options, bool (*progress) (voi
 		return millm_fail(err, MILLM_E_INTERNAL, "out of memory");
 	if ((failed = pthread_create(&thread, NULL, open_tokenizer, &tokenizer)) != 0)
 		open_tokenizer(&tokenizer);
-	rc = open_model(loaded, options, progress, arg, fw, err);
+	rc = open_model(loaded, options, &told, fw, err);
 	if (!failed)
 		pthread_join(thread, NULL);
 	if (rc == MILLM_OK && (rc = tokenizer.rc) != MILLM_OK)
@@ -292,8 +310,7 @@ fill(MillmLoaded *loaded, const MillmLoadOptions *options, bool (*progress) (voi
 }
 
 MillmCode
-load_model(const MillmLoadOptions *options, bool (*progress) (void *arg, int percent), void *arg,
-		   const MillmLoaded **out, MillmForward **fw, MillmError *err)
+load_model(const MillmLoadOptions *options, const LoadProgress *progress, const MillmLoaded **out, MillmForward **fw, MillmError *err)
 {
 	Counted    *c = calloc(1, sizeof(*c));
 	MillmCode	rc;
@@ -301,7 +318,7 @@ load_model(const MillmLoadOptions *options, bool (*progress) (void *arg, int per
 	if (!c)
 		return millm_fail(err, MILLM_E_INTERNAL, "out of memory");
 	atomic_init(&c->refs, 1);
-	rc = fill(&c->loaded, options, progress, arg, fw, err);
+	rc = fill(&c->loaded, options, progress, fw, err);
 	if (rc == MILLM_OK)
 		*out = &c->loaded;
 	else

@@ -244,11 +244,11 @@ op_status(EngineServer *server, MillmConn *conn, json_t *request)
 /* ---- load and unload ----------------------------------------------------------------------- */
 
 static void
-load_progress(void *arg, int percent)
+load_progress(void *arg, const char *stage, int percent)
 {
 	Call	   *call = arg;
 
-	millm_conn_send(call->conn, WIRE_PROGRESS, json_pack("{s:s, s:i}", "stage", "loading_weights", "progress", percent));
+	millm_conn_send(call->conn, WIRE_PROGRESS, json_pack("{s:s, s:i}", "stage", stage, "progress", percent));
 }
 
 static void
@@ -280,11 +280,11 @@ load_failed(void *arg, const MillmError *err)
 }
 
 static void
-unload_progress(void *arg, int pending)
+unload_progress(void *arg, const char *stage, int pending)
 {
 	Call	   *call = arg;
 
-	millm_conn_send(call->conn, WIRE_PROGRESS, json_pack("{s:s, s:i}", "stage", "draining", "pending", pending));
+	millm_conn_send(call->conn, WIRE_PROGRESS, json_pack("{s:s, s:i}", "stage", stage, "pending", pending));
 }
 
 static void

@@ -19,7 +19,7 @@
 #define STACK_BYTES (128 << 10)
 #define SHARED_BYTES (48 << 10)	/* what a block has without asking */
 
-MillmEmulated millm_emulated = {(size_t) 8 << 30, 0, 0, 0, 0, -1, -1, 9, 0};
+MillmEmulated millm_emulated = {(size_t) 8 << 30, 0, 0, 0, 0, (size_t) 1 << 30, -1, -1, 9, 0};
 
 /* In a module that is opened: what its process was told. */
 static const bool is_told = [] {
@@ -236,6 +236,16 @@ __shfl_xor_sync(unsigned mask, float v, int by)
 
 /* ---- the runtime ---- */
 
+static cudaError_t last_error = cudaSuccess;
+
+static cudaError_t
+say(cudaError_t error)
+{
+	if (error != cudaSuccess)
+		last_error = error;
+	return error;
+}
+
 /* What a call says, of an emulated device that may be broken. */
 static cudaError_t
 answer()
@@ -243,18 +253,53 @@ answer()
 	if (millm_emulated.calls_left < 0)
 		return cudaSuccess;
 	if (millm_emulated.calls_left == 0)
-		return cudaErrorIllegalAddress;
+		return say(cudaErrorIllegalAddress);
 	millm_emulated.calls_left--;
 	return cudaSuccess;
+}
+
+/* Copies from pinned memory that have been queued and not been made yet, oldest first. */
+struct Copy
+{
+	void	   *to;
+	const void *from;
+	size_t		bytes;
+};
+#define MAX_COPIES 256
+static Copy copies[MAX_COPIES];
+static long n_queued, n_made;	/* since the beginning */
+
+static void
+make_copies(long until)
+{
+	for (; n_made < until; n_made++)
+		memcpy(copies[n_made % MAX_COPIES].to, copies[n_made % MAX_COPIES].from, copies[n_made % MAX_COPIES].bytes);
+}
+
+struct Pinned
+{
+	char	   *p;
+	size_t		bytes;
+};
+static Pinned pinned[64];
+
+static bool
+is_pinned(const void *p)
+{
+	for (Pinned &known : pinned)
+		if ((const char *) p >= known.p && (const char *) p < known.p + known.bytes)
+			return true;
+	return false;
 }
 
 cudaError_t
 emulated_run(void (*thread) (void *arg), void *arg, dim3 blocks, int n_threads)
 {
-	if (answer() != cudaSuccess)
-		return cudaErrorIllegalAddress;
+	make_copies(n_queued);
+	if (answer() != cudaSuccess || last_error != cudaSuccess)
+		return cudaGetLastError();
 	if (blocks.x == 0 || blocks.y == 0 || blocks.x > 0x7fffffff || blocks.y > 65535 || n_threads < 1 || n_threads > MAX_THREADS)
-		return cudaErrorInvalidValue;
+		return say(cudaErrorInvalidValue);
 	if (n_threads % WARP != 0)
 		emulated_complain("a block that is not of whole warps");
 	thread_function = thread;
@@ -294,64 +339,170 @@ cudaMemGetInfo(size_t *free_bytes, size_t *total_bytes)
 cudaError_t
 cudaStreamCreateWithFlags(cudaStream_t *stream, unsigned)
 {
+	if (answer() != cudaSuccess)
+		return last_error;
 	*stream = (cudaStream_t) &millm_emulated;
-	return answer();
+	millm_emulated.n_host++;
+	return cudaSuccess;
 }
 
 cudaError_t
 cudaStreamDestroy(cudaStream_t)
 {
+	make_copies(n_queued);
+	millm_emulated.n_host--;
 	return answer();
 }
 
 cudaError_t
 cudaStreamSynchronize(cudaStream_t)
 {
+	make_copies(n_queued);
 	return answer();
 }
 
-/* The size lies before the memory, which begins at a multiple of 256 as the device's does. */
+/* Before the memory, which begins at a multiple of 256 as the device's does. */
+struct Head
+{
+	size_t		bytes;
+	Head	   *next;
+};
 #define HEAD 256
+static Head *allocations;
 
 cudaError_t
 cudaMalloc(void **p, size_t bytes)
 {
-	char	   *block;
+	Head	   *head;
 
 	*p = NULL;
 	if (answer() != cudaSuccess)
-		return cudaErrorIllegalAddress;
+		return last_error;
 	if (millm_emulated.allocations_left == 0 || bytes > millm_emulated.total_bytes - millm_emulated.used_bytes)
-		return cudaErrorMemoryAllocation;
+		return say(cudaErrorMemoryAllocation);
 	if (millm_emulated.allocations_left > 0)
 		millm_emulated.allocations_left--;
-	if (posix_memalign((void **) &block, HEAD, HEAD + bytes) != 0)
+	if (posix_memalign((void **) &head, HEAD, HEAD + bytes) != 0)
 		emulated_complain("no memory for the device's");
-	memcpy(block, &bytes, sizeof(bytes));
-	memset(block + HEAD, 0xff, bytes);
+	*head = {bytes, allocations};
+	allocations = head;
+	memset((char *) head + HEAD, 0xff, bytes);
 	millm_emulated.used_bytes += bytes;
 	millm_emulated.n_allocations++;
-	*p = block + HEAD;
+	*p = (char *) head + HEAD;
 	return cudaSuccess;
 }
 
 cudaError_t
 cudaFree(void *p)
 {
-	size_t		bytes;
+	Head	   *head = (Head *) ((char *) p - HEAD);
+	Head	  **link = &allocations;
 
 	if (!p)
 		return cudaSuccess;
-	memcpy(&bytes, (char *) p - HEAD, sizeof(bytes));
-	millm_emulated.used_bytes -= bytes;
+	make_copies(n_queued);
+	while (*link != head)
+		if (*link)
+			link = &(*link)->next;
+		else
+			emulated_complain("memory is freed that was not allocated");
+	*link = head->next;
+	millm_emulated.used_bytes -= head->bytes;
 	millm_emulated.n_allocations--;
-	free((char *) p - HEAD);
+	free(head);
+	return answer();
+}
+
+int
+millm_emulated_is_clear(void)
+{
+	make_copies(n_queued);
+	for (const Head *head = allocations; head; head = head->next)
+		for (size_t i = 0; i < head->bytes; i++)
+			if (((const char *) head)[HEAD + i] != 0)
+				return 0;
+	return 1;
+}
+
+cudaError_t
+cudaMallocHost(void **p, size_t bytes)
+{
+	*p = NULL;
+	if (answer() != cudaSuccess)
+		return last_error;
+	if (millm_emulated.allocations_left == 0 || bytes > millm_emulated.pinned_limit)
+		return say(cudaErrorMemoryAllocation);
+	if (millm_emulated.allocations_left > 0)
+		millm_emulated.allocations_left--;
+	for (Pinned &place : pinned)
+		if (!place.p)
+		{
+			place = {(char *) malloc(bytes), bytes};
+			memset(place.p, 0xff, bytes);
+			*p = place.p;
+			millm_emulated.n_host++;
+			return cudaSuccess;
+		}
+	emulated_complain("more pinned allocations than the emulation counts");
+}
+
+cudaError_t
+cudaFreeHost(void *p)
+{
+	if (!p)
+		return cudaSuccess;
+	make_copies(n_queued);
+	for (Pinned &place : pinned)
+		if (place.p == p)
+			place = {NULL, 0};
+	free(p);
+	millm_emulated.n_host--;
+	return answer();
+}
+
+/* What was queued before it. */
+struct CUevent_st
+{
+	long		until;
+};
+
+cudaError_t
+cudaEventCreateWithFlags(cudaEvent_t *event, unsigned)
+{
+	if (answer() != cudaSuccess)
+		return last_error;
+	*event = (cudaEvent_t) calloc(1, sizeof(CUevent_st));
+	millm_emulated.n_host++;
+	return cudaSuccess;
+}
+
+cudaError_t
+cudaEventDestroy(cudaEvent_t event)
+{
+	free(event);
+	millm_emulated.n_host--;
+	return answer();
+}
+
+cudaError_t
+cudaEventRecord(cudaEvent_t event, cudaStream_t)
+{
+	event->until = n_queued;
+	return answer();
+}
+
+cudaError_t
+cudaEventSynchronize(cudaEvent_t event)
+{
+	make_copies(event->until);
 	return answer();
 }
 
 cudaError_t
 cudaMemsetAsync(void *p, int value, size_t bytes, cudaStream_t)
 {
+	make_copies(n_queued);
 	memset(p, value, bytes);
 	return answer();
 }
@@ -360,6 +511,13 @@ cudaError_t
 cudaMemcpyAsync(void *to, const void *from, size_t bytes, cudaMemcpyKind kind, cudaStream_t)
 {
 	millm_emulated.bytes_to_host += kind == cudaMemcpyDeviceToHost ? bytes : 0;
+	if (kind == cudaMemcpyHostToDevice && is_pinned(from))
+	{
+		make_copies(n_queued - MAX_COPIES + 1);
+		copies[n_queued++ % MAX_COPIES] = {to, from, bytes};
+		return answer();
+	}
+	make_copies(n_queued);
 	memcpy(to, from, bytes);
 	return answer();
 }
@@ -368,34 +526,9 @@ cudaError_t
 cudaMemcpy2DAsync(void *to, size_t to_pitch, const void *from, size_t from_pitch, size_t width, size_t height, cudaMemcpyKind kind, cudaStream_t)
 {
 	millm_emulated.bytes_to_host += kind == cudaMemcpyDeviceToHost ? width * height : 0;
+	make_copies(n_queued);
 	for (size_t i = 0; i < height; i++)
 		memcpy((char *) to + i * to_pitch, (const char *) from + i * from_pitch, width);
-	return answer();
-}
-
-cudaError_t
-cudaMallocHost(void **p, size_t bytes)
-{
-	*p = NULL;
-	if (answer() != cudaSuccess)
-		return cudaErrorIllegalAddress;
-	if (millm_emulated.allocations_left == 0)
-		return cudaErrorMemoryAllocation;
-	if (millm_emulated.allocations_left > 0)
-		millm_emulated.allocations_left--;
-	*p = malloc(bytes);
-	memset(*p, 0xff, bytes);
-	millm_emulated.n_host++;
-	return cudaSuccess;
-}
-
-cudaError_t
-cudaFreeHost(void *p)
-{
-	if (!p)
-		return cudaSuccess;
-	free(p);
-	millm_emulated.n_host--;
 	return answer();
 }
 
@@ -418,7 +551,10 @@ cudaHostUnregister(void *)
 cudaError_t
 cudaGetLastError()
 {
-	return cudaSuccess;
+	const cudaError_t error = last_error;
+
+	last_error = cudaSuccess;
+	return error;
 }
 
 const char *

@@ -2,7 +2,8 @@
  * emulated_runtime.h -- the few functions of the CUDA runtime that cuda/ calls, over the memory of this process.
  *
  * Device memory is malloc()'s, filled with NaN, so that AddressSanitizer sees what is read or written beyond it, and what is read before it is
- * written shows.  A stream is nothing: work is done when it is queued.
+ * written shows.  A stream does its work when it is queued, but for copies from pinned memory: those wait for the first call that needs them, so
+ * that who overwrites a buffer too early is found.
  */
 #ifndef MILLM_EMULATED_RUNTIME_H
 #define MILLM_EMULATED_RUNTIME_H
@@ -16,9 +17,10 @@ extern "C" {
 
 typedef enum cudaError_t {cudaSuccess, cudaErrorInvalidValue, cudaErrorMemoryAllocation, cudaErrorIllegalAddress = 700} cudaError_t;
 typedef struct CUstream_st *cudaStream_t;
+typedef struct CUevent_st *cudaEvent_t;
 typedef enum cudaMemcpyKind {cudaMemcpyHostToDevice, cudaMemcpyDeviceToHost, cudaMemcpyDeviceToDevice} cudaMemcpyKind;
 enum {cudaHostRegisterDefault = 0};
-enum {cudaStreamNonBlocking = 1};
+enum {cudaStreamNonBlocking = 1, cudaEventDisableTiming = 2};
 typedef enum cudaDeviceAttr {cudaDevAttrComputeCapabilityMajor = 75} cudaDeviceAttr;
 
 extern cudaError_t cudaSetDevice(int device);
@@ -37,7 +39,11 @@ extern cudaError_t cudaMallocHost(void **p, size_t bytes);
 extern cudaError_t cudaFreeHost(void *p);
 extern cudaError_t cudaHostRegister(void *p, size_t bytes, unsigned flags);
 extern cudaError_t cudaHostUnregister(void *p);
-extern cudaError_t cudaGetLastError(void);
+extern cudaError_t cudaEventCreateWithFlags(cudaEvent_t *event, unsigned flags);
+extern cudaError_t cudaEventDestroy(cudaEvent_t event);
+extern cudaError_t cudaEventRecord(cudaEvent_t event, cudaStream_t stream);
+extern cudaError_t cudaEventSynchronize(cudaEvent_t event);
+extern cudaError_t cudaGetLastError(void);	/* and forget it; a launch says it, too, as launch() asks for it */
 extern const char *cudaGetErrorName(cudaError_t error);
 extern const char *cudaGetErrorString(cudaError_t error);
 
@@ -47,14 +53,17 @@ typedef struct MillmEmulated
 	size_t		total_bytes;	/* of the device's memory */
 	size_t		used_bytes;
 	int			n_allocations;	/* that live */
-	int			n_host;			/* page-locked allocations and ranges that live */
+	int			n_host;			/* streams, events, page-locked allocations and ranges that live */
 	size_t		bytes_to_host;	/* that were copied so far */
+	size_t		pinned_limit;	/* a page-locked allocation of more is refused */
 	int			allocations_left;	/* after so many more, memory is out; < 0: never */
 	int			calls_left;		/* after so many more, every call says cudaErrorIllegalAddress; < 0: never */
 	int			capability;		/* the major number */
 	int			backwards;		/* threads of a block take their turns from the last to the first: a race shows as other bits */
 } MillmEmulated;
 extern MillmEmulated millm_emulated;
+/* Is every byte of every allocation zero? */
+extern int millm_emulated_is_clear(void);
 
 #ifdef __cplusplus
 }

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from conftest import ROOT, TINY, engine_logits, error
-from engine_client import Engine
+from engine_client import Engine, HelperError
 
 EMULATED = ROOT / "build" / "emulated"
 BNB = ROOT / ".fixtures" / "tiny-bnb"
@@ -99,3 +99,24 @@ def test_device_that_is_not_there(tmp_path):
     assert done.returncode == 1
     assert done.stderr.splitlines()[:2] == ['millm-engine: UNSUPPORTED: device "cuda:1" is not available',
                                             "DETAIL:  CUDA is not used: there is no device cuda:1 (the last one is cuda:0)."]
+
+
+def test_load_reports():
+    """A load says how far the copy to the device is, and can be canceled between buffers."""
+    model = ROOT / ".fixtures" / "SmolLM2-135M-Instruct"
+    e = Engine(env={"LD_LIBRARY_PATH": str(EMULATED / "driver")}, program=str(EMULATED / "millm-engine"))
+    told = [payload for _, payload in e.open("load", path=str(model), device="cuda", max_sequences=1, context_length=64).frames()]
+    assert {p["stage"] for p in told[:-1]} == {"moving_to_gpu"}
+    assert [p["progress"] for p in told[:-1]] == sorted({p["progress"] for p in told[:-1]}) and told[-2]["progress"] == 100
+    for _ in range(50):  # a busy machine asks too late at times
+        e.call("unload")
+        try:
+            with e.open("load", path=str(model), device="cuda", max_sequences=1, context_length=64) as load:
+                load.receive()
+                e.call("cancel_load")
+                load.result()
+        except HelperError as err:
+            assert err.code == "CANCELED"
+            break
+    assert e.call("status")["state"] == "idle"
+    e.stop()

@@ -206,6 +206,7 @@ typedef struct Rig
 	MillmBackend *be[2];		/* the CPU's ref, and CUDA */
 	MillmBackendOptions options;
 	int			n_alive;		/* allocations on the device before */
+	int			n_host;			/* the host's for it */
 } Rig;
 
 static void
@@ -220,6 +221,7 @@ rig_init(Rig *r, int n_heads, int n_kv_heads, int head_dim)
 		.position = MILLM_POS_LEARNED, .attention_scale = 1};
 	r->options = (MillmBackendOptions) {.n_threads = 1, .kernels = "ref", .max_tokens = N_ROWS, .n_pages = 64, .layers_per_page = 1, .n_groups = 1};
 	r->n_alive = millm_emulated.n_allocations;
+	r->n_host = millm_emulated.n_host;
 }
 
 static void
@@ -240,7 +242,7 @@ rig_close(Rig *r)
 	for (int i = 0; i < 2; i++)
 		r->be[i]->free(r->be[i]);
 	assert_int_equal(millm_emulated.n_allocations, r->n_alive);
-	assert_int_equal(millm_emulated.n_host, 0);
+	assert_int_equal(millm_emulated.n_host, r->n_host);
 }
 
 static MillmBuffer *
@@ -881,6 +883,7 @@ test_out_of_memory(void **state)
 			assert_non_null(strstr(err.detail, "Need "));
 			assert_int_equal(millm_emulated.used_bytes, used);
 			assert_int_equal(millm_emulated.n_allocations, r.n_alive);
+			assert_int_equal(millm_emulated.n_host, r.n_host);
 		}
 	} while (rc != MILLM_OK);
 	assert_true(n > 4);
@@ -892,10 +895,153 @@ test_out_of_memory(void **state)
 		assert_int_equal(r.be[1]->buffer_create(r.be[1], N_ROWS, 100, &b, &err), MILLM_E_INSUFFICIENT_MEMORY);
 		millm_emulated.allocations_left = -1;
 	}
+	/* what was refused is nothing that a kernel is told of */
+	r.be[1]->embed(r.be[1], buffer(&r, 1, 64), &r.layer.k, (int32_t[]) {0}, false, 1);
 	r.be[1]->free(r.be[1]);
 	assert_int_equal(millm_emulated.n_allocations, r.n_alive);
 	discard(&s);
 	free(values);
+}
+
+/* Nothing that another model left in the device's memory is there to be read: all that is taken is cleared. */
+static void
+test_cleared(void **state)
+{
+	const float zeros[64] = {0};
+	Rig			r;
+	MillmError	err;
+
+	(void) state;
+	rig_init(&r, 2, 1, 64);
+	r.layer.q = (MillmWeight) {.dtype = MILLM_F32, .n_out = 4, .n_in = 13, .stride = 16, .data = zeros};	/* rows that end before the device's do */
+	millm_cuda_set_host(&host);
+	assert_int_equal(r.n_alive, 0);
+	assert_int_equal(millm_cuda_create(&r.model, &r.options, &r.be[1], &err), MILLM_OK);
+	buffer(&r, 1, 100);
+	assert_true(millm_emulated_is_clear());
+	r.be[1]->free(r.be[1]);
+}
+
+/* ---- uploads ---- */
+
+typedef struct Asked
+{
+	int			n;
+	int			last;
+	int			stop_at;		/* say so the n-th time; 0: never */
+} Asked;
+
+static bool
+ask(void *arg, int percent)
+{
+	Asked	   *asked = arg;
+
+	assert_true(percent >= asked->last && percent <= 100);
+	asked->last = percent;
+	return ++asked->n != asked->stop_at;
+}
+
+enum {UPLOAD_PARTS = 7, UPLOAD_BYTES = 1 << 16};
+
+/* Parts of every kind, from a buffer of bytes that begins unaligned, and what the device is to have then. */
+static int
+upload_parts(MillmPart *parts, const char *from, char *expected)
+{
+	static const MillmPart kinds[UPLOAD_PARTS] = {
+		{.n_rows = 1, .row_bytes = 5000, .from_pitch = 5000, .to_pitch = 5000}, {.n_rows = 37, .row_bytes = 130, .from_pitch = 133, .to_pitch = 144},
+		{.n_rows = 35, .row_bytes = 70 * 2, .from_pitch = 40 * 2, .to_pitch = 144, .element = 2}, {.n_rows = 1, .row_bytes = 4, .from_pitch = 4, .to_pitch = 4},
+		{.n_rows = 300, .row_bytes = 33 * 4, .from_pitch = 300 * 4, .to_pitch = 144, .element = 4}, {.n_rows = 3, .row_bytes = 1, .from_pitch = 9, .to_pitch = 16, .element = 1},
+		{.n_rows = 40, .row_bytes = 16, .from_pitch = 16, .to_pitch = 16},
+	};
+	int64_t		at = 0;
+
+	memset(expected, 0, UPLOAD_BYTES);
+	for (int i = 0; i < UPLOAD_PARTS; i++)
+	{
+		MillmPart  *p = &parts[i];
+
+		*p = kinds[i];
+		p->at = at;
+		p->from = from + 1000 * i + 1;
+		for (int64_t row = 0; row < p->n_rows; row++)
+			for (int64_t k = 0; k < p->row_bytes; k++)
+				expected[at + row * p->to_pitch + k] = p->element ? p->from[k / p->element * p->from_pitch + row * p->element + k % p->element] :
+					p->from[row * p->from_pitch + k];
+		at += (p->n_rows * p->to_pitch + 255) / 256 * 256;
+		assert_true(at <= UPLOAD_BYTES);
+	}
+	return UPLOAD_PARTS;
+}
+
+/* What arrives is the same with buffers of any size, pinned or not; a cancel, a call that fails and memory that runs out leave nothing behind. */
+static void
+test_upload(void **state)
+{
+	static const int64_t sizes[] = {0, 144, 500, 5000, 1 << 20};
+	static const size_t limits[] = {(size_t) 1 << 30, 3 << 20, 0};
+	char	   *from = bytes_of(UPLOAD_BYTES),
+			   *expected = bytes_of(UPLOAD_BYTES),
+			   *device;
+	MillmPart	parts[UPLOAD_PARTS];
+	const int	n_host = millm_emulated.n_host;
+	const size_t used = millm_emulated.used_bytes;
+	MillmError	err;
+	MillmCode	rc;
+	int			n = 0,
+				n_asked;
+
+	(void) state;
+	for (int i = 0; i < UPLOAD_BYTES; i++)
+		from[i] = (char) (uniform() * 128);
+	upload_parts(parts, from, expected);
+	for (size_t i = 0; i < sizeof(sizes) / sizeof(sizes[0]); i++)
+		for (size_t k = 0; k < sizeof(limits) / sizeof(limits[0]); k++)
+		{
+			Asked		asked = {0};
+
+			millm_emulated.pinned_limit = limits[k];
+			assert_int_equal(cudaMalloc((void **) &device, UPLOAD_BYTES), cudaSuccess);
+			cudaMemsetAsync(device, 0, UPLOAD_BYTES, NULL);
+			assert_int_equal(millm_cuda_upload(device, parts, UPLOAD_PARTS, &(MillmUploadOptions) {.progress = ask, .arg = &asked, .buffer_bytes = sizes[i]}, &err),
+							 MILLM_OK);
+			assert_memory_equal(device, expected, UPLOAD_BYTES);
+			assert_int_equal(asked.last, 100);
+			assert_int_equal(cudaGetLastError(), cudaSuccess);
+			cudaFree(device);
+		}
+	millm_emulated.pinned_limit = limits[0];
+
+	n_asked = 0;
+	assert_int_equal(cudaMalloc((void **) &device, UPLOAD_BYTES), cudaSuccess);
+	do
+	{
+		Asked		asked = {.stop_at = ++n_asked};
+
+		rc = millm_cuda_upload(device, parts, UPLOAD_PARTS, &(MillmUploadOptions) {.progress = ask, .arg = &asked, .buffer_bytes = 500}, &err);
+		assert_true(rc == MILLM_OK || rc == MILLM_E_CANCELED);
+		assert_int_equal(millm_emulated.n_host, n_host);
+		assert_int_equal(millm_emulated.used_bytes, used + UPLOAD_BYTES);
+	} while (rc != MILLM_OK);
+	assert_true(n_asked > 100);
+	do
+	{
+		millm_emulated.calls_left = n++;
+		rc = millm_cuda_upload(device, parts, UPLOAD_PARTS, &(MillmUploadOptions) {.buffer_bytes = 5000}, &err);
+		millm_emulated.calls_left = -1;
+		assert_true(rc == MILLM_OK || rc == MILLM_E_INTERNAL);
+		assert_int_equal(millm_emulated.n_host, n_host);
+		assert_int_equal(millm_emulated.used_bytes, used + UPLOAD_BYTES);
+		assert_int_equal(cudaGetLastError(), cudaSuccess);
+	} while (rc != MILLM_OK);
+	assert_true(n > 30);
+	millm_emulated.allocations_left = 0;
+	assert_int_equal(millm_cuda_upload(device, parts, UPLOAD_PARTS, &(MillmUploadOptions) {0}, &err), MILLM_E_INSUFFICIENT_MEMORY);
+	millm_emulated.allocations_left = -1;
+	assert_int_equal(millm_emulated.n_host, n_host);
+	cudaFree(device);
+	assert_int_equal(millm_emulated.used_bytes, used);
+	free(from);
+	free(expected);
 }
 
 /* What is predicted is what is taken. */
@@ -974,6 +1120,7 @@ test_device_fails(void **state)
 			assert_int_equal(rc, MILLM_E_INTERNAL);
 			assert_non_null(strstr(err.detail, "cudaErrorIllegalAddress"));
 			assert_int_equal(millm_emulated.n_allocations, r.n_alive);
+			assert_int_equal(millm_emulated.n_host, r.n_host);
 		}
 	} while (rc != MILLM_OK);
 	assert_true(n > 8);
@@ -1020,6 +1167,7 @@ main(void)
 	const struct CMUnitTest tests[] = {
 		cmocka_unit_test(test_matmul), cmocka_unit_test(test_matmul_old_device), cmocka_unit_test(test_matmul_others), cmocka_unit_test(test_company), cmocka_unit_test(test_attention),
 		cmocka_unit_test(test_rows), cmocka_unit_test(test_fetch), cmocka_unit_test(test_backwards), cmocka_unit_test(test_out_of_memory), cmocka_unit_test(test_prediction),
+		cmocka_unit_test(test_cleared), cmocka_unit_test(test_upload),
 		cmocka_unit_test(test_refused_options), cmocka_unit_test(test_device_fails),
 	};
 
