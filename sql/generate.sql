@@ -1,4 +1,4 @@
--- generate, chat, complete, their streams, apply_chat_template, tokenize, detokenize, count_tokens: what they are declared, and what they refuse
+-- generate, generate_rows, chat, complete, their streams, apply_chat_template, tokenize, detokenize, count_tokens: what they are declared, and what they refuse
 -- before any model is there.  What they return is test/t/010_generate.pl's.
 
 -- Volatility, cost, strictness, parallel safety, and who may execute
@@ -7,12 +7,15 @@ SELECT p.proname, pg_get_function_result(p.oid) AS result, p.provolatile AS vola
 	obj_description(p.oid) IS NOT NULL AS described
 FROM pg_proc p
 WHERE p.pronamespace = 'millm'::regnamespace
-	AND p.proname IN ('generate', 'generate_stream', 'chat', 'chat_stream', 'complete', 'complete_stream', 'apply_chat_template', 'tokenize', 'detokenize', 'count_tokens')
-ORDER BY p.proname;
+	AND p.proname IN ('generate', 'generate_stream', 'generate_rows', 'chat', 'chat_stream', 'complete', 'complete_stream', 'apply_chat_template', 'tokenize', 'detokenize', 'count_tokens')
+ORDER BY p.proname, result;
 
 SELECT regexp_split_to_table(pg_get_function_arguments(oid), ', ') AS argument FROM pg_proc
-WHERE pronamespace = 'millm'::regnamespace AND proname = 'generate';
-SELECT count(DISTINCT pg_get_function_arguments(oid)) FROM pg_proc WHERE pronamespace = 'millm'::regnamespace AND proname IN ('generate', 'generate_stream');
+WHERE pronamespace = 'millm'::regnamespace AND proname = 'generate' AND prorettype = 'text'::regtype;
+-- The forms for many prompts differ in the first, and in what comes after the last
+SELECT count(DISTINCT regexp_replace(regexp_replace(pg_get_function_arguments(oid), '^(prompts text\[\]|query text)', 'prompt text'), ', look_ahead .*', ''))
+FROM pg_proc WHERE pronamespace = 'millm'::regnamespace AND proname IN ('generate', 'generate_stream', 'generate_rows');
+SELECT substring(pg_get_function_arguments(oid) FROM 'look_ahead .*') FROM pg_proc WHERE pronamespace = 'millm'::regnamespace AND proname = 'generate_rows';
 SELECT count(DISTINCT pg_get_function_arguments(oid)) FROM pg_proc WHERE pronamespace = 'millm'::regnamespace AND proname IN ('chat', 'chat_stream');
 SELECT regexp_split_to_table(pg_get_function_arguments(oid), ', ') AS argument FROM pg_proc
 WHERE pronamespace = 'millm'::regnamespace AND proname = 'chat_stream';
@@ -24,7 +27,10 @@ WHERE pronamespace = 'millm'::regnamespace AND proname = 'chat' ORDER BY 1;
 
 -- NULL is no call
 SELECT millm.generate(NULL);
+SELECT millm.generate(NULL::text[]), millm.generate('{}'::text[]), millm.generate('{NULL,NULL}'::text[]);
 SELECT millm.generate_stream(NULL);
+SELECT * FROM millm.generate_rows(NULL);
+SELECT * FROM millm.generate_rows('SELECT 1, NULL::text', raw => true);
 SELECT millm.chat(NULL), millm.apply_chat_template(NULL);
 SELECT millm.chat_stream(NULL);
 SELECT millm.complete(NULL, n => 2);
@@ -39,6 +45,15 @@ SELECT millm.generate('x', raw => true, stop => ARRAY['a', NULL]);
 SELECT millm.generate_stream('x', raw => true, stop => ARRAY['a', NULL]);
 SELECT millm.generate('x', raw => true, model => 'nobody');
 SELECT millm.generate('x', raw => true, model => '12345');
+SELECT millm.generate('{x}'::text[], raw => true, system => 'Be brief.');
+SELECT millm.generate('{x}'::text[], raw => true, model => 'nobody');
+SELECT millm.generate_rows('SELECT 1, ''x''', temperature => 'NaN');
+SELECT millm.generate_rows('SELECT 1, ''x''', look_ahead => 257);
+SELECT millm.generate_rows('SELECT 1');
+SELECT millm.generate_rows('SELECT 1, 2');
+SELECT millm.generate_rows('DELETE FROM millm.registry RETURNING id, name');
+SELECT millm.generate_rows('SELECT 1, ''{}''::jsonb', system => 'Be brief.');
+SELECT millm.generate_rows('SELECT 1, ''{}''::jsonb', raw => true);
 SELECT millm.chat('[]', stop => ARRAY['a', NULL]);
 SELECT millm.complete('x', temperature => 'NaN');
 SELECT millm.complete_stream('x', stop => ARRAY['a', NULL]);
@@ -58,6 +73,8 @@ SELECT CASE WHEN true THEN millm.generate_stream('x') END;
 \set VERBOSITY sqlstate
 SELECT millm.generate('x', raw => true);
 SELECT millm.generate_stream('x', raw => true);
+SELECT millm.generate('{x}'::text[]);
+SELECT millm.generate_rows('SELECT 1, ''x''');
 SELECT millm.generate('x', system => 'Be brief.');
 SELECT millm.chat('[]');
 SELECT millm.chat_stream('[]');

@@ -261,6 +261,28 @@ LANGUAGE C VOLATILE PARALLEL RESTRICTED COST 1000000;
 COMMENT ON FUNCTION millm.generate(text, text, boolean, integer, float8, float8, integer, float8, float8, float8, float8, bigint, text[], text, boolean) IS
 	'Text that the loaded model writes after a prompt';
 
+CREATE FUNCTION millm.generate(prompts text[], system text DEFAULT NULL, raw boolean DEFAULT false, max_tokens integer DEFAULT NULL,
+	temperature float8 DEFAULT NULL, top_p float8 DEFAULT NULL, top_k integer DEFAULT NULL, min_p float8 DEFAULT NULL,
+	repetition_penalty float8 DEFAULT NULL, frequency_penalty float8 DEFAULT NULL, presence_penalty float8 DEFAULT NULL,
+	seed bigint DEFAULT NULL, stop text[] DEFAULT NULL, model text DEFAULT NULL, parse_special boolean DEFAULT NULL)
+RETURNS text[]
+AS 'MODULE_PATHNAME', 'millm_generate_array'
+LANGUAGE C VOLATILE PARALLEL RESTRICTED COST 1000000;
+COMMENT ON FUNCTION millm.generate(text[], text, boolean, integer, float8, float8, integer, float8, float8, float8, float8, bigint, text[], text, boolean) IS
+	'Texts that the loaded model writes after prompts, many of them at once; in order';
+
+CREATE FUNCTION millm.generate_rows(query text, system text DEFAULT NULL, raw boolean DEFAULT false, max_tokens integer DEFAULT NULL,
+	temperature float8 DEFAULT NULL, top_p float8 DEFAULT NULL, top_k integer DEFAULT NULL, min_p float8 DEFAULT NULL,
+	repetition_penalty float8 DEFAULT NULL, frequency_penalty float8 DEFAULT NULL, presence_penalty float8 DEFAULT NULL,
+	seed bigint DEFAULT NULL, stop text[] DEFAULT NULL, model text DEFAULT NULL, parse_special boolean DEFAULT NULL,
+	look_ahead integer DEFAULT NULL,
+	OUT key text, OUT text text, OUT error text, OUT finish_reason text, OUT prompt_tokens integer, OUT completion_tokens integer)
+RETURNS SETOF record
+AS 'MODULE_PATHNAME', 'millm_generate_rows'
+LANGUAGE C VOLATILE PARALLEL UNSAFE COST 1000000 ROWS 1000;
+COMMENT ON FUNCTION millm.generate_rows(text, text, boolean, integer, float8, float8, integer, float8, float8, float8, float8, bigint, text[], text, boolean, integer) IS
+	'What generate() writes for the rows (key, prompt) of a query, many of them at once; in order, with an error in the row that has one';
+
 CREATE FUNCTION millm.generate_stream(prompt text, system text DEFAULT NULL, raw boolean DEFAULT false, max_tokens integer DEFAULT NULL,
 	temperature float8 DEFAULT NULL, top_p float8 DEFAULT NULL, top_k integer DEFAULT NULL, min_p float8 DEFAULT NULL,
 	repetition_penalty float8 DEFAULT NULL, frequency_penalty float8 DEFAULT NULL, presence_penalty float8 DEFAULT NULL,

@@ -254,6 +254,29 @@ wait_a_moment(MillmHelper helper, long ms)
 	CHECK_FOR_INTERRUPTS();
 }
 
+void
+millm_client_sleep(MillmClient *client, int timeout_ms)
+{
+	Deadline	deadline = deadline_in(timeout_ms);
+
+	if (client)
+		wait_socket(client, WL_SOCKET_READABLE, &deadline);
+	else
+	{
+		wait_a_moment(MILLM_ENGINE, deadline_left(&deadline, CLIENT_CHECK_MS));
+		check_sql_client();
+	}
+}
+
+bool
+millm_client_has_descriptor(void)
+{
+	if (!AcquireExternalFD())
+		return false;
+	ReleaseExternalFD();
+	return true;
+}
+
 /* Connect, or ereport.  A helper that is starting is waited for; one that is down for longer is not. */
 static void
 connect_helper(MillmClient *client, const Deadline *deadline)

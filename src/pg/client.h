@@ -61,6 +61,15 @@ extern pgsocket millm_client_socket(MillmClient *client);
 extern int	millm_client_poll(MillmClient *client, StringInfo out, MillmError *err);
 
 /*
+ * One sleep of a loop that polls the engine: until client's socket has something to read, something wants our attention, or timeout_ms (< 0: a second)
+ * are over; the caller looks which.  client NULL: without a socket.  Serves interrupts, and looks after the SQL client.
+ */
+extern void millm_client_sleep(MillmClient *client, int timeout_ms);
+
+/* Whether this process may have one more connection to a helper, as things are. */
+extern bool millm_client_has_descriptor(void);
+
+/*
  * Texts of SQL in requests and replies.  Append value as a JSON string, in UTF-8; INVALID_ARGUMENT when it is longer than
  * any request may be.  A reply's field as a text in the database's encoding (a character that has none there is
  * PostgreSQL's error for it).  millm_reply_invalid(): PROTOCOL_VIOLATION, the reply lacks what.

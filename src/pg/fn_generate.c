@@ -21,6 +21,7 @@
 #include "utils/numeric.h"
 
 #include "client.h"
+#include "generate.h"
 #include "json.h"
 #include "live.h"
 
@@ -33,21 +34,10 @@ PG_FUNCTION_INFO_V1(millm_complete);
 PG_FUNCTION_INFO_V1(millm_complete_stream);
 PG_FUNCTION_INFO_V1(millm_apply_chat_template);
 
-/* Arguments that several functions have in a row, counted from the first of them. */
-enum
-{
-	OPT_MAX_TOKENS, OPT_TEMPERATURE, OPT_TOP_P, OPT_TOP_K, OPT_MIN_P, OPT_REPETITION_PENALTY, OPT_FREQUENCY_PENALTY, OPT_PRESENCE_PENALTY,
-	OPT_SEED, OPT_STOP, OPT_MODEL, N_OPTIONS
-};
+/* Arguments of chat and complete in a row, counted from the first of them. */
 enum
 {
 	CHOICES_N, CHOICES_LOGPROBS, CHOICES_TOP_LOGPROBS, CHOICES_LOGIT_BIAS
-};
-
-/* The arguments of generate and generate_stream, in the order of the SQL script. */
-enum
-{
-	ARG_PROMPT, ARG_SYSTEM, ARG_RAW, ARG_OPTIONS, ARG_PARSE_SPECIAL = ARG_OPTIONS + N_OPTIONS
 };
 
 /* Those of chat and chat_stream.  Of chat(text), messages is the prompt. */
@@ -205,26 +195,36 @@ append_choices(StringInfo request, FunctionCallInfo fcinfo, int first)
 		append_logit_bias(request, PG_GETARG_JSONB_P(first + CHOICES_LOGIT_BIAS));
 }
 
+char *
+millm_generate_options(FunctionCallInfo fcinfo, bool stream)
+{
+	bool		raw = !PG_ARGISNULL(ARG_RAW) && PG_GETARG_BOOL(ARG_RAW);
+	StringInfoData options;
+
+	initStringInfo(&options);
+	if (!PG_ARGISNULL(ARG_SYSTEM))
+	{
+		if (raw)
+			refuse(MILLM_E_INVALID_ARGUMENT, "a raw prompt has no system message", "Write the instructions into the prompt.");
+		appendStringInfoString(&options, ",\"system\":");
+		millm_append_text(&options, PG_GETARG_TEXT_PP(ARG_SYSTEM));
+	}
+	appendStringInfo(&options, ",\"raw\":%s", raw ? "true" : "false");
+	append_bool(&options, fcinfo, "parse_special", ARG_PARSE_SPECIAL);
+	append_options(&options, fcinfo, ARG_OPTIONS, stream);
+	return options.data;
+}
+
 /* The REQUEST of a call whose first argument is not NULL. */
 static char *
 generate_request(FunctionCallInfo fcinfo, bool stream)
 {
-	bool		raw = !PG_ARGISNULL(ARG_RAW) && PG_GETARG_BOOL(ARG_RAW);
 	StringInfoData request;
 
 	initStringInfo(&request);
 	appendStringInfoString(&request, "{\"op\":\"generate\",\"prompt\":");
 	millm_append_text(&request, PG_GETARG_TEXT_PP(ARG_PROMPT));
-	if (!PG_ARGISNULL(ARG_SYSTEM))
-	{
-		if (raw)
-			refuse(MILLM_E_INVALID_ARGUMENT, "a raw prompt has no system message", "Write the instructions into the prompt.");
-		appendStringInfoString(&request, ",\"system\":");
-		millm_append_text(&request, PG_GETARG_TEXT_PP(ARG_SYSTEM));
-	}
-	appendStringInfo(&request, ",\"raw\":%s", raw ? "true" : "false");
-	append_bool(&request, fcinfo, "parse_special", ARG_PARSE_SPECIAL);
-	append_options(&request, fcinfo, ARG_OPTIONS, stream);
+	appendStringInfoString(&request, millm_generate_options(fcinfo, stream));
 	appendStringInfoChar(&request, '}');
 	return request.data;
 }
