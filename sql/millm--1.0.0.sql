@@ -257,7 +257,7 @@ CREATE FUNCTION millm.generate(prompt text, system text DEFAULT NULL, raw boolea
 	seed bigint DEFAULT NULL, stop text[] DEFAULT NULL, model text DEFAULT NULL, parse_special boolean DEFAULT NULL)
 RETURNS text
 AS 'MODULE_PATHNAME', 'millm_generate'
-LANGUAGE C VOLATILE PARALLEL RESTRICTED COST 1000000;
+LANGUAGE C VOLATILE PARALLEL SAFE COST 1000000;
 COMMENT ON FUNCTION millm.generate(text, text, boolean, integer, float8, float8, integer, float8, float8, float8, float8, bigint, text[], text, boolean) IS
 	'Text that the loaded model writes after a prompt';
 
@@ -267,7 +267,7 @@ CREATE FUNCTION millm.generate(prompts text[], system text DEFAULT NULL, raw boo
 	seed bigint DEFAULT NULL, stop text[] DEFAULT NULL, model text DEFAULT NULL, parse_special boolean DEFAULT NULL)
 RETURNS text[]
 AS 'MODULE_PATHNAME', 'millm_generate_array'
-LANGUAGE C VOLATILE PARALLEL RESTRICTED COST 1000000;
+LANGUAGE C VOLATILE PARALLEL SAFE COST 1000000;
 COMMENT ON FUNCTION millm.generate(text[], text, boolean, integer, float8, float8, integer, float8, float8, float8, float8, bigint, text[], text, boolean) IS
 	'Texts that the loaded model writes after prompts, many of them at once; in order';
 
@@ -301,7 +301,7 @@ CREATE FUNCTION millm.chat(messages jsonb, tools json DEFAULT NULL, template_kwa
 	n integer DEFAULT NULL, logprobs boolean DEFAULT NULL, top_logprobs integer DEFAULT NULL, logit_bias jsonb DEFAULT NULL)
 RETURNS jsonb
 AS 'MODULE_PATHNAME', 'millm_chat'
-LANGUAGE C VOLATILE PARALLEL RESTRICTED COST 1000000;
+LANGUAGE C VOLATILE PARALLEL SAFE COST 1000000;
 COMMENT ON FUNCTION millm.chat(jsonb, json, jsonb, integer, float8, float8, integer, float8, float8, float8, float8, bigint, text[], text, json, text, integer, boolean, integer, jsonb) IS
 	'The loaded model''s answer in a conversation: text, finish_reason, usage, seed';
 
@@ -312,7 +312,7 @@ CREATE FUNCTION millm.chat(prompt text, tools json DEFAULT NULL, template_kwargs
 	n integer DEFAULT NULL, logprobs boolean DEFAULT NULL, top_logprobs integer DEFAULT NULL, logit_bias jsonb DEFAULT NULL)
 RETURNS jsonb
 AS 'MODULE_PATHNAME', 'millm_chat_text'
-LANGUAGE C VOLATILE PARALLEL RESTRICTED COST 1000000;
+LANGUAGE C VOLATILE PARALLEL SAFE COST 1000000;
 COMMENT ON FUNCTION millm.chat(text, json, jsonb, integer, float8, float8, integer, float8, float8, float8, float8, bigint, text[], text, json, text, integer, boolean, integer, jsonb) IS
 	'The loaded model''s answer to a user''s message: text, finish_reason, usage, seed';
 
@@ -333,7 +333,7 @@ CREATE FUNCTION millm.complete(prompt text, max_tokens integer DEFAULT NULL, tem
 	n integer DEFAULT NULL, logprobs boolean DEFAULT NULL, top_logprobs integer DEFAULT NULL, logit_bias jsonb DEFAULT NULL)
 RETURNS jsonb
 AS 'MODULE_PATHNAME', 'millm_complete'
-LANGUAGE C VOLATILE PARALLEL RESTRICTED COST 1000000;
+LANGUAGE C VOLATILE PARALLEL SAFE COST 1000000;
 COMMENT ON FUNCTION millm.complete(text, integer, float8, float8, integer, float8, float8, float8, float8, bigint, text[], text, boolean, integer, boolean, integer, jsonb) IS
 	'What the loaded model writes after a raw prompt: text, finish_reason, usage, seed';
 
@@ -351,27 +351,27 @@ CREATE FUNCTION millm.apply_chat_template(messages jsonb, tools json DEFAULT NUL
 	add_generation_prompt boolean DEFAULT true, documents json DEFAULT NULL, chat_template text DEFAULT NULL, model text DEFAULT NULL)
 RETURNS text
 AS 'MODULE_PATHNAME', 'millm_apply_chat_template'
-LANGUAGE C STABLE PARALLEL RESTRICTED COST 10000;
+LANGUAGE C STABLE PARALLEL SAFE COST 10000;
 COMMENT ON FUNCTION millm.apply_chat_template(jsonb, json, jsonb, boolean, json, text, text) IS
 	'A conversation as the loaded model''s chat template writes it';
 
 CREATE FUNCTION millm.embed(text text, model text DEFAULT NULL) RETURNS real[]
-AS 'MODULE_PATHNAME', 'millm_embed' LANGUAGE C STABLE PARALLEL RESTRICTED COST 10000;
+AS 'MODULE_PATHNAME', 'millm_embed' LANGUAGE C STABLE PARALLEL SAFE COST 10000;
 CREATE FUNCTION millm.embed(texts text[], model text DEFAULT NULL) RETURNS SETOF real[]
 AS 'MODULE_PATHNAME', 'millm_embed_array' LANGUAGE C STABLE PARALLEL RESTRICTED COST 10000;
 COMMENT ON FUNCTION millm.embed(text, text) IS 'The loaded model''s embedding of a text';
 COMMENT ON FUNCTION millm.embed(text[], text) IS 'The loaded model''s embeddings of texts, a row for each';
 
 CREATE FUNCTION millm.tokenize(text text, add_special boolean DEFAULT true, parse_special boolean DEFAULT true) RETURNS integer[]
-AS 'MODULE_PATHNAME', 'millm_tokenize' LANGUAGE C STABLE STRICT PARALLEL RESTRICTED COST 10000;
+AS 'MODULE_PATHNAME', 'millm_tokenize' LANGUAGE C STABLE STRICT PARALLEL SAFE COST 10000;
 COMMENT ON FUNCTION millm.tokenize(text, boolean, boolean) IS 'Token ids of a text, by the loaded model''s tokenizer';
 
 CREATE FUNCTION millm.detokenize(ids integer[]) RETURNS text
-AS 'MODULE_PATHNAME', 'millm_detokenize' LANGUAGE C STABLE STRICT PARALLEL RESTRICTED COST 10000;
+AS 'MODULE_PATHNAME', 'millm_detokenize' LANGUAGE C STABLE STRICT PARALLEL SAFE COST 10000;
 COMMENT ON FUNCTION millm.detokenize(integer[]) IS 'The text of token ids, by the loaded model''s tokenizer';
 
 CREATE FUNCTION millm.count_tokens(text text, for_embedding boolean DEFAULT false) RETURNS integer
-AS 'MODULE_PATHNAME', 'millm_count_tokens' LANGUAGE C STABLE STRICT PARALLEL RESTRICTED COST 10000;
+AS 'MODULE_PATHNAME', 'millm_count_tokens' LANGUAGE C STABLE STRICT PARALLEL SAFE COST 10000;
 COMMENT ON FUNCTION millm.count_tokens(text, boolean) IS 'How many token ids a text has, or those that embed() makes of it';
 
 -- ----------------------------------------------------------------------------------------------------------------
