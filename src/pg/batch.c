@@ -197,7 +197,7 @@ send_waiting(MillmBatch *b)
 
 		if (e->client || e->is_answered)
 			continue;
-		if (b->credit > 0 && b->n_under_way > 0 && !millm_client_has_descriptor())
+		if (b->credit > 0 && b->n_under_way > 0 && !millm_client_can_open())
 		{
 			b->credit = 0;
 			b->retry_at_ms = now + RETRY_MS;

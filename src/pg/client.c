@@ -269,12 +269,17 @@ millm_client_sleep(MillmClient *client, int timeout_ms)
 }
 
 bool
-millm_client_has_descriptor(void)
+millm_client_can_open(void)
 {
+	bool		has_both;
+
 	if (!AcquireExternalFD())
 		return false;
+	has_both = AcquireExternalFD();	/* the other one is for waiting: PostgreSQL makes a set of events each time */
+	if (has_both)
+		ReleaseExternalFD();
 	ReleaseExternalFD();
-	return true;
+	return has_both;
 }
 
 /* Connect, or ereport.  A helper that is starting is waited for; one that is down for longer is not. */

@@ -66,8 +66,8 @@ extern int	millm_client_poll(MillmClient *client, StringInfo out, MillmError *er
  */
 extern void millm_client_sleep(MillmClient *client, int timeout_ms);
 
-/* Whether this process may have one more connection to a helper, as things are. */
-extern bool millm_client_has_descriptor(void);
+/* Whether this process has the descriptors for one connection more. */
+extern bool millm_client_can_open(void);
 
 /*
  * Texts of SQL in requests and replies.  Append value as a JSON string, in UTF-8; INVALID_ARGUMENT when it is longer than

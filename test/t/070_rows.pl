@@ -198,14 +198,26 @@ my $sockets = grep { (readlink($_) // '') =~ /^socket:/ } glob('/proc/' . $sessi
 cmp_ok($sockets, '<', 10, 'no descriptor stays open');
 wait_pages($node, $free, 'thousands of rows');
 
-# --- The engine ends --------------------------------------------------------------------------------
+# --- The model goes, the engine ends --------------------------------------------------------------------------------
 load_model($node, $SMOLLM2);
 ($free) = engine_pages($node);
+$session->send("SELECT count(*) FROM $long");
+ok($at_work->(), 'at work');
+sql("SELECT millm.unload('10ms')");
+like($session->until_ready->{state}, qr/ML006|ML008|57014/, 'a model that is unloaded is no row\'s error');
+load_model($node, $SMOLLM2);
 $session->send("SELECT count(*) FROM $long");
 ok($at_work->(), 'at work');
 kill('KILL', sql('SELECT engine_pid FROM millm.status()'));
 is($session->until_ready->{state}, 'ML019', 'a killed engine is no row\'s error: it ends the statement');
 is($session->query('SELECT 1')->{rows}[0], 1, 'and nothing else');
+
+# --- Fewer descriptors than rows that could be under way --------------------------------------------
+$node->append_conf('postgresql.conf', 'max_files_per_process = 64');
+$node->restart;
+load_model($node, $SMOLLM2);
+is(sql(qq(SELECT count(text), count(error) FROM millm.generate_rows('SELECT i, ''a'' || i FROM generate_series(1, 60) i', $raw, max_tokens => 2, look_ahead => 256))), '60|0', 'few descriptors are no failure');
+$node->append_conf('postgresql.conf', 'max_files_per_process = 1000');
 
 # --- An engine that is full -------------------------------------------------------------------------
 $node->append_conf('postgresql.conf', "millm.max_sequences = 1\nmillm.max_queue = 2\n");
