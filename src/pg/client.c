@@ -37,6 +37,7 @@
 #include "utils/memutils.h"
 #include "utils/wait_event.h"
 
+#include "clock.h"
 #include "compat.h"
 #include "json.h"
 #include "live.h"
@@ -217,10 +218,19 @@ millm_client_socket(MillmClient *client)
 	return client->sock;
 }
 
-/* A backend whose client has gone must not keep an engine busy: let ProcessInterrupts() end it. */
+/*
+ * A backend whose client has gone must not keep an engine busy: let ProcessInterrupts() end it.  Called after every sleep, for many short ones may
+ * follow one another; it looks now and then.
+ */
 static void
 check_sql_client(void)
 {
+	static int64 looked_at_ms;
+	const int64 now = millm_now_ms();
+
+	if (now - looked_at_ms < CLIENT_CHECK_MS / 2)
+		return;
+	looked_at_ms = now;
 	if (whereToSendOutput == DestRemote && MyProcPort && millm_can_check_client() && !pq_check_connection())
 	{
 		ClientConnectionLost = true;
@@ -238,8 +248,7 @@ wait_socket(MillmClient *client, int event, const Deadline *deadline)
 
 	if (rc & WL_LATCH_SET)
 		ResetLatch(MyLatch);
-	if (rc & WL_TIMEOUT)
-		check_sql_client();
+	check_sql_client();
 	CHECK_FOR_INTERRUPTS();
 }
 
@@ -251,6 +260,7 @@ wait_a_moment(MillmHelper helper, long ms)
 
 	if (rc & WL_LATCH_SET)
 		ResetLatch(MyLatch);
+	check_sql_client();
 	CHECK_FOR_INTERRUPTS();
 }
 
@@ -262,10 +272,7 @@ millm_client_sleep(MillmClient *client, int timeout_ms)
 	if (client)
 		wait_socket(client, WL_SOCKET_READABLE, &deadline);
 	else
-	{
 		wait_a_moment(MILLM_ENGINE, deadline_left(&deadline, CLIENT_CHECK_MS));
-		check_sql_client();
-	}
 }
 
 bool

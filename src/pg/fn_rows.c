@@ -22,6 +22,7 @@
 
 #include "batch.h"
 #include "client.h"
+#include "compat.h"
 #include "generate.h"
 #include "json.h"
 #include "live.h"

@@ -198,6 +198,21 @@ my $sockets = grep { (readlink($_) // '') =~ /^socket:/ } glob('/proc/' . $sessi
 cmp_ok($sockets, '<', 10, 'no descriptor stays open');
 wait_pages($node, $free, 'thousands of rows');
 
+# A client that has gone is noticed between short requests, too, when no row is sent meanwhile
+SKIP:
+{
+	skip 'PostgreSQL 14 cannot tell', 6 if sql('SHOW server_version_num') < 150000;
+	for my $query ("SELECT count(millm.generate('a' || i, $raw, max_tokens => 2)) FROM generate_series(1, 1000000) i",
+		"SELECT count(text) FROM millm.generate_rows('SELECT i, ''a'' || i FROM generate_series(1, 1000000) i', $raw, max_tokens => 2)")
+	{
+		my $gone = MillmTest::Session->new($node)->send($query);
+		ok(wait_true(sub { (engine_pages($node))[1] > 0 }), 'at work');
+		$gone->hang_up;
+		ok(wait_true(sub { sql("SELECT count(*) FROM pg_stat_activity WHERE query LIKE '%1000000%' AND pid <> pg_backend_pid()") == 0 }), "a client that has gone: $query");
+		wait_pages($node, $free, 'a client that has gone');
+	}
+}
+
 # --- The model goes, the engine ends --------------------------------------------------------------------------------
 load_model($node, $SMOLLM2);
 ($free) = engine_pages($node);
