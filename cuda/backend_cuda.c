@@ -49,7 +49,6 @@ typedef struct Parcel
 {
 	char	   *host;			/* page-locked: the copy reads it until the stream was waited for */
 	char	   *device;
-	int64_t		capacity;		/* of both */
 	int64_t		used;
 } Parcel;
 
@@ -71,6 +70,7 @@ typedef struct CudaBackend
 	/* the step */
 	Parcel		parcel;
 	int			n_groups;
+	int64_t		max_entries;	/* of its page tables */
 	int			n_pairs;
 	float	   *frequencies;	/* [n_pairs], of a length */
 	const int32_t *positions;	/* these are the device's, in the parcel */
@@ -176,20 +176,21 @@ millm_cuda_buffer_bytes(int64_t n_rows, int64_t n_columns)
 	return n_rows * round_up(n_columns, ROW_ALIGNMENT) * (int64_t) sizeof(float);
 }
 
-/* What a step of n tokens brings along, but page tables beyond an entry for each page of the pool. */
+/* What a step of n tokens brings along at most. */
 static int64_t
-parcel_bytes(const MillmModel *model, int n, int64_t n_pages, int n_groups)
+parcel_bytes(const MillmModel *model, int64_t n, int n_groups, int64_t max_entries)
 {
 	const int	n_ropes = model->config.local_rope.inv_freq ? 2 : 1;
 	const int64_t angles = model->config.position == MILLM_POS_ROPE ? (int64_t) n_ropes * model->config.rotary_dim : 0;
 
-	return ((int64_t) n * (1 + 2 * n_groups + angles) + n_pages) * 4 + 8 * PART_ALIGNMENT;
+	return (n * (1 + n_groups + angles) + max_entries) * 4 + 5 * PART_ALIGNMENT;
 }
 
 int64_t
-millm_cuda_own_bytes(const MillmModel *model, int max_tokens, int64_t n_pages)
+millm_cuda_own_bytes(const MillmModel *model, const MillmBackendOptions *o)
 {
-	return parcel_bytes(model, max_tokens, n_pages, 1) + (int64_t) max_tokens * 8 + millm_cuda_fetch_bytes(model->config.vocab_size, max_tokens);
+	return parcel_bytes(model, o->max_tokens, o->n_groups, o->max_entries) + (int64_t) o->max_tokens * 8 +
+		millm_cuda_fetch_bytes(model->config.vocab_size, o->max_tokens);
 }
 
 static MillmCode
@@ -325,27 +326,6 @@ copy_page(MillmBackend *be, int32_t dst, int32_t src)
 
 /* ---- the step ---- */
 
-/* Make room for so many bytes more, while the stream is idle; a table grows for long, so that it is seldom. */
-static void
-parcel_reserve(CudaBackend *c, int64_t bytes)
-{
-	Parcel	   *p = &c->parcel;
-	char	   *larger;
-
-	bytes += p->used;
-	if (bytes <= p->capacity)
-		return;
-	bytes += bytes / 2;
-	CHECK(cudaMallocHost((void **) &larger, (size_t) bytes));
-	memcpy(larger, p->host, (size_t) p->used);
-	CHECK(cudaFreeHost(p->host));
-	p->host = larger;
-	CHECK(cudaFree(p->device));
-	p->device = NULL;
-	CHECK(cudaMalloc((void **) &p->device, (size_t) bytes));
-	p->capacity = bytes;
-}
-
 /* The next bytes of the parcel, for which there is room: their offset. */
 static int64_t
 parcel_take(Parcel *p, int64_t bytes)
@@ -408,6 +388,7 @@ pack_tables(CudaBackend *c, const int32_t *positions, const int32_t *const *page
 	int64_t		n_entries = 0;
 	int32_t    *tables,
 			   *table_of;
+	MillmError	err;
 
 	for (int g = 0; g < c->n_groups; g++)
 		for (int t = 0, end; t < n; t = end)
@@ -415,7 +396,12 @@ pack_tables(CudaBackend *c, const int32_t *positions, const int32_t *const *page
 			end = end_of_table(pages + g, c->n_groups, t, n);
 			n_entries += table_entries(positions, end);
 		}
-	parcel_reserve(c, n_entries * 4 + (int64_t) n * c->n_groups * 4 + 2 * PART_ALIGNMENT);
+	if (n_entries > c->max_entries)
+	{
+		millm_fail(&err, MILLM_E_INTERNAL, "a step has more page tables than there is room for");
+		millm_detail(&err, "They have %" PRId64 " entries, room is for %" PRId64 ".", n_entries, c->max_entries);
+		host->fault(&err);
+	}
 	*at_tables = parcel_take(&c->parcel, n_entries * 4);
 	*at_table_of = parcel_take(&c->parcel, (int64_t) n * c->n_groups * 4);
 	tables = (int32_t *) (c->parcel.host + *at_tables);
@@ -450,8 +436,7 @@ begin(MillmBackend *be, const int32_t *positions, const int32_t *planned_lengths
 	c->fetched = NULL;
 	CHECK(cudaMemsetAsync(c->bad_place, MILLM_CUDA_NO_PLACE & 0xff, sizeof(*c->bad_place), c->stream));
 	c->parcel.used = 0;
-	pack_tables(c, positions, pages, n, &at_tables, &at_table_of);	/* first: it makes room, and the rest fits into what create() reserved beside */
-	parcel_reserve(c, parcel_bytes(c->model, n, 0, 0));
+	pack_tables(c, positions, pages, n, &at_tables, &at_table_of);
 	at_positions = parcel_take(&c->parcel, (int64_t) n * 4);
 	memcpy(c->parcel.host + at_positions, positions, (size_t) n * 4);
 	for (int i = 0; i < 2 && c->n_pairs > 0; i++)
@@ -710,6 +695,7 @@ create_memory(CudaBackend *c, const MillmBackendOptions *options, MillmError *er
 {
 	const MillmConfig *config = &c->model->config;
 	const int64_t n = options->max_tokens;
+	int64_t		parcel;
 	cudaError_t status;
 	size_t		kv_bytes;
 	MillmCode	rc;
@@ -721,19 +707,20 @@ create_memory(CudaBackend *c, const MillmBackendOptions *options, MillmError *er
 		return millm_fail(err, MILLM_E_INVALID_ARGUMENT, "invalid number of KV pages: %" PRId64, options->n_pages);
 	c->n_groups = options->n_groups;
 	c->n_pairs = config->position == MILLM_POS_ROPE ? config->rotary_dim / 2 : 0;
-	c->parcel.capacity = parcel_bytes(c->model, options->max_tokens, options->n_pages, c->n_groups);
+	c->max_entries = options->max_entries;
+	parcel = parcel_bytes(c->model, n, c->n_groups, c->max_entries);
 	c->frequencies = calloc((size_t) c->n_pairs + 1, sizeof(float));
 	if (!c->frequencies)
 		return millm_fail(err, MILLM_E_INSUFFICIENT_MEMORY, "out of memory");
-	status = cudaMallocHost((void **) &c->parcel.host, (size_t) c->parcel.capacity);
+	status = cudaMallocHost((void **) &c->parcel.host, (size_t) parcel);
 	if (status == cudaSuccess)
 		status = cudaMallocHost((void **) &c->arrived_place, sizeof(*c->arrived_place));
 	if (status != cudaSuccess)
-		return millm_cuda_failed(status, "the page tables", c->parcel.capacity, err);
+		return millm_cuda_failed(status, "the page tables", parcel, err);
 	status = millm_cuda_fetch_create(config->vocab_size, options->max_tokens, c->stream, &c->fetch);
 	if (status != cudaSuccess)
 		return millm_cuda_failed(status, "the choice among logits", millm_cuda_fetch_bytes(config->vocab_size, options->max_tokens), err);
-	if ((rc = millm_cuda_allocate(&c->parcel.device, c->parcel.capacity, "the page tables", c->stream, err)) != MILLM_OK ||
+	if ((rc = millm_cuda_allocate(&c->parcel.device, parcel, "the page tables", c->stream, err)) != MILLM_OK ||
 		(rc = millm_cuda_allocate(&c->row_numbers, n * (int64_t) sizeof(*c->row_numbers), "the workspace", c->stream, err)) != MILLM_OK ||
 		(rc = millm_cuda_allocate(&c->row_weights, n * (int64_t) sizeof(*c->row_weights), "the workspace", c->stream, err)) != MILLM_OK ||
 		(rc = millm_cuda_allocate(&c->bad_place, sizeof(*c->bad_place), "the workspace", c->stream, err)) != MILLM_OK)

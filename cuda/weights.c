@@ -7,6 +7,7 @@
 #include "weights.h"
 
 #include <stdlib.h>
+#include <string.h>
 
 #include "device_memory.h"
 #include "upload.h"
@@ -28,6 +29,7 @@ typedef struct Vector
 
 struct MillmCudaWeights
 {
+	const char *as;				/* the quantization that is pretended, while it is only measured; NULL: none */
 	char	   *memory;			/* NULL while it is only measured */
 	int64_t		used;
 	MillmPart  *parts;			/* [n_parts], what is uploaded; NULL once it is, and while it is measured */
@@ -88,6 +90,17 @@ put_4bit(MillmCudaWeights *m, const MillmWeight *w, MillmCudaWeight *d)
 	d->nested_absmax = put(m, (const char *) w->nested_absmax + begin_block / nested * 4, ((end_block + nested - 1) / nested - begin_block / nested) * 4);
 }
 
+/* A linear weight of a layer, in the format that is pretended: what counts is only what it takes. */
+static MillmWeight
+pretended(const MillmCudaWeights *m, const MillmWeight *w)
+{
+	MillmWeight p = {.n_out = w->n_out, .n_in = w->n_in, .stride = w->n_in, .data = w->data, .absmax = w->data, .nested_absmax = w->data, .block_size = 64,
+		.nested_block_size = 256};
+
+	p.dtype = strcmp(m->as, "Q4") == 0 ? MILLM_4BIT : strcmp(m->as, "Q8") == 0 ? MILLM_INT8 : MILLM_BF16;
+	return p;
+}
+
 static void
 put_weight(MillmCudaWeights *m, const MillmWeight *w)
 {
@@ -131,30 +144,55 @@ put_vector(MillmCudaWeights *m, const MillmVector *v)
 }
 
 static void
+put_linear(MillmCudaWeights *m, const MillmWeight *w)
+{
+	MillmWeight p;
+
+	if (m->as)
+		w = (p = pretended(m, w), &p);
+	put_weight(m, w);
+}
+
+/* Which stays as it is with 16 bits or more, and has 16 when somebody has quantized it. */
+static void
+put_router(MillmCudaWeights *m, const MillmWeight *w)
+{
+	MillmWeight p = {.dtype = MILLM_BF16, .n_out = w->n_out, .n_in = w->n_in, .stride = w->n_in, .data = w->data};
+
+	put_weight(m, m->as && w->dtype >= MILLM_N_FLOAT_DTYPES ? &p : w);
+}
+
+static void
 put_mlp(MillmCudaWeights *m, const MillmMlp *mlp)
 {
-	put_weight(m, &mlp->gate);
-	put_weight(m, &mlp->up);
-	put_weight(m, &mlp->down);
+	put_linear(m, &mlp->gate);
+	put_linear(m, &mlp->up);
+	put_linear(m, &mlp->down);
 }
 
 static void
 put_layer(MillmCudaWeights *m, const MillmModel *model, const MillmLayer *l)
 {
-	const MillmWeight *weights[] = {&l->q, &l->k, &l->v, &l->o, &l->qkv, &l->gate, &l->up, &l->down, &l->router, &l->shared_router};
+	const char *as = m->as;
+	const MillmWeight *linears[] = {&l->q, &l->k, &l->v, &l->o, &l->qkv, &l->gate, &l->up, &l->down};
 	const MillmVector *vectors[] = {
 		&l->sinks, &l->attn_norm, &l->attn_norm_bias, &l->attn_post_norm, &l->mlp_post_norm, &l->q_bias, &l->k_bias, &l->v_bias, &l->o_bias,
 		&l->qkv_bias, &l->q_norm, &l->k_norm, &l->q_norm_bias, &l->k_norm_bias, &l->mlp_norm, &l->mlp_norm_bias, &l->gate_bias, &l->up_bias,
 		&l->down_bias, &l->router_bias, &l->experts_up_bias, &l->experts_down_bias, &l->shared.up_bias, &l->shared.down_bias,
 	};
 
-	for (size_t i = 0; i < sizeof(weights) / sizeof(weights[0]); i++)
-		put_weight(m, weights[i]);
+	for (size_t i = 0; i < sizeof(linears) / sizeof(linears[0]); i++)
+		put_linear(m, linears[i]);
+	put_router(m, &l->router);
+	put_router(m, &l->shared_router);
 	for (size_t i = 0; i < sizeof(vectors) / sizeof(vectors[0]); i++)
 		put_vector(m, vectors[i]);
 	put_mlp(m, &l->shared);
+	if (model->config.has_fused_experts)
+		m->as = NULL;			/* which nobody quantizes */
 	for (int e = 0; l->experts && e < model->config.n_experts; e++)
 		put_mlp(m, &l->experts[e]);
+	m->as = as;
 }
 
 static bool
@@ -191,9 +229,9 @@ put_model(MillmCudaWeights *m, const MillmModel *model)
 }
 
 int64_t
-millm_cuda_weights_bytes(const MillmModel *model)
+millm_cuda_weights_bytes(const MillmModel *model, const char *quantization)
 {
-	MillmCudaWeights measure = {0};
+	MillmCudaWeights measure = {.as = quantization};
 
 	put_model(&measure, model);
 	return measure.used;

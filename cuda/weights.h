@@ -11,8 +11,8 @@
 
 typedef struct MillmCudaWeights MillmCudaWeights;
 
-/* Bytes that it takes. */
-extern int64_t millm_cuda_weights_bytes(const MillmModel *model);
+/* Bytes that it takes, as if the linear weights of the layers were "FP16", "Q4" or "Q8"; NULL: as they are. */
+extern int64_t millm_cuda_weights_bytes(const MillmModel *model, const char *quantization);
 
 /*
  * Copy all that the forward pass reads but the screening copy of the head; the model's mappings are read until this returns.

@@ -114,6 +114,7 @@ typedef struct MillmBackendOptions
 	int64_t		n_pages;		/* of the KV cache */
 	int			layers_per_page;
 	int			n_groups;		/* page tables of a sequence */
+	int64_t		max_entries;	/* of all page tables of a step */
 	/* Told how far the copy of the weights is, where one is made (copied_bytes), on this thread; false: stop, CANCELED.  NULL: nobody asks */
 	bool		(*progress) (void *arg, int percent);
 	void	   *progress_arg;
@@ -127,8 +128,9 @@ typedef struct MillmBackendKind
 	/* -1 when kernels cannot be chosen (create says why) */
 	int64_t		(*page_bytes) (const MillmModel *model, const char *kernels, int layers_per_page);
 	int64_t		(*buffer_bytes) (int64_t n_rows, int64_t n_columns);
-	int64_t		(*own_bytes) (const MillmModel *model, int max_tokens, int64_t n_pages);
-	int64_t		(*copied_bytes) (const MillmModel *model);	/* of the weights that it keeps a copy of; NULL: uses them in place */
+	int64_t		(*own_bytes) (const MillmModel *model, const MillmBackendOptions *options);
+	/* Of the weights that it keeps a copy of, as if they were "FP16", "Q4" or "Q8"; NULL: as they are.  No function: uses them in place */
+	int64_t		(*copied_bytes) (const MillmModel *model, const char *quantization);
 } MillmBackendKind;
 
 extern const MillmBackendKind millm_backend_cpu;

@@ -178,12 +178,12 @@ alibi_stride(const MillmModel *model, int64_t n_pages)
 }
 
 static int64_t
-own_bytes(const MillmModel *model, int max_tokens, int64_t n_pages)
+own_bytes(const MillmModel *model, const MillmBackendOptions *options)
 {
 	int64_t		n = model->screen.codes.data ? model->head.n_out : 0;
-	int64_t		n_alibi = model->config.alibi_slopes ? model->config.n_heads * alibi_stride(model, n_pages) : 0;
+	int64_t		n_alibi = model->config.alibi_slopes ? model->config.n_heads * alibi_stride(model, options->n_pages) : 0;
 
-	return (n_alibi + (int64_t) max_tokens * model->config.rotary_dim * (model->config.local_rope.inv_freq ? 2 : 1) + n + 2 * (n / SHORTLIST_SHARE)) * (int64_t) sizeof(float);
+	return (n_alibi + (int64_t) options->max_tokens * model->config.rotary_dim * (model->config.local_rope.inv_freq ? 2 : 1) + n + 2 * (n / SHORTLIST_SHARE)) * (int64_t) sizeof(float);
 }
 
 /* Zeroed memory that is not touched before it is used. */

@@ -176,7 +176,7 @@ open_run(Run *run)
 	const MillmBench *b = run->bench;
 	int64_t		positions = b->n_prompt > b->n_gen + 1 ? b->n_prompt : b->n_gen + 1;
 	MillmForwardOptions options = {.device = b->device, .n_threads = b->n_threads, .kernels = b->kernels, .full_head = b->full_head,
-		.max_batch_tokens = b->n_sequences > MILLM_BATCH_TOKENS ? b->n_sequences : MILLM_BATCH_TOKENS};
+		.max_batch_tokens = b->n_sequences > MILLM_BATCH_TOKENS ? b->n_sequences : MILLM_BATCH_TOKENS, .max_sequences = b->n_sequences, .max_length = (int) positions};
 	MillmKvLayout layout;
 	MillmCode	rc;
 

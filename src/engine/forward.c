@@ -129,11 +129,35 @@ millm_kv_page_bytes(const MillmModel *model, const MillmForwardOptions *options)
 	return kind_of(options)->page_bytes(model, options->kernels, layout.layers_per_page);
 }
 
+static MillmBackendOptions
+backend_options(const MillmModel *model, const MillmForwardOptions *options)
+{
+	const int64_t n_sequences = options->max_sequences > 0 ? options->max_sequences : 1;
+	const int64_t length = options->max_length > 0 ? options->max_length : model->config.max_context;
+	MillmKvLayout layout;
+
+	millm_forward_kv_layout(model, &layout);
+	return (MillmBackendOptions) {
+		.ordinal = options->device ? options->device->ordinal : 0,
+		.n_threads = options->n_threads,
+		.deterministic = options->deterministic,
+		.kernels = options->kernels,
+		.max_tokens = batch_tokens(options),
+		.n_pages = options->n_pages,
+		.layers_per_page = layout.layers_per_page,
+		.n_groups = layout.n_groups,
+		.max_entries = n_sequences * layout.n_groups * (length / MILLM_KV_PAGE_TOKENS + 1),
+		.progress = options->progress,
+		.progress_arg = options->progress_arg,
+	};
+}
+
 int64_t
 millm_forward_workspace_bytes(const MillmModel *model, const MillmForwardOptions *options)
 {
 	const MillmConfig *c = &model->config;
 	const MillmBackendKind *kind = kind_of(options);
+	const MillmBackendOptions bo = backend_options(model, options);
 	Widths		w = widths(model);
 	int			n = batch_tokens(options);
 	int64_t		experts = c->n_experts == 0 ? 0 : 2 * kind->buffer_bytes(n, c->hidden_size) +
@@ -142,7 +166,7 @@ millm_forward_workspace_bytes(const MillmModel *model, const MillmForwardOptions
 	return experts + 2 * kind->buffer_bytes(n, c->hidden_size) + 2 * kind->buffer_bytes(n, w.q) +
 		2 * kind->buffer_bytes(n, w.kv) + (c->mlp_gated ? 2 : 1) * kind->buffer_bytes(n, w.ffn) +
 		(w.qkv ? kind->buffer_bytes(n, w.qkv) : 0) + (model->project_in.data ? kind->buffer_bytes(n, c->embedding_size) : 0) +
-		kind->buffer_bytes(n, c->vocab_size) + kind->own_bytes(model, n, options->n_pages);
+		kind->buffer_bytes(n, c->vocab_size) + kind->own_bytes(model, &bo);
 }
 
 static void
@@ -190,8 +214,7 @@ millm_forward_create(const MillmModel *model, const MillmForwardOptions *options
 	int			n = batch_tokens(options);
 	MillmForward *fw;
 	MillmCode	rc;
-	MillmBackendOptions bo = {.ordinal = options->device ? options->device->ordinal : 0, .n_threads = options->n_threads, .deterministic = options->deterministic,
-		.kernels = options->kernels, .max_tokens = n, .n_pages = options->n_pages, .progress = options->progress, .progress_arg = options->progress_arg};
+	const MillmBackendOptions bo = backend_options(model, options);
 
 	if (n < 1 || n > MAX_BATCH_TOKENS)
 		return millm_fail(err, MILLM_E_INVALID_ARGUMENT, "invalid number of tokens of a step: %d", n);
@@ -200,8 +223,6 @@ millm_forward_create(const MillmModel *model, const MillmForwardOptions *options
 	fw->model = model;
 	fw->max_batch_tokens = n;
 	millm_forward_kv_layout(model, &fw->kv);
-	bo.layers_per_page = fw->kv.layers_per_page;
-	bo.n_groups = fw->kv.n_groups;
 	fw->tokens = calloc((size_t) n, sizeof(*fw->tokens));
 	fw->positions = calloc((size_t) n, sizeof(*fw->positions));
 	fw->planned = calloc((size_t) n, sizeof(*fw->planned));

@@ -31,6 +31,8 @@ typedef struct MillmForwardOptions
 	int			n_threads;		/* 0: one per CPU this process may use */
 	int			max_batch_tokens;	/* rows of one step; 0: MILLM_BATCH_TOKENS */
 	int64_t		n_pages;		/* KV pages of MILLM_KV_PAGE_TOKENS positions (kv.h) */
+	int			max_sequences;	/* of a step, each of at most */
+	int			max_length;		/* positions: what a device keeps room for in page tables; 0: one sequence, of all that the model knows */
 	bool		deterministic;	/* batch-invariant kernels: a row's bits do not depend on its company */
 	bool		full_head;		/* read all of the LM head, even if it has a screening copy: the tokens are the same */
 	const char *kernels;		/* the CPU: "ref", "avx2", "avx512", "amx"; NULL: the best, or $MILLM_KERNELS */

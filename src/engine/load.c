@@ -135,6 +135,8 @@ plan_memory(const MillmModel *model, const MillmLoadOptions *options, const Mill
 	millm_forward_kv_layout(model, &plan->layout);
 	if ((rc = choose_context(options, &model->config, &plan->context_length, err)) != MILLM_OK)
 		return rc;
+	fo->max_sequences = options->max_sequences;
+	fo->max_length = plan->context_length;
 	fo->max_batch_tokens = options->max_sequences > MILLM_BATCH_TOKENS ? options->max_sequences : MILLM_BATCH_TOKENS;
 	plan->step_tokens = fo->max_batch_tokens;
 	plan->page_bytes = millm_kv_page_bytes(model, fo);
@@ -156,18 +158,20 @@ plan_memory(const MillmModel *model, const MillmLoadOptions *options, const Mill
 	return rc;
 }
 
-/* What the weights would take as Q4; -1 when they are quantized, or cannot be. */
+/* Of the weights as if they were so, where the device keeps them; NULL: as they are. */
 static int64_t
-q4_bytes(const MillmModel *model)
+weights_bytes(const MillmModel *model, const MillmDevice *device, const char *quantization)
 {
-	return model->quantization || model->config.has_fused_experts ? -1 : millm_model_weights_bytes_as(model, "Q4");
+	if (device->kind->copied_bytes)
+		return device->kind->copied_bytes(model, quantization);
+	return quantization ? millm_model_weights_bytes_as(model, quantization) : (int64_t) model->weights_bytes;
 }
 
-/* Of the weights as they are, where the device keeps them. */
+/* What the weights would take as Q4; -1 when they are quantized, or cannot be. */
 static int64_t
-weights_bytes(const MillmModel *model, const MillmDevice *device)
+q4_bytes(const MillmModel *model, const MillmDevice *device)
 {
-	return device->kind->copied_bytes ? device->kind->copied_bytes(model) : (int64_t) model->weights_bytes;
+	return model->quantization || model->config.has_fused_experts ? -1 : weights_bytes(model, device, "Q4");
 }
 
 /* What unloading now (NULL: nothing) gives back on the device. */
@@ -196,16 +200,17 @@ plan_load(const MillmLoadOptions *options, const char *quantization, bool must_f
 	if (rc != MILLM_OK || (rc = millm_model_open(options->path, &model, err)) != MILLM_OK)
 		return rc;
 	out->quantization = quantization ? quantization : millm_model_quantization(model);
-	rc = plan_memory(model, options, &device, strcmp(out->quantization, millm_model_quantization(model)) == 0 ? weights_bytes(model, &device) :
-					 millm_model_weights_bytes_as(model, out->quantization), releasable_bytes(now, &device), &plan, &fo, err);
+	if (strcmp(out->quantization, millm_model_quantization(model)) == 0)
+		quantization = NULL;
+	rc = plan_memory(model, options, &device, weights_bytes(model, &device, quantization), releasable_bytes(now, &device), &plan, &fo, err);
 	if (rc == MILLM_OK && must_fit)
-		rc = millm_memory_check(&plan, q4_bytes(model), err);
+		rc = millm_memory_check(&plan, q4_bytes(model, &device), err);
 	out->weights_bytes = plan.weights_bytes;
 	out->kv_bytes = plan.kv_bytes;
 	out->workspace_bytes = plan.workspace_bytes;
 	out->available_bytes = plan.available_bytes;
 	out->context_length = plan.context_length;
-	out->fp16_weights_bytes = millm_model_weights_bytes_as(model, "FP16");
+	out->fp16_weights_bytes = weights_bytes(model, &device, strcmp(millm_model_quantization(model), "FP16") == 0 ? NULL : "FP16");
 	millm_model_close(model);
 	return rc;
 }
@@ -237,9 +242,9 @@ open_model(MillmLoaded *loaded, const MillmLoadOptions *options, LoadProgress *p
 
 	if ((rc = millm_device_choose(&options->device, NULL, &loaded->device, err)) != MILLM_OK ||
 		(rc = millm_model_open(options->path, &loaded->model, err)) != MILLM_OK ||
-		(rc = plan_memory(loaded->model, options, &loaded->device, weights_bytes(loaded->model, &loaded->device), 0, &plan, &fo, err)) != MILLM_OK)
+		(rc = plan_memory(loaded->model, options, &loaded->device, weights_bytes(loaded->model, &loaded->device, NULL), 0, &plan, &fo, err)) != MILLM_OK)
 		return rc;
-	if ((rc = millm_memory_check(&plan, q4_bytes(loaded->model), &short_of)) != MILLM_OK)
+	if ((rc = millm_memory_check(&plan, q4_bytes(loaded->model, &loaded->device), &short_of)) != MILLM_OK)
 	{
 		if (!options->force)
 		{

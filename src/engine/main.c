@@ -419,7 +419,7 @@ static MillmCode
 runner_open(Runner *run, const char *dir, const char *mutate, Machine *machine, int64_t n_positions, MillmError *err)
 {
 	MillmForwardOptions options = {.device = &machine->device, .n_threads = (int) machine->threads, .kernels = machine->kernels, .full_head = run->full_head,
-		.max_batch_tokens = MILLM_BATCH_TOKENS};
+		.max_batch_tokens = MILLM_BATCH_TOKENS, .max_sequences = 1, .max_length = (int) n_positions};
 	MillmKvLayout layout;
 	MillmCode	rc;
 

@@ -219,7 +219,7 @@ rig_init(Rig *r, int n_heads, int n_kv_heads, int head_dim)
 	r->model.layers = &r->layer;
 	r->model.config = (MillmConfig) {.n_layers = 1, .n_heads = n_heads, .n_kv_heads = n_kv_heads, .head_dim = head_dim, .max_positions = 1 << 12,
 		.position = MILLM_POS_LEARNED, .attention_scale = 1};
-	r->options = (MillmBackendOptions) {.n_threads = 1, .kernels = "ref", .max_tokens = N_ROWS, .n_pages = 64, .layers_per_page = 1, .n_groups = 1};
+	r->options = (MillmBackendOptions) {.n_threads = 1, .kernels = "ref", .max_tokens = N_ROWS, .n_pages = 64, .layers_per_page = 1, .n_groups = 1, .max_entries = 64};
 	r->n_alive = millm_emulated.n_allocations;
 	r->n_host = millm_emulated.n_host;
 }
@@ -1062,8 +1062,8 @@ test_prediction(void **state)
 	before = millm_emulated.used_bytes;
 	assert_int_equal(millm_cuda_create(&r.model, &r.options, &r.be[1], &err), MILLM_OK);
 	assert_int_equal(r.be[1]->buffer_create(r.be[1], N_ROWS, 100, &b, &err), MILLM_OK);
-	predicted = millm_cuda_weights_bytes(&r.model) + millm_cuda_page_bytes(&r.model, NULL, 1) * r.options.n_pages + millm_cuda_buffer_bytes(N_ROWS, 100) +
-		millm_cuda_own_bytes(&r.model, N_ROWS, r.options.n_pages);
+	predicted = millm_cuda_weights_bytes(&r.model, NULL) + millm_cuda_page_bytes(&r.model, NULL, 1) * r.options.n_pages + millm_cuda_buffer_bytes(N_ROWS, 100) +
+		millm_cuda_own_bytes(&r.model, &r.options);
 	assert_true(fabs((double) (millm_emulated.used_bytes - before) / (double) predicted - 1) < 0.05);
 	r.be[1]->free(r.be[1]);
 	assert_int_equal(millm_emulated.used_bytes, before);
