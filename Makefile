@@ -125,7 +125,7 @@ CUDA_HOME  ?= $(patsubst %/bin/nvcc,%,$(shell sed -n 's,^exec \(.*/nvcc\) .*,\1,
 CUDA_KNOWN := $(if $(NVCC),$(patsubst sm_%,%,$(shell $(NVCC) --list-gpu-code 2>/dev/null)))
 CUDA_ARCHS ?= $(filter $(CUDA_KNOWN),75 80 86 89 90 100 120)
 CUDA_MODULE = $(if $(NVCC),$(BUILD)/libmillm_cuda.so)
-CUDA_C      = backend_cuda device_memory driver fetch module upload weights
+CUDA_C      = backend_cuda device_memory driver fetch module nvml upload weights
 CUDA_CFLAGS = -Icuda -DMILLM_BACKEND_ABI=$(BACKEND_ABI) -fPIC -fvisibility=hidden
 CUDA_TARGETS = $(foreach a,$(CUDA_ARCHS),-gencode arch=compute_$a,code=sm_$a) \
                -gencode arch=compute_$(lastword $(CUDA_ARCHS)),code=compute_$(lastword $(CUDA_ARCHS))
@@ -167,8 +167,10 @@ $(BUILD)/emulated/libmillm_cuda.so: $(EMULATED) $(BUILD)/emulated/error.o
 $(BUILD)/emulated/error.o: src/base/error.c
 	@mkdir -p $(@D)
 	$(Q)$(CC) $(EMULATED_CFLAGS) -MMD -MP -c -o $@ $<
-# a driver that says what its environment tells it to (test/cuda/driver.c)
+# a driver that says what its environment tells it to (test/cuda/driver.c), and its management library
 $(BUILD)/emulated/driver/libcuda.so.1: test/cuda/driver.c
+$(BUILD)/emulated/driver/libnvidia-ml.so.1: test/cuda/nvml.c
+$(BUILD)/emulated/driver/libcuda.so.1 $(BUILD)/emulated/driver/libnvidia-ml.so.1:
 	@mkdir -p $(@D)
 	$(Q)$(CC) $(ENGINE_CFLAGS) -shared -fPIC -o $@ $<
 # the engine beside its module
@@ -182,7 +184,7 @@ $(BUILD)/emulated/no-module/libmillm_cuda.so: $(BUILD)/emulated/driver/libcuda.s
 	@mkdir -p $(@D) && cp -f $< $@
 $(BUILD)/emulated/no-library/libmillm_cuda.so: Makefile
 	@mkdir -p $(@D) && cp -f $< $@
-emulated: $(BUILD)/emulated/libmillm_cuda.so $(BUILD)/emulated/driver/libcuda.so.1 $(BUILD)/emulated/millm-engine \
+emulated: $(BUILD)/emulated/libmillm_cuda.so $(addprefix $(BUILD)/emulated/driver/,libcuda.so.1 libnvidia-ml.so.1) $(BUILD)/emulated/millm-engine \
 	$(addsuffix /libmillm_cuda.so,$(addprefix $(BUILD)/emulated, /other-build /no-module /no-library))
 
 # --- Install: PGXS installs the module, we install what it starts -------------------------------

@@ -674,22 +674,6 @@ first_bad(MillmBackend *be)
 
 /* ---- create ---- */
 
-MillmCode
-millm_cuda_memory(int ordinal, int64_t *free_bytes, int64_t *total_bytes, MillmError *err)
-{
-	size_t		free_size,
-				total_size;
-	cudaError_t status = cudaSetDevice(ordinal);
-
-	if (status == cudaSuccess)
-		status = cudaMemGetInfo(&free_size, &total_size);
-	if (status != cudaSuccess)
-		return millm_cuda_failed(status, "its memory", 0, err);
-	*free_bytes = (int64_t) free_size;
-	*total_bytes = (int64_t) total_size;
-	return MILLM_OK;
-}
-
 static MillmCode
 create_memory(CudaBackend *c, const MillmBackendOptions *options, MillmError *err)
 {

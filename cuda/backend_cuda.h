@@ -6,9 +6,6 @@
 
 #include "cuda_module.h"
 
-/* INTERNAL when the device does not tell. */
-extern MillmCode millm_cuda_memory(int ordinal, int64_t *free_bytes, int64_t *total_bytes, MillmError *err);
-
 /* MillmBackendKind's functions.  The host must be known before create. */
 extern void millm_cuda_set_host(const MillmCudaHost *host);
 extern MillmCode millm_cuda_create(const MillmModel *model, const MillmBackendOptions *options, MillmBackend **out, MillmError *err);

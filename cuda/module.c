@@ -14,6 +14,7 @@ millm_cuda_module(const MillmCudaHost *host)
 		.abi = MILLM_BACKEND_ABI,
 		.probe = millm_cuda_probe,
 		.memory = millm_cuda_memory,
+		.look = millm_cuda_look,
 		.kind = {
 			.create = millm_cuda_create,
 			.page_bytes = millm_cuda_page_bytes,

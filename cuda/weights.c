@@ -90,17 +90,6 @@ put_4bit(MillmCudaWeights *m, const MillmWeight *w, MillmCudaWeight *d)
 	d->nested_absmax = put(m, (const char *) w->nested_absmax + begin_block / nested * 4, ((end_block + nested - 1) / nested - begin_block / nested) * 4);
 }
 
-/* A linear weight of a layer, in the format that is pretended: what counts is only what it takes. */
-static MillmWeight
-pretended(const MillmCudaWeights *m, const MillmWeight *w)
-{
-	MillmWeight p = {.n_out = w->n_out, .n_in = w->n_in, .stride = w->n_in, .data = w->data, .absmax = w->data, .nested_absmax = w->data, .block_size = 64,
-		.nested_block_size = 256};
-
-	p.dtype = strcmp(m->as, "Q4") == 0 ? MILLM_4BIT : strcmp(m->as, "Q8") == 0 ? MILLM_INT8 : MILLM_BF16;
-	return p;
-}
-
 static void
 put_weight(MillmCudaWeights *m, const MillmWeight *w)
 {
@@ -143,23 +132,34 @@ put_vector(MillmCudaWeights *m, const MillmVector *v)
 	put_values(m, v->data, v->n);
 }
 
+/* Of a format that is pretended what it takes counts, and nothing else. */
+static void
+put_pretended(MillmCudaWeights *m, const MillmWeight *w, MillmDtype dtype)
+{
+	const MillmWeight p = {.dtype = dtype, .n_out = w->n_out, .n_in = w->n_in, .stride = w->n_in, .data = w->data, .absmax = w->data,
+		.nested_absmax = w->data, .block_size = 64, .nested_block_size = 256};
+
+	put_weight(m, &p);
+}
+
+/* A weight that quantization is for. */
 static void
 put_linear(MillmCudaWeights *m, const MillmWeight *w)
 {
-	MillmWeight p;
-
-	if (m->as)
-		w = (p = pretended(m, w), &p);
-	put_weight(m, w);
+	if (!m->as)
+		put_weight(m, w);
+	else
+		put_pretended(m, w, strcmp(m->as, "Q4") == 0 ? MILLM_4BIT : strcmp(m->as, "Q8") == 0 ? MILLM_INT8 : MILLM_BF16);
 }
 
-/* Which stays as it is with 16 bits or more, and has 16 when somebody has quantized it. */
+/* Any other: it has 16 bits where the linear ones have been recast. */
 static void
-put_router(MillmCudaWeights *m, const MillmWeight *w)
+put_matrix(MillmCudaWeights *m, const MillmWeight *w)
 {
-	MillmWeight p = {.dtype = MILLM_BF16, .n_out = w->n_out, .n_in = w->n_in, .stride = w->n_in, .data = w->data};
-
-	put_weight(m, m->as && w->dtype >= MILLM_N_FLOAT_DTYPES ? &p : w);
+	if (!m->as || w->dtype == MILLM_F16 || w->dtype == MILLM_BF16)
+		put_weight(m, w);
+	else
+		put_pretended(m, w, MILLM_BF16);
 }
 
 static void
@@ -183,8 +183,8 @@ put_layer(MillmCudaWeights *m, const MillmModel *model, const MillmLayer *l)
 
 	for (size_t i = 0; i < sizeof(linears) / sizeof(linears[0]); i++)
 		put_linear(m, linears[i]);
-	put_router(m, &l->router);
-	put_router(m, &l->shared_router);
+	put_matrix(m, &l->router);
+	put_matrix(m, &l->shared_router);
 	for (size_t i = 0; i < sizeof(vectors) / sizeof(vectors[0]); i++)
 		put_vector(m, vectors[i]);
 	put_mlp(m, &l->shared);
@@ -209,18 +209,18 @@ put_model(MillmCudaWeights *m, const MillmModel *model)
 
 	m->used = 0;
 	m->n_parts = m->n_places = m->n_vectors = 0;
-	put_weight(m, &model->embedding);
+	put_matrix(m, &model->embedding);
 	if (!is_tied(model))
-		put_weight(m, &model->head);
+		put_matrix(m, &model->head);
 	else
 	{
 		if (m->places)
 			m->places[m->n_places] = (Place) {&model->head, m->places[0].on_device};
 		m->n_places++;
 	}
-	put_weight(m, &model->project_in);
-	put_weight(m, &model->project_out);
-	put_weight(m, &model->position_embedding);
+	put_matrix(m, &model->project_in);
+	put_matrix(m, &model->project_out);
+	put_matrix(m, &model->position_embedding);
 	put_values(m, model->config.alibi_slopes, model->config.n_heads);
 	for (size_t i = 0; i < sizeof(vectors) / sizeof(vectors[0]); i++)
 		put_vector(m, vectors[i]);

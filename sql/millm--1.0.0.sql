@@ -151,11 +151,12 @@ AS 'MODULE_PATHNAME', 'millm_status'
 LANGUAGE C VOLATILE STRICT PARALLEL RESTRICTED;
 COMMENT ON FUNCTION millm.status() IS 'The helper programs and the loaded model, now; null is not known';
 
-CREATE FUNCTION millm.memory(OUT device text, OUT name text, OUT total_bytes bigint, OUT free_bytes bigint, OUT used_bytes bigint)
+CREATE FUNCTION millm.memory(OUT device text, OUT name text, OUT total_bytes bigint, OUT free_bytes bigint, OUT used_bytes bigint,
+	OUT context_bytes bigint)
 RETURNS SETOF record
 AS 'MODULE_PATHNAME', 'millm_memory'
 LANGUAGE C VOLATILE STRICT PARALLEL RESTRICTED ROWS 1;
-COMMENT ON FUNCTION millm.memory() IS 'Each device: its memory, what of it is free, what the loaded model has of it';
+COMMENT ON FUNCTION millm.memory() IS 'Each device: its memory, what of it is free, what the loaded model and CUDA''s context have of it; null is not known';
 
 CREATE FUNCTION millm.cache_usage(OUT model_id bigint, OUT model text, OUT quantization text, OUT directory text, OUT bytes bigint, OUT free_bytes bigint)
 RETURNS SETOF record

@@ -22,6 +22,15 @@ typedef struct MillmCudaHost
 	const float *(*rope_frequencies) (const MillmRope *rope, int rotary_dim, int length, float *computed);	/* model.h */
 } MillmCudaHost;
 
+/* A device as it is now; bytes below 0 are not known. */
+typedef struct MillmDeviceState
+{
+	char		name[128];		/* "NVIDIA H200" */
+	int64_t		total_bytes;
+	int64_t		free_bytes;
+	int64_t		context_bytes;	/* of this process's context, when it was made; 0: there is none */
+} MillmDeviceState;
+
 typedef struct MillmCudaModule
 {
 	uint32_t	abi;			/* MILLM_BACKEND_ABI */
@@ -30,7 +39,10 @@ typedef struct MillmCudaModule
 	 * name, "NVIDIA H200, compute capability 9.0".
 	 */
 	MillmCode	(*probe) (int ordinal, char *title, int title_size, MillmError *err);
+	/* Exactly, which makes a context on the device.  INTERNAL when it does not tell. */
 	MillmCode	(*memory) (int ordinal, int64_t *free_bytes, int64_t *total_bytes, MillmError *err);
+	/* What is known without making one.  UNSUPPORTED, as of probe(), when there is no such device; one that is too old is looked at, too. */
+	MillmCode	(*look) (int ordinal, MillmDeviceState *out, MillmError *err);
 	MillmBackendKind kind;
 } MillmCudaModule;
 

@@ -15,7 +15,6 @@
 #include <string.h>
 #include <unistd.h>
 
-#include "cuda_module.h"
 #include "model.h"
 #include "serve.h"
 
@@ -114,6 +113,15 @@ use_cuda(int ordinal, const char *directory, MillmDevice *out, MillmError *err)
 	snprintf(out->name, sizeof(out->name), "cuda:%d", ordinal);
 	snprintf(out->reason, sizeof(out->reason), "%s", title);
 	return MILLM_OK;
+}
+
+MillmCode
+millm_device_look(int ordinal, const char *directory, MillmDeviceState *out, MillmError *err)
+{
+	const MillmCudaModule *module = NULL;
+	MillmCode	rc = open_module(directory, &module, err);
+
+	return rc == MILLM_OK ? module->look(ordinal, out, err) : rc;
 }
 
 MillmCode

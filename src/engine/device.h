@@ -10,6 +10,7 @@
 #include <stdint.h>
 
 #include "backend.h"
+#include "cuda_module.h"
 #include "error.h"
 
 /* What somebody asked for: millm.device, --device. */
@@ -37,5 +38,11 @@ typedef struct MillmDevice
  * asked for by name and cannot be used.  directory is where the module lies; NULL: beside this program.  Any thread.
  */
 extern MillmCode millm_device_choose(const MillmDeviceWish *wish, const char *directory, MillmDevice *out, MillmError *err);
+
+/*
+ * One of CUDA's devices, loaded on or not, from cuda:0 on; nothing is made there for it.  UNSUPPORTED past the last one, and where CUDA cannot be used.
+ * Any thread.
+ */
+extern MillmCode millm_device_look(int ordinal, const char *directory, MillmDeviceState *out, MillmError *err);
 
 #endif

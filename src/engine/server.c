@@ -186,18 +186,6 @@ integer_or_null(bool known, int64_t n)
 	return known ? json_integer(n) : json_null();
 }
 
-/* Of a device that has its own; null when the device does not tell. */
-static json_t *
-memory_or_null(const MillmLoaded *m)
-{
-	int64_t		free_bytes,
-				total_bytes;
-
-	if (!m || !m->device.memory || m->device.memory(m->device.ordinal, &free_bytes, &total_bytes, NULL) != MILLM_OK)
-		return json_null();
-	return json_pack("{s:I, s:I}", "total_bytes", (json_int_t) total_bytes, "free_bytes", (json_int_t) free_bytes);
-}
-
 static void
 op_status(EngineServer *server, MillmConn *conn, json_t *request)
 {
@@ -215,7 +203,7 @@ op_status(EngineServer *server, MillmConn *conn, json_t *request)
 	}
 	millm_engine_status(server->engine, &st);
 	m = st.loaded;
-	millm_conn_result(conn, json_pack("{s:s, s:i, s:s, s:o, s:o, s:o, s:o, s:o, s:o, s:o, s:o, s:o, s:o, s:o, s:i, s:i, s:o, s:o, s:o, s:o, s:o}",
+	millm_conn_result(conn, json_pack("{s:s, s:i, s:s, s:o, s:o, s:o, s:o, s:o, s:o, s:o, s:o, s:o, s:o, s:i, s:i, s:o, s:o, s:o, s:o, s:o}",
 									  "state", states[st.state],
 									  "pid", (int) getpid(),
 									  "version", MILLM_VERSION,
@@ -226,7 +214,6 @@ op_status(EngineServer *server, MillmConn *conn, json_t *request)
 									  "deterministic", m ? json_boolean(m->deterministic) : json_null(),
 									  "device", string_or_null(m ? m->device.name : NULL),
 									  "device_reason", string_or_null(m ? m->device.reason : NULL),
-									  "device_memory", memory_or_null(m),
 									  "model", string_or_null(m ? m->name : NULL),
 									  "model_uuid", string_or_null(m ? m->uuid : NULL),
 									  "path", string_or_null(m ? m->path : NULL),
@@ -1061,6 +1048,48 @@ op_apply_chat_template(EngineServer *server, MillmConn *conn, json_t *request)
 	millm_loaded_release(loaded);
 }
 
+/* ---- memory: what each device of CUDA has -------------------------------------------------- */
+
+/* On the worker: drivers take their time to start. */
+static void
+list_devices(void *arg, bool is_ending)
+{
+	Call	   *call = arg;
+	json_t	   *devices = json_array();
+	MillmDeviceState d;
+
+	if (is_unwanted(call, is_ending))
+	{
+		json_decref(devices);
+		return;
+	}
+	for (int i = 0; millm_device_look(i, NULL, &d, NULL) == MILLM_OK; i++)
+		json_array_append_new(devices, json_pack("{s:o, s:s, s:o, s:o, s:o}", "device", json_sprintf("cuda:%d", i), "name", d.name,
+												 "total_bytes", integer_or_null(d.total_bytes >= 0, d.total_bytes),
+												 "free_bytes", integer_or_null(d.free_bytes >= 0, d.free_bytes),
+												 "context_bytes", integer_or_null(d.context_bytes >= 0, d.context_bytes)));
+	end_with_result(call, json_pack("{s:o}", "devices", devices));
+}
+
+static void
+op_memory(EngineServer *server, MillmConn *conn, json_t *request)
+{
+	Call	   *call = new_call(server, conn);
+	MillmFields f;
+	MillmError	err;
+
+	if (!call)
+		return;
+	begin_fields(&f, request, &err);
+	if (millm_fields_end(&f) == MILLM_OK && !post(call, list_devices))
+	{
+		too_many_texts(&err);
+		f.code = err.code;
+	}
+	if (f.code != MILLM_OK)
+		end_with_error(call, &err);
+}
+
 /* ---- plan, inspect: a model that lies there, loaded or not --------------------------------- */
 
 /* On the worker: opening a model takes longer than the loop may stand still. */
@@ -1166,6 +1195,8 @@ on_request(void *arg, MillmConn *conn, json_t *request)
 		return op_status(server, conn, request);
 	else if (strcmp(op, "load") == 0)
 		return op_load(server, conn, request);
+	else if (strcmp(op, "memory") == 0)
+		return op_memory(server, conn, request);
 	else if (strcmp(op, "plan") == 0)
 		return op_plan(server, conn, request, false);
 	else if (strcmp(op, "inspect") == 0)

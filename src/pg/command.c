@@ -127,6 +127,7 @@ millm_command_wait(uint64 number, bool is_unload)
 	int			alone_ms = 0;
 	int64		told = 0;
 	int64		freed = -1;
+	char		device[sizeof(c->freed_device)] = "";
 	bool		done = false;
 
 	ConditionVariablePrepareToSleep(&millm_shared->changed);
@@ -147,6 +148,7 @@ millm_command_wait(uint64 number, bool is_unload)
 			err = c->error;
 			strlcpy(warnings, c->warnings, sizeof(warnings));
 			freed = c->freed_bytes;
+			strlcpy(device, c->freed_device, sizeof(device));
 			done = true;
 		}
 		else
@@ -174,7 +176,9 @@ millm_command_wait(uint64 number, bool is_unload)
 	if (err.code != MILLM_OK && !(is_unload && err.code == MILLM_E_CANCELED))
 		millm_ereport(ERROR, &err);
 	raise_warnings(warnings);
-	if (is_unload && freed >= 0)
+	if (is_unload && freed >= 0 && strcmp(device, "cpu") == 0)
 		ereport(NOTICE, (errmsg("%.1f MB of private memory are free again", freed / 1e6)));
+	else if (is_unload && freed >= 0)
+		ereport(NOTICE, (errmsg("%.1f MB of the memory of %s are free again", freed / 1e6, device)));
 	return err.code;
 }

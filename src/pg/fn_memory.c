@@ -22,6 +22,7 @@
 #include "json.h"
 #include "machine.h"
 #include "ready.h"
+#include "settings.h"
 #include "shmem.h"
 
 PG_FUNCTION_INFO_V1(millm_estimate_memory_id);
@@ -32,6 +33,7 @@ PG_FUNCTION_INFO_V1(millm_architecture_id);
 PG_FUNCTION_INFO_V1(millm_architecture_name);
 
 #define INSPECT_MS	30000
+#define DEVICES_MS	10000		/* the driver of many GPUs starts slowly */
 #define MAX_DEPTH	8			/* of directories in the cache, where we make two */
 
 /* --- estimate_memory ------------------------------------------------------------------------------ */
@@ -102,45 +104,51 @@ millm_estimate_memory_name(PG_FUNCTION_ARGS)
 /* The columns of millm.memory(). */
 enum
 {
-	MEM_DEVICE, MEM_NAME, MEM_TOTAL, MEM_FREE, MEM_USED, MEM_COLUMNS
+	MEM_DEVICE, MEM_NAME, MEM_TOTAL, MEM_FREE, MEM_USED, MEM_CONTEXT, MEM_COLUMNS
 };
 
 /* A row; figures below 0 are not known. */
 static void
-put_device(ReturnSetInfo *rsinfo, const char *device, const char *name, int64 total, int64 free_bytes, int64 used)
+put_device(ReturnSetInfo *rsinfo, const char *device, const char *name, int64 total, int64 free_bytes, int64 used, int64 context)
 {
+	const int64 figures[] = {[MEM_TOTAL] = total, [MEM_FREE] = free_bytes, [MEM_USED] = used, [MEM_CONTEXT] = context};
 	Datum		values[MEM_COLUMNS] = {0};
 	bool		nulls[MEM_COLUMNS] = {0};
 
 	values[MEM_DEVICE] = CStringGetTextDatum(device);
 	values[MEM_NAME] = CStringGetTextDatum(name);
-	values[MEM_TOTAL] = Int64GetDatum(total);
-	values[MEM_FREE] = Int64GetDatum(free_bytes);
-	values[MEM_USED] = Int64GetDatum(used);
-	nulls[MEM_TOTAL] = total < 0;
-	nulls[MEM_FREE] = free_bytes < 0;
-	nulls[MEM_USED] = used < 0;
+	for (int i = MEM_TOTAL; i < MEM_COLUMNS; i++)
+	{
+		values[i] = Int64GetDatum(figures[i]);
+		nulls[i] = figures[i] < 0;
+	}
 	tuplestore_putvalues(rsinfo->setResult, rsinfo->setDesc, values, nulls);
 }
 
+static int64
+int_or_unknown(MillmJson object, const char *field)
+{
+	int64		n;
+
+	return millm_json_get_int(object, field, &n) ? n : -1;
+}
+
 /*
- * millm.memory() RETURNS SETOF record: the machine's memory, and that of the GPU that the loaded model is on, which the engine knows.  What the
- * model still has of the machine's then is not known.
+ * millm.memory() RETURNS SETOF record: the machine's memory, then that of each GPU, which the engine knows.  What a model that is on a GPU has of the
+ * machine's is not known.
  */
 Datum
 millm_memory(PG_FUNCTION_ARGS)
 {
 	ReturnSetInfo *rsinfo = (ReturnSetInfo *) fcinfo->resultinfo;
 	const MillmMachineMemory memory = millm_machine_memory("");
-	char		device[sizeof(millm_shared->loaded_device)] = "";
+	char		loaded[sizeof(millm_shared->loaded_device)] = "cpu";
 	MillmHelperStatus engine;
 	StringInfoData reply;
-	MillmJson	status,
-				own;
-	const char *title;			/* the GPU's name */
-	int64		used = 0,
-				total,
-				free_bytes;
+	MillmJson	devices,
+				device;
+	int64		used = 0;
+	bool		is_listed = false;
 
 	millm_check_registry();
 	millm_init_set(fcinfo);
@@ -148,28 +156,33 @@ millm_memory(PG_FUNCTION_ARGS)
 	if (millm_shared->is_loaded)
 	{
 		used = millm_shared->loaded_bytes;
-		strlcpy(device, millm_shared->loaded_device, sizeof(device));
+		strlcpy(loaded, millm_shared->loaded_device, sizeof(loaded));
 	}
 	LWLockRelease(millm_shared->lock);
-	if (device[0] == '\0' || strcmp(device, "cpu") == 0)
-	{
-		put_device(rsinfo, "cpu", "RAM", memory.total_bytes, memory.available_bytes, used);
-		return (Datum) 0;
-	}
-	put_device(rsinfo, "cpu", "RAM", memory.total_bytes, memory.available_bytes, -1);
+	put_device(rsinfo, "cpu", "RAM", memory.total_bytes, memory.available_bytes, strcmp(loaded, "cpu") == 0 ? used : -1, -1);
+
 	millm_helper_status(MILLM_ENGINE, &engine);
 	initStringInfo(&reply);
-	if (!millm_helper_ask(MILLM_ENGINE, &engine, &reply))
+	if (strcmp(millm_device, "cpu") == 0 && strcmp(loaded, "cpu") == 0)
+		return (Datum) 0;		/* the driver of a GPU that nobody wants is left alone */
+	if (!millm_helper_ask(MILLM_ENGINE, &engine, "{\"op\":\"memory\"}", DEVICES_MS, &reply))
 		resetStringInfo(&reply);
-	status = millm_json(reply.data, reply.len);
-	if (!millm_json_get(status, "device_memory", &own))
-		own = millm_json("", 0);
-	title = millm_json_get_string(status, "device_reason");
-	if (!millm_json_get_int(own, "total_bytes", &total))
-		total = -1;
-	if (!millm_json_get_int(own, "free_bytes", &free_bytes))
-		free_bytes = -1;
-	put_device(rsinfo, device, title ? title : device, total, free_bytes, used);
+	if (!millm_json_get(millm_json(reply.data, reply.len), "devices", &devices))
+		devices = millm_json("", 0);
+	while (millm_json_next(&devices, &device))
+	{
+		const char *name = millm_json_get_string(device, "device");
+		const char *title = millm_json_get_string(device, "name");
+		bool		has_model = name && strcmp(name, loaded) == 0;
+
+		if (!name || !title)
+			continue;
+		is_listed |= has_model;
+		put_device(rsinfo, name, title, int_or_unknown(device, "total_bytes"), int_or_unknown(device, "free_bytes"), has_model ? used : 0,
+				   int_or_unknown(device, "context_bytes"));
+	}
+	if (!is_listed && strcmp(loaded, "cpu") != 0)
+		put_device(rsinfo, loaded, loaded, -1, -1, used, -1);	/* an engine that is too busy to say more */
 	return (Datum) 0;
 }
 

@@ -26,6 +26,7 @@ PG_FUNCTION_INFO_V1(millm_check_installation);
 
 /* How long status() waits for an engine that answers at once when it is well. */
 #define ASK_MS	2000
+#define STATUS	"{\"op\":\"status\"}"
 
 static const char *
 state_name(MillmHelperState state)
@@ -39,7 +40,7 @@ state_name(MillmHelperState state)
 }
 
 bool
-millm_helper_ask(MillmHelper helper, const MillmHelperStatus *status, StringInfo reply)
+millm_helper_ask(MillmHelper helper, const MillmHelperStatus *status, const char *request, int timeout_ms, StringInfo reply)
 {
 	MillmClient *volatile client = NULL;
 	MemoryContext caller = CurrentMemoryContext;
@@ -50,8 +51,8 @@ millm_helper_ask(MillmHelper helper, const MillmHelperStatus *status, StringInfo
 	/* caught without a subtransaction: nothing but a socket and memory is touched in between */
 	PG_TRY();
 	{
-		client = millm_client_open(helper, "{\"op\":\"status\"}", ASK_MS);
-		answered = millm_client_receive(client, reply, ASK_MS) == WIRE_RESULT;
+		client = millm_client_open(helper, request, timeout_ms);
+		answered = millm_client_receive(client, reply, timeout_ms) == WIRE_RESULT;
 		millm_client_close(client);
 	}
 	PG_CATCH();
@@ -126,7 +127,7 @@ millm_status(PG_FUNCTION_ARGS)
 	millm_helper_status(MILLM_ENGINE, &engine);
 	millm_helper_status(MILLM_HUB, &hub);
 	initStringInfo(&reply);
-	if (!millm_helper_ask(MILLM_ENGINE, &engine, &reply))
+	if (!millm_helper_ask(MILLM_ENGINE, &engine, STATUS, ASK_MS, &reply))
 		resetStringInfo(&reply);
 	object = millm_json(reply.data, reply.len);
 
@@ -155,7 +156,7 @@ millm_status(PG_FUNCTION_ARGS)
 	put_pid(row, HUB_PID, hub.pid);
 	put_text(row, HUB_STATE, state_name(hub.state));
 	resetStringInfo(&reply);
-	if (!millm_helper_ask(MILLM_HUB, &hub, &reply))
+	if (!millm_helper_ask(MILLM_HUB, &hub, STATUS, ASK_MS, &reply))
 		resetStringInfo(&reply);
 	put_text(row, CIRCUIT_BREAKER, millm_json_get_string(millm_json(reply.data, reply.len), "circuit_breaker"));
 	PG_RETURN_DATUM(HeapTupleGetDatum(heap_form_tuple(BlessTupleDesc(desc), values, nulls)));

@@ -30,8 +30,8 @@ typedef struct MillmHelperStatus
 /* "pgsql_tmp.millm/engine.sock" */
 extern const char *millm_helper_socket(MillmHelper helper);
 extern void millm_helper_status(MillmHelper helper, MillmHelperStatus *out);
-/* The helper's own account, the JSON of its status; false when there is none to be had. */
-extern bool millm_helper_ask(MillmHelper helper, const MillmHelperStatus *status, StringInfo reply);
+/* The JSON of a helper's answer to a request that raises nothing; false when there is none to be had within timeout_ms. */
+extern bool millm_helper_ask(MillmHelper helper, const MillmHelperStatus *status, const char *request, int timeout_ms, StringInfo reply);
 
 /* The model that the engine holds, as the supervisor last heard. */
 typedef struct MillmLoadedModel

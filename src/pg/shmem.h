@@ -91,6 +91,7 @@ typedef struct MillmCommand
 	bool		canceled;		/* a load: millm.unload() has stopped it */
 	int64		pending;		/* requests that an unload waits for */
 	int64		freed_bytes;	/* by an unload; < 0: not known */
+	char		freed_device[16];	/* whose memory that was */
 	MillmError	error;			/* DONE: code MILLM_OK is success */
 	char		warnings[1024];
 } MillmCommand;

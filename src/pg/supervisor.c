@@ -398,7 +398,10 @@ unload_done(MillmJson answer)
 	LWLockAcquire(millm_shared->lock, LW_EXCLUSIVE);
 	c->pending = 0;
 	if (c->kind == MILLM_UNLOAD && millm_json_get_int(answer, "freed_bytes", &freed))
+	{
 		c->freed_bytes = freed;
+		strlcpy(c->freed_device, millm_shared->loaded_device, sizeof(c->freed_device));
+	}
 	if (millm_shared->is_loaded)
 		millm_push_event("{\"event\":\"model:unload:complete\",\"model_id\":" INT64_FORMAT "}", millm_shared->loaded.id);
 	LWLockRelease(millm_shared->lock);

@@ -27,6 +27,8 @@ extern int	cuDriverGetVersion(int *version);
 extern int	cuDeviceGetCount(int *n);
 extern int	cuDeviceGet(int *device, int ordinal);
 extern int	cuDeviceGetName(char *name, int size, int device);
+extern int	cuDeviceTotalMem_v2(size_t *bytes, int device);
+extern int	cuDeviceGetUuid(unsigned char uuid[16], int device);
 extern int	cuDeviceGetAttribute(int *value, int attribute, int device);
 
 int
@@ -68,5 +70,20 @@ int
 cuDeviceGetAttribute(int *value, int attribute, int device)
 {
 	*value = attribute == 75 ? fake().capability / 10 : fake().capability % 10;
+	return device >= 40 ? 0 : 101;
+}
+
+int
+cuDeviceTotalMem_v2(size_t *bytes, int device)
+{
+	*bytes = (size_t) 8 << 30;
+	return device >= 40 ? 0 : 101;
+}
+
+int
+cuDeviceGetUuid(unsigned char uuid[16], int device)
+{
+	for (int i = 0; i < 16; i++)
+		uuid[i] = (unsigned char) (i < 15 ? i + 1 : device - 40);
 	return device >= 40 ? 0 : 101;
 }

@@ -4,6 +4,7 @@ import os
 import random
 import re
 import subprocess
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -119,4 +120,71 @@ def test_load_reports():
             assert err.code == "CANCELED"
             break
     assert e.call("status")["state"] == "idle"
+    e.stop()
+
+
+def emulated_engine(**env):
+    return Engine(env={"LD_LIBRARY_PATH": str(EMULATED / "driver"), **env}, program=str(EMULATED / "millm-engine"))
+
+
+def test_estimates():
+    """What a plan says is what a load takes, and an unload gives all of it back: the emulated device counts."""
+    e = emulated_engine()
+    for model in MODELS:
+        options = {"path": str(model), "device": "cuda", "context_length": 40, "max_sequences": 3}
+        plan = e.call("plan", **options)
+        e.call("load", **options)
+        taken = e.call("unload")["freed_bytes"]
+        predicted = plan["weights_bytes"] + plan["kv_bytes"] + plan["workspace_bytes"]
+        assert abs(taken / predicted - 1) < 0.05, f"{model.name}: {taken} bytes, predicted {predicted}"
+    assert e.call("plan", **options)["available_bytes"] == 8 << 30
+    e.stop()
+
+
+@pytest.mark.parametrize("quantization", ["Q4", "Q8"])
+@pytest.mark.parametrize("name", ["llama", "llama-bf16", "llama-f16", "gpt2", "gemma3", "qwen2_moe", "mixtral", "phi3", "falcon", "bloom"])
+def test_estimates_of_other_quantizations(name, quantization, tmp_path):
+    """What the weights would take on the device as Q4 or Q8 is what they take once they are; and back, of a model that has 16 bits."""
+    model = TINY / name
+    made = tmp_path / "quantized"
+    subprocess.run([ROOT / "build" / "millm-hub", "quantize", model, "--quantization", quantization, "--output", made], check=True, capture_output=True)
+    e = emulated_engine()
+    options = {"device": "cuda", "context_length": 40}
+    plan = e.call("plan", path=str(model), quantization=quantization, **options)
+    other = e.call("plan", path=str(made), **options)
+    config = json.loads((model / "config.json").read_text())
+    # slices of fused 4-bit tensors begin at a whole group of nested scales, up to 16384 values earlier: much for a tiny model only
+    slack = 5 * 8192 * config.get("num_hidden_layers", config.get("n_layer")) if name in ("gpt2", "phi3", "falcon", "bloom") else 0
+    assert abs(plan["weights_bytes"] - other["weights_bytes"]) < 0.05 * other["weights_bytes"] + slack
+    if name in ("llama-bf16", "llama-f16"):
+        back = e.call("plan", path=str(made), quantization="FP16", **options)
+        assert back["weights_bytes"] == plan["fp16_weights_bytes"] == other["fp16_weights_bytes"]
+    e.stop()
+
+
+def test_page_tables_have_room():
+    """Every sequence there may be, in one step, each as long as it can get, of a model whose layers have tables of their own; so have embeddings."""
+    e = emulated_engine()
+    e.call("load", path=str(TINY / "gemma3"), device="cuda", context_length=64, max_sequences=3)
+    runs = [e.open("generate", prompt="once upon a time", max_tokens=None, temperature=0, n=3)]
+    for run in runs:
+        run.result()
+    assert e.process.poll() is None
+    e.stop()
+
+
+def test_memory():
+    """Every device, what is free of it, and what the context took that the first load made."""
+    e = emulated_engine(FAKE_CUDA="13000 2 90")
+    before = e.call("memory")["devices"]
+    assert [(d["device"], d["name"], d["total_bytes"], d["context_bytes"]) for d in before] == [
+        ("cuda:0", "Emulated GPU 0", 8 << 30, 0), ("cuda:1", "Emulated GPU 1", 8 << 30, 0)]
+    e.call("load", path=str(TINY / "llama"), device="cuda:1")
+    after = e.call("memory")["devices"]
+    assert [d["context_bytes"] for d in after] == [0, 300000000]
+    assert after[1]["free_bytes"] == before[1]["free_bytes"] - 300000000
+    e.stop()
+    e = Engine(program=str(ROOT / "build" / "millm-engine"), env={"LD_LIBRARY_PATH": ""})
+    if not Path("/dev/nvidiactl").exists():
+        assert e.call("memory") == {"devices": []}
     e.stop()
