@@ -23,7 +23,7 @@ help:
 	@echo "make                   build the extension, millm-engine, millm-hub and millm-bridge"
 	@echo "make install           install them into the PostgreSQL of pg_config"
 	@echo "make unit              build and run the unit tests     SAN=address,undefined or SAN=thread"
-	@echo "make fuzz              run each fuzz target             FUZZ_SECONDS=20"
+	@echo "make fuzz              run each fuzz target             FUZZ_SECONDS=20 FUZZ_SEED=1"
 	@echo "make cuda-report       registers, shared memory and spills of each CUDA kernel"
 	@echo "make lint              who may include whom, versions that must agree"
 	@echo "make clean             remove build/"

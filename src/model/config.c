@@ -232,6 +232,8 @@ resolve_longrope(json_t *json, json_t *scaling, double theta, double factor, dou
 		(rc = get_int(scaling, original_key, 2, MILLM_MAX_POSITIONS, &inside, err)) != MILLM_OK)
 		return rc;
 	rope->long_above = original ? original : inside ? inside : c->max_positions;
+	if (rope->long_above < 2)	/* its logarithm divides */
+		return bad_value(err, arch->max_positions[0], get(json, arch->max_positions[0]), "at least 2, for rope_type \"longrope\"");
 	stretch = !original && !isnan(factor) ? factor : (double) c->max_positions / rope->long_above;
 	if (isnan(attention_factor))
 		attention_factor = stretch <= 1 ? 1 : sqrt(1 + log(stretch) / log(rope->long_above));
@@ -368,6 +370,9 @@ resolve_one_rope(json_t *json, json_t *scaling, double theta, double partial, co
 			return bad_value(err, "beta_fast", get(scaling, "beta_fast"), "more than beta_slow");
 		if (isnan(factor))
 			factor = (double) c->max_positions / original;
+		if (factor < 1)
+			return bad_value(err, "original_max_position_embeddings", get(scaling, "original_max_position_embeddings"),
+							 "at most max_position_embeddings, for rope_type \"yarn\" without a factor");
 		allow_context(c, factor * original);
 		lo = r * log(original / (fast * 2 * M_PI)) / (2 * log(theta));
 		hi = r * log(original / (slow * 2 * M_PI)) / (2 * log(theta));
