@@ -13,11 +13,11 @@ ifeq ($(filter-out $(WORKFLOW),$(or $(MAKECMDGOALS),all)),)
 .DEFAULT_GOAL = help
 
 help:
-	@echo "make demo              install what is missing, build, download a model, generate text"
-	@echo "make check             the same set-up, then every test (about half an hour, cold)"
+	@echo "make demo              install what is missing, build, download a model, generate text, over HTTP too"
+	@echo "make check             the same set-up, then every test (35 to 40 minutes on two CPUs)"
 	@echo "make check-long        the tests that take longer"
 	@echo "make soak              an hour of everything that may happen to requests  SOAK_MINUTES=10"
-	@echo "make playground        a private server with the extension and a test hub; playground-stop ends it"
+	@echo "make playground        a private server with the extension, a bridge and a test hub; playground-stop ends it"
 	@echo "make setup             only install the packages that building and testing need"
 	@echo
 	@echo "make                   build the extension, millm-engine, millm-hub and millm-bridge"
