@@ -133,7 +133,6 @@ body_text_array(HttpRequest *r, const char *field, json_t *value)
 	char	   *text = NULL;
 	size_t		len;
 	FILE	   *f;
-
 	bool		is_good = json_is_string(value) || json_is_array(value);
 
 	for (size_t i = 0; i < n && json_is_array(value); i++)

@@ -21,6 +21,7 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include "clock.h"
 #include "db.h"
 #include "log.h"
 #include "reply.h"
@@ -131,7 +132,7 @@ on_checked(HttpRequest *r, const DbError *error)
 	Stream	   *s = r->state;
 
 	s->checking = false;
-	s->checked_us = bridge_now_us();
+	s->checked_us = millm_now_us();
 	r->on_drained = on_drained;
 	if (!error)
 	{
@@ -147,7 +148,7 @@ static void
 check(Stream *s)
 {
 	s->checking = true;
-	s->r->deadline_us = bridge_now_us() + (int64_t) settings.request_timeout * 1000000;
+	s->r->deadline_us = millm_now_us() + (int64_t) settings.request_timeout * 1000000;
 	db_run(s->r, db_call(MAY_LOOK, NULL, on_checked));
 }
 
@@ -170,7 +171,7 @@ lost(const char *why)
 {
 	bridge_log("warning", "events_lost", json_pack("{s:s, s:i}", "message", why, "retry_ms", backoff_ms));
 	disconnect();
-	retry_us = bridge_now_us() + (int64_t) backoff_ms * 1000;
+	retry_us = millm_now_us() + (int64_t) backoff_ms * 1000;
 	backoff_ms = backoff_ms * 2 < MAX_BACKOFF_MS ? backoff_ms * 2 : MAX_BACKOFF_MS;
 	for (Stream *s = streams; s; s = s->next)
 		if (s->r->is_streaming)
@@ -203,7 +204,7 @@ connect_now(void)
 	const char *keywords[] = {"dbname", "client_encoding", "application_name", NULL};
 	const char *values[] = {settings.listen_database[0] ? settings.listen_database : settings.database, "UTF8", "millm-bridge events", NULL};
 
-	connect_deadline_us = bridge_now_us() + CONNECT_TIMEOUT_MS * 1000;
+	connect_deadline_us = millm_now_us() + CONNECT_TIMEOUT_MS * 1000;
 	conn = PQconnectStartParams(keywords, values, 1);
 	if (!conn || PQstatus(conn) == CONNECTION_BAD)
 	{
@@ -312,7 +313,7 @@ static void
 on_tick(evutil_socket_t fd, short what, void *arg)
 {
 	const struct timeval again = {TICK_MS / 1000, TICK_MS % 1000 * 1000};
-	int64_t		now = bridge_now_us();
+	int64_t		now = millm_now_us();
 
 	(void) fd;
 	(void) what;

@@ -37,6 +37,7 @@
 #include <time.h>
 #include <unistd.h>
 
+#include "clock.h"
 #include "http_parse.h"
 #include "log.h"
 #include "metrics.h"
@@ -105,15 +106,6 @@ static void (*when_empty) (void);	/* set: we are draining */
 static void pump(HttpConn *c);
 static void set_tick(HttpConn *c, int64_t now);
 static void conn_close(HttpConn *c);
-
-int64_t
-bridge_now_us(void)
-{
-	struct timespec ts;
-
-	clock_gettime(CLOCK_MONOTONIC, &ts);
-	return (int64_t) ts.tv_sec * 1000000 + ts.tv_nsec / 1000;
-}
 
 int
 http_n_connections(void)
@@ -184,7 +176,7 @@ http_query(const HttpRequest *r, const char *name)
 static void
 request_over(HttpRequest *r, int status)
 {
-	int64_t		us = bridge_now_us() - r->started_us;
+	int64_t		us = millm_now_us() - r->started_us;
 	json_t	   *line = json_pack("{s:s, s:s, s:s, s:s, s:i, s:f}", "request_id", r->id, "method", r->method, "path", r->path,
 								 "route", r->route ? r->route->pattern : "none", "status", status, "duration_ms", us / 1000.0);
 
@@ -264,7 +256,7 @@ flush(HttpConn *c)
 		return false;
 	}
 	if (progress)
-		c->last_progress_us = bridge_now_us();
+		c->last_progress_us = millm_now_us();
 	if (evbuffer_get_length(c->out) > HTTP_BACKLOG_HIGH)
 		c->has_backlog = true;
 	else if (c->has_backlog && evbuffer_get_length(c->out) < HTTP_BACKLOG_LOW)
@@ -280,7 +272,7 @@ flush(HttpConn *c)
 static void
 put(HttpConn *c, const void *bytes, size_t len)
 {
-	c->last_sent_us = bridge_now_us();
+	c->last_sent_us = millm_now_us();
 	if (evbuffer_get_length(c->out) == 0)
 		c->last_progress_us = c->last_sent_us;
 	evbuffer_add(c->out, bytes, len);
@@ -540,7 +532,7 @@ request_create(HttpConn *c)
 	r->refs = 1;
 	r->conn = c;
 	r->prompt_tokens = r->completion_tokens = -1;
-	r->started_us = bridge_now_us();
+	r->started_us = millm_now_us();
 	r->deadline_us = r->started_us + (int64_t) settings.request_timeout * 1000000;
 	if (RAND_bytes(random, sizeof(random)) != 1)
 		memset(random, 0, sizeof(random));
@@ -699,7 +691,6 @@ begin_request(HttpConn *c, const HttpHead *head)
 	}
 	if (c->is_excess)
 	{
-		http_add_header(r, "Retry-After", "1");
 		refuse(c, 503, "too_many_connections", "There are more than max_connections = %d connections.", settings.max_connections);
 		return;
 	}
@@ -732,7 +723,6 @@ begin_request(HttpConn *c, const HttpHead *head)
 	}
 	if (!(r->route->flags & ROUTE_OPEN) && !r->bearer && !settings.anonymous_role[0])
 	{
-		http_add_header(r, "WWW-Authenticate", "Bearer");
 		refuse(c, 401, "missing_api_key", "The request has no API key. Send \"Authorization: Bearer millm-...\"; millm.create_api_key() makes one.");
 		return;
 	}
@@ -775,7 +765,6 @@ take_body(HttpConn *c, const char *bytes, size_t len)
 	}
 	if (body_bytes + len > (size_t) settings.max_body_bytes * BODIES_AT_ONCE)
 	{
-		http_add_header(r, "Retry-After", "1");
 		refuse(c, 503, "too_many_bodies", "Too many large requests are being read.");
 		return false;
 	}
@@ -813,7 +802,7 @@ run_request(HttpConn *c)
 	HttpRequest *r = c->request;
 
 	c->state = CONN_RUNNING;
-	c->last_sent_us = bridge_now_us();
+	c->last_sent_us = millm_now_us();
 	set_tick(c, c->last_sent_us);
 	http_request_ref(r);
 	r->route->handle(r);
@@ -1068,7 +1057,7 @@ static void
 on_timer(evutil_socket_t fd, short what, void *arg)
 {
 	HttpConn   *c = arg;
-	int64_t		now = bridge_now_us();
+	int64_t		now = millm_now_us();
 
 	(void) fd;
 	(void) what;
@@ -1150,7 +1139,7 @@ on_accept(struct evconnlistener *l, evutil_socket_t fd, struct sockaddr *sa, int
 		free(c);
 		return;
 	}
-	c->last_sent_us = c->last_progress_us = bridge_now_us();
+	c->last_sent_us = c->last_progress_us = millm_now_us();
 	c->next = conns;
 	if (conns)
 		conns->prev = c;

@@ -54,7 +54,7 @@ struct HttpRequest
 	char	   *body;			/* terminated; may hold zero bytes.  Gone after handle(), unless it is to be logged */
 	size_t		body_len;
 	char		id[129];		/* X-Request-Id */
-	int64_t		started_us;		/* bridge_now_us() */
+	int64_t		started_us;		/* millm_now_us() */
 	int64_t		deadline_us;	/* request_timeout is over; a stream without an end puts it off */
 
 	/* For the log line and the metrics; filled by who knows. */
@@ -87,9 +87,6 @@ struct HttpRequest
 	size_t		charged_bytes;	/* of its body, counted until the request ends: what was made of it lives that long */
 	bool		will_stream;
 };
-
-/* Microseconds of the monotonic clock. */
-extern int64_t bridge_now_us(void);
 
 extern HttpRequest *http_request_ref(HttpRequest *r);
 extern void http_request_unref(HttpRequest *r);

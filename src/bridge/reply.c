@@ -27,12 +27,6 @@ reply_json(HttpRequest *r, int status, json_t *body)
 }
 
 void
-reply_data(HttpRequest *r, int status, json_t *data)
-{
-	reply_json(r, status, json_pack("{s:b, s:o, s:n}", "success", 1, "data", data, "error"));
-}
-
-void
 reply_event(HttpRequest *r, json_t *body)
 {
 	char	   *text = json_dumps(body, DUMP_FLAGS);
@@ -102,6 +96,10 @@ reply_error(HttpRequest *r, int status, const char *code, const char *param, con
 	if (!(text = json_string(message)))		/* not UTF-8: it quotes a path, or a server's message before its encoding is set */
 		text = json_string("The request cannot be answered.");
 	r->error_code = code;
+	if (!r->is_streaming && (status == 429 || status == 503))
+		http_add_header(r, "Retry-After", "1");
+	if (!r->is_streaming && status == 401)
+		http_add_header(r, "WWW-Authenticate", "Bearer");
 	spell(spelt, sizeof(spelt), code, r->is_api);
 	if (r->is_api)
 		body = json_pack("{s:b, s:n, s:{s:s, s:o, s:{s:s?, s:s}}}", "success", 0, "data", "error", "code", spelt, "message", text,

@@ -10,8 +10,6 @@
 
 /* Answer with body, which is taken. */
 extern void reply_json(HttpRequest *r, int status, json_t *body);
-/* The same in /api's envelope: {"success": true, "data": data, "error": null}. */
-extern void reply_data(HttpRequest *r, int status, json_t *data);
 
 /* Send body, which is taken, as an event "data: {...}" of a stream. */
 extern void reply_event(HttpRequest *r, json_t *body);

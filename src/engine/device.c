@@ -33,19 +33,10 @@ static const MillmCudaHost host = {.fault = fault, .rope_frequencies = millm_rop
 MillmCode
 millm_device_wish(const char *text, MillmDeviceWish *out, MillmError *err)
 {
-	*out = (MillmDeviceWish) {.what = MILLM_DEVICE_CUDA};
-	if (strcmp(text, "cuda") == 0)
-		return MILLM_OK;
-	if (strncmp(text, "cuda:", 5) == 0 && strlen(text) <= 8 && text[5] && strspn(text + 5, "0123456789") == strlen(text + 5))
-	{
-		out->ordinal = (int) strtol(text + 5, NULL, 10);
-		return MILLM_OK;
-	}
-	out->what = strcmp(text, "cpu") == 0 ? MILLM_DEVICE_CPU : MILLM_DEVICE_AUTO;
-	if (out->what == MILLM_DEVICE_CPU || strcmp(text, "auto") == 0)
+	if (millm_device_name(text, out))
 		return MILLM_OK;
 	millm_fail(err, MILLM_E_INVALID_ARGUMENT, "there is no device named \"%.50s\"", text);
-	millm_hint(err, "Devices are \"auto\", \"cpu\", \"cuda\" and \"cuda:N\".");
+	millm_hint(err, "%s", MILLM_DEVICE_NAMES);
 	return MILLM_E_INVALID_ARGUMENT;
 }
 

@@ -11,14 +11,8 @@
 
 #include "backend.h"
 #include "cuda_module.h"
+#include "device_name.h"
 #include "error.h"
-
-/* What somebody asked for: millm.device, --device. */
-typedef struct MillmDeviceWish
-{
-	enum {MILLM_DEVICE_AUTO, MILLM_DEVICE_CPU, MILLM_DEVICE_CUDA} what;
-	int			ordinal;		/* of CUDA's devices; "cuda" is "cuda:0" */
-} MillmDeviceWish;
 
 /* "auto", "cpu", "cuda" or "cuda:N"; INVALID_ARGUMENT for other texts. */
 extern MillmCode millm_device_wish(const char *text, MillmDeviceWish *out, MillmError *err);

@@ -25,6 +25,7 @@
 #include <string.h>
 #include <time.h>
 
+#include "clock.h"
 #include "embedding.h"
 #include "generation.h"
 #include "load.h"
@@ -69,10 +70,7 @@ struct MillmEngine
 static double
 now_ms(void)
 {
-	struct timespec ts;
-
-	clock_gettime(CLOCK_MONOTONIC, &ts);
-	return (double) ts.tv_sec * 1e3 + (double) ts.tv_nsec / 1e6;
+	return (double) millm_now_us() / 1e3;
 }
 
 /* Under the lock. */

@@ -8,9 +8,9 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
-#include <time.h>
 
 #include "arch.h"
+#include "clock.h"
 #include "machine.h"
 #include "memory.h"
 
@@ -89,10 +89,7 @@ collect_warnings(MillmLoaded *loaded)
 static double
 now_ms(void)
 {
-	struct timespec ts;
-
-	clock_gettime(CLOCK_MONOTONIC, &ts);
-	return (double) ts.tv_sec * 1e3 + (double) ts.tv_nsec / 1e6;
+	return (double) millm_now_us() / 1e3;
 }
 
 /* A tokenizer.json of megabytes takes longer to parse than weights to be mapped: both go on at once. */

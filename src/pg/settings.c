@@ -12,6 +12,7 @@
 #include "utils/guc.h"
 
 #include "compat.h"
+#include "device_name.h"
 
 char	   *millm_database;
 int			millm_max_sequences;
@@ -37,13 +38,11 @@ bool		millm_reload_after_crash;
 static bool
 check_device(char **value, void **extra, GucSource source)
 {
-	const char *digits = *value + strlen("cuda:");
+	MillmDeviceWish wish;
 
-	if (strcmp(*value, "auto") == 0 || strcmp(*value, "cpu") == 0 || strcmp(*value, "cuda") == 0)
+	if (millm_device_name(*value, &wish))
 		return true;
-	if (strncmp(*value, "cuda:", strlen("cuda:")) == 0 && *digits && strspn(digits, "0123456789") == strlen(digits) && strlen(digits) <= 3)
-		return true;
-	GUC_check_errdetail("Devices are \"auto\", \"cpu\", \"cuda\" and \"cuda:N\".");
+	GUC_check_errdetail(MILLM_DEVICE_NAMES);
 	return false;
 }
 
