@@ -27,6 +27,7 @@
 #include <string.h>
 
 #include "cancel.h"
+#include "clock.h"
 #include "error.h"
 #include "log.h"
 #include "reply.h"
@@ -173,10 +174,6 @@ db_reply_error(HttpRequest *r, const DbError *error)
 		reply_error(r, 500, error->code, NULL, "Something went wrong inside the server. The log tells what, of request %s.", r->id);
 		return;
 	}
-	if ((error->status == 503 || error->status == 429) && !r->is_streaming)
-		http_add_header(r, "Retry-After", "1");
-	if (error->status == 401 && !r->is_streaming)
-		http_add_header(r, "WWW-Authenticate", "Bearer");
 	reply_error(r, error->status, error->code, NULL, "%s", error->message);
 }
 
@@ -236,7 +233,7 @@ job_free(Job *job)
 static int64_t
 time_left_ms(const HttpRequest *r)
 {
-	int64_t		left = (r->deadline_us - bridge_now_us()) / 1000;
+	int64_t		left = (r->deadline_us - millm_now_us()) / 1000;
 
 	return left > 1 ? left : 1;
 }
@@ -564,15 +561,15 @@ check_key(Db *db)
 		return true;
 	param = &call->params[call->max_tokens_param];
 	limit = db->key_max_tokens / call->n_choices;
-	if (*param && strtoll(*param, &end, 10) > limit)
+	if (limit < 1 || (*param && strtoll(*param, &end, 10) > limit))
 	{
-		if (asprintf(&db->error_text, "API key \"%s\" allows max_tokens of %lld for %d choices, not %s.", db->job->r->key_name,
-					 (long long) limit, call->n_choices, *param) < 0)
+		if (asprintf(&db->error_text, "API key \"%s\" allows a request %lld tokens; its choices, %d of max_tokens %s, are more.", db->job->r->key_name,
+					 (long long) db->key_max_tokens, call->n_choices, *param ? *param : "1 at least") < 0)
 			db->error_text = NULL;
 		db->error = (DbError) {400, "max_tokens_exceeded", db->error_text ? db->error_text : "Too many tokens."};
 		return false;
 	}
-	if (!*param && limit < DEFAULT_MAX_TOKENS && asprintf(param, "%lld", (long long) (limit > 1 ? limit : 1)) < 0)
+	if (!*param && limit < DEFAULT_MAX_TOKENS && asprintf(param, "%lld", (long long) limit) < 0)
 		*param = NULL;
 	return true;
 }
@@ -1016,7 +1013,7 @@ db_open(struct event_base *base)
 void
 db_close(void)
 {
-	const int64_t end = bridge_now_us() + STEP_TIMEOUT_S * 1000000;
+	const int64_t end = millm_now_us() + STEP_TIMEOUT_S * 1000000;
 
 	is_closing = true;
 	for (;;)
@@ -1025,7 +1022,7 @@ db_close(void)
 
 		for (Db *db = dbs; db; db = db->next)
 			is_canceling |= db->is_canceling;
-		if (!is_canceling || bridge_now_us() > end)
+		if (!is_canceling || millm_now_us() > end)
 			break;
 		event_base_loop(loop, EVLOOP_ONCE);
 	}

@@ -355,6 +355,7 @@ is(error_code(ask('POST', '/v1/chat/completions', { %question, max_tokens => 21 
 is(error_code(ask('POST', '/v1/chat/completions', { %question, n => 2 }, "Authorization: Bearer $small")), '400 max_tokens_exceeded', 'for all choices together');
 delete $question{max_tokens};
 is(ask('POST', '/v1/chat/completions', \%question, "Authorization: Bearer $small")->{json}{usage}{completion_tokens}, 20, 'and when the request names none');
+is(error_code(ask('POST', '/v1/chat/completions', { %question, n => 21 }, "Authorization: Bearer $small")), '400 max_tokens_exceeded', 'more choices than tokens');
 is(error_code(ask('POST', '/v1/chat/completions', { %question, max_tokens => 5000 }, "Authorization: Bearer $hasty")), '504 request_timeout', 'timeout of a key');
 $node->safe_psql('postgres', q(SELECT millm.revoke_api_key('small')));
 is(error_code(ask('POST', '/v1/chat/completions', \%question, "Authorization: Bearer $small")), '401 invalid_api_key', 'a revoked key');
