@@ -151,6 +151,12 @@ AS 'MODULE_PATHNAME', 'millm_status'
 LANGUAGE C VOLATILE STRICT PARALLEL RESTRICTED;
 COMMENT ON FUNCTION millm.status() IS 'The helper programs and the loaded model, now; null is not known';
 
+CREATE FUNCTION millm.loaded_model(OUT id bigint, OUT name text, OUT fingerprint text)
+RETURNS record
+AS 'MODULE_PATHNAME', 'millm_loaded_model_row'
+LANGUAGE C VOLATILE STRICT PARALLEL RESTRICTED;
+COMMENT ON FUNCTION millm.loaded_model() IS 'The loaded model, without asking its engine; null is none';
+
 CREATE FUNCTION millm.memory(OUT device text, OUT name text, OUT total_bytes bigint, OUT free_bytes bigint, OUT used_bytes bigint,
 	OUT context_bytes bigint)
 RETURNS SETOF record

@@ -38,12 +38,12 @@ enum
 #define CHAT_ARGUMENTS "(messages => $1::jsonb, template_kwargs => $17::jsonb, " ARGUMENTS ")"
 #define COMPLETE_ARGUMENTS "(prompt => t.prompt, " ARGUMENTS ")"
 /* A set-returning function in the SELECT list is sent row by row; in FROM it would be collected first. */
-static const char chat_sql[] = "SELECT millm.chat" CHAT_ARGUMENTS ", s.model, s.fingerprint, 1 FROM millm.status() s";
-static const char chat_stream_sql[] = "SELECT millm.chat_stream" CHAT_ARGUMENTS ", s.model, s.fingerprint, 1 FROM millm.status() s";
-static const char complete_sql[] = "SELECT millm.complete" COMPLETE_ARGUMENTS ", s.model, s.fingerprint, t.number"
-	" FROM millm.status() s, unnest($1::text[]) WITH ORDINALITY t(prompt, number)";
-static const char complete_stream_sql[] = "SELECT millm.complete_stream" COMPLETE_ARGUMENTS ", s.model, s.fingerprint, t.number"
-	" FROM millm.status() s, unnest($1::text[]) WITH ORDINALITY t(prompt, number)";
+static const char chat_sql[] = "SELECT millm.chat" CHAT_ARGUMENTS ", s.name, s.fingerprint, 1 FROM millm.loaded_model() s";
+static const char chat_stream_sql[] = "SELECT millm.chat_stream" CHAT_ARGUMENTS ", s.name, s.fingerprint, 1 FROM millm.loaded_model() s";
+static const char complete_sql[] = "SELECT millm.complete" COMPLETE_ARGUMENTS ", s.name, s.fingerprint, t.number"
+	" FROM millm.loaded_model() s, unnest($1::text[]) WITH ORDINALITY t(prompt, number)";
+static const char complete_stream_sql[] = "SELECT millm.complete_stream" COMPLETE_ARGUMENTS ", s.name, s.fingerprint, t.number"
+	" FROM millm.loaded_model() s, unnest($1::text[]) WITH ORDINALITY t(prompt, number)";
 
 /* One request's question, and of its answer what rows have brought. */
 typedef struct Question

@@ -190,8 +190,8 @@ on_done(HttpRequest *r, const DbError *error)
 void
 openai_embed(HttpRequest *r)
 {
-	static const char sql[] = "SELECT millm.embed($1::text[], model => $2::text), (SELECT sum(millm.count_tokens(t, for_embedding => true)) FROM unnest($1::text[]) t), s.model"
-		" FROM millm.status() s";
+	static const char sql[] = "SELECT millm.embed($1::text[], model => $2::text), (SELECT sum(millm.count_tokens(t, for_embedding => true)) FROM unnest($1::text[]) t), s.name"
+		" FROM millm.loaded_model() s";
 	Embedding  *e = calloc(1, sizeof(*e));
 	json_t	   *body;
 	DbCall	   *call;

@@ -208,8 +208,6 @@ op_status(EngineServer *server, MillmConn *conn, json_t *request)
 									  "pid", (int) getpid(),
 									  "version", MILLM_VERSION,
 									  "kernels", string_or_null(m ? m->kernels : NULL),
-									  "fingerprint", m ? json_sprintf("%s/%s/millm-" MILLM_VERSION "-%s", m->name,
-																	  millm_model_quantization(m->model), m->kernels) : json_null(),
 									  "threads", integer_or_null(m, m ? m->threads : 0),
 									  "deterministic", m ? json_boolean(m->deterministic) : json_null(),
 									  "device", string_or_null(m ? m->device.name : NULL),
@@ -251,7 +249,9 @@ load_done(void *arg, const MillmLoaded *m)
 	millm_log("LOG", "loaded model \"%s\": %s, %.1f MB of weights, %.1f MB of KV cache, on %s (%s), kernels %s, %d threads, %.0f ms",
 			  m->name, m->model->config.model_type, (double) m->weights_bytes / 1e6, (double) m->kv_bytes / 1e6,
 			  m->device.name, m->device.reason, m->kernels, m->threads, m->load_ms);
-	end_with_result(arg, json_pack("{s:s, s:f, s:I, s:I, s:I, s:i, s:i, s:o}", "device", m->device.name, "load_ms", m->load_ms,
+	end_with_result(arg, json_pack("{s:s, s:o, s:f, s:I, s:I, s:I, s:i, s:i, s:o}", "device", m->device.name, "fingerprint",
+								   json_sprintf("%s/%s/millm-" MILLM_VERSION "-%s", m->name, millm_model_quantization(m->model), m->kernels),
+								   "load_ms", m->load_ms,
 								   "weights_bytes", (json_int_t) m->weights_bytes, "kv_bytes", (json_int_t) m->kv_bytes,
 								   "private_bytes", (json_int_t) m->private_bytes, "context_length", m->context_length,
 								   "max_sequences", m->max_sequences, "warnings", warnings));

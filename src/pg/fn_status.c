@@ -20,6 +20,7 @@
 #include "shmem.h"
 
 PG_FUNCTION_INFO_V1(millm_status);
+PG_FUNCTION_INFO_V1(millm_loaded_model_row);
 PG_FUNCTION_INFO_V1(millm_live);
 PG_FUNCTION_INFO_V1(millm_error_list);
 PG_FUNCTION_INFO_V1(millm_check_installation);
@@ -116,6 +117,7 @@ millm_status(PG_FUNCTION_ARGS)
 	MillmHelperStatus engine;
 	MillmHelperStatus hub;
 	MillmLoadedModel model;
+	char		fingerprint[MILLM_FINGERPRINT_BYTES];
 	StringInfoData reply;
 	MillmJson	object;
 	bool		flag;
@@ -137,11 +139,12 @@ millm_status(PG_FUNCTION_ARGS)
 	values[RESTARTS] = Int64GetDatum(engine.restarts);
 	nulls[RESTARTS] = false;
 	put_text(row, LAST_EXIT, engine.last_exit);
-	if (millm_loaded_model(&model))
+	if (millm_loaded_fingerprint(&model, fingerprint))
 	{
 		values[MODEL_ID] = Int64GetDatum(model.id);
 		nulls[MODEL_ID] = false;
 		put_text(row, MODEL, model.name);
+		put_text(row, FINGERPRINT, fingerprint);
 	}
 	put_text(row, DEVICE, millm_json_get_string(object, "device"));
 	put_text(row, DEVICE_REASON, millm_json_get_string(object, "device_reason"));
@@ -152,13 +155,43 @@ millm_status(PG_FUNCTION_ARGS)
 	put_int(row, CONTEXT_LENGTH, object, "context_length");
 	put_int(row, RUNNING, object, "running");
 	put_int(row, WAITING, object, "waiting");
-	put_text(row, FINGERPRINT, millm_json_get_string(object, "fingerprint"));
 	put_pid(row, HUB_PID, hub.pid);
 	put_text(row, HUB_STATE, state_name(hub.state));
 	resetStringInfo(&reply);
 	if (!millm_helper_ask(MILLM_HUB, &hub, STATUS, ASK_MS, &reply))
 		resetStringInfo(&reply);
 	put_text(row, CIRCUIT_BREAKER, millm_json_get_string(millm_json(reply.data, reply.len), "circuit_breaker"));
+	PG_RETURN_DATUM(HeapTupleGetDatum(heap_form_tuple(BlessTupleDesc(desc), values, nulls)));
+}
+
+/* The columns of millm.loaded_model(). */
+enum
+{
+	LOADED_ID, LOADED_NAME, LOADED_FINGERPRINT, LOADED_COLUMNS
+};
+
+/* millm.loaded_model() RETURNS record: what of status() the server's memory knows, without asking a helper; nulls when there is none. */
+Datum
+millm_loaded_model_row(PG_FUNCTION_ARGS)
+{
+	TupleDesc	desc;
+	Datum		values[LOADED_COLUMNS] = {0};
+	bool		nulls[LOADED_COLUMNS];
+	Row			row = {values, nulls};
+	MillmLoadedModel model;
+	char		fingerprint[MILLM_FINGERPRINT_BYTES];
+
+	millm_check_registry();
+	if (get_call_result_type(fcinfo, NULL, &desc) != TYPEFUNC_COMPOSITE || desc->natts != LOADED_COLUMNS)
+		elog(ERROR, "millm.loaded_model() has the wrong return type");
+	memset(nulls, true, sizeof(nulls));
+	if (millm_loaded_fingerprint(&model, fingerprint))
+	{
+		values[LOADED_ID] = Int64GetDatum(model.id);
+		nulls[LOADED_ID] = false;
+		put_text(row, LOADED_NAME, model.name);
+		put_text(row, LOADED_FINGERPRINT, fingerprint);
+	}
 	PG_RETURN_DATUM(HeapTupleGetDatum(heap_form_tuple(BlessTupleDesc(desc), values, nulls)));
 }
 

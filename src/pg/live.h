@@ -44,6 +44,11 @@ typedef struct MillmLoadedModel
 /* False: none is loaded. */
 extern bool millm_loaded_model(MillmLoadedModel *out);
 
+#define MILLM_FINGERPRINT_BYTES 384
+
+/* The loaded model, and "NAME/QUANTIZATION/millm-VERSION-KERNELS" of what computes its answers. */
+extern bool millm_loaded_fingerprint(MillmLoadedModel *out, char fingerprint[MILLM_FINGERPRINT_BYTES]);
+
 /*
  * ereport unless the library is preloaded, this database is the one of millm.database, and it is
  * UTF8 (see design 2 and 3).  Every SQL function calls it first.

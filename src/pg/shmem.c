@@ -156,15 +156,24 @@ millm_helper_status(MillmHelper helper, MillmHelperStatus *out)
 }
 
 bool
-millm_loaded_model(MillmLoadedModel *out)
+millm_loaded_fingerprint(MillmLoadedModel *out, char fingerprint[MILLM_FINGERPRINT_BYTES])
 {
 	bool		loaded;
 
 	LWLockAcquire(millm_shared->lock, LW_SHARED);
 	loaded = millm_shared->is_loaded;
 	*out = millm_shared->loaded;
+	strlcpy(fingerprint, millm_shared->loaded_fingerprint, MILLM_FINGERPRINT_BYTES);
 	LWLockRelease(millm_shared->lock);
 	return loaded;
+}
+
+bool
+millm_loaded_model(MillmLoadedModel *out)
+{
+	char		fingerprint[MILLM_FINGERPRINT_BYTES];
+
+	return millm_loaded_fingerprint(out, fingerprint);
 }
 
 void

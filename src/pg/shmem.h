@@ -130,6 +130,7 @@ typedef struct MillmShared
 	TimestampTz loaded_at;
 	int64		loaded_bytes;	/* weights, KV cache and workspace; < 0: unknown */
 	char		loaded_device[16];	/* where these are: "cpu", "cuda:0" */
+	char		loaded_fingerprint[MILLM_FINGERPRINT_BYTES];
 	MillmLoadedModel failed;	/* the model whose last load failed, and why; uuid "": none */
 	MillmError	failure;
 	MillmCommand command;

@@ -309,6 +309,7 @@ set_loaded(MillmJson answer)
 	int64		weights;
 	int64		reserved;
 	const char *device = millm_json_get_string(answer, "device");
+	const char *fingerprint = millm_json_get_string(answer, "fingerprint");
 	bool		known = millm_json_get_int(answer, "weights_bytes", &weights) && millm_json_get_int(answer, "private_bytes", &reserved);
 
 	LWLockAcquire(millm_shared->lock, LW_EXCLUSIVE);
@@ -318,6 +319,7 @@ set_loaded(MillmJson answer)
 	millm_shared->loaded_at = GetCurrentTimestamp();
 	millm_shared->loaded_bytes = known ? weights + reserved : -1;
 	strlcpy(millm_shared->loaded_device, device ? device : "", sizeof(millm_shared->loaded_device));
+	strlcpy(millm_shared->loaded_fingerprint, fingerprint ? fingerprint : "", sizeof(millm_shared->loaded_fingerprint));
 	LWLockRelease(millm_shared->lock);
 	millm_broadcast();
 }

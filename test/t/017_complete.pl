@@ -13,9 +13,11 @@ sub sql { return $node->safe_psql('postgres', $_[0]); }
 ($state) = sqlstate($node, q(SELECT millm.complete('x')));
 is($state, 'ML006', 'nothing is loaded: MODEL_NOT_LOADED');
 is(sql('SELECT fingerprint IS NULL FROM millm.status()'), 't', 'no fingerprint either');
+is(sql('SELECT id IS NULL AND name IS NULL AND fingerprint IS NULL FROM millm.loaded_model()'), 't', 'no loaded model');
 
 load_model($node, $SMOLLM2);
 like(sql('SELECT fingerprint FROM millm.status()'), qr{^\Q$SMOLLM2\E/FP16/millm-1\.0\.0-\w+$}, 'the fingerprint of what answers');
+is(sql('SELECT (l.id, l.name, l.fingerprint) = (s.model_id, s.model, s.fingerprint) FROM millm.loaded_model() l, millm.status() s'), 't', 'loaded_model() says the same');
 
 # A raw prompt, answered as chat answers
 my $options = 'max_tokens => 10, temperature => 0';
