@@ -31,6 +31,7 @@
 #define PART_ALIGNMENT 64		/* bytes: of what a step brings along */
 #define LAYER_ALIGNMENT 256
 #define MAX_TOKENS 65535		/* rows that a launch can have */
+#define KEPT_ROWS 64			/* of a step whose launches may become a graph: decode, and the ends of prompts */
 
 struct MillmBuffer
 {
@@ -57,6 +58,7 @@ typedef struct CudaBackend
 	MillmBackend base;			/* first: the backend is this */
 	const MillmModel *model;
 	cudaStream_t stream;
+	MillmCudaQueue *queue;
 	MillmCudaWeights *weights;
 	MillmBuffer *buffers;
 	bool		is_plain;		/* the obvious kernels only */
@@ -79,8 +81,6 @@ typedef struct CudaBackend
 	const float *cosine[2],		/* of the model's rope, and the local one */
 			   *sine[2];
 	/* an operation's */
-	int32_t    *row_numbers;	/* [max_tokens] */
-	float	   *row_weights;	/* the same */
 	int		   *bad_place;		/* [1]; the step's */
 	int		   *arrived_place;	/* [1], page-locked: the same, here */
 	bool		is_idle;		/* no copy to or from what is page-locked is under way */
@@ -189,7 +189,7 @@ parcel_bytes(const MillmModel *model, int64_t n, int n_groups, int64_t max_entri
 int64_t
 millm_cuda_own_bytes(const MillmModel *model, const MillmBackendOptions *o)
 {
-	return parcel_bytes(model, o->max_tokens, o->n_groups, o->max_entries) + (int64_t) o->max_tokens * 8 +
+	return parcel_bytes(model, o->max_tokens, o->n_groups, o->max_entries) + (int64_t) millm_cuda_queue_bytes(o->max_tokens) +
 		millm_cuda_fetch_bytes(model->config.vocab_size, o->max_tokens);
 }
 
@@ -223,11 +223,19 @@ buffer_create(MillmBackend *be, int64_t n_rows, int64_t n_columns, MillmBuffer *
 	return MILLM_OK;
 }
 
+/* The stream, for what is no launch: those that were kept come first. */
+static cudaStream_t
+stream_of(CudaBackend *c)
+{
+	CHECK(millm_cuda_queue_flush(c->queue));
+	return c->stream;
+}
+
 /* Wait for all that was queued: for the host, which reads or writes what it shares with the device. */
 static void
 wait(CudaBackend *c)
 {
-	CHECK(cudaStreamSynchronize(c->stream));
+	CHECK(cudaStreamSynchronize(stream_of(c)));
 	c->is_idle = true;
 }
 
@@ -265,7 +273,7 @@ buffer_read(MillmBackend *be, MillmBuffer *x)
 	}
 	lock_rows(x, x->n_written);
 	CHECK(cudaMemcpy2DAsync(x->host, row, x->rows.data, (size_t) x->rows.stride * sizeof(float), row, (size_t) x->n_written, cudaMemcpyDeviceToHost,
-							c->stream));
+							stream_of(c)));
 	wait(c);
 	return x->host;
 }
@@ -280,7 +288,7 @@ fetch(MillmBackend *be, MillmBuffer *y, const MillmTop *tops, int n)
 		if (tops[t].k == 0)
 			n_whole = t + 1;
 	lock_rows(y, n_whole);
-	CHECK(millm_cuda_fetch_queue(c->fetch, y->host, y->rows, tops, n, c->stream));
+	CHECK(millm_cuda_fetch_queue(c->fetch, y->host, y->rows, tops, n, c->queue, c->stream));
 	c->fetched = y;
 	c->is_idle = false;
 }
@@ -304,12 +312,11 @@ cuda_free(MillmBackend *be)
 	millm_cuda_weights_free(c->weights);
 	(void) cudaFree(c->kv);
 	(void) cudaFree(c->parcel.device);
-	(void) cudaFree(c->row_numbers);
-	(void) cudaFree(c->row_weights);
 	(void) cudaFree(c->bad_place);
 	(void) cudaFreeHost(c->arrived_place);
 	(void) cudaFreeHost(c->parcel.host);
 	millm_cuda_fetch_free(c->fetch);
+	millm_cuda_queue_free(c->queue);
 	if (c->stream)
 		(void) cudaStreamDestroy(c->stream);
 	free(c->frequencies);
@@ -321,7 +328,7 @@ copy_page(MillmBackend *be, int32_t dst, int32_t src)
 {
 	CudaBackend *c = cuda(be);
 
-	CHECK(cudaMemcpyAsync(c->kv + dst * c->page_bytes, c->kv + src * c->page_bytes, (size_t) c->page_bytes, cudaMemcpyDeviceToDevice, c->stream));
+	CHECK(cudaMemcpyAsync(c->kv + dst * c->page_bytes, c->kv + src * c->page_bytes, (size_t) c->page_bytes, cudaMemcpyDeviceToDevice, stream_of(c)));
 }
 
 /* ---- the step ---- */
@@ -378,16 +385,11 @@ end_of_table(const int32_t *const *pages, int n_groups, int t, int n)
 	return end;
 }
 
-/*
- * The page tables, each as far as its sequence has come, one after the other, and for each token and group where its table begins.
- * Tokens of a sequence are together in the step, and share it.
- */
-static void
-pack_tables(CudaBackend *c, const int32_t *positions, const int32_t *const *pages, int n, int64_t *at_tables, int64_t *at_table_of)
+/* Entries of all tables of a step, for which there is room. */
+static int64_t
+all_entries(const CudaBackend *c, const int32_t *positions, const int32_t *const *pages, int n)
 {
 	int64_t		n_entries = 0;
-	int32_t    *tables,
-			   *table_of;
 	MillmError	err;
 
 	for (int g = 0; g < c->n_groups; g++)
@@ -402,11 +404,18 @@ pack_tables(CudaBackend *c, const int32_t *positions, const int32_t *const *page
 		millm_detail(&err, "They have %" PRId64 " entries, room is for %" PRId64 ".", n_entries, c->max_entries);
 		host->fault(&err);
 	}
-	*at_tables = parcel_take(&c->parcel, n_entries * 4);
-	*at_table_of = parcel_take(&c->parcel, (int64_t) n * c->n_groups * 4);
-	tables = (int32_t *) (c->parcel.host + *at_tables);
-	table_of = (int32_t *) (c->parcel.host + *at_table_of);
-	n_entries = 0;
+	return n_entries;
+}
+
+/*
+ * The page tables, each as far as its sequence has come, one after the other, and for each token and group where its table begins.
+ * Tokens of a sequence are together in the step, and share it.
+ */
+static void
+pack_tables(CudaBackend *c, int32_t *tables, int32_t *table_of, const int32_t *positions, const int32_t *const *pages, int n)
+{
+	int64_t		n_entries = 0;
+
 	for (int g = 0; g < c->n_groups; g++)
 		for (int t = 0, end; t < n; t = end)
 		{
@@ -420,28 +429,34 @@ pack_tables(CudaBackend *c, const int32_t *positions, const int32_t *const *page
 		}
 }
 
+/* The tables are the last part, so that where the others are, and these begin, is a matter of n alone, as the launches of a graph want it. */
 static void
 begin(MillmBackend *be, const int32_t *positions, const int32_t *planned_lengths, const int32_t *const *pages, int n)
 {
 	CudaBackend *c = cuda(be);
 	const MillmRope *ropes[] = {&c->model->config.rope, &c->model->config.local_rope};
+	const int64_t n_entries = all_entries(c, positions, pages, n);
 	int64_t		at_positions,
 				at_tables,
 				at_table_of,
 				at_angles[2] = {0};
 
-	if (!c->is_idle)			/* a step that was canceled may still read its parcel */
-		wait(c);
+	if (!c->is_idle)			/* a step that was canceled may still read its parcel; what of it was kept is dropped */
+		CHECK(cudaStreamSynchronize(c->stream));
 	c->is_idle = false;
 	c->fetched = NULL;
+	/* the host decides between the launches of a mixture of experts: no two lists would be the same */
+	millm_cuda_queue_begin(c->queue, n <= KEPT_ROWS && c->model->config.n_experts == 0);
 	CHECK(cudaMemsetAsync(c->bad_place, MILLM_CUDA_NO_PLACE & 0xff, sizeof(*c->bad_place), c->stream));
 	c->parcel.used = 0;
-	pack_tables(c, positions, pages, n, &at_tables, &at_table_of);
 	at_positions = parcel_take(&c->parcel, (int64_t) n * 4);
 	memcpy(c->parcel.host + at_positions, positions, (size_t) n * 4);
 	for (int i = 0; i < 2 && c->n_pairs > 0; i++)
 		if (ropes[i]->inv_freq)
 			at_angles[i] = pack_angles(c, ropes[i], positions, planned_lengths, n);
+	at_table_of = parcel_take(&c->parcel, (int64_t) n * c->n_groups * 4);
+	at_tables = parcel_take(&c->parcel, n_entries * 4);
+	pack_tables(c, (int32_t *) (c->parcel.host + at_tables), (int32_t *) (c->parcel.host + at_table_of), positions, pages, n);
 	CHECK(cudaMemcpyAsync(c->parcel.device, c->parcel.host, (size_t) c->parcel.used, cudaMemcpyHostToDevice, c->stream));
 	c->positions = (const int32_t *) (c->parcel.device + at_positions);
 	c->tables = (const int32_t *) (c->parcel.device + at_tables);
@@ -453,14 +468,17 @@ begin(MillmBackend *be, const int32_t *positions, const int32_t *planned_lengths
 	}
 }
 
-/* Numbers of the host's for the operation that is queued next; NULL stays NULL. */
-static const int32_t *
-bring_numbers(CudaBackend *c, const int32_t *numbers, int n)
+/* n numbers of 4 bytes of the host's for the operation that is queued next; NULL stays NULL. */
+static const void *
+bring(CudaBackend *c, const void *numbers, int n)
 {
+	const void *on_device;
+
 	if (!numbers)
 		return NULL;
-	CHECK(cudaMemcpyAsync(c->row_numbers, numbers, (size_t) n * sizeof(*numbers), cudaMemcpyHostToDevice, c->stream));
-	return c->row_numbers;
+	c->is_idle = false;
+	CHECK(millm_cuda_queue_bring(c->queue, numbers, (size_t) n * 4, &on_device));
+	return on_device;
 }
 
 static const MillmCudaWeight *
@@ -493,7 +511,7 @@ embed(MillmBackend *be, MillmBuffer *y, const MillmWeight *table, const int32_t 
 {
 	CudaBackend *c = cuda(be);
 
-	CHECK(millm_cuda_embed(y->rows, weight_of(c, table), bring_numbers(c, rows, n), add, n, c->stream));
+	CHECK(millm_cuda_embed(y->rows, weight_of(c, table), bring(c, rows, n), add, n, c->queue));
 	y->n_written = n;
 }
 
@@ -515,7 +533,7 @@ norm(MillmBackend *be, MillmBuffer *y, MillmBuffer *x, MillmNorm kind, const Mil
 		.n_columns = n_columns,
 	};
 
-	CHECK(millm_cuda_norm(&l, n, c->stream));
+	CHECK(millm_cuda_norm(&l, n, c->queue));
 	y->n_written = n;
 }
 
@@ -536,16 +554,16 @@ matmul(MillmBackend *be, const MillmProjection *p, int n_projections, MillmBuffe
 		};
 
 		if (c->is_plain || !m.w.has_chunks)
-			CHECK(millm_cuda_matmul_any(&m, c->stream));
+			CHECK(millm_cuda_matmul_any(&m, c->queue));
 		else if (n > MILLM_CUDA_FEW_ROWS && !c->deterministic)
-			CHECK(c->has_tensor_cores ? millm_cuda_matmul_tensor(&m, c->stream) : millm_cuda_matmul_many(&m, c->stream));
+			CHECK(c->has_tensor_cores ? millm_cuda_matmul_tensor(&m, c->queue) : millm_cuda_matmul_many(&m, c->queue));
 		else
 			for (int t = 0; t < n; t += MILLM_CUDA_FEW_ROWS)
 			{
 				m.y.data = p[i].y->rows.data + t * m.y.stride;
 				m.x.data = x->rows.data + t * m.x.stride;
 				m.n = n - t < MILLM_CUDA_FEW_ROWS ? n - t : MILLM_CUDA_FEW_ROWS;
-				CHECK(millm_cuda_matmul_few(&m, c->stream));
+				CHECK(millm_cuda_matmul_few(&m, c->queue));
 			}
 		p[i].y->n_written = n;
 	}
@@ -586,7 +604,7 @@ split_qkv(MillmBackend *be, const MillmAttention *a, MillmBuffer *q, MillmBuffer
 	CudaBackend *c = cuda(be);
 	const MillmCudaAttention d = attention_of(c, a);
 
-	CHECK(millm_cuda_split_qkv(&d, q->rows, k->rows, v->rows, qkv->rows, n, c->stream));
+	CHECK(millm_cuda_split_qkv(&d, q->rows, k->rows, v->rows, qkv->rows, n, c->queue));
 	q->n_written = k->n_written = v->n_written = n;
 }
 
@@ -596,7 +614,7 @@ rope_and_store(MillmBackend *be, const MillmAttention *a, MillmBuffer *q, MillmB
 	CudaBackend *c = cuda(be);
 	const MillmCudaAttention d = attention_of(c, a);
 
-	CHECK(millm_cuda_rope_and_store(&d, q->rows, k->rows, v->rows, n, c->stream));
+	CHECK(millm_cuda_rope_and_store(&d, q->rows, k->rows, v->rows, n, c->queue));
 }
 
 static void
@@ -605,7 +623,7 @@ attention(MillmBackend *be, const MillmAttention *a, MillmBuffer *y, MillmBuffer
 	CudaBackend *c = cuda(be);
 	const MillmCudaAttention d = attention_of(c, a);
 
-	CHECK(millm_cuda_attention(&d, y->rows, q->rows, n, c->stream));
+	CHECK(millm_cuda_attention(&d, y->rows, q->rows, n, c->queue));
 	y->n_written = n;
 }
 
@@ -614,26 +632,26 @@ activation(MillmBackend *be, MillmBuffer *y, MillmAct act, MillmBuffer *x, Millm
 {
 	const MillmRows none = {NULL, 0};
 
-	CHECK(millm_cuda_activation(y->rows, act, x->rows, up ? up->rows : none, n_columns, n, cuda(be)->stream));
+	CHECK(millm_cuda_activation(y->rows, act, x->rows, up ? up->rows : none, n_columns, n, cuda(be)->queue));
 	y->n_written = n;
 }
 
 static void
 add(MillmBackend *be, MillmBuffer *y, MillmBuffer *x, float scale, int n)
 {
-	CHECK(millm_cuda_add_rows(y->rows, x->rows, NULL, NULL, scale, y->n_columns, n, cuda(be)->stream));
+	CHECK(millm_cuda_add_rows(y->rows, x->rows, NULL, NULL, scale, y->n_columns, n, cuda(be)->queue));
 }
 
 static void
 scale(MillmBackend *be, MillmBuffer *x, float by, int n)
 {
-	CHECK(millm_cuda_scale(x->rows, by, x->n_columns, n, cuda(be)->stream));
+	CHECK(millm_cuda_scale(x->rows, by, x->n_columns, n, cuda(be)->queue));
 }
 
 static void
 softcap(MillmBackend *be, MillmBuffer *x, float cap, int n)
 {
-	CHECK(millm_cuda_softcap(x->rows, cap, x->n_columns, n, cuda(be)->stream));
+	CHECK(millm_cuda_softcap(x->rows, cap, x->n_columns, n, cuda(be)->queue));
 }
 
 static void
@@ -641,8 +659,9 @@ add_rows(MillmBackend *be, MillmBuffer *y, MillmBuffer *x, const int32_t *rows, 
 {
 	CudaBackend *c = cuda(be);
 
-	CHECK(cudaMemcpyAsync(c->row_weights, weights, (size_t) n * sizeof(*weights), cudaMemcpyHostToDevice, c->stream));
-	CHECK(millm_cuda_add_rows(y->rows, x->rows, bring_numbers(c, rows, n), c->row_weights, 1, y->n_columns, n, c->stream));
+	const int32_t *to = bring(c, rows, n);
+
+	CHECK(millm_cuda_add_rows(y->rows, x->rows, to, bring(c, weights, n), 1, y->n_columns, n, c->queue));
 }
 
 static void
@@ -650,7 +669,7 @@ select_rows(MillmBackend *be, MillmBuffer *y, MillmBuffer *x, const int32_t *row
 {
 	CudaBackend *c = cuda(be);
 
-	CHECK(millm_cuda_select(y->rows, x->rows, bring_numbers(c, rows, n), x->n_columns, n, c->stream));
+	CHECK(millm_cuda_select(y->rows, x->rows, bring(c, rows, n), x->n_columns, n, c->queue));
 	y->n_written = n;
 }
 
@@ -659,7 +678,7 @@ check_rows(MillmBackend *be, MillmBuffer *x, int place, int n)
 {
 	CudaBackend *c = cuda(be);
 
-	CHECK(millm_cuda_find_not_finite(c->bad_place, x->rows, place, x->n_columns, n, c->stream));
+	CHECK(millm_cuda_find_not_finite(c->bad_place, x->rows, place, x->n_columns, n, c->queue));
 }
 
 static int
@@ -667,7 +686,7 @@ first_bad(MillmBackend *be)
 {
 	CudaBackend *c = cuda(be);
 
-	CHECK(cudaMemcpyAsync(c->arrived_place, c->bad_place, sizeof(*c->bad_place), cudaMemcpyDeviceToHost, c->stream));
+	CHECK(cudaMemcpyAsync(c->arrived_place, c->bad_place, sizeof(*c->bad_place), cudaMemcpyDeviceToHost, stream_of(c)));
 	wait(c);
 	return *c->arrived_place == MILLM_CUDA_NO_PLACE ? -1 : *c->arrived_place;
 }
@@ -678,7 +697,6 @@ static MillmCode
 create_memory(CudaBackend *c, const MillmBackendOptions *options, MillmError *err)
 {
 	const MillmConfig *config = &c->model->config;
-	const int64_t n = options->max_tokens;
 	int64_t		parcel;
 	cudaError_t status;
 	size_t		kv_bytes;
@@ -692,7 +710,7 @@ create_memory(CudaBackend *c, const MillmBackendOptions *options, MillmError *er
 	c->n_groups = options->n_groups;
 	c->n_pairs = config->position == MILLM_POS_ROPE ? config->rotary_dim / 2 : 0;
 	c->max_entries = options->max_entries;
-	parcel = parcel_bytes(c->model, n, c->n_groups, c->max_entries);
+	parcel = parcel_bytes(c->model, options->max_tokens, c->n_groups, c->max_entries);
 	c->frequencies = calloc((size_t) c->n_pairs + 1, sizeof(float));
 	if (!c->frequencies)
 		return millm_fail(err, MILLM_E_INSUFFICIENT_MEMORY, "out of memory");
@@ -704,9 +722,10 @@ create_memory(CudaBackend *c, const MillmBackendOptions *options, MillmError *er
 	status = millm_cuda_fetch_create(config->vocab_size, options->max_tokens, c->stream, &c->fetch);
 	if (status != cudaSuccess)
 		return millm_cuda_failed(status, "the choice among logits", millm_cuda_fetch_bytes(config->vocab_size, options->max_tokens), err);
+	status = millm_cuda_queue_create(options->max_tokens, c->stream, &c->queue);
+	if (status != cudaSuccess)
+		return millm_cuda_failed(status, "the queue", (int64_t) millm_cuda_queue_bytes(options->max_tokens), err);
 	if ((rc = millm_cuda_allocate(&c->parcel.device, parcel, "the page tables", c->stream, err)) != MILLM_OK ||
-		(rc = millm_cuda_allocate(&c->row_numbers, n * (int64_t) sizeof(*c->row_numbers), "the workspace", c->stream, err)) != MILLM_OK ||
-		(rc = millm_cuda_allocate(&c->row_weights, n * (int64_t) sizeof(*c->row_weights), "the workspace", c->stream, err)) != MILLM_OK ||
 		(rc = millm_cuda_allocate(&c->bad_place, sizeof(*c->bad_place), "the workspace", c->stream, err)) != MILLM_OK)
 		return rc;
 	return millm_cuda_allocate(&c->kv, (int64_t) kv_bytes, "the KV cache", c->stream, err);

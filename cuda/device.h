@@ -19,7 +19,7 @@ typedef __nv_bfloat16 bf16;
 
 template <class... Parameters, class... Arguments>
 static cudaError_t
-launch(void (*kernel) (Parameters...), dim3 blocks, int threads, cudaStream_t stream, Arguments... arguments)
+start_kernel(void (*kernel) (Parameters...), dim3 blocks, int threads, cudaStream_t stream, Arguments... arguments)
 {
 	kernel<<<blocks, threads, 0, stream>>>(arguments...);
 	return cudaGetLastError();

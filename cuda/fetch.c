@@ -178,7 +178,7 @@ takes_list(MillmCudaFetch *f, const MillmTop *top, int t)
 #define SPAN(b, a, n) ((size_t) ((const char *) ((b) + (n)) - (const char *) (a)))
 
 static cudaError_t
-queue_lists(MillmCudaFetch *f, MillmRows y, cudaStream_t stream)
+queue_lists(MillmCudaFetch *f, MillmRows y, MillmCudaQueue *queue, cudaStream_t stream)
 {
 	Lists	   *d = &f->device,
 			   *h = &f->here;
@@ -188,21 +188,25 @@ queue_lists(MillmCudaFetch *f, MillmRows y, cudaStream_t stream)
 	{
 		status = cudaMemcpyAsync(d->rows, h->rows, SPAN(h->ids, h->rows, f->n_always), cudaMemcpyHostToDevice, stream);
 		if (status == cudaSuccess)
-			status = millm_cuda_take(d->values, y, d->rows, d->ids, f->n_always, stream);
+			status = millm_cuda_take(d->values, y, d->rows, d->ids, f->n_always, queue);
+		if (status == cudaSuccess)
+			status = millm_cuda_queue_flush(queue);
 		if (status == cudaSuccess)
 			status = cudaMemcpyAsync(h->values, d->values, SPAN(h->values, h->values, f->n_always), cudaMemcpyDeviceToHost, stream);
 	}
 	if (status == cudaSuccess)
-		status = millm_cuda_pick(d->picks, d->maxima, y, d->tops, f->n_columns, f->n, stream);
+		status = millm_cuda_pick(d->picks, d->maxima, y, d->tops, f->n_columns, f->n, queue);
+	if (status == cudaSuccess)
+		status = millm_cuda_queue_flush(queue);
 	if (status == cudaSuccess)
 		status = cudaMemcpyAsync(h->picks, d->picks, SPAN(h->picks, h->picks, f->n), cudaMemcpyDeviceToHost, stream);
 	return status;
 }
 
 cudaError_t
-millm_cuda_fetch_queue(MillmCudaFetch *f, float *host, MillmRows y, const MillmTop *tops, int n, cudaStream_t stream)
+millm_cuda_fetch_queue(MillmCudaFetch *f, float *host, MillmRows y, const MillmTop *tops, int n, MillmCudaQueue *queue, cudaStream_t stream)
 {
-	cudaError_t status = cudaSuccess;
+	cudaError_t status = millm_cuda_queue_flush(queue);
 	int			n_listed = 0;
 
 	clear(f);
@@ -228,7 +232,7 @@ millm_cuda_fetch_queue(MillmCudaFetch *f, float *host, MillmRows y, const MillmT
 	if (n_listed == 0)
 		f->n = 0;
 	else if (status == cudaSuccess)
-		status = queue_lists(f, y, stream);
+		status = queue_lists(f, y, queue, stream);
 	return status;
 }
 

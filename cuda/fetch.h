@@ -18,10 +18,10 @@ extern cudaError_t millm_cuda_fetch_create(int64_t n_columns, int n_rows, cudaSt
 extern void millm_cuda_fetch_free(MillmCudaFetch *f);	/* NULL is fine */
 
 /*
- * Queue it for the first n rows of y, to the rows of host [n, n_columns], the same each time and nobody else's: what tops[t] always needs is -infinity in y
+ * After all that is in the queue, on its stream: queue it for the first n rows of y, to the rows of host [n, n_columns], the same each time and nobody else's: what tops[t] always needs is -infinity in y
  * from now on.
  */
-extern cudaError_t millm_cuda_fetch_queue(MillmCudaFetch *f, float *host, MillmRows y, const MillmTop *tops, int n, cudaStream_t stream);
+extern cudaError_t millm_cuda_fetch_queue(MillmCudaFetch *f, float *host, MillmRows y, const MillmTop *tops, int n, MillmCudaQueue *queue, cudaStream_t stream);
 /* Once the stream has been waited for: the rows of the host are what backend.h's fetch() promises, until the next are queued. */
 extern cudaError_t millm_cuda_fetch_finish(MillmCudaFetch *f, cudaStream_t stream);
 

@@ -4,16 +4,80 @@
  * Arithmetic is float32.  Sums run in an order that the shapes alone decide.  What decides the value of a weight is written with
  * roundings of its own (mul(), add()), so that no compiler fuses it: a quantized weight has the same bits on every backend.
  *
- * The same source is compiled for the CPU, where test/cuda/emulated.h runs the threads of a block in turns: hence launch() and SHARED()
+ * The same source is compiled for the CPU, where test/cuda/emulated.h runs the threads of a block in turns: hence start_kernel() and SHARED()
  * in place of the language's own.
  */
 #include "kernels.h"
+
+#include <cstring>
+#include <utility>
 
 #ifdef MILLM_CUDA_EMULATED
 #include "emulated.h"
 #else
 #include "device.h"
 #endif
+
+/*
+ * A launch as the queue keeps it: the kernel, its blocks and threads, then its parameters one after the other, each from a multiple of 8 bytes.
+ */
+struct Launch
+{
+	void		(*kernel) ();
+	unsigned	blocks[3];
+	int			threads;
+};
+
+static constexpr size_t
+room_for(size_t bytes)
+{
+	return (bytes + 7) / 8 * 8;
+}
+
+/* Where the k-th of parameters of these sizes begins */
+static constexpr size_t
+place_of(size_t k, const size_t *sizes)
+{
+	return k == 0 ? sizeof(Launch) : place_of(k - 1, sizes) + room_for(sizes[k - 1]);
+}
+
+template <class... Parameters, size_t... I>
+static cudaError_t
+start_packed(const void *packed, cudaStream_t stream, std::index_sequence<I...>)
+{
+	const Launch *l = (const Launch *) packed;
+	const size_t sizes[] = {sizeof(Parameters)...};
+
+	return start_kernel((void (*) (Parameters...)) l->kernel, dim3(l->blocks[0], l->blocks[1], l->blocks[2]), l->threads, stream,
+						*(const Parameters *) ((const char *) packed + place_of(I, sizes))...);
+}
+
+template <class... Parameters>
+static cudaError_t
+start(const void *packed, cudaStream_t stream)
+{
+	return start_packed<Parameters...>(packed, stream, std::index_sequence_for<Parameters...>());
+}
+
+template <class Parameter>
+static void
+pack(char *&to, const Parameter &parameter)
+{
+	memcpy(to, &parameter, sizeof(parameter));
+	to += room_for(sizeof(parameter));
+}
+
+template <class... Parameters, class... Arguments>
+static cudaError_t
+launch(void (*kernel) (Parameters...), dim3 blocks, int threads, MillmCudaQueue *queue, Arguments... arguments)
+{
+	alignas(8) char packed[(sizeof(Launch) + ... + room_for(sizeof(Parameters)))] = {};
+	char	   *to = packed + sizeof(Launch);
+
+	*(Launch *) packed = {(void (*) ()) kernel, {blocks.x, blocks.y, blocks.z}, threads};
+	(pack<Parameters>(to, arguments), ...);
+	return millm_cuda_queue(queue, start<Parameters...>, packed, sizeof(packed));
+}
 
 #define WARP 32
 #define ALL_LANES 0xffffffffu
@@ -430,69 +494,69 @@ matmul_tensor(MillmCudaMatmul m)
 }
 
 cudaError_t
-millm_cuda_matmul_any(const MillmCudaMatmul *m, cudaStream_t stream)
+millm_cuda_matmul_any(const MillmCudaMatmul *m, MillmCudaQueue *queue)
 {
-	return launch(matmul_any, dim3((unsigned) m->w.n_out, (unsigned) m->n), WARP, stream, *m);
+	return launch(matmul_any, dim3((unsigned) m->w.n_out, (unsigned) m->n), WARP, queue, *m);
 }
 
 template <int DTYPE>
 static cudaError_t
-launch_few(const MillmCudaMatmul *m, cudaStream_t stream)
+launch_few(const MillmCudaMatmul *m, MillmCudaQueue *queue)
 {
 	const dim3	blocks((unsigned) ((m->w.n_out + FEW_WARPS - 1) / FEW_WARPS));
 
-	return m->n == 1 ? launch(matmul_few<DTYPE, 1>, blocks, FEW_WARPS * WARP, stream, *m) :
-		m->n == 2 ? launch(matmul_few<DTYPE, 2>, blocks, FEW_WARPS * WARP, stream, *m) :
-		m->n <= 4 ? launch(matmul_few<DTYPE, 4>, blocks, FEW_WARPS * WARP, stream, *m) :
-		launch(matmul_few<DTYPE, MILLM_CUDA_FEW_ROWS>, blocks, FEW_WARPS * WARP, stream, *m);
+	return m->n == 1 ? launch(matmul_few<DTYPE, 1>, blocks, FEW_WARPS * WARP, queue, *m) :
+		m->n == 2 ? launch(matmul_few<DTYPE, 2>, blocks, FEW_WARPS * WARP, queue, *m) :
+		m->n <= 4 ? launch(matmul_few<DTYPE, 4>, blocks, FEW_WARPS * WARP, queue, *m) :
+		launch(matmul_few<DTYPE, MILLM_CUDA_FEW_ROWS>, blocks, FEW_WARPS * WARP, queue, *m);
 }
 
 template <int DTYPE>
 static cudaError_t
-launch_many(const MillmCudaMatmul *m, cudaStream_t stream)
+launch_many(const MillmCudaMatmul *m, MillmCudaQueue *queue)
 {
 	const dim3	blocks((unsigned) ((m->w.n_out + TILE - 1) / TILE), (unsigned) ((m->n + TILE - 1) / TILE));
 
-	return launch(matmul_many<DTYPE>, blocks, MANY_THREADS, stream, *m);
+	return launch(matmul_many<DTYPE>, blocks, MANY_THREADS, queue, *m);
 }
 
 template <int DTYPE>
 static cudaError_t
-launch_tensor(const MillmCudaMatmul *m, cudaStream_t stream)
+launch_tensor(const MillmCudaMatmul *m, MillmCudaQueue *queue)
 {
 	const dim3	blocks((unsigned) ((m->w.n_out + TILE - 1) / TILE), (unsigned) ((m->n + TILE - 1) / TILE));
 
-	return launch(matmul_tensor<DTYPE>, blocks, TENSOR_THREADS, stream, *m);
+	return launch(matmul_tensor<DTYPE>, blocks, TENSOR_THREADS, queue, *m);
 }
 
-typedef cudaError_t (*MatmulLauncher) (const MillmCudaMatmul *m, cudaStream_t stream);
+typedef cudaError_t (*MatmulLauncher) (const MillmCudaMatmul *m, MillmCudaQueue *queue);
 
 cudaError_t
-millm_cuda_matmul_few(const MillmCudaMatmul *m, cudaStream_t stream)
+millm_cuda_matmul_few(const MillmCudaMatmul *m, MillmCudaQueue *queue)
 {
 	static const MatmulLauncher of_dtype[MILLM_N_WEIGHT_DTYPES] = {
 		launch_few<MILLM_F32>, launch_few<MILLM_F16>, launch_few<MILLM_BF16>, launch_few<MILLM_4BIT>, launch_few<MILLM_INT8>, launch_few<MILLM_MXFP4>};
 
-	return of_dtype[m->w.dtype] (m, stream);
+	return of_dtype[m->w.dtype] (m, queue);
 }
 
 cudaError_t
-millm_cuda_matmul_many(const MillmCudaMatmul *m, cudaStream_t stream)
+millm_cuda_matmul_many(const MillmCudaMatmul *m, MillmCudaQueue *queue)
 {
 	static const MatmulLauncher of_dtype[MILLM_N_WEIGHT_DTYPES] = {
 		launch_many<MILLM_F32>, launch_many<MILLM_F16>, launch_many<MILLM_BF16>, launch_many<MILLM_4BIT>, launch_many<MILLM_INT8>, launch_many<MILLM_MXFP4>};
 
-	return of_dtype[m->w.dtype] (m, stream);
+	return of_dtype[m->w.dtype] (m, queue);
 }
 
 cudaError_t
-millm_cuda_matmul_tensor(const MillmCudaMatmul *m, cudaStream_t stream)
+millm_cuda_matmul_tensor(const MillmCudaMatmul *m, MillmCudaQueue *queue)
 {
 	static const MatmulLauncher of_dtype[MILLM_N_WEIGHT_DTYPES] = {
 		launch_many<MILLM_F32>,	/* who stores 32 bits wants them */
 		launch_tensor<MILLM_F16>, launch_tensor<MILLM_BF16>, launch_tensor<MILLM_4BIT>, launch_tensor<MILLM_INT8>, launch_tensor<MILLM_MXFP4>};
 
-	return of_dtype[m->w.dtype] (m, stream);
+	return of_dtype[m->w.dtype] (m, queue);
 }
 
 /* ---- rows ---- */
@@ -506,9 +570,9 @@ element_index()
 
 template <class... Parameters, class... Arguments>
 static cudaError_t
-launch_elements(void (*kernel) (Parameters...), int64_t n_columns, int n, cudaStream_t stream, Arguments... arguments)
+launch_elements(void (*kernel) (Parameters...), int64_t n_columns, int n, MillmCudaQueue *queue, Arguments... arguments)
 {
-	return launch(kernel, dim3((unsigned) ((n_columns + BLOCK - 1) / BLOCK), (unsigned) n), BLOCK, stream, arguments...);
+	return launch(kernel, dim3((unsigned) ((n_columns + BLOCK - 1) / BLOCK), (unsigned) n), BLOCK, queue, arguments...);
 }
 
 static __global__ void
@@ -522,9 +586,9 @@ embed(MillmRows y, MillmCudaWeight table, const int32_t *rows, bool add)
 }
 
 cudaError_t
-millm_cuda_embed(MillmRows y, const MillmCudaWeight *table, const int32_t *rows, bool add, int n, cudaStream_t stream)
+millm_cuda_embed(MillmRows y, const MillmCudaWeight *table, const int32_t *rows, bool add, int n, MillmCudaQueue *queue)
 {
-	return launch_elements(embed, table->n_in, n, stream, y, *table, rows, add);
+	return launch_elements(embed, table->n_in, n, queue, y, *table, rows, add);
 }
 
 /* A block for each part of a row.  blocks [n_parts, n], threads a multiple of WARP, at most BLOCK */
@@ -562,9 +626,9 @@ norm(MillmCudaNorm l)
 }
 
 cudaError_t
-millm_cuda_norm(const MillmCudaNorm *l, int n, cudaStream_t stream)
+millm_cuda_norm(const MillmCudaNorm *l, int n, MillmCudaQueue *queue)
 {
-	return launch(norm, dim3((unsigned) l->n_parts, (unsigned) n), l->n_columns > 4 * WARP ? BLOCK : WARP, stream, *l);
+	return launch(norm, dim3((unsigned) l->n_parts, (unsigned) n), l->n_columns > 4 * WARP ? BLOCK : WARP, queue, *l);
 }
 
 static __global__ void
@@ -627,11 +691,11 @@ activate_pairs(MillmRows y, MillmRows x, int64_t n_columns)
 }
 
 cudaError_t
-millm_cuda_activation(MillmRows y, MillmAct act, MillmRows x, MillmRows up, int64_t n_columns, int n, cudaStream_t stream)
+millm_cuda_activation(MillmRows y, MillmAct act, MillmRows x, MillmRows up, int64_t n_columns, int n, MillmCudaQueue *queue)
 {
 	if (act == MILLM_ACT_SWIGLU_PAIRS)
-		return launch(activate_pairs, dim3(1, (unsigned) n), BLOCK, stream, y, x, n_columns);
-	return launch_elements(activate, n_columns, n, stream, y, act, x, up, n_columns);
+		return launch(activate_pairs, dim3(1, (unsigned) n), BLOCK, queue, y, x, n_columns);
+	return launch_elements(activate, n_columns, n, queue, y, act, x, up, n_columns);
 }
 
 static __global__ void
@@ -644,9 +708,9 @@ scale_rows(MillmRows x, float by, int64_t n_columns)
 }
 
 cudaError_t
-millm_cuda_scale(MillmRows x, float by, int64_t n_columns, int n, cudaStream_t stream)
+millm_cuda_scale(MillmRows x, float by, int64_t n_columns, int n, MillmCudaQueue *queue)
 {
-	return launch_elements(scale_rows, n_columns, n, stream, x, by, n_columns);
+	return launch_elements(scale_rows, n_columns, n, queue, x, by, n_columns);
 }
 
 static __global__ void
@@ -659,9 +723,9 @@ cap_rows(MillmRows x, float cap, int64_t n_columns)
 }
 
 cudaError_t
-millm_cuda_softcap(MillmRows x, float cap, int64_t n_columns, int n, cudaStream_t stream)
+millm_cuda_softcap(MillmRows x, float cap, int64_t n_columns, int n, MillmCudaQueue *queue)
 {
-	return launch_elements(cap_rows, n_columns, n, stream, x, cap, n_columns);
+	return launch_elements(cap_rows, n_columns, n, queue, x, cap, n_columns);
 }
 
 static __global__ void
@@ -675,9 +739,9 @@ add_rows(MillmRows y, MillmRows x, const int32_t *rows, const float *weights, fl
 }
 
 cudaError_t
-millm_cuda_add_rows(MillmRows y, MillmRows x, const int32_t *rows, const float *weights, float scale, int64_t n_columns, int n, cudaStream_t stream)
+millm_cuda_add_rows(MillmRows y, MillmRows x, const int32_t *rows, const float *weights, float scale, int64_t n_columns, int n, MillmCudaQueue *queue)
 {
-	return launch_elements(add_rows, n_columns, n, stream, y, x, rows, weights, scale, n_columns);
+	return launch_elements(add_rows, n_columns, n, queue, y, x, rows, weights, scale, n_columns);
 }
 
 static __global__ void
@@ -690,9 +754,9 @@ select_rows(MillmRows y, MillmRows x, const int32_t *rows, int64_t n_columns)
 }
 
 cudaError_t
-millm_cuda_select(MillmRows y, MillmRows x, const int32_t *rows, int64_t n_columns, int n, cudaStream_t stream)
+millm_cuda_select(MillmRows y, MillmRows x, const int32_t *rows, int64_t n_columns, int n, MillmCudaQueue *queue)
 {
-	return launch_elements(select_rows, n_columns, n, stream, y, x, rows, n_columns);
+	return launch_elements(select_rows, n_columns, n, queue, y, x, rows, n_columns);
 }
 
 static __global__ void
@@ -705,9 +769,9 @@ find_not_finite(int *first, MillmRows x, int place, int64_t n_columns)
 }
 
 cudaError_t
-millm_cuda_find_not_finite(int *first, MillmRows x, int place, int64_t n_columns, int n, cudaStream_t stream)
+millm_cuda_find_not_finite(int *first, MillmRows x, int place, int64_t n_columns, int n, MillmCudaQueue *queue)
 {
-	return launch_elements(find_not_finite, n_columns, n, stream, first, x, place, n_columns);
+	return launch_elements(find_not_finite, n_columns, n, queue, first, x, place, n_columns);
 }
 
 /* ---- the logits that a choice needs ---- */
@@ -727,9 +791,9 @@ take(float *values, MillmRows y, const int32_t *rows, const int32_t *ids, int n)
 }
 
 cudaError_t
-millm_cuda_take(float *values, MillmRows y, const int32_t *rows, const int32_t *ids, int n, cudaStream_t stream)
+millm_cuda_take(float *values, MillmRows y, const int32_t *rows, const int32_t *ids, int n, MillmCudaQueue *queue)
 {
-	return launch_elements(take, n, 1, stream, values, y, rows, ids, n);
+	return launch_elements(take, n, 1, queue, values, y, rows, ids, n);
 }
 
 /* The four logits of group g that are this lane's; -infinity past the end of the row, where rows have room up to a multiple of four */
@@ -850,13 +914,13 @@ pick(MillmCudaPicks *picks, const float *maxima, MillmRows y, const MillmCudaTop
 }
 
 cudaError_t
-millm_cuda_pick(MillmCudaPicks *picks, float *maxima, MillmRows y, const MillmCudaTop *tops, int64_t n_columns, int n, cudaStream_t stream)
+millm_cuda_pick(MillmCudaPicks *picks, float *maxima, MillmRows y, const MillmCudaTop *tops, int64_t n_columns, int n, MillmCudaQueue *queue)
 {
 	const int64_t n_groups = (n_columns + MILLM_CUDA_GROUP - 1) / MILLM_CUDA_GROUP;
 	const dim3	blocks((unsigned) ((n_groups + BLOCK / WARP - 1) / (BLOCK / WARP)), (unsigned) n);
-	const cudaError_t status = launch(group_maxima, blocks, BLOCK, stream, maxima, y, n_columns);
+	const cudaError_t status = launch(group_maxima, blocks, BLOCK, queue, maxima, y, n_columns);
 
-	return status == cudaSuccess ? launch(pick, dim3((unsigned) n), BLOCK, stream, picks, maxima, y, tops, n_columns) : status;
+	return status == cudaSuccess ? launch(pick, dim3((unsigned) n), BLOCK, queue, picks, maxima, y, tops, n_columns) : status;
 }
 
 /* ---- attention ---- */
@@ -883,9 +947,9 @@ split_qkv(MillmCudaAttention a, MillmRows q, MillmRows k, MillmRows v, MillmRows
 }
 
 cudaError_t
-millm_cuda_split_qkv(const MillmCudaAttention *a, MillmRows q, MillmRows k, MillmRows v, MillmRows qkv, int n, cudaStream_t stream)
+millm_cuda_split_qkv(const MillmCudaAttention *a, MillmRows q, MillmRows k, MillmRows v, MillmRows qkv, int n, MillmCudaQueue *queue)
 {
-	return launch_elements(split_qkv, (int64_t) (a->n_heads + 2 * a->n_kv_heads) * a->head_dim, n, stream, *a, q, k, v, qkv);
+	return launch_elements(split_qkv, (int64_t) (a->n_heads + 2 * a->n_kv_heads) * a->head_dim, n, queue, *a, q, k, v, qkv);
 }
 
 /* An element of a page, which is float16 or float32. */
@@ -965,9 +1029,9 @@ rope_and_store(MillmCudaAttention a, MillmRows q, MillmRows k, MillmRows v)
 }
 
 cudaError_t
-millm_cuda_rope_and_store(const MillmCudaAttention *a, MillmRows q, MillmRows k, MillmRows v, int n, cudaStream_t stream)
+millm_cuda_rope_and_store(const MillmCudaAttention *a, MillmRows q, MillmRows k, MillmRows v, int n, MillmCudaQueue *queue)
 {
-	return launch(a->kv_dtype == MILLM_F32 ? rope_and_store<float> : rope_and_store<uint16_t>, dim3((unsigned) n), BLOCK, stream, *a, q, k, v);
+	return launch(a->kv_dtype == MILLM_F32 ? rope_and_store<float> : rope_and_store<uint16_t>, dim3((unsigned) n), BLOCK, queue, *a, q, k, v);
 }
 
 /*
@@ -1071,19 +1135,19 @@ attend(MillmCudaAttention a, MillmRows y, MillmRows q)
 
 template <class T>
 static cudaError_t
-launch_attend(const MillmCudaAttention *a, MillmRows y, MillmRows q, int n, cudaStream_t stream)
+launch_attend(const MillmCudaAttention *a, MillmRows y, MillmRows q, int n, MillmCudaQueue *queue)
 {
 	const dim3	blocks((unsigned) a->n_heads, (unsigned) n);
 	const int	threads = ATTENTION_WARPS * WARP;
 
 	return launch(a->head_dim <= 2 * WARP ? attend<T, 2> : a->head_dim <= 4 * WARP ? attend<T, 4> : a->head_dim <= 8 * WARP ? attend<T, 8> :
-				  attend<T, MILLM_MAX_HEAD_DIM / WARP>, blocks, threads, stream, *a, y, q);
+				  attend<T, MILLM_MAX_HEAD_DIM / WARP>, blocks, threads, queue, *a, y, q);
 }
 
 cudaError_t
-millm_cuda_attention(const MillmCudaAttention *a, MillmRows y, MillmRows q, int n, cudaStream_t stream)
+millm_cuda_attention(const MillmCudaAttention *a, MillmRows y, MillmRows q, int n, MillmCudaQueue *queue)
 {
-	return a->kv_dtype == MILLM_F32 ? launch_attend<float>(a, y, q, n, stream) : launch_attend<uint16_t>(a, y, q, n, stream);
+	return a->kv_dtype == MILLM_F32 ? launch_attend<float>(a, y, q, n, queue) : launch_attend<uint16_t>(a, y, q, n, queue);
 }
 
 /* ---- loading ---- */
@@ -1113,7 +1177,7 @@ millm_cuda_transpose(char *to, int64_t pitch, const char *from, int64_t n_in, in
 {
 	const dim3	blocks((unsigned) ((n_in + SQUARE - 1) / SQUARE), (unsigned) ((n_out + SQUARE - 1) / SQUARE));
 
-	return element == 4 ? launch(transpose<uint32_t>, blocks, BLOCK, stream, to, pitch, (const uint32_t *) from, n_in, n_out) :
-		element == 2 ? launch(transpose<uint16_t>, blocks, BLOCK, stream, to, pitch, (const uint16_t *) from, n_in, n_out) :
-		launch(transpose<uint8_t>, blocks, BLOCK, stream, to, pitch, (const uint8_t *) from, n_in, n_out);
+	return element == 4 ? start_kernel(transpose<uint32_t>, blocks, BLOCK, stream, to, pitch, (const uint32_t *) from, n_in, n_out) :
+		element == 2 ? start_kernel(transpose<uint16_t>, blocks, BLOCK, stream, to, pitch, (const uint16_t *) from, n_in, n_out) :
+		start_kernel(transpose<uint8_t>, blocks, BLOCK, stream, to, pitch, (const uint8_t *) from, n_in, n_out);
 }

@@ -2,7 +2,7 @@
  * kernels.h -- the device functions as backend.c calls them: C, one function for each operation of backend.h.
  *
  * Pointers are the device's.  Activations are rows of float32, 16-byte aligned, stride floats apart.  Each function only
- * queues work on the stream and returns what the launch gave; n is the number of rows (tokens), at least 1.  Inputs were checked.
+ * queues work and returns what the launch gave; n is the number of rows (tokens), at least 1.  Inputs were checked.
  */
 #ifndef MILLM_CUDA_KERNELS_H
 #define MILLM_CUDA_KERNELS_H
@@ -10,17 +10,18 @@
 #include <stdbool.h>
 #include <stdint.h>
 
-#ifdef MILLM_CUDA_EMULATED
-#include "emulated_runtime.h"
-#else
-#include <cuda_runtime_api.h>
-#endif
-
 #include "model.h"
+#include "queue.h"
 #include "tensor.h"
 
 #ifdef __cplusplus
 extern "C" {
+#endif
+
+/* What a kernel takes by value has no padding: launches are compared byte by byte (queue.h). */
+#ifndef __CUDACC__
+#pragma GCC diagnostic push
+#pragma GCC diagnostic error "-Wpadded"
 #endif
 
 /* Positions of a KV page (forward.h's MILLM_KV_PAGE_TOKENS) */
@@ -39,7 +40,6 @@ typedef struct MillmRows
  */
 typedef struct MillmCudaWeight
 {
-	MillmDtype	dtype;
 	int64_t		n_out;
 	int64_t		n_in;
 	const void *data;
@@ -55,7 +55,9 @@ typedef struct MillmCudaWeight
 	int			block_shift;	/* log2 of the block size */
 	int			nested_shift;	/* the same; -1: absmax is float */
 	MillmDtype	rounded;
-	bool		has_chunks;		/* 16 bytes are one scale's and begin at a multiple of 16: all but odd shapes of 4BIT */
+	/* any */
+	MillmDtype	dtype;
+	int			has_chunks;		/* 16 bytes are one scale's and begin at a multiple of 16: all but odd shapes of 4BIT */
 } MillmCudaWeight;
 
 /* y[t, o] = (accumulate ? y[t, o] : 0) + bias[o] + sum_i x[t, i] w[o, i] */
@@ -64,34 +66,34 @@ typedef struct MillmCudaMatmul
 	MillmRows	y;
 	MillmCudaWeight w;
 	const float *bias;			/* NULL: none */
-	bool		accumulate;
 	MillmRows	x;
+	int			accumulate;
 	int			n;
 } MillmCudaMatmul;
 
 /* Up to so many rows the weights are read once, a warp for each row of them, and a row's bits do not depend on its company. */
 #define MILLM_CUDA_FEW_ROWS 8
 
-extern cudaError_t millm_cuda_matmul_few(const MillmCudaMatmul *m, cudaStream_t stream);	/* n <= MILLM_CUDA_FEW_ROWS, has_chunks */
-extern cudaError_t millm_cuda_matmul_many(const MillmCudaMatmul *m, cudaStream_t stream);	/* has_chunks */
+extern cudaError_t millm_cuda_matmul_few(const MillmCudaMatmul *m, MillmCudaQueue *queue);	/* n <= MILLM_CUDA_FEW_ROWS, has_chunks */
+extern cudaError_t millm_cuda_matmul_many(const MillmCudaMatmul *m, MillmCudaQueue *queue);	/* has_chunks */
 /* The same, rounding to bfloat16 first (but not F32 weights); compute capability 8.0, has_chunks */
-extern cudaError_t millm_cuda_matmul_tensor(const MillmCudaMatmul *m, cudaStream_t stream);
-extern cudaError_t millm_cuda_matmul_any(const MillmCudaMatmul *m, cudaStream_t stream);	/* the obvious one, of all weights */
+extern cudaError_t millm_cuda_matmul_tensor(const MillmCudaMatmul *m, MillmCudaQueue *queue);
+extern cudaError_t millm_cuda_matmul_any(const MillmCudaMatmul *m, MillmCudaQueue *queue);	/* the obvious one, of all weights */
 
 /* y[t] = table[rows[t]], or y[t] += */
-extern cudaError_t millm_cuda_embed(MillmRows y, const MillmCudaWeight *table, const int32_t *rows, bool add, int n, cudaStream_t stream);
+extern cudaError_t millm_cuda_embed(MillmRows y, const MillmCudaWeight *table, const int32_t *rows, bool add, int n, MillmCudaQueue *queue);
 
 typedef struct MillmCudaNorm
 {
 	MillmRows	y, x;
-	MillmNorm	kind;
 	const float *weight, *bias;	/* NULL: none, of LayerNorms */
 	int64_t		weight_stride, bias_stride;	/* from part to part; 0: one for all */
-	float		eps;
-	int			n_parts;
+	int64_t		n_parts;
 	int64_t		n_columns;
+	MillmNorm	kind;
+	float		eps;
 } MillmCudaNorm;
-extern cudaError_t millm_cuda_norm(const MillmCudaNorm *l, int n, cudaStream_t stream);
+extern cudaError_t millm_cuda_norm(const MillmCudaNorm *l, int n, MillmCudaQueue *queue);
 
 /*
  * Attention of one layer.  Page p has at kv + p * page_bytes K [n_kv_heads, 16, head_dim], then V, the same, of kv_dtype.
@@ -101,39 +103,39 @@ typedef struct MillmCudaAttention
 {
 	char	   *kv;
 	int64_t		page_bytes;
-	MillmDtype	kv_dtype;		/* F16 or F32 */
 	const int32_t *positions;	/* [n] */
 	const int32_t *tables;
 	const int32_t *table_of;	/* [n, n_groups], from this group's on */
-	int			n_groups;
-	int			n_heads, n_kv_heads, head_dim;
-	int			window;			/* 0: none */
-	float		scale, softcap;	/* softcap 0: none */
 	const float *sinks;			/* [n_heads]; NULL: none */
 	const float *alibi_slopes;	/* the same */
+	int64_t		window;			/* 0: none */
+	MillmDtype	kv_dtype;		/* F16 or F32 */
+	int			n_groups;
+	int			n_heads, n_kv_heads, head_dim;
+	float		scale, softcap;	/* softcap 0: none */
 	float		alibi_rounded_scale;	/* Falcon's: slope * position is rounded to bfloat16 and scaled by this; 0: neither */
 	/* rope */
 	int			n_pairs;		/* 0: nothing rotates */
-	bool		interleaved;
+	int			interleaved;
 	const float *cosine, *sine;	/* [n, n_pairs] */
 } MillmCudaAttention;
 
-extern cudaError_t millm_cuda_split_qkv(const MillmCudaAttention *a, MillmRows q, MillmRows k, MillmRows v, MillmRows qkv, int n, cudaStream_t stream);
+extern cudaError_t millm_cuda_split_qkv(const MillmCudaAttention *a, MillmRows q, MillmRows k, MillmRows v, MillmRows qkv, int n, MillmCudaQueue *queue);
 /* q is rotated in place; k rotated and v go to their pages, and stay as they are where they are. */
-extern cudaError_t millm_cuda_rope_and_store(const MillmCudaAttention *a, MillmRows q, MillmRows k, MillmRows v, int n, cudaStream_t stream);
-extern cudaError_t millm_cuda_attention(const MillmCudaAttention *a, MillmRows y, MillmRows q, int n, cudaStream_t stream);
+extern cudaError_t millm_cuda_rope_and_store(const MillmCudaAttention *a, MillmRows q, MillmRows k, MillmRows v, int n, MillmCudaQueue *queue);
+extern cudaError_t millm_cuda_attention(const MillmCudaAttention *a, MillmRows y, MillmRows q, int n, MillmCudaQueue *queue);
 
 /* up.data NULL: none */
-extern cudaError_t millm_cuda_activation(MillmRows y, MillmAct act, MillmRows x, MillmRows up, int64_t n_columns, int n, cudaStream_t stream);
-extern cudaError_t millm_cuda_scale(MillmRows x, float by, int64_t n_columns, int n, cudaStream_t stream);
-extern cudaError_t millm_cuda_softcap(MillmRows x, float cap, int64_t n_columns, int n, cudaStream_t stream);
+extern cudaError_t millm_cuda_activation(MillmRows y, MillmAct act, MillmRows x, MillmRows up, int64_t n_columns, int n, MillmCudaQueue *queue);
+extern cudaError_t millm_cuda_scale(MillmRows x, float by, int64_t n_columns, int n, MillmCudaQueue *queue);
+extern cudaError_t millm_cuda_softcap(MillmRows x, float cap, int64_t n_columns, int n, MillmCudaQueue *queue);
 /* y[rows[t]] += scale weights[t] x[t]; rows NULL: t, weights NULL: 1 */
 extern cudaError_t millm_cuda_add_rows(MillmRows y, MillmRows x, const int32_t *rows, const float *weights, float scale, int64_t n_columns, int n,
-									   cudaStream_t stream);
-extern cudaError_t millm_cuda_select(MillmRows y, MillmRows x, const int32_t *rows, int64_t n_columns, int n, cudaStream_t stream);
+									   MillmCudaQueue *queue);
+extern cudaError_t millm_cuda_select(MillmRows y, MillmRows x, const int32_t *rows, int64_t n_columns, int n, MillmCudaQueue *queue);
 /* *first = the smaller of it and place, if a value is NaN or infinite; NO_PLACE is larger than any, and of four equal bytes */
 #define MILLM_CUDA_NO_PLACE 0x7f7f7f7f
-extern cudaError_t millm_cuda_find_not_finite(int *first, MillmRows x, int place, int64_t n_columns, int n, cudaStream_t stream);
+extern cudaError_t millm_cuda_find_not_finite(int *first, MillmRows x, int place, int64_t n_columns, int n, MillmCudaQueue *queue);
 
 /*
  * Which logits cross the bus.  Of a row of n_columns, in groups of MILLM_CUDA_GROUP, the k-th largest of the groups' maxima is at most the k-th largest
@@ -156,11 +158,15 @@ typedef struct MillmCudaPicks
 	float		values[MILLM_CUDA_PICKS];
 } MillmCudaPicks;
 
+#ifndef __CUDACC__
+#pragma GCC diagnostic pop
+#endif
+
 /* values[i] = y[rows[i], ids[i]], of i < n, which differ; -infinity takes its place. */
-extern cudaError_t millm_cuda_take(float *values, MillmRows y, const int32_t *rows, const int32_t *ids, int n, cudaStream_t stream);
+extern cudaError_t millm_cuda_take(float *values, MillmRows y, const int32_t *rows, const int32_t *ids, int n, MillmCudaQueue *queue);
 /* picks[t] of the row t: at least what tops[t] needs.  maxima is workspace, [n, ceil(n_columns / GROUP)], at most MAX_GROUPS each */
 extern cudaError_t millm_cuda_pick(MillmCudaPicks *picks, float *maxima, MillmRows y, const MillmCudaTop *tops, int64_t n_columns, int n,
-								   cudaStream_t stream);
+								   MillmCudaQueue *queue);
 
 /* to [n_out rows, pitch bytes apart] = the transpose of from [n_in, n_out]; elements of 1, 2 or 4 bytes.  Load only. */
 extern cudaError_t millm_cuda_transpose(char *to, int64_t pitch, const char *from, int64_t n_in, int64_t n_out, int element, cudaStream_t stream);

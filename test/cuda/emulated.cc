@@ -19,7 +19,7 @@
 #define STACK_BYTES (128 << 10)
 #define SHARED_BYTES (48 << 10)	/* what a block has without asking */
 
-MillmEmulated millm_emulated = {(size_t) 8 << 30, 0, 0, 0, 0, (size_t) 1 << 30, -1, -1, 9, 0};
+MillmEmulated millm_emulated = {(size_t) 8 << 30, 0, 0, 0, 0, 0, (size_t) 1 << 30, -1, -1, 9, 0};
 
 /* In a module that is opened: what its process was told. */
 static const bool is_told = [] {
@@ -292,9 +292,50 @@ is_pinned(const void *p)
 	return false;
 }
 
-cudaError_t
-emulated_run(void (*thread) (void *arg), void *arg, dim3 blocks, int n_threads)
+/* What is captured: launches, nothing else. */
+struct Captured
 {
+	void		(*thread) (void *arg);
+	dim3		blocks;
+	int			n_threads;
+	Captured   *next;
+	alignas(16) char arg[512];
+};
+
+struct CUgraph_st
+{
+	Captured   *first,
+			   *last;
+};
+static cudaGraph_t capturing;
+
+static void
+not_captured(const char *call)
+{
+	if (capturing)
+	{
+		fprintf(stderr, "emulated device: %s while launches are captured\n", call);
+		abort();
+	}
+}
+
+cudaError_t
+emulated_run(void (*thread) (void *arg), void *arg, size_t arg_bytes, dim3 blocks, int n_threads)
+{
+	if (capturing)
+	{
+		Captured   *launch = (Captured *) calloc(1, sizeof(*launch));
+
+		if (!launch || arg_bytes > sizeof(launch->arg))
+			emulated_complain("a launch that is too large to be captured");
+		launch->thread = thread;
+		launch->blocks = blocks;
+		launch->n_threads = n_threads;
+		memcpy(launch->arg, arg, arg_bytes);
+		*(capturing->last ? &capturing->last->next : &capturing->first) = launch;
+		capturing->last = launch;
+		return cudaSuccess;
+	}
 	make_copies(n_queued);
 	if (answer() != cudaSuccess || last_error != cudaSuccess)
 		return cudaGetLastError();
@@ -357,6 +398,7 @@ cudaStreamDestroy(cudaStream_t)
 cudaError_t
 cudaStreamSynchronize(cudaStream_t)
 {
+	not_captured("cudaStreamSynchronize");
 	make_copies(n_queued);
 	return answer();
 }
@@ -373,6 +415,7 @@ static Head *allocations;
 cudaError_t
 cudaMalloc(void **p, size_t bytes)
 {
+	not_captured("cudaMalloc");
 	Head	   *head;
 
 	*p = NULL;
@@ -396,6 +439,7 @@ cudaMalloc(void **p, size_t bytes)
 cudaError_t
 cudaFree(void *p)
 {
+	not_captured("cudaFree");
 	Head	   *head = (Head *) ((char *) p - HEAD);
 	Head	  **link = &allocations;
 
@@ -428,6 +472,7 @@ millm_emulated_is_clear(void)
 cudaError_t
 cudaMallocHost(void **p, size_t bytes)
 {
+	not_captured("cudaMallocHost");
 	*p = NULL;
 	if (answer() != cudaSuccess)
 		return last_error;
@@ -450,6 +495,7 @@ cudaMallocHost(void **p, size_t bytes)
 cudaError_t
 cudaFreeHost(void *p)
 {
+	not_captured("cudaFreeHost");
 	if (!p)
 		return cudaSuccess;
 	make_copies(n_queued);
@@ -502,6 +548,7 @@ cudaEventSynchronize(cudaEvent_t event)
 cudaError_t
 cudaMemsetAsync(void *p, int value, size_t bytes, cudaStream_t)
 {
+	not_captured("cudaMemsetAsync");
 	make_copies(n_queued);
 	memset(p, value, bytes);
 	return answer();
@@ -510,6 +557,7 @@ cudaMemsetAsync(void *p, int value, size_t bytes, cudaStream_t)
 cudaError_t
 cudaMemcpyAsync(void *to, const void *from, size_t bytes, cudaMemcpyKind kind, cudaStream_t)
 {
+	not_captured("cudaMemcpyAsync");
 	millm_emulated.bytes_to_host += kind == cudaMemcpyDeviceToHost ? bytes : 0;
 	if (kind == cudaMemcpyHostToDevice && is_pinned(from))
 	{
@@ -525,6 +573,7 @@ cudaMemcpyAsync(void *to, const void *from, size_t bytes, cudaMemcpyKind kind, c
 cudaError_t
 cudaMemcpy2DAsync(void *to, size_t to_pitch, const void *from, size_t from_pitch, size_t width, size_t height, cudaMemcpyKind kind, cudaStream_t)
 {
+	not_captured("cudaMemcpy2DAsync");
 	millm_emulated.bytes_to_host += kind == cudaMemcpyDeviceToHost ? width * height : 0;
 	make_copies(n_queued);
 	for (size_t i = 0; i < height; i++)
@@ -555,6 +604,74 @@ cudaGetLastError()
 
 	last_error = cudaSuccess;
 	return error;
+}
+
+cudaError_t
+cudaStreamBeginCapture(cudaStream_t, cudaStreamCaptureMode)
+{
+	not_captured("a second capture");
+	capturing = (cudaGraph_t) calloc(1, sizeof(*capturing));
+	return answer();
+}
+
+cudaError_t
+cudaStreamEndCapture(cudaStream_t, cudaGraph_t *graph)
+{
+	*graph = capturing;
+	capturing = NULL;
+	return answer();
+}
+
+cudaError_t
+cudaGraphDestroy(cudaGraph_t graph)
+{
+	for (Captured *launch = graph->first, *next; launch; launch = next)
+	{
+		next = launch->next;
+		free(launch);
+	}
+	free(graph);
+	return answer();
+}
+
+/* An executable graph is a graph that has taken the launches of another. */
+cudaError_t
+cudaGraphInstantiate(cudaGraphExec_t *exec, cudaGraph_t graph, unsigned long long)
+{
+	cudaGraph_t made = (cudaGraph_t) malloc(sizeof(*made));
+
+	if (millm_emulated.allocations_left == 0 || !made)
+	{
+		free(made);
+		return say(cudaErrorMemoryAllocation);
+	}
+	*made = *graph;
+	*graph = {NULL, NULL};
+	*exec = (cudaGraphExec_t) made;
+	millm_emulated.n_host++;
+	return answer();
+}
+
+cudaError_t
+cudaGraphExecDestroy(cudaGraphExec_t exec)
+{
+	millm_emulated.n_host--;
+	return cudaGraphDestroy((cudaGraph_t) exec);
+}
+
+cudaError_t
+cudaGraphLaunch(cudaGraphExec_t exec, cudaStream_t)
+{
+	not_captured("a graph");
+	millm_emulated.n_graph_launches++;
+	for (Captured *launch = ((cudaGraph_t) exec)->first; launch; launch = launch->next)
+	{
+		const cudaError_t status = emulated_run(launch->thread, launch->arg, sizeof(launch->arg), launch->blocks, launch->n_threads);
+
+		if (status != cudaSuccess)
+			return status;
+	}
+	return answer();
 }
 
 const char *

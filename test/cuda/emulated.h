@@ -45,15 +45,16 @@ static inline int atomicAdd(int *p, int v) { const int was = *p; *p += v; return
 extern float __shfl_xor_sync(unsigned mask, float v, int by);
 /* The whole warp comes here before it goes on; true: this is its first lane. */
 extern bool emulated_warp();
-extern cudaError_t emulated_run(void (*thread) (void *arg), void *arg, dim3 blocks, int n_threads);
+/* Run it, or record it for a graph: with the values that the parameters have now. */
+extern cudaError_t emulated_run(void (*thread) (void *arg), void *arg, size_t arg_bytes, dim3 blocks, int n_threads);
 
 template <class... Parameters, class... Arguments>
 static cudaError_t
-launch(void (*kernel) (Parameters...), dim3 blocks, int threads, cudaStream_t, Arguments... arguments)
+start_kernel(void (*kernel) (Parameters...), dim3 blocks, int threads, cudaStream_t, Arguments... arguments)
 {
-	auto		thread = [&] { kernel(arguments...); };
+	auto		thread = [=] { kernel(arguments...); };
 
-	return emulated_run([] (void *arg) { (*(decltype(thread) *) arg)(); }, &thread, blocks, threads);
+	return emulated_run([] (void *arg) { (*(decltype(thread) *) arg)(); }, &thread, sizeof(thread), blocks, threads);
 }
 
 #define HAS_TENSOR_CORES

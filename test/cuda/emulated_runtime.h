@@ -18,6 +18,9 @@ extern "C" {
 typedef enum cudaError_t {cudaSuccess, cudaErrorInvalidValue, cudaErrorMemoryAllocation, cudaErrorIllegalAddress = 700} cudaError_t;
 typedef struct CUstream_st *cudaStream_t;
 typedef struct CUevent_st *cudaEvent_t;
+typedef struct CUgraph_st *cudaGraph_t;
+typedef struct CUgraphExec_st *cudaGraphExec_t;
+typedef enum cudaStreamCaptureMode {cudaStreamCaptureModeThreadLocal = 1} cudaStreamCaptureMode;
 typedef enum cudaMemcpyKind {cudaMemcpyHostToDevice, cudaMemcpyDeviceToHost, cudaMemcpyDeviceToDevice} cudaMemcpyKind;
 enum {cudaHostRegisterDefault = 0};
 enum {cudaStreamNonBlocking = 1, cudaEventDisableTiming = 2};
@@ -44,6 +47,12 @@ extern cudaError_t cudaEventDestroy(cudaEvent_t event);
 extern cudaError_t cudaEventRecord(cudaEvent_t event, cudaStream_t stream);
 extern cudaError_t cudaEventSynchronize(cudaEvent_t event);
 extern cudaError_t cudaGetLastError(void);	/* and forget it; a launch says it, too, as launch() asks for it */
+extern cudaError_t cudaStreamBeginCapture(cudaStream_t stream, cudaStreamCaptureMode mode);
+extern cudaError_t cudaStreamEndCapture(cudaStream_t stream, cudaGraph_t *graph);
+extern cudaError_t cudaGraphInstantiate(cudaGraphExec_t *exec, cudaGraph_t graph, unsigned long long flags);
+extern cudaError_t cudaGraphDestroy(cudaGraph_t graph);
+extern cudaError_t cudaGraphExecDestroy(cudaGraphExec_t exec);
+extern cudaError_t cudaGraphLaunch(cudaGraphExec_t exec, cudaStream_t stream);
 extern const char *cudaGetErrorName(cudaError_t error);
 extern const char *cudaGetErrorString(cudaError_t error);
 
@@ -53,8 +62,9 @@ typedef struct MillmEmulated
 	size_t		total_bytes;	/* of the device's memory */
 	size_t		used_bytes;
 	int			n_allocations;	/* that live */
-	int			n_host;			/* streams, events, page-locked allocations and ranges that live */
+	int			n_host;			/* streams, events, graphs, page-locked allocations and ranges that live */
 	size_t		bytes_to_host;	/* that were copied so far */
+	int			n_graph_launches;	/* so far */
 	size_t		pinned_limit;	/* a page-locked allocation of more is refused */
 	int			allocations_left;	/* after so many more, memory is out; < 0: never */
 	int			calls_left;		/* after so many more, every call says cudaErrorIllegalAddress; < 0: never */

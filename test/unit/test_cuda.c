@@ -843,6 +843,120 @@ test_fetch(void **state)
 	millm_emulated.backwards = 0;
 }
 
+/* ---- graphs ---- */
+
+/* A step of n sequences, each at its position, as decode queues it; what attention gives is at y[i]. */
+static const float *
+decode(Rig *r, int i, MillmBuffer *const b[4], const int32_t *tokens, const int32_t *positions, const int32_t *const *tables, int n)
+{
+	const MillmAttention a = {.n_heads = 2, .n_kv_heads = 1, .head_dim = 8, .scale = 0.3f};
+	const MillmVector none = {0};
+	MillmBackend *be = r->be[i];
+
+	be->begin(be, positions, positions, tables, n);
+	be->embed(be, b[0], &r->layer.q, tokens, false, n);
+	be->embed(be, b[1], &r->layer.k, tokens, false, n);
+	be->embed(be, b[1], &r->layer.k, positions, true, n);	/* the second numbers do not take the place of the first */
+	be->embed(be, b[2], &r->layer.v, tokens, false, n);
+	be->norm(be, b[0], b[0], MILLM_NORM_LAYER, &none, &none, 1e-5f, 1, 16, n);
+	be->scale(be, b[1], 0.5f, n);
+	be->rope_and_store(be, &a, b[0], b[1], b[2], n);
+	be->attention(be, &a, b[3], b[0], n);
+	be->check(be, b[3], 0, n);
+	assert_int_equal(be->first_bad(be), -1);
+	return be->buffer_read(be, b[3]);
+}
+
+static void
+decode_rig(Rig *r, MillmBuffer *b[2][4])
+{
+	rig_init(r, 2, 1, 8);
+	r->layer.q = table(floats(N_ROWS * 16, 0), 16);
+	r->layer.k = table(floats(N_ROWS * 8, 0), 8);
+	r->layer.v = table(floats(N_ROWS * 8, 0), 8);
+	rig_open(r, NULL);
+	for (int i = 0; i < 2; i++)
+		for (int j = 0; j < 4; j++)
+			b[i][j] = buffer(r, i, j == 0 || j == 3 ? 16 : 8);
+}
+
+static void
+decode_close(Rig *r)
+{
+	const MillmWeight *weights[] = {&r->layer.q, &r->layer.k, &r->layer.v};
+
+	rig_close(r);
+	for (int i = 0; i < 3; i++)
+		free((void *) weights[i]->data);
+}
+
+/* Steps of one, two and three sequences that grow over pages: from the second of a kind on they are graphs, and as right as the first. */
+static void
+test_graphs(void **state)
+{
+	static const int32_t pages[3][3] = {{7, 3, 11}, {5, 63, 0}, {1, 2, 4}};
+	const int32_t *tables[] = {pages[0], pages[1], pages[2]};
+	const int	before = millm_emulated.n_graph_launches;
+	int32_t		positions[] = {0, 0, 0};
+	Rig			r;
+	MillmBuffer *b[2][4];
+
+	(void) state;
+	decode_rig(&r, b);
+	for (int step = 0; step < 3 * 40; step++)
+	{
+		const int	n = step % 3 + 1;
+		const int32_t tokens[] = {(step * 7 + 1) % N_ROWS, (step * 5 + 2) % N_ROWS, step % N_ROWS};
+		const float *y[2];
+
+		for (int i = 0; i < 2; i++)
+			y[i] = decode(&r, i, b[i], tokens, positions, tables, n);
+		assert_near(y[1], y[0], n * 16, 1e-5, "a step that is a graph");
+		for (int t = 0; t < n; t++)
+			positions[t] += positions[t] < 47;
+		if (step == 5)
+			assert_int_equal(millm_emulated.n_graph_launches - before, 3);
+	}
+	assert_int_equal(millm_emulated.n_graph_launches - before, 3 * 39);
+	decode_close(&r);
+}
+
+/* A list that differs in one value is another; there are no more than so many graphs; and where there is no memory for one, there is none. */
+static void
+test_graphs_differ(void **state)
+{
+	const int32_t zero[] = {0};
+	const int32_t *tables[] = {zero};
+	Rig			r;
+	MillmBuffer *b[2][4];
+	int			n_launches;
+
+	(void) state;
+	decode_rig(&r, b);
+	for (int round = 0; round < 4; round++)
+		for (int by = 0; by < 50; by++)
+		{
+			const float *y;
+
+			millm_emulated.allocations_left = round == 0 ? 0 : -1;
+			n_launches = millm_emulated.n_graph_launches;
+			for (int again = 0; again < 3; again++)
+			{
+				r.be[1]->begin(r.be[1], zero, zero, tables, 1);
+				r.be[1]->embed(r.be[1], b[1][0], &r.layer.q, zero, false, 1);
+				for (int i = 0; i < 8; i++)
+					r.be[1]->scale(r.be[1], b[1][0], i == by % 8 ? 1 + (float) by : 1, 1);
+				assert_int_equal(r.be[1]->first_bad(r.be[1]), -1);
+				y = r.be[1]->buffer_read(r.be[1], b[1][0]);
+				assert_true(y[3] == ((const float *) r.layer.q.data)[3] * (1 + (float) by));
+			}
+			assert_int_equal(millm_emulated.n_graph_launches - n_launches, round == 0 ? 0 : 2);
+		}
+	millm_emulated.allocations_left = -1;
+	assert_true(millm_emulated.n_host < 50);
+	decode_close(&r);
+}
+
 /* ---- trouble ---- */
 
 static void
@@ -1166,7 +1280,7 @@ main(void)
 {
 	const struct CMUnitTest tests[] = {
 		cmocka_unit_test(test_matmul), cmocka_unit_test(test_matmul_old_device), cmocka_unit_test(test_matmul_others), cmocka_unit_test(test_company), cmocka_unit_test(test_attention),
-		cmocka_unit_test(test_rows), cmocka_unit_test(test_fetch), cmocka_unit_test(test_backwards), cmocka_unit_test(test_out_of_memory), cmocka_unit_test(test_prediction),
+		cmocka_unit_test(test_rows), cmocka_unit_test(test_fetch), cmocka_unit_test(test_graphs), cmocka_unit_test(test_graphs_differ), cmocka_unit_test(test_backwards), cmocka_unit_test(test_out_of_memory), cmocka_unit_test(test_prediction),
 		cmocka_unit_test(test_cleared), cmocka_unit_test(test_upload),
 		cmocka_unit_test(test_refused_options), cmocka_unit_test(test_device_fails),
 	};
