@@ -203,7 +203,7 @@ op_status(EngineServer *server, MillmConn *conn, json_t *request)
 	}
 	millm_engine_status(server->engine, &st);
 	m = st.loaded;
-	millm_conn_result(conn, json_pack("{s:s, s:i, s:s, s:o, s:o, s:o, s:o, s:o, s:o, s:o, s:o, s:o, s:o, s:i, s:i, s:o, s:o, s:o, s:o, s:o}",
+	millm_conn_result(conn, json_pack("{s:s, s:i, s:s, s:o, s:o, s:o, s:o, s:o, s:o, s:o, s:o, s:o, s:i, s:i, s:o, s:o, s:o, s:o, s:o}",
 									  "state", states[st.state],
 									  "pid", (int) getpid(),
 									  "version", MILLM_VERSION,
