@@ -283,7 +283,8 @@ CREATE FUNCTION millm.generate_rows(query text, system text DEFAULT NULL, raw bo
 	repetition_penalty float8 DEFAULT NULL, frequency_penalty float8 DEFAULT NULL, presence_penalty float8 DEFAULT NULL,
 	seed bigint DEFAULT NULL, stop text[] DEFAULT NULL, model text DEFAULT NULL, parse_special boolean DEFAULT NULL,
 	look_ahead integer DEFAULT NULL,
-	OUT key text, OUT text text, OUT error text, OUT finish_reason text, OUT prompt_tokens integer, OUT completion_tokens integer)
+	OUT key text, OUT text text, OUT error text, OUT finish_reason text, OUT prompt_tokens integer, OUT cached_tokens integer,
+	OUT completion_tokens integer)
 RETURNS SETOF record
 AS 'MODULE_PATHNAME', 'millm_generate_rows'
 LANGUAGE C VOLATILE PARALLEL UNSAFE COST 1000000 ROWS 1000;

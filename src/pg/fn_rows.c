@@ -34,7 +34,7 @@ PG_FUNCTION_INFO_V1(millm_generate_rows);
 /* Of generate_rows, after those of generate. */
 #define ARG_LOOK_AHEAD N_GENERATE_ARGS
 
-enum {COLUMN_KEY, COLUMN_TEXT, COLUMN_ERROR, COLUMN_FINISH_REASON, COLUMN_PROMPT_TOKENS, COLUMN_COMPLETION_TOKENS, N_COLUMNS};
+enum {COLUMN_KEY, COLUMN_TEXT, COLUMN_ERROR, COLUMN_FINISH_REASON, COLUMN_PROMPT_TOKENS, COLUMN_CACHED_TOKENS, COLUMN_COMPLETION_TOKENS, N_COLUMNS};
 
 static void
 refuse(MillmCode code, const char *message, const char *detail, const char *hint)
@@ -327,6 +327,7 @@ row_of(TupleDesc desc, const MillmAnswer *answer)
 		if (!millm_json_get(reply, "usage", &usage))
 			millm_reply_invalid("usage");
 		set_count(values, nulls, COLUMN_PROMPT_TOKENS, usage, "prompt_tokens");
+		set_count(values, nulls, COLUMN_CACHED_TOKENS, usage, "cached_tokens");
 		set_count(values, nulls, COLUMN_COMPLETION_TOKENS, usage, "completion_tokens");
 	}
 	return HeapTupleGetDatum(heap_form_tuple(desc, values, nulls));

@@ -49,7 +49,7 @@ wait_pages($node, $free, 'arrays');
 for my $look_ahead (1, 5, 256)
 {
 	is(sql("SELECT $compare, bool_and(x.n = x.key::int) FROM ROWS FROM (millm.generate_rows('SELECT id, body FROM item ORDER BY id', $raw, max_tokens => 4,
-		look_ahead => $look_ahead)) WITH ORDINALITY AS x(key, text, error, finish_reason, prompt_tokens, completion_tokens, n) JOIN alone ON id = key::int"),
+		look_ahead => $look_ahead)) WITH ORDINALITY AS x(key, text, error, finish_reason, prompt_tokens, cached_tokens, completion_tokens, n) JOIN alone ON id = key::int"),
 		'30|27|t|t|t', "every row, in order, with its key; look_ahead $look_ahead");
 }
 is(sql(<<"SQL"), <<'ROWS' =~ s/\n\z//r, 'one bad row is an error in its row');
