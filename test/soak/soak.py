@@ -1,7 +1,7 @@
 """make soak -- many sessions at once, for an hour, while the engine is killed every minute: does anything leak, mix or get stuck?
 
 Sessions ask questions whose answers were written down before, when each was asked alone (millm.deterministic is on, so the same bits are due in
-any company): whole texts, streams, choices, embeddings, of random lengths, greedy or with a seed.  Some requests are canceled, some run into
+any company): whole texts, streams, choices, arrays and rows of prompts, embeddings, of random lengths, greedy or with a seed.  Some requests are canceled, some run into
 statement_timeout, some clients vanish in the middle or are terminated; streams end at a LIMIT.  Once a minute the engine gets SIGKILL and the next of the
 tiny models is loaded.  The KV cache is too small for all, so sequences are preempted.
 
@@ -121,7 +121,7 @@ class Question:
 
     def __init__(self, rng, number, model, context):
         self.number, self.model = number, model
-        self.kind = rng.choices(["generate", "stream", "choices", "embed"], [6, 6, 2, 2])[0]
+        self.kind = rng.choices(["generate", "stream", "choices", "array", "rows", "embed"], [6, 6, 2, 2, 2, 2])[0]
         self.max_tokens = rng.randint(1, min(60, context // 2))
         n = int(rng.random() ** 2 * min(context, 700))
         self.prompt = rng.choice(PREFIXES) + f"{number} " + " ".join(rng.choice(WORDS) for _ in range(n // 3))
@@ -131,6 +131,10 @@ class Question:
         options = f"max_tokens => {self.max_tokens}, {self.options}, model => $2"
         if self.kind == "embed":
             return "SELECT millm.embed($1, model => $2)"
+        if self.kind == "array":
+            return f"SELECT unnest(millm.generate(string_to_array($1, '|'), raw => true, {options}))"
+        if self.kind == "rows":
+            return f"SELECT coalesce('ERROR ' || error, text) FROM millm.generate_rows($1, raw => true, {options})"
         if self.kind == "choices":
             return f"SELECT c->>'text' FROM jsonb_array_elements(millm.complete($1, n => 3, {options})->'choices') c ORDER BY c->'index'"
         if self.kind == "stream":
@@ -138,7 +142,8 @@ class Question:
         return f"SELECT millm.generate($1, raw => true, {options})"
 
     def args(self):
-        return self.prompt, self.model
+        several = "|".join(self.prompt[:max(1, len(self.prompt) // i)] for i in (1, 2, 3))      # of one beginning
+        return {"array": several, "rows": f"SELECT n, p FROM unnest(string_to_array('{several}', '|')) WITH ORDINALITY u(p, n)"}.get(self.kind, self.prompt), self.model
 
     def is_right(self, rows, ending):
         got = b"".join(rows) if self.kind == "stream" else tuple(rows)
@@ -206,15 +211,17 @@ def ask(world, cluster, session, question, ending, generation, rng):
     if state == "lost" and ending == "terminate":
         state = "57P01"
     goes_on = state not in ("57P01", "lost") and ending != "terminate"     # the signal may still be on its way
+    with world.lock:
+        was_killed = world.model is None or world.generation != generation
     if not state:
         if question.is_right(rows, ending):
             return "right", goes_on
+        if was_killed and question.kind == "rows" and any(r.startswith(b"ERROR ") for r in rows):
+            return "engine killed", goes_on
         world.fail(f"wrong answer to {question.kind} {question.number} of {question.model} ({ending}): {rows!r:.300}, expected {question.answer!r:.300}")
         return "wrong", goes_on
     if state in ENDINGS[ending][1]:
         return state, goes_on
-    with world.lock:
-        was_killed = world.model is None or world.generation != generation
     if state in KILLED and was_killed:
         return "engine killed", goes_on
     world.fail(f"{question.kind} {question.number} of {question.model} ({ending}): {state} {message.strip()}")
@@ -325,8 +332,9 @@ def prepare(cluster, keeper, world, n_questions, rng):
     for model in MODELS:
         keeper.query("SELECT millm.register_local($1, name => $2)", directory(cluster, model), model)
         load(world, cluster, keeper, model)
-        context = int(keeper.query("SELECT context_length FROM millm.status()")[0])
-        assert keeper.query("SELECT deterministic FROM millm.status()") == ["t"]
+        status = engine_status(cluster)
+        context = status["context_length"]
+        assert status["deterministic"]
         questions[model] = []
         while len(questions[model]) < n_questions:
             q = Question(rng, len(questions[model]), model, context)
