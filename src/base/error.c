@@ -5,10 +5,14 @@
  */
 #include "error.h"
 
+#include <limits.h>
 #include <stdarg.h>
 #include <stddef.h>
 #include <stdio.h>
+#include <stdlib.h>
 #include <string.h>
+
+#define WAIT_SENTENCE "Expected wait: about "
 
 typedef struct CodeInfo
 {
@@ -63,6 +67,7 @@ millm_fail(MillmError *err, MillmCode code, const char *fmt, ...)
 		return code;
 	err->code = code;
 	err->detail[0] = err->hint[0] = '\0';
+	err->wait_s = 0;
 	va_start(ap, fmt);
 	format_text(err->message, sizeof(err->message), fmt, ap);
 	va_end(ap);
@@ -91,6 +96,27 @@ millm_hint(MillmError *err, const char *fmt, ...)
 	va_start(ap, fmt);
 	format_text(err->hint, sizeof(err->hint), fmt, ap);
 	va_end(ap);
+}
+
+void
+millm_expect_wait(MillmError *err, int s)
+{
+	size_t		n;
+
+	if (!err)
+		return;
+	err->wait_s = s;
+	n = strlen(err->detail);
+	snprintf(err->detail + n, sizeof(err->detail) - n, "%s" WAIT_SENTENCE "%d s.", n > 0 ? " " : "", s);
+}
+
+int
+millm_expected_wait(const char *detail)
+{
+	const char *at = strstr(detail, WAIT_SENTENCE);
+	long		s = at ? strtol(at + sizeof(WAIT_SENTENCE) - 1, NULL, 10) : 0;
+
+	return s > 0 && s <= INT_MAX ? (int) s : 0;
 }
 
 const char *

@@ -26,14 +26,19 @@ typedef struct MillmError
 	char		message[512];
 	char		detail[1024];	/* "" if there is none */
 	char		hint[512];		/* "" if there is none */
+	int			wait_s;			/* when it may be worth trying again; 0: not known, or never */
 } MillmError;
 
-/* Fill err (which may be NULL) with code and message, clear detail and hint; returns code. */
+/* Fill err (which may be NULL) with code and message, clear the rest; returns code. */
 extern MillmCode millm_fail(MillmError *err, MillmCode code, const char *fmt, ...)
 	__attribute__((format(printf, 3, 4)));
 /* Set the detail or the hint of a failure that millm_fail() has begun.  err may be NULL. */
 extern void millm_detail(MillmError *err, const char *fmt, ...) __attribute__((format(printf, 2, 3)));
 extern void millm_hint(MillmError *err, const char *fmt, ...) __attribute__((format(printf, 2, 3)));
+/* Set wait_s, and say so at the end of the detail: "Expected wait: about 3 s."; s > 0.  err may be NULL. */
+extern void millm_expect_wait(MillmError *err, int s);
+/* Of a detail that has come as a text: the seconds that it speaks of, 0 if of none. */
+extern int	millm_expected_wait(const char *detail);
 
 /* Properties of a code.  Static strings; an out-of-range code reads as INTERNAL. */
 extern const char *millm_code_name(MillmCode code);		/* "MODEL_NOT_FOUND"; "OK" for MILLM_OK */

@@ -8,10 +8,14 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include "error.h"
+
 /* Numbers as they were written, most of the time: 17 digits would make 0.1 another number to the eye */
 #define DUMP_FLAGS (JSON_COMPACT | JSON_REAL_PRECISION(15))
 /* Of a long message the end is cut; PostgreSQL's are shorter, but may quote what a client sent. */
 #define MAX_MESSAGE 4096
+/* A longer wait is so uncertain that a look in between does no harm. */
+#define MAX_RETRY_AFTER_S 60
 
 void
 reply_json(HttpRequest *r, int status, json_t *body)
@@ -73,6 +77,16 @@ spell(char *dst, size_t size, const char *code, bool is_large)
 	dst[n] = '\0';
 }
 
+/* wait_s: what the engine expects; 0: it has not said. */
+static void
+add_retry_after(HttpRequest *r, int wait_s)
+{
+	char		seconds[12];
+
+	snprintf(seconds, sizeof(seconds), "%d", wait_s < 1 ? 1 : wait_s > MAX_RETRY_AFTER_S ? MAX_RETRY_AFTER_S : wait_s);
+	http_add_header(r, "Retry-After", seconds);
+}
+
 void
 reply_error(HttpRequest *r, int status, const char *code, const char *param, const char *fmt, ...)
 {
@@ -97,7 +111,7 @@ reply_error(HttpRequest *r, int status, const char *code, const char *param, con
 		text = json_string("The request cannot be answered.");
 	r->error_code = code;
 	if (!r->is_streaming && (status == 429 || status == 503))
-		http_add_header(r, "Retry-After", "1");
+		add_retry_after(r, millm_expected_wait(message));
 	if (!r->is_streaming && status == 401)
 		http_add_header(r, "WWW-Authenticate", "Bearer");
 	spell(spelt, sizeof(spelt), code, r->is_api);

@@ -33,6 +33,8 @@
 
 #define PAUSE_POLL_MS		20		/* only while some reader is behind */
 #define DRAIN_REPORT_MS		250		/* of an unload that waits */
+#define SERVICE_WEIGHT		0.1		/* of the latest sequence in the average */
+#define MAX_WAIT_S			86400	/* nobody expects to wait for longer */
 
 struct MillmEngine
 {
@@ -52,6 +54,7 @@ struct MillmEngine
 	int			n_active;
 	int			n_running;
 	int64_t		pages_free;
+	double		service_ms;			/* of a sequence from its first step to its end, a moving average; 0: not measured yet */
 
 	atomic_bool is_ending;			/* the process shuts down */
 	atomic_bool stops_load;
@@ -133,6 +136,24 @@ retire(MillmEngine *e, int at, const MillmError *err)
 	fail_request(e, r, err);
 }
 
+MillmTiming
+millm_request_timing(const MillmRequest *r)
+{
+	const double now = now_ms();
+	const double begun = r->begun_ms > 0 ? r->begun_ms : now;
+
+	return (MillmTiming) {.queue_ms = begun - r->accepted_ms, .compute_ms = now - begun};
+}
+
+/* What the expected wait is reckoned from. */
+static void
+note_service(MillmEngine *e, double ms)
+{
+	pthread_mutex_lock(&e->lock);
+	e->service_ms = e->service_ms > 0 ? e->service_ms + SERVICE_WEIGHT * (ms - e->service_ms) : ms;
+	pthread_mutex_unlock(&e->lock);
+}
+
 /* A choice has said all; with the last one its request is done. */
 static void
 finish_choice(MillmEngine *e, MillmChoice *c)
@@ -142,13 +163,15 @@ finish_choice(MillmEngine *e, MillmChoice *c)
 
 	millm_sched_remove(e->sched, &c->slot);
 	publish(e);
+	note_service(e, now_ms() - r->begun_ms);
 	leave(e, 1);
 	if (r->sink.piece)
 		r->sink.piece(r->sink.arg, &piece);
 	if (--r->n_left == 0)
 	{
 		MillmPiece	pieces[MILLM_MAX_CHOICES];
-		MillmResult result = {.choices = pieces, .n = r->n_choices, .prompt_tokens = r->n_prompt, .seed = r->sampling.seed};
+		MillmResult result = {.choices = pieces, .n = r->n_choices, .prompt_tokens = r->n_prompt, .seed = r->sampling.seed,
+			.timing = millm_request_timing(r)};
 		int			at = 0;
 
 		for (int i = 0; i < r->n_choices; i++)
@@ -349,6 +372,8 @@ run_step(MillmEngine *e, int n)
 		int			last = c->slot.n_past + e->plan[i].n_tokens;
 		MillmTop	top;
 
+		if (c->request->begun_ms == 0)
+			c->request->begun_ms = start;
 		if (c->request->embedding)
 		{
 			embedding_fill(c->request, e->plan[i].n_tokens, e->batch + n_batch);
@@ -394,7 +419,7 @@ run_step(MillmEngine *e, int n)
 			finish_choice(e, c);
 		else if (c->request->embedding && c->slot.n_past == c->slot.n_tokens)
 		{
-			/* a group of texts is done; the next one stands in line behind those who came meanwhile */
+			/* a group of texts is done; the next one stands in line as if it came now */
 			millm_sched_remove(e->sched, &c->slot);
 			millm_sched_add(e->sched, &c->slot);
 		}
@@ -515,6 +540,7 @@ run_load(MillmEngine *e)
 	pthread_mutex_lock(&e->lock);
 	free_load_strings(&e->load);
 	e->loaded = loaded;
+	e->service_ms = 0;
 	e->state = loaded ? MILLM_LOADED : MILLM_IDLE;
 	pthread_mutex_unlock(&e->lock);
 	publish(e);
@@ -908,14 +934,19 @@ millm_engine_accept(MillmEngine *e, MillmRequest *r, MillmError *err)
 		rc = not_loaded(e, err);
 	else if (r->n_choices > capacity - e->n_active)
 	{
+		const double wait_s = (e->n_active - e->n_running + r->n_choices) * e->service_ms / loaded->max_sequences / 1000;
+
 		rc = millm_fail(err, MILLM_E_SERVER_BUSY, "too many requests for model \"%s\"", loaded->name);
 		millm_detail(err, "%d sequences are running and %d are waiting, of at most %d and %d; the request has %d.", e->n_running,
 					 e->n_active - e->n_running, loaded->max_sequences, loaded->max_queue, r->n_choices);
+		if (wait_s > 0)
+			millm_expect_wait(err, wait_s < MAX_WAIT_S ? (int) wait_s + 1 : MAX_WAIT_S);
 		millm_hint(err, "Try again later, or raise millm.max_queue.");
 	}
 	else
 	{
 		e->n_active += r->n_choices;
+		r->accepted_ms = now_ms();
 		millm_request_ref(r);
 	}
 	pthread_mutex_unlock(&e->lock);

@@ -152,6 +152,12 @@ typedef struct MillmPiece
 	bool		stopped;		/* the last: by an eos id or a stop sequence; else max_tokens are reached */
 } MillmPiece;
 
+typedef struct MillmTiming
+{
+	double		queue_ms;		/* from accept to the first step */
+	double		compute_ms;		/* from there on, in whatever company; 0 before */
+} MillmTiming;
+
 typedef struct MillmResult
 {
 	const MillmPiece *choices;	/* [n]: the last piece of each, which is all of it when it was not streamed */
@@ -159,6 +165,7 @@ typedef struct MillmResult
 	int			prompt_tokens;	/* of embeddings: of all texts */
 	int			completion_tokens;	/* every chosen token of all choices, the eos ids too */
 	int64_t		seed;
+	MillmTiming timing;
 } MillmResult;
 
 typedef struct MillmSink
@@ -174,6 +181,7 @@ typedef struct MillmSink
 	void		(*embedding) (void *arg, const float *values, int n);
 	/* With piece or embedding: is the reader behind?  *stalled_ms: for how long nothing could be written to him.  May be NULL. */
 	bool		(*is_behind) (void *arg, int *stalled_ms);
+	uint32_t	role;			/* whose request it is: roles take turns */
 	void	   *arg;
 } MillmSink;
 
@@ -190,10 +198,12 @@ extern MillmCode millm_request_create(const MillmLoaded *loaded, const MillmGene
 extern MillmCode millm_request_create_embedding(const MillmLoaded *loaded, const MillmSink *sink, MillmRequest **out, MillmError *err);
 extern MillmRequest *millm_request_ref(MillmRequest *r);
 extern void millm_request_unref(MillmRequest *r);		/* NULL is fine */
+/* Up to now, or to its end; from its sink's calls only. */
+extern MillmTiming millm_request_timing(const MillmRequest *r);
 
 /*
  * Places for the request's choices: at most max_sequences + max_queue may be under way; who finds too few free gets SERVER_BUSY with the
- * figures, and who wants more than there are INVALID_ARGUMENT.  MODEL_BUSY while the model is being unloaded, MODEL_NOT_LOADED when it is gone.
+ * figures and, once some sequence has ended, the expected wait (millm_expect_wait()), and who wants more than there are INVALID_ARGUMENT.  MODEL_BUSY while the model is being unloaded, MODEL_NOT_LOADED when it is gone.
  * After MILLM_OK it ends with done() or failed().
  */
 extern MillmCode millm_engine_accept(MillmEngine *engine, MillmRequest *r, MillmError *err);

@@ -45,6 +45,8 @@ create_request(const MillmLoaded *loaded, const MillmSink *sink, int n_choices)
 	{
 		r->choices[i].request = r;
 		r->choices[i].index = i;
+		r->choices[i].slot.role = sink->role;
+		r->choices[i].slot.is_stream = sink->piece != NULL;
 	}
 	return r;
 }

@@ -45,6 +45,8 @@ struct MillmRequest
 	MillmGenerateOptions options;	/* its stops are gone: every choice has a copy */
 	MillmSampling sampling;		/* of choice 0 */
 	MillmRequest *next;			/* in the engine's inbox */
+	double		accepted_ms;	/* on the monotonic clock */
+	double		begun_ms;		/* its first step; 0: that has not been */
 	struct MillmEmbedding *embedding;	/* owned; NULL: a generation */
 
 	int32_t    *prompt;			/* [n_prompt] */

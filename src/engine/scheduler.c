@@ -1,10 +1,12 @@
 /*
  * scheduler.c -- which tokens share the next step.
  *
- * A step carries first one decode token for every running sequence, oldest first, then, with what is left
- * of the token budget, the next prefill chunks, oldest first.  Decode goes first because a reader who already sees
- * words notices a pause.  While anybody decodes, prefill tokens are limited to what is expected to take
- * STEP_MS; alone, a prefill may fill the batch.
+ * A step carries first one decode token for every running sequence, then, with what is left of the token budget, the next
+ * prefill chunks, both in the order of the line.  Decode goes first because a reader who already sees words notices a pause.
+ * While a stream decodes, prefill may take as long as the decode tokens take by themselves, so that its reader waits for no token more than about
+ * twice as long; beside answers that are read as a whole it may make steps of STEP_MS, which cost less a token; alone, it may fill the
+ * batch.  What a prefill token takes is measured step by step, for it grows with its position; what the decode tokens take, by a
+ * step in DECODE_EVERY that carries nothing else.
  *
  * Owns:     the order of the slots and the size of the next chunk.
  * Borrows:  the slots (embedded in their owner), KV pages through MillmSchedPages.
@@ -13,11 +15,17 @@
  *     waiting --admit: pages for its tokens--> running --finished, cancelled--> removed
  *        ^________preempt: pages released, n_past 0____|
  *
- * First come, first served, without overtaking: the head of the line waits for pages and nobody passes it.  When a
- * running sequence finds no page for its next position, the youngest running one is preempted and goes back to its
- * place in the line; its tokens are computed again later.  The oldest thus always gets on, and the pool holds it alone.
+ * Roles take turns, so that nobody's thousand prompts stand before another's first.  A slot gets its turn when it comes: the one after the
+ * last of its role, but none that is over, which is every one before the latest that somebody was admitted at.  The line is ordered by
+ * turn, slots of the same turn by arrival, and a slot's place never changes.  Nobody has a turn twice: who has had the present one is remembered, or
+ * who comes again whenever his last one has ended would have it for ever.  So a slot whose role has k others waiting is
+ * admitted after at most k + 2 of any other role's.
  *
- * Invariants: slots[0 .. n_running) run and slots[n_running .. n) wait, each part ordered by arrival;
+ * Without overtaking: the head of the line waits for pages and nobody passes it.  When a running sequence finds no page for its next
+ * position, the running one that is last in the line is preempted and goes back to its place; its tokens are computed
+ * again later.  The first thus always gets on, and the pool holds it alone.
+ *
+ * Invariants: slots[0 .. n_running) run and slots[n_running .. n) wait, each part in the order of the line;
  * a waiting slot holds no page; a plan has at most max_batch_tokens tokens.
  */
 #include "scheduler.h"
@@ -25,8 +33,11 @@
 #include <stdlib.h>
 #include <string.h>
 
-#define STEP_MS		50.0	/* of a step that makes decoding readers wait */
-#define MIN_CHUNK	16		/* prefill tokens that a step takes however slow they are */
+#define MIN_PREFILL_MS	4.0		/* in a step, however fast its decode tokens are: nobody sees so short a pause */
+#define STEP_MS			50.0	/* for prefill in a step without a stream */
+#define DECODE_EVERY	16		/* steps beside which prefill runs before what they take without it is measured again */
+#define MEMORY			0.7		/* of a moving average */
+#define MIN_EXTRA		0.1		/* of a step's time is prefill's at least, whatever the measurements say */
 
 struct MillmScheduler
 {
@@ -35,7 +46,13 @@ struct MillmScheduler
 	int			max_slots;
 	int			max_batch_tokens;
 	uint64_t	n_arrived;
-	double		token_ms;		/* of a prefill token, a moving average; 0: not measured yet */
+	double		decode_ms;		/* of a step of decode tokens only: a moving average that falls at once; 0: not measured yet */
+	double		token_ms;		/* that a prefill token adds to a step, a moving average; 0: not measured yet */
+	int			chunk;			/* prefill tokens that the planned step had room for */
+	int			n_mixed;		/* steps with both kinds since decode_ms was measured */
+	uint64_t	turn;			/* the latest that a slot was admitted at */
+	uint32_t   *served;			/* [n_served] of max_slots: roles of which one was */
+	int			n_served;
 	int			n_running;
 	int			n;
 	MillmSlot  *slots[];		/* [max_slots] */
@@ -47,8 +64,11 @@ millm_sched_create(const MillmSchedPages *pages, int max_running, int max_waitin
 	size_t		max_slots = (size_t) max_running + (size_t) max_waiting;
 	MillmScheduler *s = calloc(1, sizeof(*s) + max_slots * sizeof(s->slots[0]));
 
-	if (!s)
+	if (!s || !(s->served = calloc(max_slots, sizeof(s->served[0]))))
+	{
+		free(s);
 		return NULL;
+	}
 	s->pages = *pages;
 	s->max_running = max_running;
 	s->max_slots = (int) max_slots;
@@ -59,6 +79,8 @@ millm_sched_create(const MillmSchedPages *pages, int max_running, int max_waitin
 void
 millm_sched_free(MillmScheduler *s)
 {
+	if (s)
+		free(s->served);
 	free(s);
 }
 
@@ -74,13 +96,21 @@ millm_sched_n_waiting(const MillmScheduler *s)
 	return s->n - s->n_running;
 }
 
-/* Insert by arrival into slots[from .. to), which has room. */
+/* ---- the line ------------------------------------------------------------------------------ */
+
+static bool
+precedes(const MillmSlot *a, const MillmSlot *b)
+{
+	return a->turn != b->turn ? a->turn < b->turn : a->arrival < b->arrival;
+}
+
+/* Insert in its place into slots[from .. to), which has room. */
 static void
 insert(MillmScheduler *s, MillmSlot *slot, int from, int to)
 {
 	int			at = to;
 
-	while (at > from && s->slots[at - 1]->arrival > slot->arrival)
+	while (at > from && precedes(slot, s->slots[at - 1]))
 		at--;
 	memmove(&s->slots[at + 1], &s->slots[at], (size_t) (s->n - at) * sizeof(s->slots[0]));
 	s->slots[at] = slot;
@@ -96,15 +126,57 @@ take_out(MillmScheduler *s, int at)
 		s->n_running--;
 }
 
+static bool
+was_served(const MillmScheduler *s, uint32_t role)
+{
+	for (int i = 0; i < s->n_served; i++)
+		if (s->served[i] == role)
+			return true;
+	return false;
+}
+
+/* The next turn of a role. */
+static uint64_t
+next_turn(const MillmScheduler *s, uint32_t role)
+{
+	uint64_t	turn = s->turn + was_served(s, role);
+
+	for (int i = s->n_running; i < s->n; i++)
+		if (s->slots[i]->role == role && s->slots[i]->turn >= turn)
+			turn = s->slots[i]->turn + 1;
+	return turn;
+}
+
+/* A slot of that role is admitted at that turn. */
+static void
+note_turn(MillmScheduler *s, uint64_t turn, uint32_t role)
+{
+	if (turn < s->turn)
+		return;					/* it was paused, or preempted */
+	if (turn > s->turn)
+		s->n_served = 0;
+	s->turn = turn;
+	if (was_served(s, role))
+		return;
+	if (s->n_served == s->max_slots)	/* more roles than there are places: the turn is over */
+	{
+		s->n_served = 0;
+		s->turn++;
+	}
+	else
+		s->served[s->n_served++] = role;
+}
+
 bool
 millm_sched_add(MillmScheduler *s, MillmSlot *slot)
 {
 	if (s->n == s->max_slots)
 		return false;
 	slot->arrival = s->n_arrived++;
+	slot->turn = next_turn(s, slot->role);
 	slot->is_running = false;
 	slot->n_past = 0;
-	s->slots[s->n++] = slot;
+	insert(s, slot, s->n_running, s->n);
 	return true;
 }
 
@@ -121,7 +193,7 @@ millm_sched_remove(MillmScheduler *s, MillmSlot *slot)
 		}
 }
 
-/* The youngest running slot loses its pages and its seat, not its place in the line. */
+/* The last running slot loses its pages and its seat, not its place in the line. */
 static void
 preempt(MillmScheduler *s)
 {
@@ -166,10 +238,11 @@ admit(MillmScheduler *s)
 	slot->is_running = true;
 	insert(s, slot, 0, s->n_running);
 	s->n_running++;
+	note_turn(s, slot->turn, slot->role);
 	return slot;
 }
 
-/* Room for what the i-th running slot does next, if need be at the cost of younger ones; false, and it waits again, when there are none. */
+/* Room for what the i-th running slot does next, if need be at the cost of later ones; false, and it waits again, when there are none. */
 static bool
 make_room(MillmScheduler *s, int i)
 {
@@ -180,12 +253,29 @@ make_room(MillmScheduler *s, int i)
 		if (i == s->n_running - 1)
 		{
 			if (i > 0)
-				preempt(s);		/* it is the youngest itself */
+				preempt(s);		/* it is the last itself */
 			return false;
 		}
 		preempt(s);
 	}
 	return true;
+}
+
+/* ---- a step -------------------------------------------------------------------------------- */
+
+/* Prefill tokens for which there is time beside decode tokens, some of a stream or none; at most budget. */
+static int
+chunk_beside_decode(const MillmScheduler *s, bool has_stream, int budget)
+{
+	double		ms = has_stream ? MIN_PREFILL_MS : STEP_MS;
+
+	if (has_stream && (s->decode_ms == 0 || s->n_mixed >= DECODE_EVERY))
+		return 0;
+	if (ms < s->decode_ms)
+		ms = s->decode_ms;
+	if (ms >= budget * s->token_ms)		/* or not measured yet */
+		return budget;
+	return ms < s->token_ms ? 1 : (int) (ms / s->token_ms);
 }
 
 /* The slot's next chunk; returns its tokens. */
@@ -202,29 +292,23 @@ int
 millm_sched_plan(MillmScheduler *s, MillmPlanItem *items)
 {
 	int			n_items = 0;
-	int			n_decode;
 	int			budget;
+	bool		has_stream = false;
 	MillmSlot  *admitted;
 
 	for (int i = 0; i < s->n_running; i++)
 	{
 		MillmSlot  *slot = s->slots[i];
 
-		if (!slot->is_paused && make_room(s, i) && owed(slot) == 1)
-			items[n_items++] = (MillmPlanItem) {slot, 1};
+		if (slot->is_paused || !make_room(s, i) || owed(slot) > 1)
+			continue;
+		items[n_items++] = (MillmPlanItem) {slot, 1};
+		has_stream |= slot->is_stream;
 	}
-	n_decode = n_items;
-
-	budget = s->max_batch_tokens - n_decode;
-	if (n_decode > 0 && s->token_ms > 0)
-	{
-		int			chunk = STEP_MS / s->token_ms < budget ? (int) (STEP_MS / s->token_ms) : budget;
-
-		if (chunk < MIN_CHUNK)
-			chunk = MIN_CHUNK;
-		if (chunk < budget)
-			budget = chunk;
-	}
+	budget = s->max_batch_tokens - n_items;
+	if (n_items > 0)
+		budget = chunk_beside_decode(s, has_stream, budget);
+	s->chunk = budget;
 	for (int i = 0; i < s->n_running && budget > 0; i++)
 		if (!s->slots[i]->is_paused && owed(s->slots[i]) > 1)
 			budget -= plan_prefill(s->slots[i], budget, &items[n_items++]);
@@ -236,18 +320,33 @@ millm_sched_plan(MillmScheduler *s, MillmPlanItem *items)
 void
 millm_sched_done(MillmScheduler *s, const MillmPlanItem *items, int n, double ms)
 {
-	int			n_tokens = 0;
+	int			n_prefill = 0;
+	int			n_decode = 0;
 
 	for (int i = 0; i < n; i++)
 	{
-		items[i].slot->n_past += items[i].n_tokens;
-		n_tokens += items[i].n_tokens;
-	}
-	/* A few tokens measure the reading of the weights, not what another prefill token costs. */
-	if (n_tokens >= MIN_CHUNK)
-	{
-		double		measured = ms / n_tokens;
+		const int	n_tokens = items[i].n_tokens;
 
-		s->token_ms = s->token_ms > 0 ? 0.7 * s->token_ms + 0.3 * measured : measured;
+		if (n_tokens == 1)
+			n_decode++;
+		else
+			n_prefill += n_tokens;
+		items[i].slot->n_past += n_tokens;
+	}
+	if (n_prefill == 0)
+	{
+		s->decode_ms = s->decode_ms > 0 && s->decode_ms < ms ? MEMORY * s->decode_ms + (1 - MEMORY) * ms : ms;
+		s->n_mixed = 0;
+	}
+	else
+	{
+		/* a small chunk, which is the end of a prompt, says less */
+		const double weight = (1 - MEMORY) * n_prefill / (n_prefill > s->chunk ? n_prefill : s->chunk);
+		double		extra = n_decode > 0 ? ms - s->decode_ms : ms;
+
+		if (extra < MIN_EXTRA * ms)
+			extra = MIN_EXTRA * ms;
+		s->token_ms = s->token_ms > 0 ? s->token_ms + weight * (extra / n_prefill - s->token_ms) : extra / n_prefill;
+		s->n_mixed += n_decode > 0;
 	}
 }

@@ -10,14 +10,17 @@
 #include <stdbool.h>
 #include <stdint.h>
 
-/* A seat for one sequence.  Embedded in its owner's struct; the owner keeps n_tokens and is_paused. */
+/* A seat for one sequence.  Embedded in its owner's struct; the owner keeps role, n_tokens, is_stream and is_paused. */
 typedef struct MillmSlot
 {
+	uint32_t	role;			/* who asks; roles take turns */
 	int			n_tokens;		/* tokens known: the prompt and what was generated */
 	int			n_past;			/* of them, positions that are in the KV cache; n_tokens > n_past while it lives */
+	bool		is_stream;		/* somebody reads it token by token */
 	bool		is_paused;		/* its reader is behind: computes nothing for now */
 	bool		is_running;		/* admitted; the scheduler's */
-	uint64_t	arrival;		/* the scheduler's */
+	uint64_t	turn;			/* its place in the line, with arrival; the scheduler's */
+	uint64_t	arrival;
 	int64_t		n_preempted;	/* times its pages were taken; the scheduler's */
 } MillmSlot;
 
@@ -51,7 +54,7 @@ typedef struct MillmScheduler MillmScheduler;
 extern MillmScheduler *millm_sched_create(const MillmSchedPages *pages, int max_running, int max_waiting, int max_batch_tokens);
 extern void millm_sched_free(MillmScheduler *s);
 
-/* Queue a slot, last in line.  False when max_running + max_waiting are there already. */
+/* Queue a slot at its role's next turn.  False when max_running + max_waiting are there already. */
 extern bool millm_sched_add(MillmScheduler *s, MillmSlot *slot);
 /* Take a slot out, wherever it is, and release its pages. */
 extern void millm_sched_remove(MillmScheduler *s, MillmSlot *slot);

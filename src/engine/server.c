@@ -513,7 +513,24 @@ generate_done(void *arg, const MillmResult *r)
 static void
 generate_failed(void *arg, const MillmError *err)
 {
-	end_with_error(arg, err);
+	Call	   *call = arg;
+	const MillmTiming t = millm_request_timing(call->generation);
+	json_t	   *payload = millm_error_json(err);
+
+	json_object_set_new(payload, "queue_ms", json_real(t.queue_ms));
+	json_object_set_new(payload, "compute_ms", json_real(t.compute_ms));
+	millm_conn_send(call->conn, WIRE_ERROR, payload);
+	free_call(call);
+}
+
+/* Who asks: as the extension says, the OID of a role. */
+static void
+read_role(MillmFields *f, MillmSink *sink)
+{
+	int64_t		role = 0;
+
+	millm_field_int(f, "role", 0, UINT32_MAX, &role);
+	sink->role = (uint32_t) role;
 }
 
 static void
@@ -731,6 +748,7 @@ op_generate(EngineServer *server, MillmConn *conn, json_t *request)
 	millm_field_text(&f, "prompt", &prompt, &len);
 	millm_field_text(&f, "system", &system, &system_len);
 	read_chat(&f, &chat);
+	read_role(&f, &sink);
 	millm_field_string(&f, "model_uuid", &uuid);
 	millm_field_bool(&f, "raw", &raw);
 	millm_field_bool(&f, "stream", &stream);
@@ -788,7 +806,8 @@ embed_values(void *arg, const float *values, int n)
 static void
 embed_done(void *arg, const MillmResult *r)
 {
-	end_with_result(arg, json_pack("{s:{s:i}}", "usage", "prompt_tokens", r->prompt_tokens));
+	end_with_result(arg, json_pack("{s:{s:i}, s:f, s:f}", "usage", "prompt_tokens", r->prompt_tokens, "queue_ms", r->timing.queue_ms,
+								   "compute_ms", r->timing.compute_ms));
 }
 
 static void
@@ -856,6 +875,7 @@ op_embed(EngineServer *server, MillmConn *conn, json_t *request)
 		return;
 	sink.arg = call;
 	begin_fields(&f, request, &err);
+	read_role(&f, &sink);
 	millm_field_array(&f, "texts", &texts);
 	millm_field_int(&f, "first", 1, INT64_MAX / 2, &call->first_text);
 	millm_field_string(&f, "model_uuid", &uuid);

@@ -646,6 +646,12 @@ millm_client_call(MillmHelper helper, const char *request, StringInfo out, int t
 }
 
 void
+millm_begin_compute(StringInfo request, const char *op)
+{
+	appendStringInfo(request, "{\"op\":\"%s\",\"role\":%u", op, GetUserId());
+}
+
+void
 millm_append_text(StringInfo request, const text *value)
 {
 	const char *bytes = VARDATA_ANY(value);

@@ -70,6 +70,10 @@ extern void millm_client_sleep(MillmClient *client, int timeout_ms);
 extern bool millm_client_can_open(void);
 
 /*
+ * Begin the text of a request that computes (generate, embed): its op, and the role that asks, for the engine to be fair between roles.
+ */
+extern void millm_begin_compute(StringInfo request, const char *op);
+/*
  * Texts of SQL in requests and replies.  Append value as a JSON string, in UTF-8; INVALID_ARGUMENT when it is longer than
  * any request may be.  A reply's field as a text in the database's encoding (a character that has none there is
  * PostgreSQL's error for it).  millm_reply_invalid(): PROTOCOL_VIOLATION, the reply lacks what.

@@ -28,7 +28,7 @@ static void
 begin_request(StringInfo request, FunctionCallInfo fcinfo)
 {
 	initStringInfo(request);
-	appendStringInfoString(request, "{\"op\":\"embed\"");
+	millm_begin_compute(request, "embed");
 	if (!PG_ARGISNULL(1))
 		millm_append_model(request, PG_GETARG_TEXT_PP(1));
 	appendStringInfoString(request, ",\"texts\":[");

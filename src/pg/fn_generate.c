@@ -222,7 +222,8 @@ generate_request(FunctionCallInfo fcinfo, bool stream)
 	StringInfoData request;
 
 	initStringInfo(&request);
-	appendStringInfoString(&request, "{\"op\":\"generate\",\"prompt\":");
+	millm_begin_compute(&request, "generate");
+	appendStringInfoString(&request, ",\"prompt\":");
 	millm_append_text(&request, PG_GETARG_TEXT_PP(ARG_PROMPT));
 	appendStringInfoString(&request, millm_generate_options(fcinfo, stream));
 	appendStringInfoChar(&request, '}');
@@ -235,7 +236,8 @@ complete_request(FunctionCallInfo fcinfo, bool stream)
 	StringInfoData request;
 
 	initStringInfo(&request);
-	appendStringInfoString(&request, "{\"op\":\"generate\",\"raw\":true,\"prompt\":");
+	millm_begin_compute(&request, "generate");
+	appendStringInfoString(&request, ",\"raw\":true,\"prompt\":");
 	millm_append_text(&request, PG_GETARG_TEXT_PP(ARG_PROMPT));
 	append_bool(&request, fcinfo, "parse_special", ARG_COMPLETE_PARSE_SPECIAL);
 	append_options(&request, fcinfo, ARG_COMPLETE_OPTIONS, stream);
@@ -295,11 +297,10 @@ append_prompt(StringInfo request, const text *prompt)
 	appendStringInfoString(request, "}]");
 }
 
-/* The beginning of a REQUEST about a conversation, with what chat and apply_chat_template have in common. */
+/* What chat and apply_chat_template have in common. */
 static void
-append_conversation(StringInfo request, FunctionCallInfo fcinfo, const char *op, bool is_prompt, int arg_documents, int arg_chat_template)
+append_conversation(StringInfo request, FunctionCallInfo fcinfo, bool is_prompt, int arg_documents, int arg_chat_template)
 {
-	appendStringInfo(request, "{\"op\":\"%s\"", op);
 	if (is_prompt)
 		append_prompt(request, PG_GETARG_TEXT_PP(ARG_MESSAGES));
 	else
@@ -323,7 +324,8 @@ conversation_request(FunctionCallInfo fcinfo, bool is_prompt, bool stream)
 	StringInfoData request;
 
 	initStringInfo(&request);
-	append_conversation(&request, fcinfo, "generate", is_prompt, ARG_DOCUMENTS, ARG_CHAT_TEMPLATE);
+	millm_begin_compute(&request, "generate");
+	append_conversation(&request, fcinfo, is_prompt, ARG_DOCUMENTS, ARG_CHAT_TEMPLATE);
 	append_options(&request, fcinfo, ARG_CHAT_OPTIONS, stream);
 	append_choices(&request, fcinfo, ARG_CHAT_CHOICES);
 	appendStringInfoChar(&request, '}');
@@ -342,11 +344,14 @@ chat_text_request(FunctionCallInfo fcinfo, bool stream)
 	return conversation_request(fcinfo, true, stream);
 }
 
-/* A whole reply as jsonb, in the database's encoding. */
+/* A reply as jsonb, in the database's encoding, without its times: the same question has the same answer. */
 static Datum
 reply_jsonb(StringInfo reply)
 {
-	return DirectFunctionCall1(jsonb_in, CStringGetDatum(pg_any_to_server(reply->data, reply->len, PG_UTF8)));
+	Datum		value = DirectFunctionCall1(jsonb_in, CStringGetDatum(pg_any_to_server(reply->data, reply->len, PG_UTF8)));
+
+	value = DirectFunctionCall2(jsonb_delete, value, CStringGetTextDatum("queue_ms"));
+	return DirectFunctionCall2(jsonb_delete, value, CStringGetTextDatum("compute_ms"));
 }
 
 /* What makes a function's REQUEST of its arguments, the first of which is not NULL. */
@@ -418,7 +423,8 @@ millm_apply_chat_template(PG_FUNCTION_ARGS)
 	if (PG_ARGISNULL(ARG_MESSAGES))
 		PG_RETURN_NULL();
 	initStringInfo(&buf);
-	append_conversation(&buf, fcinfo, "apply_chat_template", false, ARG_APPLY_DOCUMENTS, ARG_APPLY_CHAT_TEMPLATE);
+	appendStringInfoString(&buf, "{\"op\":\"apply_chat_template\"");
+	append_conversation(&buf, fcinfo, false, ARG_APPLY_DOCUMENTS, ARG_APPLY_CHAT_TEMPLATE);
 	if (!PG_ARGISNULL(ARG_ADD_GENERATION_PROMPT))
 		appendStringInfo(&buf, ",\"add_generation_prompt\":%s", PG_GETARG_BOOL(ARG_ADD_GENERATION_PROMPT) ? "true" : "false");
 	if (!PG_ARGISNULL(ARG_APPLY_MODEL))

@@ -181,8 +181,8 @@ millm_conn_result(MillmConn *conn, json_t *payload)
 	millm_conn_send(conn, WIRE_RESULT, payload);
 }
 
-void
-millm_conn_error(MillmConn *conn, const MillmError *error)
+json_t *
+millm_error_json(const MillmError *error)
 {
 	json_t	   *payload = json_pack("{s:s}", "code", millm_code_name(error->code));
 	const char *names[] = {"message", "detail", "hint"};
@@ -208,7 +208,15 @@ millm_conn_error(MillmConn *conn, const MillmError *error)
 		}
 		json_object_set_new(payload, names[i], text);
 	}
-	millm_conn_send(conn, WIRE_ERROR, payload);
+	if (error->wait_s > 0)
+		json_object_set_new(payload, "expected_wait_s", json_integer(error->wait_s));
+	return payload;
+}
+
+void
+millm_conn_error(MillmConn *conn, const MillmError *error)
+{
+	millm_conn_send(conn, WIRE_ERROR, millm_error_json(error));
 }
 
 size_t

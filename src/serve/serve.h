@@ -64,6 +64,8 @@ extern bool millm_conn_send(MillmConn *conn, WireKind kind, json_t *payload);
 extern bool millm_conn_send_bytes(MillmConn *conn, WireKind kind, const void *payload, size_t len);
 extern void millm_conn_result(MillmConn *conn, json_t *payload);		/* final */
 extern void millm_conn_error(MillmConn *conn, const MillmError *error);	/* final */
+/* The payload of an ERROR, to which a service may add fields; a new reference. */
+extern json_t *millm_error_json(const MillmError *error);
 extern size_t millm_conn_pending_bytes(MillmConn *conn);
 extern int	millm_conn_stalled_ms(MillmConn *conn);
 

@@ -43,7 +43,7 @@ typedef enum WireKind
 	WIRE_TEXT = 4,				/* {"text": ...}: the next piece of a generation */
 	WIRE_VECTOR = 5,			/* raw float32 */
 	WIRE_RESULT = 6,			/* final */
-	WIRE_ERROR = 7				/* final: {"code": NAME, "message", "detail"?, "hint"?} */
+	WIRE_ERROR = 7				/* final: {"code": NAME, "message", "detail"?, "hint"?, "expected_wait_s"?} */
 } WireKind;
 
 typedef struct WireHeader

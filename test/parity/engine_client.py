@@ -19,10 +19,11 @@ VERSION = next(line.split('"')[1] for line in (ROOT / "src/base/version.h").read
 
 
 class HelperError(Exception):
-    """An ERROR frame: .code, .message, .detail, .hint."""
+    """An ERROR frame: .code, .message, .detail, .hint; all of it in .payload."""
 
     def __init__(self, payload):
         super().__init__(f"{payload['code']}: {payload['message']}" + (f" ({payload['detail']})" if "detail" in payload else ""))
+        self.payload = payload
         self.code, self.message = payload["code"], payload["message"]
         self.detail, self.hint = payload.get("detail"), payload.get("hint")
 

@@ -158,7 +158,7 @@ def test_choices(engine):
     for seed in range(3):
         one = generate(engine, max_tokens=20, temperature=1, seed=seed)
         several = generate(engine, max_tokens=20, temperature=1, seed=seed, n=5)
-        assert set(several) == {"choices", "usage", "seed"} and several["seed"] == seed
+        assert set(several) == {"choices", "usage", "seed", "queue_ms", "compute_ms"} and several["seed"] == seed
         assert [c["index"] for c in several["choices"]] == list(range(5))
         texts = [c["text"] for c in several["choices"]]
         assert texts[0] == one["text"] and len(set(texts)) == 5
@@ -166,7 +166,8 @@ def test_choices(engine):
         single = generate(engine, max_tokens=20, temperature=1, seed=seed, n=1)
         assert single["choices"] == several["choices"][:1] and single["usage"] == one["usage"]
         with engine.open("generate", prompt=PROMPT, max_tokens=20, temperature=1, seed=seed, n=5, stream=True) as c:
-            assert c.result() == {"usage": several["usage"], "seed": seed}
+            end = c.result()
+            assert set(end) == {"usage", "seed", "queue_ms", "compute_ms"} and (end["usage"], end["seed"]) == (several["usage"], seed)
         assert rows_by_choice([row for _, row in c.before], 5) == [(text, "length") for text in texts]
     greedy = generate(engine, max_tokens=8, temperature=0)["text"]
     assert [c["text"] for c in generate(engine, max_tokens=8, temperature=0, n=4)["choices"]] == [greedy] * 4
@@ -308,7 +309,7 @@ def test_storm_of_choices(family):
             r = c.result()
             assert r["usage"] == w["usage"]
             if "choices" in r:
-                assert r == w
+                assert r["choices"] == w["choices"]
             else:
                 assert rows_by_choice([row for _, row in c.before], a["n"]) == [(x["text"], x["finish_reason"]) for x in w["choices"]]
         all_free(e)
@@ -472,10 +473,72 @@ def test_queue_is_bounded(model):
     if s["running"] + s["waiting"] == 3:	# none has ended meanwhile
         error = refused("SERVER_BUSY", e, "generate", prompt=PROMPT)
         assert "2" in error.detail
+        assert "Expected wait" not in error.detail and "expected_wait_s" not in error.payload, "nothing has ended yet"
     for c in open_ones:
         c.close()
     all_free(e)
     assert generate(e, max_tokens=2)["usage"]["completion_tokens"] == 2
+
+    # now that a sequence has ended, there is something to reckon with
+    open_ones = [e.open("generate", prompt=PROMPT, max_tokens=n, temperature=1, stream=True) for _ in range(3)]
+    deadline = time.monotonic() + SOON
+    while (s := e.call("status"))["waiting"] < 2:
+        assert time.monotonic() < deadline
+    error = refused("SERVER_BUSY", e, "generate", prompt=PROMPT)
+    assert error.payload["expected_wait_s"] >= 1 and error.detail.endswith(f"Expected wait: about {error.payload['expected_wait_s']} s.")
+    for c in open_ones:
+        c.close()
+    all_free(e)
+    assert e.stop() == 0
+
+
+def test_timing(engine):
+    """queue_ms and compute_ms are parts of the time that the client sees."""
+    for fields in ({"op": "generate", "prompt": PROMPT, "max_tokens": 50}, {"op": "generate", "prompt": PROMPT, "max_tokens": 20, "n": 3},
+                   {"op": "embed", "texts": [PROMPT] * 40}):
+        start = time.monotonic()
+        r = engine.call(fields.pop("op"), **fields)
+        wall = 1000 * (time.monotonic() - start)
+        assert 0 <= r["queue_ms"] < wall and 0 < r["compute_ms"] < wall and r["queue_ms"] + r["compute_ms"] < wall
+
+
+def test_timing_of_failures(model):
+    """Who was canceled before his turn has waited, and computed nothing."""
+    e = Engine()
+    e.call("load", path=str(model), max_sequences=1)
+    n = e.call("status")["context_length"] - 40
+    runs, waits = e.open("generate", prompt=PROMPT, max_tokens=n, stream=True), e.open("generate", prompt=PROMPT, max_tokens=n)
+    runs.receive()
+    e.call("unload", timeout_ms=0)
+    errors = []
+    for c in (runs, waits):
+        with pytest.raises(HelperError) as error:
+            c.result()
+        assert error.value.code == "CANCELED"
+        errors.append(error.value.payload)
+    assert errors[0]["compute_ms"] > 0 and errors[1]["compute_ms"] == 0 and errors[1]["queue_ms"] > 0
+    assert e.stop() == 0
+
+
+def test_roles_take_turns(model):
+    """One seat: of a role that has asked for eight and one that has asked for one after them, the latter is the second to be served."""
+    e = Engine()
+    e.call("load", path=str(model), max_sequences=1)
+    blocker = e.open("generate", prompt=PROMPT, max_tokens=8000, role=1, stream=True)
+    blocker.receive()
+    flood = [e.open("generate", prompt=PROMPT, max_tokens=400, role=1) for _ in range(8)]
+    deadline = time.monotonic() + SOON
+    while e.call("status")["waiting"] < 8:
+        assert time.monotonic() < deadline
+    late = e.open("generate", prompt=PROMPT, max_tokens=400, role=4294967295)
+    while e.call("status")["waiting"] < 9:
+        assert time.monotonic() < deadline
+    blocker.close()
+    queued = [c.result()["queue_ms"] for c in flood]
+    assert queued == sorted(queued), "first come, first served within a role"
+    assert late.result()["queue_ms"] < queued[1], "the other role came before the second of the first"
+    refused("INVALID_ARGUMENT", e, "generate", prompt=PROMPT, role=4294967296)
+    refused("INVALID_ARGUMENT", e, "embed", texts=[PROMPT], role=-1)
     assert e.stop() == 0
 
 

@@ -50,6 +50,38 @@ fill(void **state)
 	millm_hint(NULL, "x");
 }
 
+static void
+expected_wait(void **state)
+{
+	MillmError	err;
+
+	(void) state;
+	millm_fail(&err, MILLM_E_SERVER_BUSY, "busy");
+	assert_int_equal(err.wait_s, 0);
+	millm_expect_wait(&err, 7);
+	assert_string_equal(err.detail, "Expected wait: about 7 s.");
+	millm_detail(&err, "Two wait.");
+	millm_expect_wait(&err, 86400);
+	assert_string_equal(err.detail, "Two wait. Expected wait: about 86400 s.");
+	assert_int_equal(err.wait_s, 86400);
+	assert_int_equal(millm_expected_wait(err.detail), 86400);
+	millm_fail(&err, MILLM_E_SERVER_BUSY, "busy");
+	assert_int_equal(err.wait_s, 0);
+	for (size_t n = sizeof(err.detail) - 40; n < sizeof(err.detail); n++)
+	{
+		memset(err.detail, 'x', n);
+		err.detail[n] = '\0';
+		millm_expect_wait(&err, 3);
+		assert_true(strlen(err.detail) < sizeof(err.detail));
+	}
+	millm_expect_wait(NULL, 1);
+	assert_int_equal(millm_expected_wait(""), 0);
+	assert_int_equal(millm_expected_wait("Expected wait: about"), 0);
+	assert_int_equal(millm_expected_wait("Expected wait: about two s."), 0);
+	assert_int_equal(millm_expected_wait("Expected wait: about -2 s."), 0);
+	assert_int_equal(millm_expected_wait("Expected wait: about 99999999999999999999 s."), 0);
+}
+
 /* Cut at every possible place of a text of 1-, 2-, 3- and 4-byte characters. */
 static void
 cut_between_characters(void **state)
@@ -79,7 +111,7 @@ int
 main(void)
 {
 	const struct CMUnitTest tests[] = {
-		cmocka_unit_test(codes_are_whole), cmocka_unit_test(fill), cmocka_unit_test(cut_between_characters),
+		cmocka_unit_test(codes_are_whole), cmocka_unit_test(fill), cmocka_unit_test(expected_wait), cmocka_unit_test(cut_between_characters),
 	};
 
 	return cmocka_run_group_tests(tests, NULL, NULL);

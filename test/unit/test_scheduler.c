@@ -351,6 +351,8 @@ run_storm(int window, int longest)
 			q[i].goal = 2 + (int) (random() % (longest - 2));
 			q[i].slot.n_tokens = 1 + (int) (random() % (q[i].goal - 1));
 			q[i].number = i;
+			q[i].slot.role = (uint32_t) (random() % 4);
+			q[i].slot.is_stream = random() % 2;
 			assert_true(millm_sched_add(s, &q[i].slot));
 		}
 		while (left > 0)
@@ -393,38 +395,220 @@ storm(void **state)
 	(void) state;
 }
 
-/* While somebody decodes, prefill gets what takes about 50 ms; alone it gets the batch. */
+/* Admit and end what runs, one at a time, until nobody waits; the numbers in the order of admission. */
+static int
+admitted_in_order(MillmScheduler *s, int *numbers, int max)
+{
+	MillmPlanItem items[1];
+	int			n = 0;
+
+	while (millm_sched_plan(s, items) == 1)
+	{
+		assert_true(n < max);
+		numbers[n++] = ((Seq *) items[0].slot)->number;
+		millm_sched_remove(s, items[0].slot);
+	}
+	return n;
+}
+
+static void
+roles_take_turns(void **state)
+{
+	static const uint32_t roles[] = {1, 1, 1, 1, 2, 2, 3, 1};
+	static const int expected[] = {0, 4, 6, 1, 5, 2, 3, 7};
+	Pool		pool;
+	MillmScheduler *s = create(&pool, 1000, 1, 20, 64);
+	Seq			q[8] = {0};
+	int			numbers[8];
+
+	(void) state;
+	for (int i = 0; i < 8; i++)
+	{
+		q[i] = (Seq) {.slot = {.role = roles[i], .n_tokens = 5}, .goal = 20, .number = i};
+		assert_true(millm_sched_add(s, &q[i].slot));
+	}
+	assert_int_equal(admitted_in_order(s, numbers, 8), 8);
+	assert_memory_equal(numbers, expected, sizeof(expected));
+	/* who waits no longer has no claim to the turns that he would have had */
+	for (int i = 0; i < 4; i++)
+		assert_true(millm_sched_add(s, &q[i].slot));
+	for (int i = 0; i < 4; i++)
+		millm_sched_remove(s, &q[i].slot);
+	assert_true(millm_sched_add(s, &q[7].slot));
+	for (int i = 4; i < 7; i++)
+		assert_true(millm_sched_add(s, &q[i].slot));
+	assert_int_equal(admitted_in_order(s, numbers, 8), 4);
+	assert_memory_equal(numbers, ((int[]) {4, 6, 7, 5}), 4 * sizeof(int));
+	millm_sched_free(s);
+}
+
+/* Two roles that come again as soon as they are done leave a turn to a third one that already has had one, be the roles ever so many. */
+static void
+nobody_has_a_turn_twice(void **state)
+{
+	Pool		pool;
+	MillmScheduler *s = create(&pool, 1000, 1, 4, 64);
+	Seq			b[2] = {{.slot = {.role = 2, .n_tokens = 5}, .goal = 9}, {.slot = {.role = 2, .n_tokens = 5}, .goal = 9}};
+	Seq			others[2] = {{.slot = {.n_tokens = 5}, .goal = 9}, {.slot = {.n_tokens = 5}, .goal = 9}};
+	MillmPlanItem items[1];
+
+	(void) state;
+	for (int n_roles = 2; n_roles < 100; n_roles *= 3)
+	{
+		int			n = 0;
+
+		assert_true(millm_sched_add(s, &b[0].slot));
+		assert_true(millm_sched_add(s, &b[1].slot));
+		for (int i = 0; i < 2; i++)
+		{
+			others[i].slot.role = 10 + (uint32_t) i;
+			assert_true(millm_sched_add(s, &others[i].slot));
+		}
+		while (millm_sched_plan(s, items) == 1 && items[0].slot != &b[1].slot)
+		{
+			millm_sched_remove(s, items[0].slot);
+			if (items[0].slot == &b[0].slot)
+				continue;
+			items[0].slot->role = 10 + (uint32_t) (++n % n_roles);
+			assert_true(millm_sched_add(s, items[0].slot));
+			assert_true(n < 20);
+		}
+		millm_sched_remove(s, &b[1].slot);
+		millm_sched_remove(s, &others[0].slot);
+		millm_sched_remove(s, &others[1].slot);
+	}
+	millm_sched_free(s);
+}
+
+/* Whatever comes when, from whom: a slot with k others of its role before it waits for at most k + 2 of any other. */
+static void
+bounded_waiting(void **state)
+{
+	enum {N = 60, ROLES = 5, RUNNING = 3};
+
+	(void) state;
+	for (unsigned seed = 1; seed <= 100; seed++)
+	{
+		Pool		pool;
+		MillmScheduler *s = create(&pool, 100000, RUNNING, N, 64);
+		Seq			q[N] = {0};
+		bool		is_in[N] = {0};
+		int			bound[N];
+		int			before[N][ROLES];	/* admitted when it came */
+		int			admitted[ROLES] = {0};
+		int			n_admitted = 0;
+		MillmPlanItem items[RUNNING];
+
+		srandom(seed);
+		for (int step = 0; step < 1000; step++)
+		{
+			int			n;
+
+			/* role 0 floods; the others come now and then */
+			for (int i = 0; i < N; i++)
+				if (!is_in[i] && random() % (i % ROLES == 0 ? 2 : 40) == 0)
+				{
+					bound[i] = 2;
+					for (int k = 0; k < N; k++)
+						bound[i] += is_in[k] && !q[k].slot.is_running && k % ROLES == i % ROLES;
+					memcpy(before[i], admitted, sizeof(admitted));
+					q[i] = (Seq) {.slot = {.role = (uint32_t) (i % ROLES), .n_tokens = 1 + (int) (random() % 30)}, .number = i};
+					q[i].goal = q[i].slot.n_tokens + 1 + (int) (random() % 10);
+					is_in[i] = true;
+					assert_true(millm_sched_add(s, &q[i].slot));
+				}
+			n = millm_sched_plan(s, items);
+			check_plan(items, n, 64);
+			for (int k = 0; k < n; k++)
+			{
+				const int	i = ((Seq *) items[k].slot)->number;
+
+				if (items[k].slot->n_past > 0)
+					continue;
+				admitted[i % ROLES]++;
+				n_admitted++;
+				for (int r = 0; r < ROLES; r++)
+					assert_true(r == i % ROLES || admitted[r] - before[i][r] <= bound[i]);
+			}
+			finish_step(s, items, n);
+			for (int i = 0; i < N; i++)
+				if (is_in[i] && q[i].slot.n_tokens >= q[i].goal)
+					is_in[i] = false;
+		}
+		assert_true(n_admitted > 200);
+		millm_sched_free(s);
+	}
+}
+
+/* A machine on which a step takes decode_ms and so much for each prefill token, which is more the longer the sequence is. */
+static double
+step_ms(const MillmPlanItem *items, int n, double decode_ms, double token_ms)
+{
+	double		ms = decode_ms;
+
+	for (int i = 0; i < n; i++)
+		if (items[i].n_tokens > 1)
+			ms += items[i].n_tokens * token_ms * (1 + items[i].slot->n_past / 4096.0);
+	return ms;
+}
+
+/* A long prompt beside a sequence that decodes, a stream or not: the longest step, and the steps that it took. */
+static double
+longest_step(bool is_stream, double decode_ms, double token_ms, int *n_steps)
+{
+	Pool		pool;
+	MillmScheduler *s = create(&pool, 100000, 4, 4, 1024);
+	Seq			a = {.slot = {.n_tokens = 100, .is_stream = is_stream}, .goal = 1000000};
+	Seq			b = {.slot.n_tokens = 8192, .goal = 8193};
+	MillmPlanItem items[4];
+	double		longest = 0;
+	int			n;
+
+	millm_sched_add(s, &a.slot);
+	n = millm_sched_plan(s, items);
+	millm_sched_done(s, items, n, 100 * token_ms);
+	a.slot.n_tokens++;
+	millm_sched_add(s, &b.slot);
+	for (*n_steps = 0; b.slot.n_past < 8192; (*n_steps)++)
+	{
+		double		ms;
+
+		n = millm_sched_plan(s, items);
+		check_plan(items, n, 1024);
+		assert_ptr_equal(items[0].slot, &a.slot);	/* goes on at each step */
+		ms = step_ms(items, n, decode_ms, token_ms);
+		longest = ms > longest ? ms : longest;
+		millm_sched_done(s, items, n, ms);
+		a.slot.n_tokens++;
+	}
+	millm_sched_free(s);
+	return longest;
+}
+
+/* A stream's tokens come at least half as fast while a long prompt is read; answers that are read as a whole give way to steps of 50 ms. */
 static void
 chunk_follows_time(void **state)
 {
 	Pool		pool;
 	MillmScheduler *s = create(&pool, 100000, 4, 4, 1024);
-	Seq			a = {.slot.n_tokens = 100, .goal = 1000000};
-	Seq			b = {.slot.n_tokens = 200000, .goal = 1000000};
+	Seq			alone = {.slot.n_tokens = 200000, .goal = 1000000};
 	MillmPlanItem items[4];
-	int			n;
+	int			n_steps;
+	int			n_stream_steps;
 
 	(void) state;
-	millm_sched_add(s, &b.slot);
-	n = millm_sched_plan(s, items);
+	millm_sched_add(s, &alone.slot);
+	assert_int_equal(millm_sched_plan(s, items), 1);
 	assert_int_equal(items[0].n_tokens, 1024);
-	millm_sched_remove(s, &b.slot);
-
-	millm_sched_add(s, &a.slot);
-	n = millm_sched_plan(s, items);
-	millm_sched_done(s, items, n, 100);		/* 1 ms a token */
-	a.slot.n_tokens++;
-	millm_sched_add(s, &b.slot);
-	for (int i = 0; i < 20; i++)
-	{
-		n = millm_sched_plan(s, items);
-		assert_int_equal(n, 2);
-		assert_int_equal(items[0].n_tokens, 1);
-		assert_in_range(items[1].n_tokens, 16, 60);
-		millm_sched_done(s, items, n, items[1].n_tokens + 1.0);
-		a.slot.n_tokens++;
-	}
 	millm_sched_free(s);
+
+	assert_true(longest_step(true, 20, 1, &n_stream_steps) <= 1.1 * 2 * 20);
+	assert_true(longest_step(false, 20, 1, &n_steps) <= 1.1 * (50 + 20));
+	assert_true(n_steps < n_stream_steps);
+	/* a model for which 50 ms are less than a token's time, and one that is faster than anybody reads */
+	assert_true(longest_step(false, 200, 5, &n_steps) <= 1.1 * 2 * 200);
+	assert_true(longest_step(true, 0.2, 0.05, &n_stream_steps) <= 1.1 * (0.2 + 4));
+	assert_true(n_stream_steps < 8192 / 16);
 }
 
 int
@@ -433,6 +617,7 @@ main(void)
 	const struct CMUnitTest tests[] = {
 		cmocka_unit_test(decode_goes_first), cmocka_unit_test(canceled_step), cmocka_unit_test(limits),
 		cmocka_unit_test(no_overtaking), cmocka_unit_test(preempts_the_youngest), cmocka_unit_test(shared_beginning), cmocka_unit_test(storm),
+		cmocka_unit_test(roles_take_turns), cmocka_unit_test(nobody_has_a_turn_twice), cmocka_unit_test(bounded_waiting),
 		cmocka_unit_test(chunk_follows_time),
 	};
 
