@@ -140,7 +140,30 @@ COMMENT ON FUNCTION millm.error_list() IS 'Every error that millm raises';
 CREATE VIEW millm.errors AS SELECT name, sqlstate, http_status FROM millm.error_list();
 COMMENT ON VIEW millm.errors IS 'Every error that millm raises: its name, SQLSTATE and HTTP status';
 
-REVOKE ALL ON millm.models, millm.progress, millm.errors FROM PUBLIC;
+CREATE FUNCTION millm.stat_list(OUT role_id oid, OUT model_id bigint, OUT model text, OUT requests bigint, OUT prompt_tokens bigint,
+	OUT cached_tokens bigint, OUT completion_tokens bigint, OUT queue_ms float8, OUT compute_ms float8, OUT errors bigint, OUT canceled bigint,
+	OUT busy bigint, OUT since timestamptz)
+RETURNS SETOF record
+AS 'MODULE_PATHNAME', 'millm_stat_list'
+LANGUAGE C VOLATILE STRICT PARALLEL RESTRICTED COST 10 ROWS 10;
+COMMENT ON FUNCTION millm.stat_list() IS 'What the view millm.stat_generate shows, by the OID of the role';
+
+CREATE VIEW millm.stat_generate AS
+SELECT s.role_id, r.rolname AS role, s.model_id, s.model, s.requests, s.prompt_tokens, s.cached_tokens, s.completion_tokens, s.queue_ms, s.compute_ms,
+	s.errors, s.canceled, s.busy, s.since
+FROM millm.stat_list() s LEFT JOIN pg_catalog.pg_roles r ON r.oid = s.role_id;
+COMMENT ON VIEW millm.stat_generate IS 'What each role has had computed by which model, since the server''s start or millm.stat_reset()';
+COMMENT ON COLUMN millm.stat_generate.role_id IS 'Null for the sums of those for whom the table had no room any more';
+COMMENT ON COLUMN millm.stat_generate.role IS 'Null when the role was dropped';
+COMMENT ON COLUMN millm.stat_generate.model IS 'Null for requests that found no model loaded';
+COMMENT ON COLUMN millm.stat_generate.busy IS 'Refused with SERVER_BUSY; not among the requests';
+
+CREATE FUNCTION millm.stat_reset() RETURNS void
+AS 'MODULE_PATHNAME', 'millm_stat_reset'
+LANGUAGE C VOLATILE STRICT PARALLEL UNSAFE;
+COMMENT ON FUNCTION millm.stat_reset() IS 'Begin the statistics of millm.stat_generate anew';
+
+REVOKE ALL ON millm.models, millm.progress, millm.errors, millm.stat_generate FROM PUBLIC;
 
 CREATE FUNCTION millm.status(OUT engine_pid integer, OUT engine_state text, OUT engine_version text, OUT restarts bigint, OUT last_exit text,
 	OUT model_id bigint, OUT model text, OUT device text, OUT device_reason text, OUT kernels text, OUT deterministic boolean,

@@ -206,7 +206,7 @@ send_waiting(MillmBatch *b)
 			return (int) Max(b->retry_at_ms - now, 0);
 		e->attempt = AllocSetContextCreate(e->context, "millm connection", ALLOCSET_SMALL_SIZES);
 		old = MemoryContextSwitchTo(e->attempt);
-		e->client = millm_client_open(MILLM_ENGINE, e->request, -1);
+		e->client = millm_compute_open(e->request);
 		MemoryContextSwitchTo(old);
 		b->n_under_way++;
 		b->credit--;

@@ -41,6 +41,7 @@
 #include "compat.h"
 #include "json.h"
 #include "live.h"
+#include "stat.h"
 #include "version.h"
 
 #define CONNECT_TIMEOUT_MS	30000
@@ -58,6 +59,9 @@ struct MillmClient
 	pgsocket	sock;			/* PGINVALID_SOCKET: closed */
 	int			helper_pid;		/* when we connected, as live.h had it */
 	bool		lost;			/* the helper ended the connection before a final frame */
+	bool		is_counted;		/* its end is still to be counted */
+	MillmAsker	asker;			/* with is_counted */
+	MillmUse	use;
 	StringInfoData in;			/* bytes received; those before cursor are consumed */
 	MemoryContextCallback on_reset;
 };
@@ -196,10 +200,23 @@ unavailable(MillmHelper helper, MillmError *err, const char *what)
 	millm_hint(err, "%s", hint);
 }
 
+/* The request has come to its end; the first one counts. */
+static void
+count_end(MillmClient *client, MillmEnd end)
+{
+	if (!client->is_counted)
+		return;
+	client->is_counted = false;
+	millm_stat_count(&client->asker, end, &client->use);
+}
+
 void
 millm_client_close(MillmClient *client)
 {
-	if (!client || client->sock == PGINVALID_SOCKET)
+	if (!client)
+		return;
+	count_end(client, MILLM_END_CANCELED);
+	if (client->sock == PGINVALID_SOCKET)
 		return;
 	closesocket(client->sock);
 	client->sock = PGINVALID_SOCKET;
@@ -364,6 +381,21 @@ send_all(MillmClient *client, const char *data, size_t len, const Deadline *dead
 	}
 }
 
+/* What the engine says of a request that has ended, be it in a RESULT or an ERROR. */
+static void
+read_use(MillmJson object, MillmUse *use)
+{
+	MillmJson	usage;
+
+	(void) millm_json_get_double(object, "queue_ms", &use->queue_ms);
+	(void) millm_json_get_double(object, "compute_ms", &use->compute_ms);
+	if (!millm_json_get(object, "usage", &usage))
+		return;
+	(void) millm_json_get_int(usage, "prompt_tokens", &use->prompt_tokens);
+	(void) millm_json_get_int(usage, "cached_tokens", &use->cached_tokens);
+	(void) millm_json_get_int(usage, "completion_tokens", &use->completion_tokens);
+}
+
 /* The next whole frame among the bytes received: its kind, or 0.  WIRE_ERROR: err says which. */
 static int
 take_frame(MillmClient *client, StringInfo out, MillmError *err)
@@ -381,11 +413,16 @@ take_frame(MillmClient *client, StringInfo out, MillmError *err)
 		return 0;
 	at += WIRE_HEADER_BYTES;
 	in->cursor += WIRE_HEADER_BYTES + header.length;
+	if (client->is_counted && (header.kind == WIRE_RESULT || header.kind == WIRE_ERROR))
+		read_use(millm_json(at, header.length), &client->use);
 	if (header.kind == WIRE_ERROR)
 	{
 		error_from_json(at, header.length, err);
+		count_end(client, err->code == MILLM_E_SERVER_BUSY ? MILLM_END_BUSY : err->code == MILLM_E_CANCELED ? MILLM_END_CANCELED : MILLM_END_FAILED);
 		return WIRE_ERROR;
 	}
+	if (header.kind == WIRE_RESULT)
+		count_end(client, MILLM_END_DONE);
 	resetStringInfo(out);
 	appendBinaryStringInfo(out, at, header.length);
 	return header.kind;
@@ -446,6 +483,7 @@ millm_client_poll(MillmClient *client, StringInfo out, MillmError *err)
 			return 0;
 		if (client->lost)
 		{
+			count_end(client, MILLM_END_FAILED);
 			unavailable(client->helper, err, "ended the connection before it answered");
 			return WIRE_ERROR;
 		}
@@ -577,8 +615,9 @@ check_hello(MillmClient *client, WireKind kind, StringInfo payload)
 	}
 }
 
-MillmClient *
-millm_client_open(MillmHelper helper, const char *request, int timeout_ms)
+/* As millm_client_open(); asker: count the request as his.  NULL: it is not counted. */
+static MillmClient *
+open_client(MillmHelper helper, const char *request, int timeout_ms, const MillmAsker *asker)
 {
 	size_t		len = strlen(request);
 	Deadline	deadline = deadline_in(timeout_ms < 0 ? CONNECT_TIMEOUT_MS : timeout_ms);
@@ -599,6 +638,11 @@ millm_client_open(MillmHelper helper, const char *request, int timeout_ms)
 	client = palloc0(sizeof(*client));
 	client->helper = helper;
 	client->sock = PGINVALID_SOCKET;
+	if (asker)
+	{
+		client->is_counted = true;
+		client->asker = *asker;
+	}
 	initStringInfo(&client->in);
 	client->on_reset.func = close_on_reset;
 	client->on_reset.arg = client;
@@ -622,6 +666,8 @@ millm_client_open(MillmHelper helper, const char *request, int timeout_ms)
 	}
 	PG_CATCH();
 	{
+		if (geterrcode() != ERRCODE_QUERY_CANCELED)
+			count_end(client, MILLM_END_FAILED);
 		millm_client_close(client);
 		PG_RE_THROW();
 	}
@@ -630,19 +676,46 @@ millm_client_open(MillmHelper helper, const char *request, int timeout_ms)
 	return client;
 }
 
-void
-millm_client_call(MillmHelper helper, const char *request, StringInfo out, int timeout_ms)
+MillmClient *
+millm_client_open(MillmHelper helper, const char *request, int timeout_ms)
 {
-	MillmClient *client = millm_client_open(helper, request, -1);
+	return open_client(helper, request, timeout_ms, NULL);
+}
+
+MillmClient *
+millm_compute_open(const char *request)
+{
+	MillmAsker	asker;
+
+	millm_stat_asker(&asker);
+	return open_client(MILLM_ENGINE, request, -1, &asker);
+}
+
+/* Read the one RESULT that answers. */
+static void
+receive_result(MillmClient *client, StringInfo out, int timeout_ms)
+{
 	MillmError	err;
 
 	if (millm_client_receive(client, out, timeout_ms) != WIRE_RESULT)
 	{
 		millm_client_close(client);
-		millm_fail(&err, MILLM_E_PROTOCOL_VIOLATION, "%s sent something else than a result", helper_program[helper]);
+		millm_fail(&err, MILLM_E_PROTOCOL_VIOLATION, "%s sent something else than a result", helper_program[client->helper]);
 		millm_ereport(ERROR, &err);
 	}
 	millm_client_close(client);
+}
+
+void
+millm_client_call(MillmHelper helper, const char *request, StringInfo out, int timeout_ms)
+{
+	receive_result(millm_client_open(helper, request, -1), out, timeout_ms);
+}
+
+void
+millm_compute_call(const char *request, StringInfo out)
+{
+	receive_result(millm_compute_open(request), out, -1);
 }
 
 void

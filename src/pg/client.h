@@ -70,9 +70,14 @@ extern void millm_client_sleep(MillmClient *client, int timeout_ms);
 extern bool millm_client_can_open(void);
 
 /*
- * Begin the text of a request that computes (generate, embed): its op, and the role that asks, for the engine to be fair between roles.
+ * Requests that compute (generate, embed) begin with their op and the role that asks, for the engine to be fair between roles, and are counted
+ * when they end (stat.h), whichever way that is: millm_begin_compute() begins the text, the other two are millm_client_open() and
+ * millm_client_call() of the engine, without a limit of time.
  */
 extern void millm_begin_compute(StringInfo request, const char *op);
+extern MillmClient *millm_compute_open(const char *request);
+extern void millm_compute_call(const char *request, StringInfo out);
+
 /*
  * Texts of SQL in requests and replies.  Append value as a JSON string, in UTF-8; INVALID_ARGUMENT when it is longer than
  * any request may be.  A reply's field as a text in the database's encoding (a character that has none there is

@@ -83,7 +83,7 @@ millm_embed(PG_FUNCTION_ARGS)
 	begin_request(&request, fcinfo);
 	millm_append_text(&request, PG_GETARG_TEXT_PP(0));
 	appendStringInfoString(&request, "]}");
-	client = millm_client_open(MILLM_ENGINE, request.data, -1);
+	client = millm_compute_open(request.data);
 	embedding = receive_embedding(client);
 	receive_end(client);
 	PG_RETURN_DATUM(embedding);
@@ -115,7 +115,7 @@ open_slice(EmbedArray *e, FunctionCallInfo fcinfo)
 		separator = ",";
 	}
 	appendStringInfo(&request, "],\"first\":%d}", e->at + 1);
-	e->client = millm_client_open(MILLM_ENGINE, request.data, -1);
+	e->client = millm_compute_open(request.data);
 	pfree(request.data);
 }
 

@@ -365,7 +365,7 @@ call_engine(FunctionCallInfo fcinfo, RequestFn request, StringInfo reply)
 	if (PG_ARGISNULL(0))
 		return false;
 	initStringInfo(reply);
-	millm_client_call(MILLM_ENGINE, request(fcinfo, false), reply, -1);
+	millm_compute_call(request(fcinfo, false), reply);
 	return true;
 }
 
@@ -455,7 +455,7 @@ stream(FunctionCallInfo fcinfo, RequestFn request, bool is_jsonb)
 		call = SRF_FIRSTCALL_INIT();
 		old = MemoryContextSwitchTo(call->multi_call_memory_ctx);
 		if (!PG_ARGISNULL(0))
-			call->user_fctx = millm_client_open(MILLM_ENGINE, request(fcinfo, true), -1);
+			call->user_fctx = millm_compute_open(request(fcinfo, true));
 		MemoryContextSwitchTo(old);
 	}
 	call = SRF_PERCALL_SETUP();

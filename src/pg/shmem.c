@@ -10,14 +10,15 @@
 #include "storage/shmem.h"
 
 #include "settings.h"
+#include "stat.h"
 
 MillmShared *millm_shared = NULL;
 
 void
 millm_shmem_request(void)
 {
-	RequestAddinShmemSpace(MAXALIGN(sizeof(MillmShared)));
-	RequestNamedLWLockTranche("millm", 1);
+	RequestAddinShmemSpace(MAXALIGN(sizeof(MillmShared)) + millm_stat_shmem_bytes());
+	RequestNamedLWLockTranche("millm", 2);
 }
 
 void
@@ -33,6 +34,7 @@ millm_shmem_startup(void)
 		millm_shared->lock = &GetNamedLWLockTranche("millm")->lock;
 		ConditionVariableInit(&millm_shared->changed);
 	}
+	millm_stat_shmem_startup(&GetNamedLWLockTranche("millm")[1].lock);
 	LWLockRelease(AddinShmemInitLock);
 }
 
