@@ -100,14 +100,15 @@ load_model($node, 'tiny-long');
 # Roles take turns: of a role's eight and another's one that comes last, that is not the last to be answered
 my $blocker = MillmTest::Session->new($node, user => 'alice')->send("SELECT millm.generate('x', $options, max_tokens => 8000)");
 ok(wait_true(sub { sql('SELECT running FROM millm.status()') == 1 }), 'the only seat is taken');
-my @flood = map { MillmTest::Session->new($node, user => 'alice')->send("SELECT millm.generate('x', $options, max_tokens => 1000)") } 1 .. 8;
+my $ended = "SELECT extract(epoch FROM clock_timestamp()) FROM (SELECT millm.generate('x', $options, max_tokens => 1000) AS text OFFSET 0) g WHERE text IS NOT NULL";
+my @flood = map { MillmTest::Session->new($node, user => 'alice')->send($ended) } 1 .. 8;
 ok(wait_true(sub { sql('SELECT waiting FROM millm.status()') == 8 }), 'eight wait');
-my $late = MillmTest::Session->new($node, user => 'bob')->send("SELECT millm.generate('x', $options, max_tokens => 1)");
-ok(wait_true(sub { sql('SELECT waiting FROM millm.status()') == 9 }), 'and one of another role');
+my $late = MillmTest::Session->new($node, user => 'bob')->send($ended);
+ok(wait_true(sub { sql('SELECT waiting FROM millm.status()') == 9 }), 'and one of another role, which came last');
 $blocker->hang_up;
-is($late->until_ready->{state}, '', 'which is answered');
-cmp_ok(sql('SELECT running + waiting FROM millm.status()'), '>=', 4, 'while others of the many still wait');
-is($_->until_ready(100)->{state}, '', 'and these in the end') for @flood;
+my @ends = sort { $a <=> $b } map { $_->until_ready(100)->{rows}[0] } @flood;
+is(scalar(grep { defined } @ends), 8, 'all are answered');
+cmp_ok($late->until_ready->{rows}[0], '<', $ends[2], 'the one before the third of the eight');
 
 # A dropped role is its number
 sql('DROP OWNED BY bob; DROP ROLE bob');
@@ -125,7 +126,7 @@ sql(q(DO $$ BEGIN
 END $$));
 is(sql('SELECT count(*), sum(requests), sum(completion_tokens), count(*) FILTER (WHERE role_id IS NULL) FROM millm.stat_generate'), '513|520|520|1', 'the table is full');
 is(sql('SELECT requests FROM millm.stat_generate WHERE role_id IS NULL'), 8, 'the row without a role has the oldest');
-is(sql(q(SELECT string_agg(role, ',' ORDER BY role_id) FROM millm.stat_generate WHERE role_id <= (SELECT min(role_id) + 1 FROM millm.stat_generate))), 'many_9,many_10', 'which are no longer there');
+is(sql('SELECT role FROM millm.stat_generate WHERE role_id IS NOT NULL ORDER BY role_id LIMIT 1'), 'many_9', 'which are no longer there');
 is(value('alice', 'SELECT count(*) FROM millm.stat_generate WHERE role_id IS NULL'), 0, 'which is not for everybody');
 
 # Pages are preempted, never overcommitted: six sequences in a pool for one, and every text is what it is alone
@@ -134,6 +135,7 @@ $node->restart;
 is(sql('SELECT count(*) FROM millm.stat_generate'), 0, 'a restart of the server forgets');
 load_model($node, 'tiny-long');
 my ($free) = engine_pages($node);
+cmp_ok($free * 16, '<', 6 * 600, 'fewer positions than they will have');
 my %text = map { $_ => "SELECT md5(millm.generate('$_ and', $options, max_tokens => 600))" } 1 .. 6;
 my %alone = map { $_ => sql($text{$_}) } sort keys %text;
 my %together = map { $_ => MillmTest::Session->new($node)->send($text{$_}) } sort keys %text;
