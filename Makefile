@@ -125,8 +125,10 @@ CUDA_HOME  ?= $(patsubst %/bin/nvcc,%,$(shell sed -n 's,^exec \(.*/nvcc\) .*,\1,
 CUDA_KNOWN := $(if $(NVCC),$(patsubst sm_%,%,$(shell $(NVCC) --list-gpu-code 2>/dev/null)))
 CUDA_ARCHS ?= $(filter $(CUDA_KNOWN),75 80 86 89 90 100 120)
 CUDA_MODULE = $(if $(NVCC),$(BUILD)/libmillm_cuda.so)
-CUDA_C      = backend_cuda device_memory driver fetch module nvml queue upload weights
-CUDA_CFLAGS = -Icuda -DMILLM_BACKEND_ABI=$(BACKEND_ABI) -fPIC -fvisibility=hidden
+CUDA_C      = backend_cuda device_memory driver faults fetch module nvml queue upload weights
+# FAULTS=1: a module that fails where a test asks for it (cuda/faults.h), in a BUILD of its own
+FAULT_FLAGS = $(if $(FAULTS),-DMILLM_FAULTS)
+CUDA_CFLAGS = $(FAULT_FLAGS) -Icuda -DMILLM_BACKEND_ABI=$(BACKEND_ABI) -fPIC -fvisibility=hidden
 CUDA_TARGETS = $(foreach a,$(CUDA_ARCHS),-gencode arch=compute_$a,code=sm_$a) \
                -gencode arch=compute_$(lastword $(CUDA_ARCHS)),code=compute_$(lastword $(CUDA_ARCHS))
 
@@ -140,7 +142,7 @@ $(BUILD)/cuda/error.o: src/base/error.c
 # ptxas tells registers and spills of each kernel: `make cuda-report`
 $(BUILD)/cuda/kernels.o: cuda/kernels.cu
 	@mkdir -p $(@D) && echo "  NVCC $< ($(CUDA_ARCHS))"
-	$(Q)$(NVCC) -std=c++17 -O3 -lineinfo $(CUDA_TARGETS) -Isrc/base -Isrc/model -Icuda -Xcompiler -fPIC,-fvisibility=hidden,-fno-exceptions,-fno-threadsafe-statics,-Wall,-Wextra \
+	$(Q)$(NVCC) -std=c++17 -O3 -lineinfo $(CUDA_TARGETS) $(FAULT_FLAGS) -Isrc/base -Isrc/model -Icuda -Xcompiler -fPIC,-fvisibility=hidden,-fno-exceptions,-fno-threadsafe-statics,-Wall,-Wextra \
 		-Xptxas -v -MMD -MP -MF $(@:.o=.d) -c -o $@ $< 2>$(BUILD)/cuda/ptxas || { cat $(BUILD)/cuda/ptxas; false; }
 	@! grep -E 'warning|error' $(BUILD)/cuda/ptxas
 $(BUILD)/libmillm_cuda.so: $(CUDA_C:%=$(BUILD)/cuda/%.o) $(BUILD)/cuda/error.o $(BUILD)/cuda/kernels.o
@@ -150,7 +152,7 @@ cuda-report: $(BUILD)/cuda/kernels.o
 	@dev/cuda-report $(BUILD)/cuda/ptxas
 
 # The same sources for this CPU, threads in turns (test/cuda): what shows that the kernels are right where there is no GPU.
-EMULATED_CFLAGS = $(ENGINE_CFLAGS) $(CUDA_CFLAGS) -Itest/cuda -DMILLM_CUDA_EMULATED -ffp-contract=off
+EMULATED_CFLAGS = $(ENGINE_CFLAGS) $(CUDA_CFLAGS) -Itest/cuda -DMILLM_CUDA_EMULATED -DMILLM_FAULTS -ffp-contract=off
 EMULATED_CXX    = $(filter-out -std=c11 -Wvla,$(EMULATED_CFLAGS)) -std=c++17 -fno-exceptions -fno-rtti -Wno-unknown-pragmas
 EMULATED        = $(CUDA_C:%=$(BUILD)/emulated/%.o) $(BUILD)/emulated/kernels.o $(BUILD)/emulated/emulated.o
 $(BUILD)/emulated/%.o: cuda/%.c

@@ -23,6 +23,7 @@
 
 #include "arith.h"
 #include "device_memory.h"
+#include "faults.h"
 #include "fetch.h"
 #include "kernels.h"
 #include "weights.h"
@@ -445,6 +446,10 @@ begin(MillmBackend *be, const int32_t *positions, const int32_t *planned_lengths
 		CHECK(cudaStreamSynchronize(c->stream));
 	c->is_idle = false;
 	c->fetched = NULL;
+#ifdef MILLM_FAULTS
+	if (millm_fault_is_due("illegal_address"))
+		CHECK(millm_cuda_violate(c->stream));
+#endif
 	/* the host decides between the launches of a mixture of experts: no two lists would be the same */
 	millm_cuda_queue_begin(c->queue, n <= KEPT_ROWS && c->model->config.n_experts == 0);
 	CHECK(cudaMemsetAsync(c->bad_place, MILLM_CUDA_NO_PLACE & 0xff, sizeof(*c->bad_place), c->stream));

@@ -5,6 +5,8 @@
  */
 #include "device_memory.h"
 
+#include "faults.h"
+
 MillmCode
 millm_cuda_failed(cudaError_t status, const char *what, int64_t bytes, MillmError *err)
 {
@@ -24,7 +26,7 @@ MillmCode
 millm_cuda_allocate(void *out, int64_t bytes, const char *what, cudaStream_t stream, MillmError *err)
 {
 	void	   *p;
-	cudaError_t status = cudaMalloc(&p, (size_t) bytes);
+	cudaError_t status = cudaMalloc(&p, millm_fault_is_due("out_of_memory") ? SIZE_MAX / 2 : (size_t) bytes);
 
 	if (status == cudaSuccess && (status = cudaMemsetAsync(p, 0, (size_t) bytes, stream)) != cudaSuccess)
 		(void) cudaFree(p);

@@ -1181,3 +1181,24 @@ millm_cuda_transpose(char *to, int64_t pitch, const char *from, int64_t n_in, in
 		element == 2 ? start_kernel(transpose<uint16_t>, blocks, BLOCK, stream, to, pitch, (const uint16_t *) from, n_in, n_out) :
 		start_kernel(transpose<uint8_t>, blocks, BLOCK, stream, to, pitch, (const uint8_t *) from, n_in, n_out);
 }
+
+/* ---- faults, for tests ---- */
+
+#ifdef MILLM_FAULTS
+static __global__ void
+violate(int *nowhere)
+{
+#ifdef MILLM_CUDA_EMULATED
+	(void) nowhere;
+	millm_emulated.calls_left = 0;
+#else
+	*(volatile int *) nowhere = 1;
+#endif
+}
+
+cudaError_t
+millm_cuda_violate(cudaStream_t stream)
+{
+	return start_kernel(violate, dim3(1), WARP, stream, (int *) 16);
+}
+#endif

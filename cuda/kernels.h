@@ -168,6 +168,10 @@ extern cudaError_t millm_cuda_take(float *values, MillmRows y, const int32_t *ro
 extern cudaError_t millm_cuda_pick(MillmCudaPicks *picks, float *maxima, MillmRows y, const MillmCudaTop *tops, int64_t n_columns, int n,
 								   MillmCudaQueue *queue);
 
+#ifdef MILLM_FAULTS
+extern cudaError_t millm_cuda_violate(cudaStream_t stream);	/* writes to memory that is nobody's */
+#endif
+
 /* to [n_out rows, pitch bytes apart] = the transpose of from [n_in, n_out]; elements of 1, 2 or 4 bytes.  Load only. */
 extern cudaError_t millm_cuda_transpose(char *to, int64_t pitch, const char *from, int64_t n_in, int64_t n_out, int element, cudaStream_t stream);
 
