@@ -19,6 +19,7 @@ SHAPES = {
     "Qwen2.5-1.5B": (1536, 8960, 28, 12, 2, 128, 151936, True),
     "gemma-2-2b": (2304, 9216, 26, 8, 4, 256, 256000, True),
     "Llama-2-7B": (4096, 11008, 32, 32, 32, 128, 32000, False),
+    "tiny": (64, 192, 2, 4, 2, 16, 512, True),  # nobody's: tries a benchmark out
     "1GB": (2048, 8192, 8, 32, 8, 64, 16000, True),  # nobody's: 487 M parameters in Linears, 33 M in the embedding
 }
 POOL = 1 << 24

@@ -1,5 +1,5 @@
 /*
- * device_memory.h -- the only door to device memory: what comes through it is zeroed, so that nobody reads what another model left there.
+ * device_memory.h -- device memory, zeroed, so that nobody reads what another model left there (test_cuda looks at every allocation).
  */
 #ifndef MILLM_CUDA_DEVICE_MEMORY_H
 #define MILLM_CUDA_DEVICE_MEMORY_H
