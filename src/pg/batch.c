@@ -22,7 +22,7 @@
 #include "clock.h"
 #include "settings.h"
 
-/* Of requests held; the last one added may go beyond. */
+/* Of requests and keys held; the last one added may go beyond. */
 #define BATCH_BYTES		(16 << 20)
 #define RETRY_MS		100
 /* How long the engine may be full of others' requests. */
@@ -35,8 +35,8 @@ typedef struct Entry
 	MillmClient *client;		/* NULL: not under way */
 	bool		is_answered;
 	char	   *request;		/* NULL: asks nothing */
-	size_t		n_bytes;
 	char	   *key;
+	size_t		n_bytes;		/* of both */
 	StringInfoData reply;
 	MillmError *error;			/* NULL: none */
 } Entry;
@@ -49,7 +49,7 @@ struct MillmBatch
 	int			first;			/* the oldest */
 	int			n;
 	int			n_under_way;
-	size_t		n_bytes;		/* of requests held */
+	size_t		n_bytes;		/* of requests and keys held */
 	int			credit;
 	int64		retry_at_ms;
 	int64		busy_since_ms;	/* 0: the latest answer was none of SERVER_BUSY */
@@ -111,34 +111,44 @@ failed(MillmBatch *b, Entry *e, const MillmError *err)
 	answered(b, e);
 }
 
-void
-millm_batch_add(MillmBatch *b, const char *request, const char *key)
+/* The newest entry, empty. */
+static Entry *
+new_entry(MillmBatch *b, const char *key)
 {
 	MemoryContext context = AllocSetContextCreate(b->context, "millm request", ALLOCSET_SMALL_SIZES);
 	MemoryContext old = MemoryContextSwitchTo(context);
 	Entry	   *e = palloc0(sizeof(Entry));
-	MillmError	err;
 
 	Assert(b->n < b->capacity);
 	e->context = context;
 	e->key = key ? pstrdup(key) : NULL;
+	e->n_bytes = key ? strlen(key) : 0;
 	initStringInfo(&e->reply);
-	if (!request)
-		answered(b, e);
-	else if (strlen(request) > WIRE_MAX_REQUEST_BYTES)
-	{
-		millm_fail(&err, MILLM_E_INVALID_ARGUMENT, "text is too long for a request");
-		millm_detail(&err, "The request has %zu bytes; at most %u are accepted.", strlen(request), WIRE_MAX_REQUEST_BYTES);
-		failed(b, e, &err);
-	}
-	else
-	{
-		e->request = pstrdup(request);
-		e->n_bytes = strlen(request);
-	}
-	b->entries[(b->first + b->n++) % b->capacity] = e;
-	b->n_bytes += e->n_bytes;
 	MemoryContextSwitchTo(old);
+	b->n_bytes += e->n_bytes;
+	b->entries[(b->first + b->n++) % b->capacity] = e;
+	return e;
+}
+
+void
+millm_batch_add(MillmBatch *b, const char *request, const char *key)
+{
+	Entry	   *e = new_entry(b, key);
+
+	if (!request)
+	{
+		answered(b, e);
+		return;
+	}
+	e->request = MemoryContextStrdup(e->context, request);
+	e->n_bytes += strlen(request);
+	b->n_bytes += strlen(request);
+}
+
+void
+millm_batch_add_failed(MillmBatch *b, const MillmError *error, const char *key)
+{
+	failed(b, new_entry(b, key), error);
 }
 
 /* The engine is full: the entry waits for another attempt.  False: it has waited long enough. */

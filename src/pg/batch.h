@@ -2,7 +2,7 @@
  * batch.h -- several requests of one statement under way at once, answered in the order in which they were added.
  *
  * Each has a connection of its own to the engine, so what holds for one request holds for each: closing is canceling, and an error is the
- * request's own.  At most look_ahead of them, and about BATCH_BYTES, are held at a time.  SERVER_BUSY is waited for, not reported, while the
+ * request's own.  At most look_ahead of them, and about 16 MB, are held at a time.  SERVER_BUSY is waited for, not reported, while the
  * batch has other requests in the engine; then for a minute more.
  */
 #ifndef MILLM_BATCH_H
@@ -37,10 +37,11 @@ extern int	millm_batch_room(const MillmBatch *b);
 extern int	millm_batch_count(const MillmBatch *b);
 
 /*
- * Add a request (JSON text, UTF-8), or with NULL a place in the order that asks nothing; there must be room.  One that is longer than any request may
- * be fails as if the engine had refused it.  key, which may be NULL, comes back with the answer.  Both are copied.
+ * Add a request (JSON text, UTF-8, at most WIRE_MAX_REQUEST_BYTES), or with NULL a place in the order that asks nothing; or one that has failed
+ * already.  There must be room.  key, which may be NULL, comes back with the answer.  All is copied.
  */
 extern void millm_batch_add(MillmBatch *b, const char *request, const char *key);
+extern void millm_batch_add_failed(MillmBatch *b, const MillmError *error, const char *key);
 
 /*
  * Wait for the oldest request's answer and take it out; the batch must not be empty.  All others are sent and received meanwhile.  What is no single

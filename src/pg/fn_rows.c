@@ -16,6 +16,7 @@
 #include "mb/pg_wchar.h"
 #include "utils/array.h"
 #include "utils/builtins.h"
+#include "utils/datum.h"
 #include "utils/lsyscache.h"
 #include "utils/memutils.h"
 #include "utils/plancache.h"
@@ -68,7 +69,7 @@ options_of(FunctionCallInfo fcinfo)
 	return psprintf("%s,\"model_uuid\":\"%s\"", options, loaded.uuid);
 }
 
-/* Write the whole request over what is in it: a prompt of len bytes, or the JSON of a conversation. */
+/* Write the whole request over what is in it. */
 static void
 write_request(StringInfo request, const char *prompt, size_t len, bool is_messages, const char *options)
 {
@@ -77,14 +78,34 @@ write_request(StringInfo request, const char *prompt, size_t len, bool is_messag
 	if (utf8 != prompt)
 		len = strlen(utf8);
 	resetStringInfo(request);
-	millm_begin_compute(request, "generate");
-	appendStringInfo(request, ",\"%s\":", is_messages ? "messages" : "prompt");
+	appendStringInfo(request, "{\"op\":\"generate\",\"%s\":", is_messages ? "messages" : "prompt");
 	if (is_messages)
 		appendBinaryStringInfo(request, utf8, (int) len);
 	else
 		millm_json_append_string(request, utf8, len);
 	appendStringInfoString(request, options);
 	appendStringInfoChar(request, '}');
+}
+
+/* Add a prompt of len bytes, or the JSON of a conversation; request is room to write in.  What is too long for any request fails there. */
+static void
+add_prompt(MillmBatch *batch, StringInfo request, const char *prompt, size_t len, bool is_messages, const char *options, const char *key)
+{
+	MillmError	err;
+
+	if (len <= WIRE_MAX_REQUEST_BYTES)
+	{
+		write_request(request, prompt, len, is_messages, options);
+		len = request->len;
+	}
+	if (len <= WIRE_MAX_REQUEST_BYTES)
+		millm_batch_add(batch, request->data, key);
+	else
+	{
+		millm_fail(&err, MILLM_E_INVALID_ARGUMENT, "text is too long for a request");
+		millm_detail(&err, "It takes %zu bytes; at most %u are accepted.", len, WIRE_MAX_REQUEST_BYTES);
+		millm_batch_add_failed(batch, &err, key);
+	}
 }
 
 /* ---- generate(text[]) ------------------------------------------------------------------------ */
@@ -98,19 +119,21 @@ report_prompt(const MillmError *error, int number)
 	millm_ereport(ERROR, &err);
 }
 
-/* The answers, in a new array. */
+/* The answers, in a new array.  What each takes beside its text is freed as soon as it is there. */
 static Datum *
 generate_all(const Datum *prompts, const bool *nulls, int n, const char *options)
 {
 	MillmBatch *batch = millm_batch_create(default_look_ahead(), false);
 	Datum	   *texts = palloc0(n * sizeof(Datum));
-	StringInfoData request;
+	MemoryContext scratch = AllocSetContextCreate(CurrentMemoryContext, "millm prompts", ALLOCSET_DEFAULT_SIZES);
+	MemoryContext outer = MemoryContextSwitchTo(scratch);
 
-	initStringInfo(&request);
 	for (int added = 0, i = 0; i < n; i++)
 	{
+		StringInfoData request;
 		MillmAnswer answer;
 
+		initStringInfo(&request);
 		for (; added < n && millm_batch_room(batch) > 0; added++)
 			if (nulls[added])
 				millm_batch_add(batch, NULL, NULL);
@@ -118,8 +141,7 @@ generate_all(const Datum *prompts, const bool *nulls, int n, const char *options
 			{
 				text	   *prompt = DatumGetTextPP(prompts[added]);
 
-				write_request(&request, VARDATA_ANY(prompt), VARSIZE_ANY_EXHDR(prompt), false, options);
-				millm_batch_add(batch, request.data, NULL);
+				add_prompt(batch, &request, VARDATA_ANY(prompt), VARSIZE_ANY_EXHDR(prompt), false, options, NULL);
 			}
 		millm_batch_next(batch, &answer);
 		if (answer.error)
@@ -128,9 +150,17 @@ generate_all(const Datum *prompts, const bool *nulls, int n, const char *options
 			report_prompt(answer.error, i + 1);
 		}
 		if (answer.reply)
-			texts[i] = PointerGetDatum(millm_reply_text(answer.reply, "text"));
+		{
+			text	   *reply = millm_reply_text(answer.reply, "text");
+
+			MemoryContextSwitchTo(outer);
+			texts[i] = datumCopy(PointerGetDatum(reply), false, -1);
+			MemoryContextSwitchTo(scratch);
+		}
+		MemoryContextReset(scratch);
 	}
-	pfree(request.data);
+	MemoryContextSwitchTo(outer);
+	MemoryContextDelete(scratch);
 	return texts;
 }
 
@@ -253,32 +283,40 @@ open_rows(FunctionCallInfo fcinfo)
 	return rows;
 }
 
-/* Read as many rows as the batch has room for, and make requests of them. */
+/* Read rows, one by one because each may be large, while the batch has room, and make requests of them. */
 static void
 read_rows(Rows *rows)
 {
 	StringInfoData request;
 	Portal		portal;
-	int			room = millm_batch_room(rows->batch);
 
-	if (rows->is_exhausted || room == 0)
+	if (rows->is_exhausted || millm_batch_room(rows->batch) == 0)
 		return;
 	connect_spi();
 	portal = SPI_cursor_find(rows->portal);
 	if (!portal)
 		ereport(ERROR, (errcode(ERRCODE_INVALID_CURSOR_STATE), errmsg("the query of generate_rows was closed before its end")));
-	SPI_cursor_fetch(portal, true, room);
-	rows->is_exhausted = SPI_processed < (uint64) room;
 	initStringInfo(&request);
-	for (uint64 i = 0; i < SPI_processed; i++)
+	while (millm_batch_room(rows->batch) > 0)
 	{
-		HeapTuple	row = SPI_tuptable->vals[i];
-		char	   *key = SPI_getvalue(row, SPI_tuptable->tupdesc, 1);
-		char	   *prompt = SPI_getvalue(row, SPI_tuptable->tupdesc, 2);
+		char	   *key;
+		char	   *prompt;
 
+		SPI_cursor_fetch(portal, true, 1);
+		rows->is_exhausted = SPI_processed == 0;
+		if (rows->is_exhausted)
+			break;
+		key = SPI_getvalue(SPI_tuptable->vals[0], SPI_tuptable->tupdesc, 1);
+		prompt = SPI_getvalue(SPI_tuptable->vals[0], SPI_tuptable->tupdesc, 2);
 		if (prompt)
-			write_request(&request, prompt, strlen(prompt), rows->has_messages, rows->options);
-		millm_batch_add(rows->batch, prompt ? request.data : NULL, key);
+			add_prompt(rows->batch, &request, prompt, strlen(prompt), rows->has_messages, rows->options, key);
+		else
+			millm_batch_add(rows->batch, NULL, key);
+		if (key)
+			pfree(key);
+		if (prompt)
+			pfree(prompt);
+		SPI_freetuptable(SPI_tuptable);
 	}
 	SPI_finish();
 }
