@@ -65,6 +65,7 @@ typedef struct Question
 	bool		has_begun[MAX_N];	/* a stream of chat: the choice's role has been sent */
 	json_int_t	prompt_tokens;
 	json_int_t	completion_tokens;
+	json_int_t	cached_tokens;
 } Question;
 
 static void
@@ -591,8 +592,8 @@ row_logprobs(Question *q, int index, json_t *entries)
 static json_t *
 usage(const Question *q)
 {
-	return json_pack("{s:I, s:I, s:I}", "prompt_tokens", q->prompt_tokens, "completion_tokens", q->completion_tokens,
-					 "total_tokens", q->prompt_tokens + q->completion_tokens);
+	return json_pack("{s:I, s:I, s:I, s:{s:I}}", "prompt_tokens", q->prompt_tokens, "completion_tokens", q->completion_tokens,
+					 "total_tokens", q->prompt_tokens + q->completion_tokens, "prompt_tokens_details", "cached_tokens", q->cached_tokens);
 }
 
 /* The object around choices, which is taken. */
@@ -629,6 +630,7 @@ take_usage(HttpRequest *r, Question *q, json_t *counts)
 {
 	q->prompt_tokens += json_integer_value(json_object_get(counts, "prompt_tokens"));
 	q->completion_tokens += json_integer_value(json_object_get(counts, "completion_tokens"));
+	q->cached_tokens += json_integer_value(json_object_get(counts, "cached_tokens"));
 	r->prompt_tokens = q->prompt_tokens;
 	r->completion_tokens = q->completion_tokens;
 }

@@ -198,6 +198,6 @@ millm_answer_result(MillmAnswer *a, const MillmAnswerForm *form, const MillmResu
 		}
 		put(a, "],");
 	}
-	put(a, "\"usage\":{\"prompt_tokens\":%d,\"completion_tokens\":%d},\"seed\":%lld,\"queue_ms\":%.3f,\"compute_ms\":%.3f}", result->prompt_tokens,
-		result->completion_tokens, (long long) result->seed, result->timing.queue_ms, result->timing.compute_ms);
+	put(a, "\"usage\":{\"prompt_tokens\":%d,\"completion_tokens\":%d,\"cached_tokens\":%d},\"seed\":%lld,\"queue_ms\":%.3f,\"compute_ms\":%.3f}",
+		result->prompt_tokens, result->completion_tokens, result->cached_tokens, (long long) result->seed, result->timing.queue_ms, result->timing.compute_ms);
 }

@@ -11,6 +11,9 @@
  * running is waiting, be it in the hands of an encoding thread, in the inbox, or in the scheduler's line.  A choice's pages
  * are back, and the counters say so, before the sink hears of its end.  The failure of one choice is that of the request, as is a cancel.
  *
+ * What a prompt begins with is taken from the prefix cache when a choice begins, and again before each of its steps: whoever began with the same a
+ * step earlier has computed more of it by now.
+ *
  * The choices of a request share its prompt.  The first one computes it but for the last token, while the others are paused; what it has
  * then (its prefix) each of them forks when it is admitted, and goes on from there: full pages stay shared, the one that is begun is copied.  The
  * prefix lives until all have begun, or until somebody needs its pages; who begins later computes the prompt itself.
@@ -21,6 +24,7 @@
 
 #include <malloc.h>
 #include <pthread.h>
+#include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 #include <time.h>
@@ -32,6 +36,11 @@
 #include "memory.h"
 
 #define PAUSE_POLL_MS		20		/* only while some reader is behind */
+/*
+ * The last tokens of a prompt are computed, whatever the prefix cache has: the last one for its logits, the others so that the kernels for
+ * many rows are used, as they were when the prompt was computed first.  The same question then has the same answer.
+ */
+#define MIN_COMPUTED		24
 #define DRAIN_REPORT_MS		250		/* of an unload that waits */
 #define SERVICE_WEIGHT		0.1		/* of the latest sequence in the average */
 #define MAX_WAIT_S			86400	/* nobody expects to wait for longer */
@@ -54,6 +63,7 @@ struct MillmEngine
 	int			n_active;
 	int			n_running;
 	int64_t		pages_free;
+	int64_t		pages_cached;
 	double		service_ms;			/* of a sequence from its first step to its end, a moving average; 0: not measured yet */
 
 	atomic_bool is_ending;			/* the process shuts down */
@@ -112,6 +122,7 @@ publish(MillmEngine *e)
 	pthread_mutex_lock(&e->lock);
 	e->n_running = e->sched ? millm_sched_n_running(e->sched) : 0;
 	e->pages_free = e->fw ? millm_kv_pages_free(e->fw) : -1;
+	e->pages_cached = e->fw ? millm_kv_pages_cached(e->fw) : -1;
 	pthread_mutex_unlock(&e->lock);
 }
 
@@ -170,8 +181,8 @@ finish_choice(MillmEngine *e, MillmChoice *c)
 	if (--r->n_left == 0)
 	{
 		MillmPiece	pieces[MILLM_MAX_CHOICES];
-		MillmResult result = {.choices = pieces, .n = r->n_choices, .prompt_tokens = r->n_prompt, .seed = r->sampling.seed,
-			.timing = millm_request_timing(r)};
+		MillmResult result = {.choices = pieces, .n = r->n_choices, .prompt_tokens = r->n_prompt, .cached_tokens = r->n_cached,
+			.seed = r->sampling.seed, .timing = millm_request_timing(r)};
 		int			at = 0;
 
 		for (int i = 0; i < r->n_choices; i++)
@@ -218,6 +229,30 @@ has_begun(const MillmChoice *c)
 	return c->seq || c->sampler;
 }
 
+/* Tokens of the prompt that need not be computed. */
+static int
+n_reusable(const MillmChoice *c)
+{
+	const int	n_prompt = c->request->n_prompt;
+	const int	n = c->slot.n_tokens - MIN_COMPUTED;
+
+	return n_prompt < n ? n_prompt : n;
+}
+
+/* Take what the prefix cache has of the prompt. */
+static void
+reuse(MillmChoice *c)
+{
+	MillmRequest *r = c->request;
+	const int	n_past = c->slot.n_past;
+
+	if (n_past >= n_reusable(c))
+		return;
+	c->slot.n_past = millm_sequence_share(c->seq, r->prompt, n_reusable(c));
+	if (c->index == 0 && c->slot.n_preempted == 0)
+		r->n_cached += c->slot.n_past - n_past;
+}
+
 /* The choice begins, or begins again: with the prefix of its request, if there is one. */
 static bool
 begin_sequence(MillmEngine *e, MillmChoice *c, int length)
@@ -228,13 +263,18 @@ begin_sequence(MillmEngine *e, MillmChoice *c, int length)
 	c->seq = r->prefix ? millm_sequence_fork(r->prefix) : millm_sequence_create(e->fw, r->n_prompt + r->max_tokens);
 	if (!c->seq)
 		return false;
+	c->slot.n_past = millm_sequence_length(c->seq);
+	if (c->index == 0 && c->slot.n_preempted == 0)
+		r->n_cached = 0;		/* the pool may have been too full before */
+	if (!r->prefix)
+		reuse(c);
 	if (!millm_sequence_reserve(c->seq, length))
 	{
 		millm_sequence_free(c->seq);
 		c->seq = NULL;
+		c->slot.n_past = 0;
 		return false;
 	}
-	c->slot.n_past = millm_sequence_length(c->seq);
 	for (int i = 0; i < r->n_choices; i++)
 		all_have_begun &= has_begun(&r->choices[i]);
 	if (all_have_begun)
@@ -262,6 +302,8 @@ pages_reserve(void *arg, MillmSlot *slot, int length)
 	MillmChoice *c = choice_of(slot);
 	bool		has_room;
 
+	if (c->seq)
+		reuse(c);
 	do
 		has_room = c->request->embedding ? embedding_reserve(c->request, e->fw) :
 			c->seq ? millm_sequence_reserve(c->seq, length) : begin_sequence(e, c, length);
@@ -291,11 +333,15 @@ static int64_t
 pages_needs(void *arg, const MillmSlot *slot)
 {
 	const MillmForward *fw = ((MillmEngine *) arg)->fw;
-	const MillmSequence *prefix = ((const MillmChoice *) slot)->request->prefix;
+	const MillmChoice *c = (const MillmChoice *) slot;
+	const MillmRequest *r = c->request;
 	int64_t		n = millm_kv_pages_needed(fw, slot->n_tokens);
 
+	if (r->embedding)
+		return n;
 	/* the page in which the prefix ends is copied */
-	return prefix ? n - millm_kv_pages_needed(fw, millm_sequence_length(prefix)) + millm_kv_pages_needed(fw, 1) : n;
+	return r->prefix ? n - millm_kv_pages_needed(fw, millm_sequence_length(r->prefix)) + millm_kv_pages_needed(fw, 1) :
+		n - millm_kv_pages_held(fw, r->n_prompt + r->max_tokens, r->prompt, n_reusable(c), slot->n_tokens);
 }
 
 /* Choice 0 has computed the prompt but for its last token: now all of them begin. */
@@ -350,6 +396,22 @@ sweep(MillmEngine *e)
 
 			retire(e, i, &err);
 		}
+}
+
+/* A ledger that contradicts itself gives one reader another's text: a debug build does not go on. */
+static void
+check_pages(const MillmEngine *e)
+{
+#ifdef MILLM_DEBUG
+	MillmError	err;
+
+	if (millm_forward_check(e->fw, &err) == MILLM_OK)
+		return;
+	fprintf(stderr, "ERROR %s\n", err.message);
+	abort();
+#else
+	(void) e;
+#endif
 }
 
 /* Run the planned step, choose a token for each sequence that has come to its end, retire what is finished. */
@@ -425,6 +487,7 @@ run_step(MillmEngine *e, int n)
 		}
 	}
 	sweep(e);
+	check_pages(e);
 }
 
 /* Retire what is canceled or stalled; pause whose reader is behind, and who waits for his prompt.  Returns whether any is paused. */
@@ -742,7 +805,7 @@ millm_engine_create(MillmEngine **out, MillmError *err)
 	if (!e)
 		return millm_fail(err, MILLM_E_INTERNAL, "out of memory");
 	e->inbox_end = &e->inbox;
-	e->pages_free = -1;
+	e->pages_free = e->pages_cached = -1;
 	pthread_mutex_init(&e->lock, NULL);
 	pthread_condattr_init(&attr);
 	pthread_condattr_setclock(&attr, CLOCK_MONOTONIC);
@@ -911,6 +974,7 @@ millm_engine_status(MillmEngine *e, MillmEngineStatus *out)
 	out->running = e->n_running;
 	out->waiting = e->n_active > e->n_running ? e->n_active - e->n_running : 0;
 	out->pages_free = e->pages_free;
+	out->pages_cached = e->pages_cached;
 	out->loaded = e->loaded ? millm_loaded_ref(e->loaded) : NULL;
 	pthread_mutex_unlock(&e->lock);
 }

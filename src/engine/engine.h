@@ -42,11 +42,12 @@ typedef struct MillmLoadOptions
 	int64_t		kv_cache_bytes;	/* 0: max_sequences x context, at most a quarter of the available memory */
 	int			stream_stall_timeout_ms;
 	bool		deterministic;
+	bool		prefix_cache;	/* what prompts begin with alike is computed once */
 	bool		may_write;		/* the directory is the server's own: what makes the next load shorter may be written there */
 	bool		force;			/* try it although the memory seems not to be there; a warning has the figures */
 } MillmLoadOptions;
 
-/* 16 sequences, 64 in the queue, 30 s; everything else chosen. */
+/* 16 sequences, 64 in the queue, 30 s, with a prefix cache; everything else chosen. */
 extern void millm_load_options_init(MillmLoadOptions *options);
 
 /* What a load takes; bytes. */
@@ -85,6 +86,7 @@ typedef struct MillmLoaded
 	char		kernels[32];
 	int			threads;
 	bool		deterministic;
+	bool		prefix_cache;
 	int64_t		pages_total;
 	int64_t		weights_bytes;	/* as the device has them: mapped files, or a copy */
 	int64_t		kv_bytes;
@@ -131,7 +133,8 @@ typedef struct MillmEngineStatus
 	MillmEngineState state;
 	int			running;
 	int			waiting;
-	int64_t		pages_free;		/* -1 without a model */
+	int64_t		pages_free;		/* -1 without a model; those that only the prefix cache has among them */
+	int64_t		pages_cached;	/* -1 without a model; by the prefix cache */
 	const MillmLoaded *loaded;	/* a reference, or NULL */
 } MillmEngineStatus;
 
@@ -163,6 +166,7 @@ typedef struct MillmResult
 	const MillmPiece *choices;	/* [n]: the last piece of each, which is all of it when it was not streamed */
 	int			n;
 	int			prompt_tokens;	/* of embeddings: of all texts */
+	int			cached_tokens;	/* of them, those that the prefix cache had */
 	int			completion_tokens;	/* every chosen token of all choices, the eos ids too */
 	int64_t		seed;
 	MillmTiming timing;

@@ -234,7 +234,7 @@ millm_forward_create(const MillmModel *model, const MillmForwardOptions *options
 		rc = millm_fail(err, MILLM_E_INSUFFICIENT_MEMORY, "out of memory");
 	else if ((rc = kind_of(options)->create(model, &bo, &fw->be, err)) == MILLM_OK &&
 			 (rc = create_buffers(fw, err)) == MILLM_OK)
-		rc = millm_kv_init(&fw->pool, options->n_pages, fw->kv.windows, fw->kv.n_groups, n, copy_page, fw->be, err);
+		rc = millm_kv_init(&fw->pool, options->n_pages, fw->kv.windows, fw->kv.n_groups, n, options->prefix_cache, copy_page, fw->be, err);
 	if (rc != MILLM_OK)
 	{
 		millm_forward_free(fw);
@@ -297,7 +297,13 @@ millm_kv_pages_total(const MillmForward *fw)
 int64_t
 millm_kv_pages_free(const MillmForward *fw)
 {
-	return fw->pool.n_free;
+	return millm_kv_n_free(&fw->pool);
+}
+
+int64_t
+millm_kv_pages_cached(const MillmForward *fw)
+{
+	return fw->pool.prefix ? millm_prefix_n_pages(fw->pool.prefix) : 0;
 }
 
 int64_t
@@ -306,13 +312,31 @@ millm_kv_pages_needed(const MillmForward *fw, int length)
 	return millm_kv_pages(&fw->kv, length, fw->max_batch_tokens);
 }
 
+/* Equal for sequences whose positions are rotated alike. */
+static int
+rotation(const MillmForward *fw, int planned_length)
+{
+	const MillmConfig *c = &fw->model->config;
+	const int	local = millm_rope_kind(&c->local_rope, planned_length);
+
+	return local > 0 ? planned_length : millm_rope_kind(&c->rope, planned_length);
+}
+
+int64_t
+millm_kv_pages_held(const MillmForward *fw, int planned_length, const int32_t *tokens, int n, int length)
+{
+	return millm_kv_held(&fw->pool, rotation(fw, planned_length), tokens, n, length);
+}
+
 MillmSequence *
 millm_sequence_create(MillmForward *fw, int planned_length)
 {
 	MillmSequence *seq = millm_kv_create(&fw->pool);
 
-	if (seq)
-		seq->planned_length = planned_length;
+	if (!seq)
+		return NULL;
+	seq->planned_length = planned_length;
+	seq->rotation = rotation(fw, planned_length);
 	return seq;
 }
 
@@ -676,12 +700,14 @@ millm_forward_step(MillmForward *fw, const MillmBatchToken *batch, int n, bool (
 	{
 		MillmSequence *seq = batch[t].seq;
 
-		if (rc == MILLM_OK && seq->n_in_step > 0)
+		if (rc != MILLM_OK)
+			seq->n_in_step = 0;
+		else
 		{
-			seq->length += seq->n_in_step;
-			millm_kv_pass(seq);
+			millm_kv_append(seq, batch[t].token);
+			if (--seq->n_in_step == 0)
+				millm_kv_pass(seq);
 		}
-		seq->n_in_step = 0;
 	}
 	if (rc == MILLM_OK && logits)
 		*logits = fw->n_logits > 0 ? fw->be->buffer_read(fw->be, fw->logits) : NULL;

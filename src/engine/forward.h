@@ -34,6 +34,7 @@ typedef struct MillmForwardOptions
 	int			max_sequences;	/* of a step, each of at most */
 	int			max_length;		/* positions: what a device keeps room for in page tables; 0: one sequence, of all that the model knows */
 	bool		deterministic;	/* batch-invariant kernels: a row's bits do not depend on its company */
+	bool		prefix_cache;	/* keep what sequences have computed, for those that begin with the same (millm_sequence_share()) */
 	bool		full_head;		/* read all of the LM head, even if it has a screening copy: the tokens are the same */
 	const char *kernels;		/* the CPU: "ref", "avx2", "avx512", "amx"; NULL: the best, or $MILLM_KERNELS */
 	/* Told how far the copy of the weights is, on a device that makes one; false: stop, CANCELED.  NULL: nobody asks */
@@ -66,7 +67,8 @@ typedef struct MillmHeadUse
 } MillmHeadUse;
 extern MillmHeadUse millm_forward_head_use(const MillmForward *fw);
 extern int64_t millm_kv_pages_total(const MillmForward *fw);
-extern int64_t millm_kv_pages_free(const MillmForward *fw);
+extern int64_t millm_kv_pages_free(const MillmForward *fw);	/* those that only the prefix cache has among them */
+extern int64_t millm_kv_pages_cached(const MillmForward *fw);	/* by the prefix cache, those in use by sequences too */
 extern int64_t millm_kv_pages_needed(const MillmForward *fw, int length);	/* by a sequence that grows to it */
 
 /*
@@ -80,6 +82,17 @@ extern void millm_sequence_free(MillmSequence *seq);	/* NULL is fine */
  * reserve again before their next step: the copy is made there.
  */
 extern MillmSequence *millm_sequence_fork(MillmSequence *seq);
+/*
+ * Let the sequence share its full pages through the prefix cache, those of generated tokens too, and begin, or go on, with what the cache has of
+ * tokens [n], its own: returns its length then, of which what was added is whole pages.  A sequence shares from its first position on or not at
+ * all; asked again while it computes its prompt, it has what others have computed meanwhile.  Room reserved before may be lost.
+ */
+extern int	millm_sequence_share(MillmSequence *seq, const int32_t *tokens, int n);
+/*
+ * Of millm_kv_pages_needed(length >= n), those that a sequence of that plan need not take when it shares and begins with tokens [n],
+ * because others hold them now.
+ */
+extern int64_t millm_kv_pages_held(const MillmForward *fw, int planned_length, const int32_t *tokens, int n, int length);
 extern int	millm_sequence_length(const MillmSequence *seq);	/* positions computed so far */
 /*
  * Forget positions from length on (a rejected draft, a preempted sequence: length 0), and pages reserved past it.  Where windows have let go what

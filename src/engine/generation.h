@@ -51,6 +51,7 @@ struct MillmRequest
 
 	int32_t    *prompt;			/* [n_prompt] */
 	int			n_prompt;
+	int			n_cached;		/* of them, those that choice 0 did not compute, since the prefix cache had them */
 	int			max_tokens;		/* of a choice */
 	size_t		text_bytes;		/* of all choices, not streamed */
 	int			n_top;			/* of a row of logprobs; -1: none are wanted */

@@ -25,7 +25,7 @@ typedef struct Counted
 void
 millm_load_options_init(MillmLoadOptions *options)
 {
-	*options = (MillmLoadOptions) {.max_sequences = 16, .max_queue = 64, .stream_stall_timeout_ms = 30000};
+	*options = (MillmLoadOptions) {.max_sequences = 16, .max_queue = 64, .stream_stall_timeout_ms = 30000, .prefix_cache = true};
 }
 
 const MillmLoaded *
@@ -127,7 +127,8 @@ plan_memory(const MillmModel *model, const MillmLoadOptions *options, const Mill
 {
 	MillmCode	rc;
 
-	*fo = (MillmForwardOptions) {.device = device, .n_threads = options->threads, .deterministic = options->deterministic, .kernels = options->kernels};
+	*fo = (MillmForwardOptions) {.device = device, .n_threads = options->threads, .deterministic = options->deterministic,
+		.prefix_cache = options->prefix_cache, .kernels = options->kernels};
 	*plan = (MillmMemoryPlan) {.max_sequences = options->max_sequences, .kv_cache_bytes = options->kv_cache_bytes, .weights_bytes = weights_bytes};
 	millm_forward_kv_layout(model, &plan->layout);
 	if ((rc = choose_context(options, &model->config, &plan->context_length, err)) != MILLM_OK)
@@ -264,6 +265,7 @@ open_model(MillmLoaded *loaded, const MillmLoadOptions *options, LoadProgress *p
 	loaded->max_queue = options->max_queue;
 	loaded->stream_stall_timeout_ms = options->stream_stall_timeout_ms;
 	loaded->deterministic = options->deterministic;
+	loaded->prefix_cache = options->prefix_cache;
 	snprintf(loaded->kernels, sizeof(loaded->kernels), "%s", millm_forward_kernels(*fw));
 	loaded->threads = millm_forward_threads(*fw);
 	loaded->pages_total = plan.n_pages;

@@ -203,13 +203,14 @@ op_status(EngineServer *server, MillmConn *conn, json_t *request)
 	}
 	millm_engine_status(server->engine, &st);
 	m = st.loaded;
-	millm_conn_result(conn, json_pack("{s:s, s:i, s:s, s:o, s:o, s:o, s:o, s:o, s:o, s:o, s:o, s:o, s:i, s:i, s:o, s:o, s:o, s:o, s:o}",
+	millm_conn_result(conn, json_pack("{s:s, s:i, s:s, s:o, s:o, s:o, s:o, s:o, s:o, s:o, s:o, s:o, s:o, s:i, s:i, s:o, s:o, s:o, s:o, s:o, s:o}",
 									  "state", states[st.state],
 									  "pid", (int) getpid(),
 									  "version", MILLM_VERSION,
 									  "kernels", string_or_null(m ? m->kernels : NULL),
 									  "threads", integer_or_null(m, m ? m->threads : 0),
 									  "deterministic", m ? json_boolean(m->deterministic) : json_null(),
+									  "prefix_cache", m ? json_boolean(m->prefix_cache) : json_null(),
 									  "device", string_or_null(m ? m->device.name : NULL),
 									  "device_reason", string_or_null(m ? m->device.reason : NULL),
 									  "model", string_or_null(m ? m->name : NULL),
@@ -220,6 +221,7 @@ op_status(EngineServer *server, MillmConn *conn, json_t *request)
 									  "waiting", st.waiting,
 									  "pages_total", integer_or_null(m, m ? m->pages_total : 0),
 									  "pages_free", integer_or_null(m && st.pages_free >= 0, st.pages_free),
+									  "pages_cached", integer_or_null(m && st.pages_cached >= 0, st.pages_cached),
 									  "weights_bytes", integer_or_null(m, m ? m->weights_bytes : 0),
 									  "kv_bytes", integer_or_null(m, m ? m->kv_bytes : 0),
 									  "loaded_at", integer_or_null(m, m ? m->loaded_at : 0)));
@@ -335,6 +337,7 @@ op_load(EngineServer *server, MillmConn *conn, json_t *request)
 	millm_field_int(&f, "max_queue", 0, 65536, &max_queue);
 	millm_field_int(&f, "stream_stall_timeout_ms", 1, MAX_TIMEOUT_MS, &stall_ms);
 	millm_field_bool(&f, "deterministic", &o.deterministic);
+	millm_field_bool(&f, "prefix_cache", &o.prefix_cache);
 	millm_field_bool(&f, "may_write", &o.may_write);
 	millm_field_bool(&f, "force", &o.force);
 	o.threads = (int) threads;

@@ -193,6 +193,12 @@ millm_rope_frequencies(const MillmRope *rope, int rotary_dim, int length, float 
 	return computed;
 }
 
+int
+millm_rope_kind(const MillmRope *rope, int length)
+{
+	return rope->long_above == 0 || length <= rope->long_above ? 0 : rope->long_inv_freq ? 1 : length;
+}
+
 /* The list of n factors, each a divisor, under a key of rope_scaling. */
 static MillmCode
 get_factors(json_t *scaling, const char *key, int n, float *out, MillmError *err)

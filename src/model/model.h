@@ -262,5 +262,7 @@ extern void millm_config_free(MillmConfig *config);
 
 /* The frequencies, [rotary_dim / 2], of a sequence planned for that many positions: the rope's own, or in computed, a buffer of that size. */
 extern const float *millm_rope_frequencies(const MillmRope *rope, int rotary_dim, int length, float *computed);
+/* Of a sequence planned for length: 0, or more where it is rotated as a long one; equal numbers are rotated alike. */
+extern int	millm_rope_kind(const MillmRope *rope, int length);
 
 #endif

@@ -31,6 +31,7 @@ int			millm_kv_cache_size;
 int			millm_unload_timeout;
 int			millm_stream_stall_timeout;
 bool		millm_deterministic;
+bool		millm_prefix_cache;
 bool		millm_reload_after_crash;
 
 #define DEFAULT_ENDPOINT "https://huggingface.co"
@@ -114,6 +115,8 @@ millm_define_settings(void)
 							 &millm_reload_after_crash, false, PGC_SIGHUP, 0, NULL, NULL, NULL);
 	DefineCustomBoolVariable("millm.deterministic", "Make a result independent of what else the engine computes at the time.", NULL,
 							 &millm_deterministic, false, PGC_SIGHUP, 0, NULL, NULL, NULL);
+	DefineCustomBoolVariable("millm.prefix_cache", "Compute what prompts begin with alike once.", NULL,
+							 &millm_prefix_cache, true, PGC_SIGHUP, 0, NULL, NULL, NULL);
 	MarkGUCPrefixReserved("millm");
 }
 

@@ -25,6 +25,7 @@ extern int	millm_kv_cache_size;		/* MB */
 extern int	millm_unload_timeout;		/* ms */
 extern int	millm_stream_stall_timeout;	/* ms */
 extern bool millm_deterministic;
+extern bool millm_prefix_cache;
 extern bool millm_reload_after_crash;
 
 extern void millm_define_settings(void);

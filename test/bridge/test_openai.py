@@ -209,6 +209,22 @@ def test_completions(client, cluster, tiny):
     assert text == {0: sql["text"]} and chunks[-1].usage == reply.usage and chunks[-2].choices[0].finish_reason == "length"
 
 
+def test_cached_tokens(client, cluster, smollm2):
+    """usage.prompt_tokens_details, in OpenAI's shape: what of a conversation was computed a turn before."""
+    talk = [{"role": "system", "content": "You are a helpful assistant of the town library. " * 8}, {"role": "user", "content": "When are you open?"}]
+    ask = dict(model=smollm2, max_tokens=4, temperature=0)
+    first = client.chat.completions.create(messages=talk, **ask)
+    assert 0 <= first.usage.prompt_tokens_details.cached_tokens < 32, "its own template at most"
+    talk += [{"role": "assistant", "content": first.choices[0].message.content}, {"role": "user", "content": "And on Sundays?"}]
+    usage = client.chat.completions.create(messages=talk, **ask).usage
+    assert first.usage.prompt_tokens - 40 <= usage.prompt_tokens_details.cached_tokens < usage.prompt_tokens
+    *_, end = client.chat.completions.create(messages=talk, stream=True, stream_options={"include_usage": True}, **ask)
+    assert end.usage.prompt_tokens_details.cached_tokens >= usage.prompt_tokens_details.cached_tokens
+    prompts = [" ".join("word" for _ in range(60)) + end for end in (" a", " b", " c")]
+    several = client.completions.create(prompt=prompts, **ask).usage
+    assert several.prompt_tokens_details.cached_tokens % 16 == 0 and several.prompt_tokens > several.prompt_tokens_details.cached_tokens
+
+
 def test_completions_of_several_prompts(client, cluster, tiny):
     prompts = ["The quick", "A lazy dog", "Once"]
     options = dict(max_tokens=8, temperature=1.0, seed=6, n=2)

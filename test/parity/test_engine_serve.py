@@ -162,7 +162,7 @@ def test_choices(engine):
         assert [c["index"] for c in several["choices"]] == list(range(5))
         texts = [c["text"] for c in several["choices"]]
         assert texts[0] == one["text"] and len(set(texts)) == 5
-        assert several["usage"] == {"prompt_tokens": one["usage"]["prompt_tokens"], "completion_tokens": 100}
+        assert several["usage"] == one["usage"] | {"completion_tokens": 100}
         single = generate(engine, max_tokens=20, temperature=1, seed=seed, n=1)
         assert single["choices"] == several["choices"][:1] and single["usage"] == one["usage"]
         with engine.open("generate", prompt=PROMPT, max_tokens=20, temperature=1, seed=seed, n=5, stream=True) as c:
@@ -299,6 +299,7 @@ def test_storm_of_choices(family):
     want = [e.call("generate", **a) for a in asked]
     e.call("unload")
     e.call("load", **load, kv_cache_bytes=one + one // 8)
+    n_cached = 0
     for _ in range(2):
         conversations = [(a, w, e.open("generate", **a, stream=i % 2 == 0)) for i, (a, w) in enumerate(zip(asked, want))]
         for _, _, c in rng.sample(conversations, 8):
@@ -307,12 +308,53 @@ def test_storm_of_choices(family):
             if c.sock.fileno() < 0:
                 continue
             r = c.result()
-            assert r["usage"] == w["usage"]
+            cached = r["usage"].pop("cached_tokens")
+            n_cached += cached
+            assert cached % 16 == 0 and r["usage"] == {k: w["usage"][k] for k in ("prompt_tokens", "completion_tokens")}
+            r["usage"] = w["usage"]
             if "choices" in r:
                 assert r["choices"] == w["choices"]
             else:
                 assert rows_by_choice([row for _, row in c.before], a["n"]) == [(x["text"], x["finish_reason"]) for x in w["choices"]]
         all_free(e)
+    assert n_cached > 0, "the prompts begin alike"
+    assert e.stop() == 0
+
+
+def ask(e, prompt, **fields):
+    """The answer, and how many tokens of its prompt were in the prefix cache."""
+    r = generate(e, prompt=prompt, **{"max_tokens": 6, "temperature": 0, "seed": 1, "logprobs": True, "top_logprobs": 3} | fields)
+    return r, r["usage"].pop("cached_tokens")
+
+
+@pytest.mark.parametrize("family, context", [("llama", 128), ("gemma3", 128), ("gpt2", 128), ("phi3-long", 64), ("llama-dynamic", 64)])
+def test_prefix_cache(family, context):
+    """With millm.deterministic the bits are those of a cache that is off, whatever the windows and however long sequences are rotated."""
+    load = {"path": str(TINY / family), "context_length": context, "max_sequences": 4, "deterministic": True}
+    common = "ab " * (context // 3)
+    prompts = [common + end for end in ("", "cd", "ab ef", "gh ij kl mn")] + [common]
+    e = Engine()
+    e.call("load", **load, prefix_cache=False)
+    want = [ask(e, p) for p in prompts]
+    assert all(cached == 0 for _, cached in want)
+    s = e.call("status")
+    assert s["prefix_cache"] is False and s["pages_cached"] == 0
+    e.call("unload")
+    for _ in range(2):			# a load begins with nothing
+        e.call("load", **load)
+        got = [ask(e, p) for p in prompts]
+        assert [r for r, _ in got] == [r for r, _ in want]
+        lengths = [r["usage"]["prompt_tokens"] for r, _ in got]
+        assert got[0][1] == 0 and got[4][1] == (lengths[4] - 24) // 16 * 16
+        if family == "llama-dynamic":		# sequences of another length are rotated otherwise
+            assert len(set(lengths)) == 4 and [cached for _, cached in got[:4]] == [0] * 4
+        else:
+            assert all(cached >= (lengths[0] - 24) // 16 * 16 > 0 for _, cached in got[1:])
+            # the next turn
+            assert ask(e, prompts[0] + got[0][0]["text"], max_tokens=1)[1] >= (lengths[0] - 24) // 16 * 16
+        assert e.call("status")["pages_cached"] > 0
+        all_free(e)
+        e.call("unload")
     assert e.stop() == 0
 
 

@@ -51,7 +51,7 @@ is(sql("SELECT millm.chat(messages => $hi, $greedy) ->> 'text'"), $answer, 'chat
 is(sql("SELECT millm.generate(millm.apply_chat_template($hi), raw => true, $greedy)"), $answer, 'and so does the rendered text, raw');
 isnt(sql("SELECT millm.generate('Why is the sky blue?', raw => true, $greedy)"), $answer, 'the bare text does not');
 isnt(sql("SELECT millm.generate('Why is the sky blue?', system => 'Answer in French.', $greedy)"), $answer, 'a system message matters');
-is(sql("SELECT millm.chat(messages => $hi, $greedy) - 'text' - 'seed'"), '{"usage": {"prompt_tokens": 36, "completion_tokens": 12}, "finish_reason": "length"}',
+is(sql("SELECT millm.chat(messages => $hi, $greedy) - 'text' - 'seed'"), '{"usage": {"cached_tokens": 0, "prompt_tokens": 36, "completion_tokens": 12}, "finish_reason": "length"}',
 	'how it ended and what it took');
 is(sql("SELECT millm.chat('Why is the sky blue?', $greedy) ->> 'text'"), $answer, 'chat of a text is one message');
 is(sql("SELECT string_agg(c ->> 'text', '') || '|' || string_agg(c ->> 'finish_reason', '') FROM millm.chat_stream($hi, $greedy) c"), "$answer|length",

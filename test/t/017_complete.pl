@@ -23,7 +23,7 @@ is(sql('SELECT (l.id, l.name, l.fingerprint) = (s.model_id, s.model, s.fingerpri
 my $options = 'max_tokens => 10, temperature => 0';
 my $text = sql("SELECT millm.generate('The capital of France is', raw => true, $options)");
 is(sql("SELECT millm.complete('The capital of France is', $options) - 'seed'"),
-	encode({ text => $text, usage => { prompt_tokens => 5, completion_tokens => 10 }, finish_reason => 'length' }), 'complete: the text, how it ended, what it took');
+	encode({ text => $text, usage => { prompt_tokens => 5, completion_tokens => 10, cached_tokens => 0 }, finish_reason => 'length' }), 'complete: the text, how it ended, what it took');
 is(sql("SELECT string_agg(c ->> 'text', '') || '|' || string_agg(c ->> 'finish_reason', '') FROM millm.complete_stream('The capital of France is', $options) c"),
 	"$text|length", 'complete_stream has the pieces, and the end');
 is(sql("SELECT millm.complete('<|im_end|>', max_tokens => 1) -> 'usage' ->> 'prompt_tokens'"), 1, 'special tokens are read');
@@ -39,7 +39,7 @@ my $three = "millm.complete('Once upon a time', $drawn, n => 3)";
 is(sql("SELECT $three -> 'choices' -> 0 ->> 'text'"), $one, 'choice 0 is what the call without n says');
 is(sql("SELECT count(DISTINCT c ->> 'text'), string_agg(c ->> 'index', ' '), string_agg(c ->> 'finish_reason', ' ') FROM jsonb_array_elements($three -> 'choices') c"),
 	'3|0 1 2|length length length', 'the others are others');
-is(sql("SELECT $three - 'choices'"), '{"seed": 7, "usage": {"prompt_tokens": 4, "completion_tokens": 24}}', 'the prompt counts once');
+is(sql("SELECT $three - 'choices'"), '{"seed": 7, "usage": {"cached_tokens": 0, "prompt_tokens": 4, "completion_tokens": 24}}', 'the prompt counts once');
 is(sql("SELECT millm.complete('Once upon a time', $drawn, n => 1) -> 'choices' = jsonb_build_array($three -> 'choices' -> 0)"), 't', 'n => 1 is an array of one');
 is(sql("SELECT count(DISTINCT c ->> 'text') FROM jsonb_array_elements(millm.complete('Once upon a time', max_tokens => 8, temperature => 0, n => 4) -> 'choices') c"),
 	1, 'greedy choices are alike');
@@ -47,7 +47,7 @@ is(sql("WITH r AS MATERIALIZED (SELECT * FROM millm.complete_stream('Once upon a
 	t AS (SELECT r -> 'index' AS i, string_agg(r ->> 'text', '' ORDER BY o) AS text, string_agg(r ->> 'finish_reason', '') AS reason FROM r WHERE r ? 'index' GROUP BY 1)
 	SELECT jsonb_agg(jsonb_build_object('index', i, 'text', text, 'finish_reason', reason) ORDER BY i) = ($three -> 'choices'),
 		(SELECT string_agg(r::text, '') FROM r WHERE NOT r ? 'index') FROM t"),
-	't|{"seed": 7, "usage": {"prompt_tokens": 4, "completion_tokens": 24}}', 'the stream says the same, choice by choice');
+	't|{"seed": 7, "usage": {"cached_tokens": 0, "prompt_tokens": 4, "completion_tokens": 24}}', 'the stream says the same, choice by choice');
 is(sql("SELECT jsonb_array_length(millm.chat('Hi', max_tokens => 3, n => 2) -> 'choices')"), 2, 'chat of a text has choices');
 is(sql(q(SELECT jsonb_array_length(millm.chat(messages => '[{"role": "user", "content": "Hi"}]', max_tokens => 3, n => 2) -> 'choices'))), 2, 'and of messages');
 is(sql(q(SELECT count(*) FROM millm.chat_stream('[{"role": "user", "content": "Hi"}]', max_tokens => 3, n => 2) c WHERE c ? 'finish_reason')), 2, 'and the stream');

@@ -34,7 +34,7 @@ static const int no_window[] = {0};
 static void
 init(MillmKvPool *pool, int n_pages, const int *windows, int n_groups, int step, Copies *copies)
 {
-	assert_int_equal(millm_kv_init(pool, n_pages, windows, n_groups, step, count_copy, copies, NULL), MILLM_OK);
+	assert_int_equal(millm_kv_init(pool, n_pages, windows, n_groups, step, false, count_copy, copies, NULL), MILLM_OK);
 }
 
 static void
@@ -203,9 +203,9 @@ test_bounds(void **state)
 	MillmError	err;
 
 	(void) state;
-	assert_int_equal(millm_kv_init(&pool, 0, no_window, 1, 1, count_copy, NULL, &err), MILLM_E_INVALID_ARGUMENT);
-	assert_int_equal(millm_kv_init(&pool, -1, no_window, 1, 1, count_copy, NULL, &err), MILLM_E_INVALID_ARGUMENT);
-	assert_int_equal(millm_kv_init(&pool, INT64_MAX, no_window, 1, 1, count_copy, NULL, &err), MILLM_E_INVALID_ARGUMENT);
+	assert_int_equal(millm_kv_init(&pool, 0, no_window, 1, 1, false, count_copy, NULL, &err), MILLM_E_INVALID_ARGUMENT);
+	assert_int_equal(millm_kv_init(&pool, -1, no_window, 1, 1, false, count_copy, NULL, &err), MILLM_E_INVALID_ARGUMENT);
+	assert_int_equal(millm_kv_init(&pool, INT64_MAX, no_window, 1, 1, false, count_copy, NULL, &err), MILLM_E_INVALID_ARGUMENT);
 }
 
 /* 16 sequences live, grow, fork, are cut and die in any order; the ledger agrees with itself after each change. */
