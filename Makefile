@@ -125,7 +125,7 @@ CUDA_HOME  ?= $(patsubst %/bin/nvcc,%,$(shell sed -n 's,^exec \(.*/nvcc\) .*,\1,
 CUDA_KNOWN := $(if $(NVCC),$(patsubst sm_%,%,$(shell $(NVCC) --list-gpu-code 2>/dev/null)))
 CUDA_ARCHS ?= $(filter $(CUDA_KNOWN),75 80 86 89 90 100 120)
 CUDA_MODULE = $(if $(NVCC),$(BUILD)/libmillm_cuda.so)
-CUDA_C      = backend_cuda device_memory driver faults fetch module nvml queue upload weights
+CUDA_C      = backend_cuda blas device_memory driver faults fetch module nvml queue upload weights
 # FAULTS=1: a module that fails where a test asks for it (cuda/faults.h), in a BUILD of its own
 FAULT_FLAGS = $(if $(FAULTS),-DMILLM_FAULTS)
 CUDA_CFLAGS = $(FAULT_FLAGS) -Icuda -DMILLM_BACKEND_ABI=$(BACKEND_ABI) -fPIC -fvisibility=hidden
@@ -175,6 +175,10 @@ $(BUILD)/emulated/driver/libnvidia-ml.so.1: test/cuda/nvml.c
 $(BUILD)/emulated/driver/libcuda.so.1 $(BUILD)/emulated/driver/libnvidia-ml.so.1:
 	@mkdir -p $(@D)
 	$(Q)$(CC) $(ENGINE_CFLAGS) -shared -fPIC -o $@ $<
+# a cuBLASLt of plain loops (test/cuda/cublaslt.c)
+$(BUILD)/emulated/driver/libcublasLt.so.13: test/cuda/cublaslt.c
+	@mkdir -p $(@D)
+	$(Q)$(CC) $(ENGINE_CFLAGS) -shared -fPIC -Wl,-soname,libcublasLt.so.13 -o $@ $<
 # the engine beside its module
 $(BUILD)/emulated/millm-engine: $(BUILD)/millm-engine
 	@mkdir -p $(@D) && cp -f $< $@
@@ -220,6 +224,7 @@ $(BUILD)/test/amx_emulated.o: test/unit/amx_emulated.c
 	$(Q)$(CC) $(ENGINE_CFLAGS) -O3 $(AVX512_ISA) -MMD -MP -c -o $@ $<
 $(BUILD)/test/test_cuda: $(EMULATED)
 $(BUILD)/test/test_cuda: ENGINE_CFLAGS += -Icuda -Itest/cuda -DMILLM_CUDA_EMULATED
+$(BUILD)/test/test_cuda: | $(BUILD)/emulated/driver/libcublasLt.so.13
 $(BUILD)/test/test_device: | emulated
 $(DRIVERS): $(BUILD)/%: test/parity/%.c $(LIB)
 	$(Q)$(CC) $(ENGINE_CFLAGS) -MMD -MP -MF $@.d -o $@ $< $(LIB) $(ENGINE_LIBS)

@@ -22,6 +22,7 @@
 #include <sys/mman.h>
 
 #include "arith.h"
+#include "blas.h"
 #include "device_memory.h"
 #include "faults.h"
 #include "fetch.h"
@@ -86,6 +87,7 @@ typedef struct CudaBackend
 	int		   *arrived_place;	/* [1], page-locked: the same, here */
 	bool		is_idle;		/* no copy to or from what is page-locked is under way */
 	MillmCudaFetch *fetch;
+	MillmCudaBlas *blas;		/* NULL: our own kernels only */
 	MillmBuffer *fetched;		/* by the step; NULL: none yet */
 } CudaBackend;
 
@@ -187,11 +189,37 @@ parcel_bytes(const MillmModel *model, int64_t n, int n_groups, int64_t max_entri
 	return (n * (1 + n_groups + angles) + max_entries) * 4 + 5 * PART_ALIGNMENT;
 }
 
+/* The widest row of a weight that many rows are multiplied with */
+static int64_t
+widest_row(const MillmModel *model)
+{
+	int64_t		widest = model->head.n_in;
+
+	for (int i = 0; i < model->config.n_layers; i++)
+	{
+		const MillmLayer *l = &model->layers[i];
+		const MillmWeight *weights[] = {&l->q, &l->qkv, &l->o, &l->up, &l->down, &l->shared.up, &l->shared.down,
+			l->experts ? &l->experts[0].up : &l->up, l->experts ? &l->experts[0].down : &l->down};
+
+		for (size_t w = 0; w < sizeof(weights) / sizeof(weights[0]); w++)
+			widest = weights[w]->n_in > widest ? weights[w]->n_in : widest;
+	}
+	return widest;
+}
+
+/* Products of many rows go through cuBLASLt, in bfloat16: not where bits must be the same in every company, nor of what is stored in float32. */
+static bool
+wants_blas(const MillmModel *model, const MillmBackendOptions *o)
+{
+	return !are_plain(o->kernels) && !o->deterministic && o->max_tokens > KEPT_ROWS && kv_dtype(model, o->kernels) != MILLM_F32 && millm_cuda_blas_is_there();
+}
+
+/* On a device without tensor cores for bfloat16 a little less. */
 int64_t
 millm_cuda_own_bytes(const MillmModel *model, const MillmBackendOptions *o)
 {
 	return parcel_bytes(model, o->max_tokens, o->n_groups, o->max_entries) + (int64_t) millm_cuda_queue_bytes(o->max_tokens) +
-		millm_cuda_fetch_bytes(model->config.vocab_size, o->max_tokens);
+		millm_cuda_fetch_bytes(model->config.vocab_size, o->max_tokens) + (wants_blas(model, o) ? millm_cuda_blas_bytes(widest_row(model), o->max_tokens) : 0);
 }
 
 static MillmCode
@@ -318,6 +346,7 @@ cuda_free(MillmBackend *be)
 	(void) cudaFreeHost(c->parcel.host);
 	millm_cuda_fetch_free(c->fetch);
 	millm_cuda_queue_free(c->queue);
+	millm_cuda_blas_free(c->blas);
 	if (c->stream)
 		(void) cudaStreamDestroy(c->stream);
 	free(c->frequencies);
@@ -558,7 +587,13 @@ matmul(MillmBackend *be, const MillmProjection *p, int n_projections, MillmBuffe
 			.n = n,
 		};
 
-		if (c->is_plain || !m.w.has_chunks)
+		bool		is_done = false;
+
+		if (c->blas && n > KEPT_ROWS && m.w.has_chunks)
+			CHECK(millm_cuda_blas_matmul(c->blas, &m, c->queue, c->stream, &is_done));
+		if (is_done)
+			;
+		else if (c->is_plain || !m.w.has_chunks)
 			CHECK(millm_cuda_matmul_any(&m, c->queue));
 		else if (n > MILLM_CUDA_FEW_ROWS && !c->deterministic)
 			CHECK(c->has_tensor_cores ? millm_cuda_matmul_tensor(&m, c->queue) : millm_cuda_matmul_many(&m, c->queue));
@@ -730,6 +765,9 @@ create_memory(CudaBackend *c, const MillmBackendOptions *options, MillmError *er
 	status = millm_cuda_queue_create(options->max_tokens, c->stream, &c->queue);
 	if (status != cudaSuccess)
 		return millm_cuda_failed(status, "the queue", (int64_t) millm_cuda_queue_bytes(options->max_tokens), err);
+	if (c->has_tensor_cores && wants_blas(c->model, options) &&
+		(rc = millm_cuda_blas_create(widest_row(c->model), options->max_tokens, c->stream, &c->blas, err)) != MILLM_OK)
+		return rc;
 	if ((rc = millm_cuda_allocate(&c->parcel.device, parcel, "the page tables", c->stream, err)) != MILLM_OK ||
 		(rc = millm_cuda_allocate(&c->bad_place, sizeof(*c->bad_place), "the workspace", c->stream, err)) != MILLM_OK)
 		return rc;

@@ -575,6 +575,67 @@ launch_elements(void (*kernel) (Parameters...), int64_t n_columns, int n, MillmC
 	return launch(kernel, dim3((unsigned) ((n_columns + BLOCK - 1) / BLOCK), (unsigned) n), BLOCK, queue, arguments...);
 }
 
+/* A thread for each chunk, which it leaves in stores of 16 bytes.  blocks [ceil(chunks of a row / BLOCK), rows], threads BLOCK */
+template <int DTYPE>
+static __global__ void
+decode(uint16_t *to, int64_t pitch, MillmCudaWeight w, int64_t o0)
+{
+	const int	SIZE = Chunk<DTYPE>::SIZE;
+	SHARED(float, codebook, 16);
+	const int64_t i = element_index() * SIZE;
+	float		v[SIZE];
+
+	share_codebook<DTYPE>(codebook, w);
+	if (i >= w.n_in)
+		return;
+	load_chunk<DTYPE>(v, w, codebook, o0 + blockIdx.y, i);
+#pragma unroll
+	for (int k = 0; k < SIZE; k += 8)
+	{
+		uint4		u;
+
+		u.x = to_bf16(v[k]) | (uint32_t) to_bf16(v[k + 1]) << 16;
+		u.y = to_bf16(v[k + 2]) | (uint32_t) to_bf16(v[k + 3]) << 16;
+		u.z = to_bf16(v[k + 4]) | (uint32_t) to_bf16(v[k + 5]) << 16;
+		u.w = to_bf16(v[k + 6]) | (uint32_t) to_bf16(v[k + 7]) << 16;
+		*(uint4 *) (to + blockIdx.y * pitch + i + k) = u;
+	}
+}
+
+template <int DTYPE>
+static cudaError_t
+launch_decode(void *to, int64_t pitch, const MillmCudaWeight *w, int64_t o0, int64_t n_rows, MillmCudaQueue *queue)
+{
+	const int	SIZE = Chunk<DTYPE>::SIZE;
+
+	return launch_elements(decode<DTYPE>, (w->n_in + SIZE - 1) / SIZE, (int) n_rows, queue, (uint16_t *) to, pitch, *w, o0);
+}
+
+cudaError_t
+millm_cuda_decode(void *to, int64_t pitch, const MillmCudaWeight *w, int64_t o0, int64_t n_rows, MillmCudaQueue *queue)
+{
+	return w->dtype == MILLM_F16 ? launch_decode<MILLM_F16>(to, pitch, w, o0, n_rows, queue) :
+		w->dtype == MILLM_BF16 ? launch_decode<MILLM_BF16>(to, pitch, w, o0, n_rows, queue) :
+		w->dtype == MILLM_4BIT ? launch_decode<MILLM_4BIT>(to, pitch, w, o0, n_rows, queue) :
+		w->dtype == MILLM_INT8 ? launch_decode<MILLM_INT8>(to, pitch, w, o0, n_rows, queue) :
+		w->dtype == MILLM_MXFP4 ? launch_decode<MILLM_MXFP4>(to, pitch, w, o0, n_rows, queue) : cudaErrorInvalidValue;
+}
+
+static __global__ void
+round_rows(uint16_t *to, int64_t pitch, MillmRows x, int64_t n_columns)
+{
+	const int64_t i = element_index();
+
+	if (i < n_columns)
+		to[blockIdx.y * pitch + i] = to_bf16(x.data[blockIdx.y * x.stride + i]);
+}
+
+cudaError_t
+millm_cuda_round_rows(void *to, int64_t pitch, MillmRows x, int64_t n_columns, int n, MillmCudaQueue *queue)
+{
+	return launch_elements(round_rows, n_columns, n, queue, (uint16_t *) to, pitch, x, n_columns);
+}
+
 static __global__ void
 embed(MillmRows y, MillmCudaWeight table, const int32_t *rows, bool add)
 {

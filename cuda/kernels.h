@@ -80,6 +80,11 @@ extern cudaError_t millm_cuda_matmul_many(const MillmCudaMatmul *m, MillmCudaQue
 extern cudaError_t millm_cuda_matmul_tensor(const MillmCudaMatmul *m, MillmCudaQueue *queue);
 extern cudaError_t millm_cuda_matmul_any(const MillmCudaMatmul *m, MillmCudaQueue *queue);	/* the obvious one, of all weights */
 
+/* to [n_rows, pitch], bfloat16 = rows o0 .. o0 + n_rows of w, which has_chunks; pitch is a multiple of 32, and what is past n_in may be anything */
+extern cudaError_t millm_cuda_decode(void *to, int64_t pitch, const MillmCudaWeight *w, int64_t o0, int64_t n_rows, MillmCudaQueue *queue);
+/* to [n, pitch], bfloat16 = x [n, n_columns] */
+extern cudaError_t millm_cuda_round_rows(void *to, int64_t pitch, MillmRows x, int64_t n_columns, int n, MillmCudaQueue *queue);
+
 /* y[t] = table[rows[t]], or y[t] += */
 extern cudaError_t millm_cuda_embed(MillmRows y, const MillmCudaWeight *table, const int32_t *rows, bool add, int n, MillmCudaQueue *queue);
 

@@ -60,6 +60,13 @@ def test_family(model, tmp_path):
     assert error(cuda_logits(model, ids, tmp_path, "--chunk", "7"), ref) <= (TOLERANCE_F32 if in_f32 else TOLERANCE)
 
 
+@pytest.mark.parametrize("model", [p for p in SOME if p.name != "phi3-long"], ids=lambda p: p.name)  # which knows 64 positions
+def test_many_rows(model, tmp_path):
+    """66 rows are cuBLASLt's, which is test/cuda/cublaslt.c here; 64 are our tensor kernel's: the same but for the order of sums."""
+    ids = some_ids(model, 66)
+    assert error(cuda_logits(model, ids, tmp_path)[:64], cuda_logits(model, ids, tmp_path, "--chunk", "64")[:64]) <= TOLERANCE_F32
+
+
 @pytest.mark.parametrize("model", SOME, ids=lambda p: p.name)
 def test_plain_kernels(model, tmp_path):
     ids = some_ids(model, 20)
