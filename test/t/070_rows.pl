@@ -71,6 +71,10 @@ is(sql(q(SELECT r.text = c->>'text', r.finish_reason = c->>'finish_reason', r.pr
 	't|t|t|t', 'messages are answered as by chat()');
 is(sql(q(SELECT string_agg(key || coalesce(left(error, 17), ''), ',') FROM millm.generate_rows($$ SELECT * FROM (VALUES ('a', '[1]'::jsonb), ('b', '{}'), ('c', '[{"role": "user", "content": "x"}]')) v $$, max_tokens => 1))),
 	'aINVALID_ARGUMENT:,bINVALID_ARGUMENT:,c', 'and wrong ones are errors of their rows');
+# What the prompts begin with alike is computed once; every row says how much of it it found
+is(sql("SELECT count(text), sum(cached_tokens) > sum(prompt_tokens) / 2, bool_and(cached_tokens < prompt_tokens)
+	FROM millm.generate_rows(\$\$ SELECT i, repeat('One word says what the next line is about. ', 12) || i FROM generate_series(1, 24) i \$\$, $raw, max_tokens => 1, look_ahead => 4)"),
+	'24|t|t', 'a shared instruction');
 is(sql("SELECT count(*) FROM millm.generate_rows(NULL)"), 0, 'no query, no rows');
 is(sql("SELECT count(*) FROM millm.generate_rows('SELECT 1, ''a'' WHERE false', $raw)"), 0, 'no rows, no rows');
 

@@ -58,6 +58,7 @@ sql('CREATE ROLE reader LOGIN; CREATE ROLE nobody; GRANT SELECT ON item TO reade
 sql(q(SELECT millm.grant_user('reader')));
 my $by_reader = MillmTest::Session->new($node, user => 'reader');
 is($by_reader->query("SELECT count(t) FROM (SELECT millm.generate(body, $raw, max_tokens => 2) t FROM item) x")->{rows}[0], 32, 'a role that may');
+is(sql("SELECT sum(requests), sum(completion_tokens) > 32 FROM millm.stat_generate WHERE role = 'reader'"), '32|t', 'to whom the workers\' requests are counted');
 $by_reader->query('SET ROLE nobody');
 is($by_reader->query("SELECT count(t) FROM (SELECT millm.generate(body, $raw, max_tokens => 2) t FROM item) x")->{state}, '42501', 'the current role counts');
 
