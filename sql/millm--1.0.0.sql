@@ -393,6 +393,21 @@ AS 'MODULE_PATHNAME', 'millm_embed_array' LANGUAGE C STABLE PARALLEL RESTRICTED 
 COMMENT ON FUNCTION millm.embed(text, text) IS 'The loaded model''s embedding of a text';
 COMMENT ON FUNCTION millm.embed(text[], text) IS 'The loaded model''s embeddings of texts, a row for each';
 
+CREATE FUNCTION millm.logprobs(text text, model text DEFAULT NULL)
+RETURNS TABLE ("position" integer, token_id integer, token text, bytes bytea, logprob double precision)
+AS 'MODULE_PATHNAME', 'millm_logprobs' LANGUAGE C STABLE PARALLEL RESTRICTED COST 10000;
+CREATE FUNCTION millm.perplexity(text text, model text DEFAULT NULL) RETURNS double precision
+AS 'MODULE_PATHNAME', 'millm_perplexity' LANGUAGE C STABLE PARALLEL SAFE COST 10000;
+CREATE FUNCTION millm.perplexity(texts text[], model text DEFAULT NULL) RETURNS SETOF double precision
+AS 'MODULE_PATHNAME', 'millm_perplexity_array' LANGUAGE C STABLE PARALLEL RESTRICTED COST 10000;
+CREATE FUNCTION millm.classify(prompt text, labels text[], system text DEFAULT NULL, raw boolean DEFAULT false, model text DEFAULT NULL)
+RETURNS TABLE (label text, probability double precision, logprob double precision)
+AS 'MODULE_PATHNAME', 'millm_classify' LANGUAGE C STABLE PARALLEL SAFE COST 10000 ROWS 10;
+COMMENT ON FUNCTION millm.logprobs(text, text) IS 'How probable the loaded model finds each token of a text after those before it';
+COMMENT ON FUNCTION millm.perplexity(text, text) IS 'How surprising the loaded model finds a text: exp of the mean negative logprob of its tokens';
+COMMENT ON FUNCTION millm.perplexity(text[], text) IS 'How surprising the loaded model finds texts, a row for each';
+COMMENT ON FUNCTION millm.classify(text, text[], text, boolean, text) IS 'Which of the labels is the most probable answer to the prompt, with the probability of each';
+
 CREATE FUNCTION millm.tokenize(text text, add_special boolean DEFAULT true, parse_special boolean DEFAULT true) RETURNS integer[]
 AS 'MODULE_PATHNAME', 'millm_tokenize' LANGUAGE C STABLE STRICT PARALLEL SAFE COST 10000;
 COMMENT ON FUNCTION millm.tokenize(text, boolean, boolean) IS 'Token ids of a text, by the loaded model''s tokenizer';

@@ -6,6 +6,7 @@
  */
 #include "answer.h"
 
+#include <math.h>
 #include <stdarg.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -104,7 +105,12 @@ put_logprob(MillmAnswer *a, const MillmTokenizer *tokenizer, const MillmLogprob 
 	size_t		len;
 	MillmError	err;
 
-	put(a, "\"id\":%d,\"logprob\":%.9g,\"token\":", p->id, (double) p->logprob);
+	put(a, "\"id\":%d,\"logprob\":", p->id);
+	if (isnan(p->logprob))
+		put(a, "null");			/* nothing is before it */
+	else
+		put(a, "%.9g", (double) p->logprob);
+	put(a, ",\"token\":");
 	if (millm_token_bytes(tokenizer, p->id, &bytes, &len, &err) != MILLM_OK)
 	{
 		if (err.code != MILLM_E_INVALID_ARGUMENT)

@@ -1,9 +1,8 @@
 /*
  * embedding.h -- one request for the embeddings of texts, on its way through the model.
  *
- * Internal to the engine; generation.h's counterpart.  The request has one choice, of which the slot is used, however many texts it has: it runs them in
- * groups, as many as fill a step, each text in a sequence of its own.  A group computed, the slot goes to the end of the line with the next one, so
- * that a thousand texts hold nobody up for longer than a short prompt does.
+ * Internal to the engine; generation.h's counterpart.  Its texts run in groups (texts.h).  A group computed, the slot goes to the end of the line with
+ * the next one, so that a thousand texts hold nobody up for longer than a short prompt does.
  */
 #ifndef MILLM_EMBEDDING_H
 #define MILLM_EMBEDDING_H

@@ -34,6 +34,7 @@
 #include "generation.h"
 #include "load.h"
 #include "memory.h"
+#include "scoring.h"
 
 #define PAUSE_POLL_MS		20		/* only while some reader is behind */
 /*
@@ -181,8 +182,8 @@ finish_choice(MillmEngine *e, MillmChoice *c)
 	if (--r->n_left == 0)
 	{
 		MillmPiece	pieces[MILLM_MAX_CHOICES];
-		MillmResult result = {.choices = pieces, .n = r->n_choices, .prompt_tokens = r->n_prompt, .cached_tokens = r->n_cached,
-			.seed = r->sampling.seed, .timing = millm_request_timing(r)};
+		MillmResult result = {.choices = pieces, .n = r->n_choices, .scores = r->scoring ? scoring_scores(r->scoring) : NULL,
+			.prompt_tokens = r->n_prompt, .cached_tokens = r->n_cached, .seed = r->sampling.seed, .timing = millm_request_timing(r)};
 		int			at = 0;
 
 		for (int i = 0; i < r->n_choices; i++)
@@ -201,7 +202,7 @@ finish_choice(MillmEngine *e, MillmChoice *c)
 static const char *
 what_of(const MillmRequest *r)
 {
-	return r->embedding ? "embedding" : "generation";
+	return r->embedding ? "embedding" : r->scoring ? "scoring" : "generation";
 }
 
 static void
@@ -306,6 +307,7 @@ pages_reserve(void *arg, MillmSlot *slot, int length)
 		reuse(c);
 	do
 		has_room = c->request->embedding ? embedding_reserve(c->request, e->fw) :
+			c->request->scoring ? scoring_reserve(c->request, e->fw) :
 			c->seq ? millm_sequence_reserve(c->seq, length) : begin_sequence(e, c, length);
 	while (!has_room && drop_any_prefix(e));
 	return has_room;
@@ -319,6 +321,8 @@ pages_release(void *arg, MillmSlot *slot)
 	(void) arg;
 	if (c->request->embedding)
 		embedding_release(c->request);
+	if (c->request->scoring)
+		scoring_release(c->request);
 	millm_sequence_free(c->seq);
 	c->seq = NULL;
 }
@@ -337,7 +341,7 @@ pages_needs(void *arg, const MillmSlot *slot)
 	const MillmRequest *r = c->request;
 	int64_t		n = millm_kv_pages_needed(fw, slot->n_tokens);
 
-	if (r->embedding)
+	if (r->embedding || r->scoring)
 		return n;
 	/* the page in which the prefix ends is copied */
 	return r->prefix ? n - millm_kv_pages_needed(fw, millm_sequence_length(r->prefix)) + millm_kv_pages_needed(fw, 1) :
@@ -420,7 +424,6 @@ run_step(MillmEngine *e, int n)
 {
 	Step		step = {e, e->plan, n};
 	int			n_batch = 0;
-	int			row = 0;
 	int			vocab = e->loaded->model->config.vocab_size;
 	double		start = now_ms();
 	const float *logits;
@@ -439,6 +442,12 @@ run_step(MillmEngine *e, int n)
 		if (c->request->embedding)
 		{
 			embedding_fill(c->request, e->plan[i].n_tokens, e->batch + n_batch);
+			n_batch += e->plan[i].n_tokens;
+			continue;
+		}
+		if (c->request->scoring)
+		{
+			scoring_fill(c->request, e->plan[i].n_tokens, e->batch + n_batch);
 			n_batch += e->plan[i].n_tokens;
 			continue;
 		}
@@ -466,6 +475,8 @@ run_step(MillmEngine *e, int n)
 
 		if (c->request->embedding)
 			rc = embedding_take(c->request, e->plan[i].n_tokens, &hidden, &err);
+		else if (c->request->scoring)
+			rc = scoring_take(c->request, e->fw, e->plan[i].n_tokens, &logits, &err);
 		else if (c->slot.n_past < c->slot.n_tokens)
 			continue;			/* more of its prompt is to come */
 		else if (c->request->shares_prompt)
@@ -474,12 +485,15 @@ run_step(MillmEngine *e, int n)
 			continue;
 		}
 		else
-			rc = generation_take(c, logits + (size_t) row++ * (size_t) vocab, &err);
+		{
+			rc = generation_take(c, logits, &err);
+			logits += vocab;
+		}
 		if (rc != MILLM_OK)
 			note_failure(c->request, &err);
 		else if (c->is_finished)
 			finish_choice(e, c);
-		else if (c->request->embedding && c->slot.n_past == c->slot.n_tokens)
+		else if ((c->request->embedding || c->request->scoring) && c->slot.n_past == c->slot.n_tokens)
 		{
 			/* a group of texts is done; the next one stands in line as if it came now */
 			millm_sched_remove(e->sched, &c->slot);
@@ -1017,7 +1031,7 @@ millm_engine_accept(MillmEngine *e, MillmRequest *r, MillmError *err)
 	return rc;
 }
 
-/* With the one or the other. */
+/* What there is of them depends on the request. */
 static void
 submit(MillmEngine *e, MillmRequest *r, const MillmPrompt *prompt, const MillmTexts *texts)
 {
@@ -1029,7 +1043,8 @@ submit(MillmEngine *e, MillmRequest *r, const MillmPrompt *prompt, const MillmTe
 		fail_request(e, r, &err);
 		return;
 	}
-	if ((prompt ? generation_begin(r, prompt, &err) : embedding_begin(r, texts, &err)) != MILLM_OK)
+	if ((r->embedding ? embedding_begin(r, texts, &err) : r->scoring ? scoring_begin(r, prompt, texts, &err) :
+		 generation_begin(r, prompt, &err)) != MILLM_OK)
 	{
 		fail_request(e, r, &err);
 		return;
@@ -1052,6 +1067,12 @@ void
 millm_engine_submit_texts(MillmEngine *e, MillmRequest *r, const MillmTexts *texts)
 {
 	submit(e, r, NULL, texts);
+}
+
+void
+millm_engine_submit_labels(MillmEngine *e, MillmRequest *r, const MillmPrompt *prompt, const MillmTexts *labels)
+{
+	submit(e, r, prompt, labels);
 }
 
 void

@@ -140,7 +140,7 @@ typedef struct MillmEngineStatus
 
 extern void millm_engine_status(MillmEngine *engine, MillmEngineStatus *out);
 
-/* ---- generate, embed ----------------------------------------------------------------------- */
+/* ---- generate, embed, score ----------------------------------------------------------------- */
 
 /* What one of the n choices of a request says, or some of it. */
 typedef struct MillmPiece
@@ -161,11 +161,19 @@ typedef struct MillmTiming
 	double		compute_ms;		/* from there on, in whatever company; 0 before */
 } MillmTiming;
 
+/* How probable the model finds a text: of n tokens of it, the sum of the logprobs that each has after those before it. */
+typedef struct MillmScore
+{
+	double		logprob;
+	int			n;				/* 0: nothing is before any of them */
+} MillmScore;
+
 typedef struct MillmResult
 {
 	const MillmPiece *choices;	/* [n]: the last piece of each, which is all of it when it was not streamed */
 	int			n;
-	int			prompt_tokens;	/* of embeddings: of all texts */
+	const MillmScore *scores;	/* of a request for scores, one for each text or label; else NULL */
+	int			prompt_tokens;	/* of embeddings and scores: of all texts */
 	int			cached_tokens;	/* of them, those that the prefix cache had */
 	int			completion_tokens;	/* every chosen token of all choices, the eos ids too */
 	int64_t		seed;
@@ -200,6 +208,11 @@ extern MillmCode millm_request_create(const MillmLoaded *loaded, const MillmGene
  * is not done here (MillmPooling).
  */
 extern MillmCode millm_request_create_embedding(const MillmLoaded *loaded, const MillmSink *sink, MillmRequest **out, MillmError *err);
+/*
+ * The same for scores, which the result has.  With sink.piece, it is told of every token of the text, pieces without text: logprobs of its tokens
+ * in their order, NAN of the first.  Then there must be one text, and no prompt.
+ */
+extern MillmCode millm_request_create_scoring(const MillmLoaded *loaded, const MillmSink *sink, MillmRequest **out, MillmError *err);
 extern MillmRequest *millm_request_ref(MillmRequest *r);
 extern void millm_request_unref(MillmRequest *r);		/* NULL is fine */
 /* Up to now, or to its end; from its sink's calls only. */
@@ -225,7 +238,7 @@ typedef struct MillmPrompt
 
 /* Encode the prompt and hand the accepted request to the model thread; any thread but that one; failed() may be called here. */
 extern void millm_engine_submit(MillmEngine *engine, MillmRequest *r, const MillmPrompt *prompt);
-/* What a request for embeddings is about, at least one text; special tokens may be written in them, and they get what the tokenizer adds. */
+/* What a request for embeddings or scores is about, at least one text; special tokens may be written in them, and they get what the tokenizer adds. */
 typedef struct MillmTexts
 {
 	const char *bytes;			/* of all, one after the other */
@@ -235,6 +248,8 @@ typedef struct MillmTexts
 } MillmTexts;
 
 extern void millm_engine_submit_texts(MillmEngine *engine, MillmRequest *r, const MillmTexts *texts);
+/* Of a request for scores: the texts are what may follow the prompt, and only they are scored (scoring.h). */
+extern void millm_engine_submit_labels(MillmEngine *engine, MillmRequest *r, const MillmPrompt *prompt, const MillmTexts *labels);
 /* Instead of submitting it: end an accepted request with this error. */
 extern void millm_engine_refuse(MillmEngine *engine, MillmRequest *r, const MillmError *err);
 /* Nobody wants the answer any more: its pages come back within milliseconds.  Any thread, any time. */

@@ -13,6 +13,7 @@
 #include <string.h>
 
 #include "embedding.h"
+#include "scoring.h"
 #include "wire.h"
 
 /* The texts of a request that are not streamed must fit one reply, escaped; a \u00XX escape is six bytes. */
@@ -103,6 +104,20 @@ millm_request_create_embedding(const MillmLoaded *loaded, const MillmSink *sink,
 	return MILLM_OK;
 }
 
+MillmCode
+millm_request_create_scoring(const MillmLoaded *loaded, const MillmSink *sink, MillmRequest **out, MillmError *err)
+{
+	MillmRequest *r = create_request(loaded, sink, 1);
+
+	if (!r || !(r->scoring = scoring_create()))
+	{
+		millm_request_unref(r);
+		return out_of_memory(err);
+	}
+	*out = r;
+	return MILLM_OK;
+}
+
 MillmRequest *
 millm_request_ref(MillmRequest *r)
 {
@@ -128,6 +143,7 @@ millm_request_unref(MillmRequest *r)
 	}
 	free(r->prompt);
 	embedding_free(r->embedding);
+	scoring_free(r->scoring);
 	millm_loaded_release(r->loaded);
 	free(r);
 }

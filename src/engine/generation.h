@@ -1,6 +1,6 @@
 /*
  * generation.h -- one request on its way: its prompt, and the choices that come of it, each with its tokens, sampler and text.
- * One for embeddings has embedding.h's state instead, and one choice, of which only the slot counts.
+ * One for embeddings or scores has embedding.h's or scoring.h's state instead, and one choice, of which only the slot counts.
  *
  * Internal to the engine.  The creating thread fills it, then it belongs to the model thread; only refs and
  * is_canceled are shared.
@@ -22,7 +22,7 @@ typedef struct MillmChoice
 	int			index;
 	int32_t    *generated;		/* [max_tokens] */
 	int			n_completion;	/* chosen so far, the eos id too */
-	bool		is_finished;	/* eos, a stop sequence, or max_tokens; the last embedding */
+	bool		is_finished;	/* eos, a stop sequence, or max_tokens; the last embedding or score */
 	bool		stopped;		/* by the first two */
 	MillmSequence *seq;			/* its positions in the KV cache; NULL: none */
 	MillmSampler *sampler;		/* NULL until its first token; then the detokenizer is there too */
@@ -47,7 +47,8 @@ struct MillmRequest
 	MillmRequest *next;			/* in the engine's inbox */
 	double		accepted_ms;	/* on the monotonic clock */
 	double		begun_ms;		/* its first step; 0: that has not been */
-	struct MillmEmbedding *embedding;	/* owned; NULL: a generation */
+	struct MillmEmbedding *embedding;	/* owned; this and the next NULL: a generation */
+	struct MillmScoring *scoring;	/* owned */
 
 	int32_t    *prompt;			/* [n_prompt] */
 	int			n_prompt;

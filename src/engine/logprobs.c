@@ -8,8 +8,29 @@
 #include <float.h>
 #include <math.h>
 
-static float
-as_float(double logprob)
+/* log(sum of exp(logits[i])), of which max is the largest */
+static double
+log_sum_exp(const float *logits, int n, float max)
+{
+	double		sum = 0;
+
+	for (int i = 0; i < n; i++)
+		sum += expf(logits[i] - max);
+	return (double) max + log(sum);
+}
+
+double
+millm_log_sum_exp(const float *logits, int n)
+{
+	float		max = -INFINITY;
+
+	for (int i = 0; i < n; i++)
+		max = logits[i] > max ? logits[i] : max;
+	return log_sum_exp(logits, n, max);
+}
+
+float
+millm_as_logprob(double logprob)
 {
 	return (float) fmax(logprob, -FLT_MAX);
 }
@@ -19,7 +40,6 @@ millm_logprobs(MillmLogprob *out, int n_top, const float *logits, int n, int32_t
 {
 	MillmLogprob *top = out + 1;	/* sorted; meanwhile with logits */
 	float		max = -INFINITY;
-	double		sum = 0;
 	double		shift;
 
 	for (int i = 0; i < n_top; i++)
@@ -35,10 +55,8 @@ millm_logprobs(MillmLogprob *out, int n_top, const float *logits, int n, int32_t
 			top[at] = top[at - 1];
 		top[at] = (MillmLogprob) {id, logits[id]};
 	}
-	for (int i = 0; i < n; i++)
-		sum += expf(logits[i] - max);
-	shift = (double) max + log(sum);
-	out[0] = (MillmLogprob) {chosen, as_float(logits[chosen] - shift)};
+	shift = log_sum_exp(logits, n, max);
+	out[0] = (MillmLogprob) {chosen, millm_as_logprob(logits[chosen] - shift)};
 	for (int i = 0; i < n_top; i++)
-		top[i].logprob = as_float(top[i].logprob - shift);
+		top[i].logprob = millm_as_logprob(top[i].logprob - shift);
 }

@@ -21,4 +21,9 @@ typedef struct MillmLogprob
  */
 extern void millm_logprobs(MillmLogprob *out, int n_top, const float *logits, int n, int32_t chosen);
 
+/* log(sum of exp(logits[i])), for the same logits: what a logit is more than this is its logprob. */
+extern double millm_log_sum_exp(const float *logits, int n);
+/* A logprob as others see it: not less than -FLT_MAX. */
+extern float millm_as_logprob(double logprob);
+
 #endif

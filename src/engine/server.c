@@ -19,6 +19,7 @@
 #include "answer.h"
 #include "embedding.h"
 #include "engine.h"
+#include "scoring.h"
 #include "serve.h"
 #include "version.h"
 #include "worker.h"
@@ -27,7 +28,7 @@
 #define QUICK_IDS			4096
 #define MAX_QUEUED_TEXTS	4096		/* conversations and long texts that wait for the worker */
 #define MAX_QUEUED_BYTES	((size_t) 256 << 20)	/* of them together; one has up to WIRE_MAX_REQUEST_BYTES */
-#define MAX_EMBED_TEXTS		1024		/* of one request */
+#define MAX_TEXTS			1024		/* of one request for embeddings or scores */
 #define MAX_PENDING_BYTES	(1u << 20)	/* of a stream's unread frames; beyond it the sequence pauses */
 #define MAX_TIMEOUT_MS		(24 * 3600 * 1000)
 
@@ -42,12 +43,13 @@ typedef struct Call
 {
 	EngineServer *server;
 	MillmConn  *conn;			/* a reference */
-	MillmRequest *generation;	/* a reference; generate and embed only */
+	MillmRequest *generation;	/* a reference; generate, embed and score only */
 	const MillmLoaded *loaded;	/* a reference; text ops, and a chat that has to be rendered */
 	json_t	   *chat;			/* ours alone: the fields of a conversation */
 	char	   *text;			/* a prompt, or what to encode; a copy, for jansson's objects stay on the loop's thread */
 	size_t		len;
-	size_t	   *ends;			/* [n_texts], embed: where each text ends in text */
+	char	   *texts;			/* embed, score: all of them, one after the other */
+	size_t	   *ends;			/* [n_texts]: where each ends in texts */
 	size_t		n_texts;
 	int64_t		first_text;		/* its number, for errors; 0: none */
 	int32_t    *ids;			/* what to decode */
@@ -71,6 +73,7 @@ free_call(Call *call)
 	millm_loaded_release(call->loaded);
 	json_decref(call->chat);
 	free(call->text);
+	free(call->texts);
 	free(call->ends);
 	free(call->ids);
 	free(call->name);
@@ -151,13 +154,19 @@ too_many_texts(MillmError *err)
 	millm_detail(err, "At most %d may wait, of %zu bytes together.", MAX_QUEUED_TEXTS, MAX_QUEUED_BYTES);
 }
 
+static size_t
+texts_len(const Call *call)
+{
+	return call->n_texts > 0 ? call->ends[call->n_texts - 1] : 0;
+}
+
 /* Have the worker do it; false when too many wait for that. */
 static bool
 post(Call *call, MillmWorkFn fn)
 {
 	const size_t chat = call->chat ? json_dumpb(call->chat, NULL, 0, 0) : 0;
 
-	return millm_worker_post(call->server->worker, fn, call, call->len + call->n_ids * sizeof(call->ids[0]) + chat);
+	return millm_worker_post(call->server->worker, fn, call, call->len + texts_len(call) + call->n_ids * sizeof(call->ids[0]) + chat);
 }
 
 /* Every op begins so: its name is one of the fields. */
@@ -536,31 +545,42 @@ read_role(MillmFields *f, MillmSink *sink)
 	sink->role = (uint32_t) role;
 }
 
+/*
+ * Hand the accepted request over, its conversation rendered: what is to be continued, and the labels that are to be scored, if there are some.
+ */
 static void
 submit(void *arg, bool is_ending)
 {
 	Call	   *call = arg;
+	MillmEngine *engine = call->server->engine;
 	char	   *text = call->text;
+	char	   *labels = call->texts;
+	size_t	   *ends = call->ends;
+	const MillmTexts texts = {.bytes = labels, .ends = ends, .n = call->n_texts};
 	MillmPrompt prompt = {.text = text, .len = call->len, .plain = !call->parse_special};
 	MillmRendering rendering = {0};
 	MillmError	err;
 
-	call->text = NULL;
+	call->text = call->texts = NULL;
+	call->ends = NULL;
 	if (is_ending)
-		millm_engine_cancel(call->server->engine, call->generation);
-	else if (call->chat)
+		millm_engine_cancel(engine, call->generation);
+	/* The call may be gone when its request has been handed over or refused. */
+	if (!is_ending && call->chat && render(call, &rendering, &err) != MILLM_OK)
+		millm_engine_refuse(engine, call->generation, &err);
+	else
 	{
-		if (render(call, &rendering, &err) != MILLM_OK)
-		{
-			millm_engine_refuse(call->server->engine, call->generation, &err);
-			return;
-		}
-		prompt = (MillmPrompt) {.text = rendering.text, .len = rendering.n, .origins = rendering.origins};
+		if (rendering.text)
+			prompt = (MillmPrompt) {.text = rendering.text, .len = rendering.n, .origins = rendering.origins};
+		if (ends)
+			millm_engine_submit_labels(engine, call->generation, &prompt, &texts);
+		else
+			millm_engine_submit(engine, call->generation, &prompt);
 	}
-	/* The call may be gone when this returns. */
-	millm_engine_submit(call->server->engine, call->generation, &prompt);
 	millm_rendering_free(&rendering);
 	free(text);
+	free(labels);
+	free(ends);
 }
 
 /*
@@ -571,11 +591,12 @@ static void
 start(Call *call, MillmWorkFn submit_it)
 {
 	EngineServer *server = call->server;
+	const size_t prompts = call->len * (call->n_texts > 0 ? call->n_texts : 1);	/* it is encoded with each label */
 	MillmRequest *r = millm_request_ref(call->generation);
 	MillmError	err;
 
 	millm_conn_set_data(call->conn, r);
-	if (!call->chat && call->len <= QUICK_TEXT_BYTES)
+	if (!call->chat && prompts <= QUICK_TEXT_BYTES && texts_len(call) <= QUICK_TEXT_BYTES)
 		submit_it(call, false);
 	else if (!post(call, submit_it))
 	{
@@ -817,47 +838,48 @@ static void
 submit_texts(void *arg, bool is_ending)
 {
 	Call	   *call = arg;
-	char	   *text = call->text;
+	char	   *bytes = call->texts;
 	size_t	   *ends = call->ends;
-	MillmTexts	texts = {.bytes = text, .ends = ends, .n = call->n_texts, .first = call->first_text};
+	MillmTexts	texts = {.bytes = bytes, .ends = ends, .n = call->n_texts, .first = call->first_text};
 
-	call->text = NULL;
+	call->texts = NULL;
 	call->ends = NULL;
 	if (is_ending)
 		millm_engine_cancel(call->server->engine, call->generation);
 	/* The call may be gone when this returns. */
 	millm_engine_submit_texts(call->server->engine, call->generation, &texts);
-	free(text);
+	free(bytes);
 	free(ends);
 }
 
 /* Copies: jansson's objects stay on the loop's thread. */
 static MillmCode
-keep_texts(Call *call, json_t *array, MillmError *err)
+keep_texts(Call *call, const char *field, json_t *array, size_t max, MillmError *err)
 {
 	size_t		n = json_array_size(array);
+	size_t		len = 0;
 
-	if (n < 1 || n > MAX_EMBED_TEXTS)
+	if (n < 1 || n > max)
 	{
-		millm_fail(err, MILLM_E_INVALID_ARGUMENT, "field \"texts\" must be an array of 1 to %d texts", MAX_EMBED_TEXTS);
+		millm_fail(err, MILLM_E_INVALID_ARGUMENT, "field \"%s\" must be an array of 1 to %zu texts", field, max);
 		millm_detail(err, "There are %zu.", n);
 		return MILLM_E_INVALID_ARGUMENT;
 	}
 	for (size_t i = 0; i < n; i++)
 	{
 		if (!json_is_string(json_array_get(array, i)))
-			return millm_fail(err, MILLM_E_INVALID_ARGUMENT, "element %zu of field \"texts\" is not a string", i);
-		call->len += json_string_length(json_array_get(array, i));
+			return millm_fail(err, MILLM_E_INVALID_ARGUMENT, "element %zu of field \"%s\" is not a string", i, field);
+		len += json_string_length(json_array_get(array, i));
 	}
-	call->text = malloc(call->len + 1);
+	call->texts = malloc(len + 1);
 	call->ends = malloc(n * sizeof(*call->ends));
-	if (!call->text || !call->ends)
+	if (!call->texts || !call->ends)
 		return millm_fail(err, MILLM_E_INTERNAL, "out of memory");
 	for (size_t at = 0; call->n_texts < n; call->ends[call->n_texts++] = at)
 	{
 		json_t	   *text = json_array_get(array, call->n_texts);
 
-		memcpy(call->text + at, json_string_value(text), json_string_length(text));
+		memcpy(call->texts + at, json_string_value(text), json_string_length(text));
 		at += json_string_length(text);
 	}
 	return MILLM_OK;
@@ -883,7 +905,7 @@ op_embed(EngineServer *server, MillmConn *conn, json_t *request)
 	millm_field_int(&f, "first", 1, INT64_MAX / 2, &call->first_text);
 	millm_field_string(&f, "model_uuid", &uuid);
 	if (millm_fields_end(&f) == MILLM_OK &&
-		keep_texts(call, texts, &err) == MILLM_OK &&
+		keep_texts(call, "texts", texts, MAX_TEXTS, &err) == MILLM_OK &&
 		millm_engine_loaded(server->engine, &loaded, &err) == MILLM_OK &&
 		check_model(loaded, uuid, &err) == MILLM_OK &&
 		millm_request_create_embedding(loaded, &sink, &call->generation, &err) == MILLM_OK &&
@@ -892,6 +914,81 @@ op_embed(EngineServer *server, MillmConn *conn, json_t *request)
 	else
 		end_with_error(call, &err);
 	millm_loaded_release(loaded);
+}
+
+/* ---- score --------------------------------------------------------------------------------- */
+
+static void
+score_done(void *arg, const MillmResult *r)
+{
+	Call	   *call = arg;
+	json_t	   *scores = json_array();
+
+	for (size_t i = 0; i < call->n_texts; i++)
+		json_array_append_new(scores, json_pack("{s:f, s:i}", "logprob", r->scores[i].logprob, "tokens", r->scores[i].n));
+	end_with_result(call, json_pack("{s:o, s:{s:i}, s:f, s:f}", "scores", scores, "usage", "prompt_tokens", r->prompt_tokens,
+									"queue_ms", r->timing.queue_ms, "compute_ms", r->timing.compute_ms));
+}
+
+/* Texts by themselves, or labels that follow a prompt. */
+static void
+op_score(EngineServer *server, MillmConn *conn, json_t *request)
+{
+	MillmSink	sink = {.done = score_done, .failed = generate_failed, .is_behind = generate_is_behind};
+	Call	   *call = new_call(server, conn);
+	const MillmLoaded *loaded = NULL;
+	const char *uuid = NULL;
+	const char *prompt = NULL;
+	const char *system = NULL;
+	size_t		len = 0;
+	size_t		system_len = 0;
+	bool		raw = true;
+	bool		tokens = false;
+	json_t	   *texts = NULL;
+	json_t	   *labels = NULL;
+	MillmFields f;
+	MillmError	err;
+
+	if (!call)
+		return;
+	call->parse_special = true;
+	begin_fields(&f, request, &err);
+	millm_field_array(&f, "texts", &texts);
+	millm_field_int(&f, "first", 1, INT64_MAX / 2, &call->first_text);
+	millm_field_bool(&f, "tokens", &tokens);
+	millm_field_text(&f, "prompt", &prompt, &len);
+	millm_field_text(&f, "system", &system, &system_len);
+	millm_field_bool(&f, "raw", &raw);
+	millm_field_array(&f, "labels", &labels);
+	read_role(&f, &sink);
+	millm_field_string(&f, "model_uuid", &uuid);
+	sink.arg = call;
+	sink.piece = tokens ? generate_piece : NULL;
+	call->form = (MillmAnswerForm) {.streams = true, .has_logprobs = true};
+	if (millm_fields_end(&f) != MILLM_OK)
+		;
+	else if (!texts == !labels || !prompt == !texts)
+		millm_fail(&err, MILLM_E_INVALID_ARGUMENT, "either the field \"texts\" or the fields \"prompt\" and \"labels\" must be there");
+	else if (texts && (system || is_given(request, "raw")))
+		millm_fail(&err, MILLM_E_INVALID_ARGUMENT, "\"system\" and \"raw\" need \"prompt\"");
+	else if (labels && (tokens || call->first_text))
+		millm_fail(&err, MILLM_E_INVALID_ARGUMENT, "\"tokens\" and \"first\" need \"texts\"");
+	else if (tokens && json_array_size(texts) != 1)
+		millm_fail(&err, MILLM_E_INVALID_ARGUMENT, "\"tokens\" needs one text");
+	else if ((texts ? keep_texts(call, "texts", texts, MAX_TEXTS, &err) : keep_texts(call, "labels", labels, MILLM_MAX_LABELS, &err)) == MILLM_OK &&
+			 millm_engine_loaded(server->engine, &loaded, &err) == MILLM_OK &&
+			 check_model(loaded, uuid, &err) == MILLM_OK &&
+			 (texts || keep_prompt(call, loaded, prompt, len, system, system_len, raw, &err) == MILLM_OK) &&
+			 millm_request_create_scoring(loaded, &sink, &call->generation, &err) == MILLM_OK &&
+			 millm_engine_accept(server->engine, call->generation, &err) == MILLM_OK)
+	{
+		call->form.tokenizer = loaded->tokenizer;
+		millm_loaded_release(loaded);
+		start(call, texts ? submit_texts : submit);
+		return;
+	}
+	millm_loaded_release(loaded);
+	end_with_error(call, &err);
 }
 
 /* ---- text: tokenize, count_tokens, detokenize ---------------------------------------------- */
@@ -1232,6 +1329,8 @@ on_request(void *arg, MillmConn *conn, json_t *request)
 		return op_generate(server, conn, request);
 	else if (strcmp(op, "embed") == 0)
 		return op_embed(server, conn, request);
+	else if (strcmp(op, "score") == 0)
+		return op_score(server, conn, request);
 	else if (strcmp(op, "apply_chat_template") == 0)
 		return op_apply_chat_template(server, conn, request);
 	else if (strcmp(op, "tokenize") == 0)
@@ -1243,7 +1342,7 @@ on_request(void *arg, MillmConn *conn, json_t *request)
 	else
 	{
 		millm_fail(&err, MILLM_E_INVALID_ARGUMENT, "unrecognized op \"%.50s\"", op);
-		millm_hint(&err, "The ops are: status, plan, inspect, load, cancel_load, unload, generate, embed, apply_chat_template, tokenize, count_tokens, detokenize, shutdown.");
+		millm_hint(&err, "The ops are: status, plan, inspect, load, cancel_load, unload, generate, embed, score, apply_chat_template, tokenize, count_tokens, detokenize, shutdown.");
 	}
 	millm_conn_error(conn, &err);
 }

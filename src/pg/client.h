@@ -70,7 +70,7 @@ extern void millm_client_sleep(MillmClient *client, int timeout_ms);
 extern bool millm_client_can_open(void);
 
 /*
- * Requests that compute (generate, embed) begin with their op and the role that asks, for the engine to be fair between roles, and are counted
+ * Requests that compute (generate, embed, score) begin with their op and the role that asks, for the engine to be fair between roles, and are counted
  * when they end (stat.h), whichever way that is: millm_begin_compute() begins the text, the other two are millm_client_open() and
  * millm_client_call() of the engine, without a limit of time.
  */

@@ -14,7 +14,7 @@
 PG_FUNCTION_INFO_V1(millm_grant_user);
 PG_FUNCTION_INFO_V1(millm_grant_admin);
 
-#define USER_FUNCTIONS "generate,generate_stream,generate_rows,chat,chat_stream,complete,complete_stream,apply_chat_template,embed,tokenize,detokenize,count_tokens,status,stat_list,loaded_model,memory,estimate_memory,architecture,cache_usage,live,error_list"
+#define USER_FUNCTIONS "generate,generate_stream,generate_rows,chat,chat_stream,complete,complete_stream,apply_chat_template,embed,logprobs,perplexity,classify,tokenize,detokenize,count_tokens,status,stat_list,loaded_model,memory,estimate_memory,architecture,cache_usage,live,error_list"
 #define ADMIN_FUNCTIONS USER_FUNCTIONS ",preview,download,register_local,wait,cancel,retry,delete,load,unload,stat_reset,create_api_key,revoke_api_key"
 #define USER_VIEWS "millm.models,millm.progress,millm.errors,millm.stat_generate"
 #define ADMIN_VIEWS USER_VIEWS ",millm.api_keys"
