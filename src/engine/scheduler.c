@@ -5,8 +5,8 @@
  * prefill chunks, both in the order of the line.  Decode goes first because a reader who already sees words notices a pause.
  * While a stream decodes, prefill may take as long as the decode tokens take by themselves, so that its reader waits for no token more than about
  * twice as long; beside answers that are read as a whole it may make steps of STEP_MS, which cost less a token; alone, it may fill the
- * batch.  What a prefill token takes is measured step by step, for it grows with its position; what the decode tokens take, by a
- * step in DECODE_EVERY that carries nothing else.
+ * batch.  The chunk follows what the last one took, for that grows with the position, and not evenly with the number of tokens; in small changes, for a
+ * step may have taken long for a reason that is not ours.  What the decode tokens take is measured by a step in DECODE_EVERY that carries nothing else.
  *
  * Owns:     the order of the slots and the size of the next chunk.
  * Borrows:  the slots (embedded in their owner), KV pages through MillmSchedPages.
@@ -36,8 +36,12 @@
 #define MIN_PREFILL_MS	4.0		/* in a step, however fast its decode tokens are: nobody sees so short a pause */
 #define STEP_MS			50.0	/* for prefill in a step without a stream */
 #define DECODE_EVERY	16		/* steps beside which prefill runs before what they take without it is measured again */
-#define MEMORY			0.7		/* of a moving average */
-#define MIN_EXTRA		0.1		/* of a step's time is prefill's at least, whatever the measurements say */
+#define PREFILL_SHARE	0.9		/* of what decode tokens take: somewhat less, since it is not met exactly */
+#define MIN_CHUNK		2		/* tokens: of prefill, whatever it takes */
+#define FIRST_CHUNK		32		/* tokens, before anything is measured */
+#define MIN_GROWTH		1.05	/* of a chunk that was not too much, a factor */
+#define MAX_GROWTH		1.25	/* also of decode_ms */
+#define MAX_SHRINKING	0.8
 
 struct MillmScheduler
 {
@@ -46,9 +50,9 @@ struct MillmScheduler
 	int			max_slots;
 	int			max_batch_tokens;
 	uint64_t	n_arrived;
-	double		decode_ms;		/* of a step of decode tokens only: a moving average that falls at once; 0: not measured yet */
-	double		token_ms;		/* that a prefill token adds to a step, a moving average; 0: not measured yet */
-	int			chunk;			/* prefill tokens that the planned step had room for */
+	double		decode_ms;		/* of a step of decode tokens only; 0: not measured yet */
+	double		chunk;			/* prefill tokens that may go beside decode tokens */
+	double		prefill_ms;		/* that those of the planned step may add to it; 0: there are no decode tokens */
 	int			n_mixed;		/* steps with both kinds since decode_ms was measured */
 	uint64_t	turn;			/* the latest that a slot was admitted at */
 	uint32_t   *served;			/* [n_served] of max_slots: roles of which one was */
@@ -73,6 +77,7 @@ millm_sched_create(const MillmSchedPages *pages, int max_running, int max_waitin
 	s->max_running = max_running;
 	s->max_slots = (int) max_slots;
 	s->max_batch_tokens = max_batch_tokens;
+	s->chunk = FIRST_CHUNK;
 	return s;
 }
 
@@ -263,19 +268,16 @@ make_room(MillmScheduler *s, int i)
 
 /* ---- a step -------------------------------------------------------------------------------- */
 
-/* Prefill tokens for which there is time beside decode tokens, some of a stream or none; at most budget. */
-static int
-chunk_beside_decode(const MillmScheduler *s, bool has_stream, int budget)
+/* What prefill may add to a step that has decode tokens, some of a stream or none; 0: nothing, for what these take is to be measured. */
+static double
+time_for_prefill(const MillmScheduler *s, bool has_stream)
 {
-	double		ms = has_stream ? MIN_PREFILL_MS : STEP_MS;
+	const double least = has_stream ? MIN_PREFILL_MS : STEP_MS;
+	const double share = PREFILL_SHARE * s->decode_ms;
 
 	if (has_stream && (s->decode_ms == 0 || s->n_mixed >= DECODE_EVERY))
 		return 0;
-	if (ms < s->decode_ms)
-		ms = s->decode_ms;
-	if (ms >= budget * s->token_ms)		/* or not measured yet */
-		return budget;
-	return ms < s->token_ms ? 1 : (int) (ms / s->token_ms);
+	return share > least ? share : least;
 }
 
 /* The slot's next chunk; returns its tokens. */
@@ -306,9 +308,15 @@ millm_sched_plan(MillmScheduler *s, MillmPlanItem *items)
 		has_stream |= slot->is_stream;
 	}
 	budget = s->max_batch_tokens - n_items;
+	s->prefill_ms = 0;
 	if (n_items > 0)
-		budget = chunk_beside_decode(s, has_stream, budget);
-	s->chunk = budget;
+	{
+		s->prefill_ms = time_for_prefill(s, has_stream);
+		if (s->prefill_ms == 0)
+			budget = 0;
+		else if (budget > s->chunk)
+			budget = (int) s->chunk;
+	}
 	for (int i = 0; i < s->n_running && budget > 0; i++)
 		if (!s->slots[i]->is_paused && owed(s->slots[i]) > 1)
 			budget -= plan_prefill(s->slots[i], budget, &items[n_items++]);
@@ -321,32 +329,29 @@ void
 millm_sched_done(MillmScheduler *s, const MillmPlanItem *items, int n, double ms)
 {
 	int			n_prefill = 0;
-	int			n_decode = 0;
+	double		extra_ms;
+	double		fits;
 
 	for (int i = 0; i < n; i++)
 	{
-		const int	n_tokens = items[i].n_tokens;
-
-		if (n_tokens == 1)
-			n_decode++;
-		else
-			n_prefill += n_tokens;
-		items[i].slot->n_past += n_tokens;
+		n_prefill += items[i].n_tokens > 1 ? items[i].n_tokens : 0;
+		items[i].slot->n_past += items[i].n_tokens;
 	}
 	if (n_prefill == 0)
 	{
-		s->decode_ms = s->decode_ms > 0 && s->decode_ms < ms ? MEMORY * s->decode_ms + (1 - MEMORY) * ms : ms;
+		s->decode_ms = s->decode_ms > 0 && ms > MAX_GROWTH * s->decode_ms ? MAX_GROWTH * s->decode_ms : ms;
 		s->n_mixed = 0;
 	}
-	else
-	{
-		/* a small chunk, which is the end of a prompt, says less */
-		const double weight = (1 - MEMORY) * n_prefill / (n_prefill > s->chunk ? n_prefill : s->chunk);
-		double		extra = n_decode > 0 ? ms - s->decode_ms : ms;
-
-		if (extra < MIN_EXTRA * ms)
-			extra = MIN_EXTRA * ms;
-		s->token_ms = s->token_ms > 0 ? s->token_ms + weight * (extra / n_prefill - s->token_ms) : extra / n_prefill;
-		s->n_mixed += n_decode > 0;
-	}
+	if (n_prefill == 0 || s->prefill_ms == 0)
+		return;
+	s->n_mixed++;
+	extra_ms = ms - s->decode_ms;
+	fits = extra_ms > 0 ? s->prefill_ms / extra_ms : MAX_GROWTH;
+	if (fits >= 1 && n_prefill < (int) s->chunk)
+		return;					/* the end of a prompt: it says nothing of larger chunks */
+	s->chunk *= fits < MAX_SHRINKING ? MAX_SHRINKING : fits < 1 ? fits : fits < MIN_GROWTH ? MIN_GROWTH : fits > MAX_GROWTH ? MAX_GROWTH : fits;
+	if (s->chunk < MIN_CHUNK)
+		s->chunk = MIN_CHUNK;
+	if (s->chunk > s->max_batch_tokens)
+		s->chunk = s->max_batch_tokens;
 }

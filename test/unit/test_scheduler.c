@@ -552,7 +552,7 @@ step_ms(const MillmPlanItem *items, int n, double decode_ms, double token_ms)
 	return ms;
 }
 
-/* A long prompt beside a sequence that decodes, a stream or not: the longest step, and the steps that it took. */
+/* A long prompt beside a sequence that decodes, a stream or not: the longest step but for those that find out, and how many there were. */
 static double
 longest_step(bool is_stream, double decode_ms, double token_ms, int *n_steps)
 {
@@ -577,8 +577,10 @@ longest_step(bool is_stream, double decode_ms, double token_ms, int *n_steps)
 		check_plan(items, n, 1024);
 		assert_ptr_equal(items[0].slot, &a.slot);	/* goes on at each step */
 		ms = step_ms(items, n, decode_ms, token_ms);
-		longest = ms > longest ? ms : longest;
-		millm_sched_done(s, items, n, ms);
+		if (*n_steps > 15)
+			longest = ms > longest ? ms : longest;
+		/* now and then another process takes the CPU */
+		millm_sched_done(s, items, n, *n_steps % 50 == 25 ? 5 * ms : ms);
 		a.slot.n_tokens++;
 	}
 	millm_sched_free(s);
@@ -602,12 +604,12 @@ chunk_follows_time(void **state)
 	assert_int_equal(items[0].n_tokens, 1024);
 	millm_sched_free(s);
 
-	assert_true(longest_step(true, 20, 1, &n_stream_steps) <= 1.1 * 2 * 20);
-	assert_true(longest_step(false, 20, 1, &n_steps) <= 1.1 * (50 + 20));
+	assert_true(longest_step(true, 20, 1, &n_stream_steps) <= 1.2 * 2 * 20);
+	assert_true(longest_step(false, 20, 1, &n_steps) <= 1.2 * (50 + 20));
 	assert_true(n_steps < n_stream_steps);
 	/* a model for which 50 ms are less than a token's time, and one that is faster than anybody reads */
-	assert_true(longest_step(false, 200, 5, &n_steps) <= 1.1 * 2 * 200);
-	assert_true(longest_step(true, 0.2, 0.05, &n_stream_steps) <= 1.1 * (0.2 + 4));
+	assert_true(longest_step(false, 200, 5, &n_steps) <= 1.2 * 2 * 200);
+	assert_true(longest_step(true, 0.2, 0.05, &n_stream_steps) <= 1.2 * (0.2 + 4));
 	assert_true(n_stream_steps < 8192 / 16);
 }
 
