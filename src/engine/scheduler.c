@@ -37,7 +37,6 @@
 #define STEP_MS			50.0	/* for prefill in a step without a stream */
 #define DECODE_EVERY	16		/* steps beside which prefill runs before what they take without it is measured again */
 #define PREFILL_SHARE	0.9		/* of what decode tokens take: somewhat less, since it is not met exactly */
-#define MIN_CHUNK		2		/* tokens: of prefill, whatever it takes */
 #define FIRST_CHUNK		32		/* tokens, before anything is measured */
 #define MIN_GROWTH		1.05	/* of a chunk that was not too much, a factor */
 #define MAX_GROWTH		1.25	/* also of decode_ms */
@@ -334,8 +333,9 @@ millm_sched_done(MillmScheduler *s, const MillmPlanItem *items, int n, double ms
 
 	for (int i = 0; i < n; i++)
 	{
-		n_prefill += items[i].n_tokens > 1 ? items[i].n_tokens : 0;
 		items[i].slot->n_past += items[i].n_tokens;
+		if (items[i].n_tokens > 1 || owed(items[i].slot) > 0)
+			n_prefill += items[i].n_tokens;
 	}
 	if (n_prefill == 0)
 	{
@@ -350,8 +350,8 @@ millm_sched_done(MillmScheduler *s, const MillmPlanItem *items, int n, double ms
 	if (fits >= 1 && n_prefill < (int) s->chunk)
 		return;					/* the end of a prompt: it says nothing of larger chunks */
 	s->chunk *= fits < MAX_SHRINKING ? MAX_SHRINKING : fits < 1 ? fits : fits < MIN_GROWTH ? MIN_GROWTH : fits > MAX_GROWTH ? MAX_GROWTH : fits;
-	if (s->chunk < MIN_CHUNK)
-		s->chunk = MIN_CHUNK;
+	if (s->chunk < 1)
+		s->chunk = 1;
 	if (s->chunk > s->max_batch_tokens)
 		s->chunk = s->max_batch_tokens;
 }
