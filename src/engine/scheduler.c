@@ -41,6 +41,7 @@
 #define MIN_GROWTH		1.05	/* of a chunk that was not too much, a factor */
 #define MAX_GROWTH		1.25	/* also of decode_ms */
 #define MAX_SHRINKING	0.8
+#define MIN_CHUNK		16		/* in a step without a stream, whatever it takes: a smaller one pays the step's own cost for less, and would shrink to nothing over it */
 
 struct MillmScheduler
 {
@@ -313,8 +314,13 @@ millm_sched_plan(MillmScheduler *s, MillmPlanItem *items)
 		s->prefill_ms = time_for_prefill(s, has_stream);
 		if (s->prefill_ms == 0)
 			budget = 0;
-		else if (budget > s->chunk)
-			budget = (int) s->chunk;
+		else
+		{
+			const int	chunk = has_stream || s->chunk > MIN_CHUNK ? (int) s->chunk : MIN_CHUNK;
+
+			if (budget > chunk)
+				budget = chunk;
+		}
 	}
 	for (int i = 0; i < s->n_running && budget > 0; i++)
 		if (!s->slots[i]->is_paused && owed(s->slots[i]) > 1)

@@ -613,6 +613,36 @@ chunk_follows_time(void **state)
 	assert_true(n_stream_steps < 8192 / 16);
 }
 
+/*
+ * Prefill has a cost of its own in a step, however small the chunk: other kernels, a machine that is busy.  Beside answers that are read as a whole no chunk
+ * gets so small that only this cost is paid, or the sequences that wait would never fill the batch.
+ */
+static void
+small_chunks_do_not_pay(void **state)
+{
+	Pool		pool;
+	MillmScheduler *s = create(&pool, 100000, 4, 4, 1024);
+	Seq			a = {.slot.n_tokens = 1, .goal = 1000000};
+	Seq			b = {.slot.n_tokens = 4096, .goal = 4097};
+	MillmPlanItem items[4];
+	int			n_steps;
+
+	(void) state;
+	millm_sched_add(s, &a.slot);
+	for (n_steps = 0; n_steps < 3; n_steps++, a.slot.n_tokens++)
+		millm_sched_done(s, items, millm_sched_plan(s, items), 20);
+	millm_sched_add(s, &b.slot);
+	for (n_steps = 0; b.slot.n_past < 4096 && n_steps < 1000; n_steps++, a.slot.n_tokens++)
+	{
+		const int	n = millm_sched_plan(s, items);
+
+		check_plan(items, n, 1024);
+		millm_sched_done(s, items, n, step_ms(items, n, n > 1 ? 20 + 400 : 20, 1));
+	}
+	assert_true(n_steps <= 4096 / 16 + 1);
+	millm_sched_free(s);
+}
+
 int
 main(void)
 {
@@ -620,7 +650,7 @@ main(void)
 		cmocka_unit_test(decode_goes_first), cmocka_unit_test(canceled_step), cmocka_unit_test(limits),
 		cmocka_unit_test(no_overtaking), cmocka_unit_test(preempts_the_youngest), cmocka_unit_test(shared_beginning), cmocka_unit_test(storm),
 		cmocka_unit_test(roles_take_turns), cmocka_unit_test(nobody_has_a_turn_twice), cmocka_unit_test(bounded_waiting),
-		cmocka_unit_test(chunk_follows_time),
+		cmocka_unit_test(chunk_follows_time), cmocka_unit_test(small_chunks_do_not_pay),
 	};
 
 	return cmocka_run_group_tests(tests, NULL, NULL);
