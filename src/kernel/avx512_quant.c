@@ -12,7 +12,7 @@
  * Many tokens (bound by arithmetic): a panel of a few rows is dequantized into the cache and handed to the float kernels, BF16 where there
  * is AVX512-BF16 (4-bit values rounded as bitsandbytes does; int8 are exact in bfloat16), else float32.
  *
- * 4-bit weights whose rows are not whole blocks take the panel too, decoded by the reference: correct, and slow for a single token.
+ * 4-bit weights with float32 activations (deterministic answers, rows that are not whole blocks) are left to AVX2's panels.
  */
 #include "kernel.h"
 
@@ -718,28 +718,6 @@ matmul_mxfp4_bf16_form(const MillmMatmul *m, int64_t begin, int64_t end)
 	}
 }
 
-/* Whatever the fast paths do not know: float32 panels, decoded by the reference. */
-static void
-matmul_f32_panel(const MillmMatmul *m, int64_t begin, int64_t end)
-{
-	const int64_t n = m->w->n_in;
-	int64_t		n_rows = panel_rows(n * 4, 1);
-	_Alignas(64) float panel[PANEL_BYTES / 4];
-
-	if (n_rows == 0)
-	{
-		millm_matmul_decoded(m, begin, end);
-		return;
-	}
-	for (int64_t o = begin; o < end; o += n_rows)
-	{
-		n_rows = end - o < n_rows ? end - o : n_rows;
-		for (int64_t r = 0; r < n_rows; r++)
-			millm_weight_decode(panel + r * n, m->w, o + r, 0, n);
-		run_panel(m, millm_avx512_f32_rows, MILLM_F32, MILLM_FORM_F32, panel, n, o, n_rows, NULL);
-	}
-}
-
 /* ---- the choice ---- */
 
 /* Do four rows fit a panel of bfloat16? */
@@ -782,7 +760,6 @@ millm_kernels_avx512_quant(MillmKernels *k, unsigned cpu)
 {
 	if (!(cpu & MILLM_CPU_AVX512_VNNI))
 		return;					/* AVX2's 4-bit and INT8 kernels stay */
-	k->matmul[MILLM_FORM_F32][MILLM_4BIT][0] = matmul_f32_panel;
 	k->matmul[MILLM_FORM_F32][MILLM_INT8][0] = matmul_int8;
 	k->matmul[MILLM_FORM_F32][MILLM_MXFP4][0] = matmul_mxfp4;
 	k->matmul[MILLM_FORM_I16_NIBBLES][MILLM_4BIT][0] = matmul_i16_nibbles;
