@@ -41,6 +41,7 @@ LONG = "tiny/llama-long"        # the one with room for prompts of several chunk
 LONG_CONTEXT = 1024
 MODELS = [LONG, "tiny-bnb/nf4-wide", "tiny/gemma3", "tiny/llama-bf16", "tiny/qwen2_moe", "tiny-bnb/int8", "tiny/mixtral-sliding", "tiny/gemma2", "tiny/gpt2",
           "tiny/gpt_oss-mxfp4"]
+MAX_FAILURES = 20       # the end
 STUCK = 60              # seconds after which a request that should take milliseconds counts as stuck
 MAX_GROWTH_KB = 8192    # of private memory between two rests of one process; what a leaking request loses, a thousand times
 PREFIXES = ["", "", "Classify what follows as good or bad, in one word, and say nothing else: ", "Summarize: "]
@@ -173,7 +174,11 @@ class World:
     def fail(self, what):
         with self.lock:
             self.failures.append(what)
-        print("FAILURE:", what, flush=True)
+            if len(self.failures) >= MAX_FAILURES:
+                self.ended = True
+            if len(self.failures) <= MAX_FAILURES:
+                print("FAILURE:", what, flush=True)
+            self.lock.notify_all()
 
     def begin(self):
         """May a request begin?  Waits for it; (model, generation), or None at the end."""
@@ -251,9 +256,13 @@ def work(world, cluster, questions, seed, faithful):
 
 
 def process(pid):
-    """Private memory in kB and descriptors of a process."""
+    """Private memory in kB and descriptors of a process at rest; what is being closed does not count."""
+    descriptors = []
+    for _ in range(5):
+        descriptors.append(len(os.listdir(f"/proc/{pid}/fd")))
+        time.sleep(0.02)
     status = Path(f"/proc/{pid}/status").read_text()
-    return int(re.search(r"^RssAnon:\s+(\d+)", status, re.M)[1]), len(os.listdir(f"/proc/{pid}/fd"))
+    return int(re.search(r"^RssAnon:\s+(\d+)", status, re.M)[1]), min(descriptors)
 
 
 def engine_status(cluster):
@@ -387,7 +396,7 @@ def soak(a, cluster):
 
     start, lives, first, last = time.monotonic(), [], None, None
     print(f"{a.sessions} sessions, {a.minutes:g} minutes", flush=True)
-    while not world.failures or len(world.failures) < 20:
+    while not world.ended:
         sizes = []
         for _ in range(2):
             go_on(world)
@@ -400,7 +409,7 @@ def soak(a, cluster):
             first = first or last
         if len(sizes) < 2:
             break
-        lives.append((status["model"], sizes))
+        lives.append((status["model"], sizes, status["pages_cached"]))
         (kb, fds), (kb_end, fds_end) = sizes
         if fds_end > fds or kb_end - kb > MAX_GROWTH_KB:
             world.fail(f"the engine with {status['model']} grew from {kb} kB, {fds} descriptors to {kb_end} kB, {fds_end}")
@@ -450,11 +459,11 @@ def report(a, world, seconds, load_s, lives, first, last):
         lines.append(f"  {ending:10}" + ", ".join(f"{o} {n}" for (e, o), n in sorted(outcomes.items()) if e == ending))
     lines += ["", f"engine killed {len(load_s)} times" + (f"; from the kill to a loaded model: median {1e3 * statistics.median(load_s):.0f} ms, longest {1e3 * max(load_s):.0f} ms" if load_s else ""),
               f"rests with nothing at work and every KV page free: {2 * len(lives)}",
-              "", "the engine's lives: private memory and descriptors in the middle and at the end"]
-    lines += [f"  {model:22}{kb:7} ->{kb_end:7} kB {fds:4} -> {fds_end}" for model, ((kb, fds), (kb_end, fds_end)) in lives]
+              "", "the engine's lives: private memory and descriptors in the middle and at the end, free pages that the prefix cache has"]
+    lines += [f"  {model:22}{kb:7} ->{kb_end:7} kB {fds:4} -> {fds_end} {cached:8}" for model, ((kb, fds), (kb_end, fds_end)), cached in lives]
     lines += ["", "processes that lived all the time: at the first rest and at the last"]
     lines += [f"  {name:22}{first[name][0]:7} ->{last[name][0]:7} kB {first[name][1]:4} -> {last[name][1]}" for name in first or {}]
-    lines += ["", f"failures: {len(world.failures)}"] + [f"  {f}" for f in world.failures[:50]]
+    lines += ["", f"failures: {len(world.failures)}"] + [f"  {f}" for f in world.failures[:MAX_FAILURES]]
     return "\n".join(lines) + "\n"
 
 

@@ -27,6 +27,14 @@ for my $n (3, 16, 64)
 	is(scalar @other, 0, "$n at a time: every answer is the one that was given alone") or diag "others: @other";
 }
 
+# A beginning that the prefix cache has, and one that is computed, after a load
+my $complete = "SELECT r->'usage'->>'cached_tokens', r - 'usage' FROM millm.complete('" . 'a lazy dog jumps ' x 12 . "', max_tokens => 8, temperature => 0, seed => 1, logprobs => true, top_logprobs => 5) r";
+$node->safe_psql('postgres', "SELECT millm.unload(); SELECT millm.load('q4')");
+my ($n_missed, $missed) = split /\|/, $node->safe_psql('postgres', $complete), 2;
+my ($n_hit, $hit) = split /\|/, $node->safe_psql('postgres', $complete), 2;
+ok($n_missed == 0 && $n_hit > 0, 'a hit in the prefix cache, which had missed before') or diag "$n_missed, $n_hit";
+is($hit, $missed, 'gives the same tokens with the same logprobs');
+
 # It counts from the next load on.
 $node->append_conf('postgresql.conf', 'millm.deterministic = off');
 $node->reload;
