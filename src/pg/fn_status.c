@@ -103,7 +103,8 @@ put_int(Row row, int column, MillmJson object, const char *field)
 enum
 {
 	ENGINE_PID, ENGINE_STATE, ENGINE_VERSION, RESTARTS, LAST_EXIT, MODEL_ID, MODEL, DEVICE, DEVICE_REASON, KERNELS, DETERMINISTIC,
-	CONTEXT_LENGTH, RUNNING, WAITING, HUB_PID, HUB_STATE, CIRCUIT_BREAKER, FINGERPRINT, STATUS_COLUMNS
+	CONTEXT_LENGTH, RUNNING, WAITING, HUB_PID, HUB_STATE, CIRCUIT_BREAKER, FINGERPRINT, KV_PAGES, KV_PAGES_FREE,
+	KV_PAGES_CACHED, STATUS_COLUMNS
 };
 
 /* millm.status() RETURNS record: helpers as the supervisor sees them, the engine's figures as it gives them itself. */
@@ -155,6 +156,9 @@ millm_status(PG_FUNCTION_ARGS)
 	put_int(row, CONTEXT_LENGTH, object, "context_length");
 	put_int(row, RUNNING, object, "running");
 	put_int(row, WAITING, object, "waiting");
+	put_int(row, KV_PAGES, object, "pages_total");
+	put_int(row, KV_PAGES_FREE, object, "pages_free");
+	put_int(row, KV_PAGES_CACHED, object, "pages_cached");
 	put_pid(row, HUB_PID, hub.pid);
 	put_text(row, HUB_STATE, state_name(hub.state));
 	resetStringInfo(&reply);
