@@ -571,14 +571,58 @@ norm(MillmBackend *be, MillmBuffer *y, MillmBuffer *x, MillmNorm kind, const Mil
 	y->n_written = n;
 }
 
+/* All of these products of few rows, which have chunks: MILLM_CUDA_FEW_ROWS rows in a launch, and weights of one format. */
+static void
+multiply_few(CudaBackend *c, const MillmCudaMatmul *m, int n_matmuls)
+{
+	for (int i = 0, end; i < n_matmuls; i = end)
+	{
+		for (end = i + 1; end < n_matmuls && m[end].w.dtype == m[i].w.dtype;)
+			end++;
+		for (int t = 0; t < m->n; t += MILLM_CUDA_FEW_ROWS)
+		{
+			MillmCudaMatmul some[MILLM_MAX_PROJECTIONS];
+
+			for (int j = i; j < end; j++)
+			{
+				some[j] = m[j];
+				some[j].y.data += t * m[j].y.stride;
+				some[j].x.data += t * m[j].x.stride;
+				some[j].n = m->n - t < MILLM_CUDA_FEW_ROWS ? m->n - t : MILLM_CUDA_FEW_ROWS;
+			}
+			CHECK(millm_cuda_matmul_few(some + i, end - i, c->queue));
+		}
+	}
+}
+
+/* One product, of rows that are not few for our tuned kernels, or by the obvious one */
+static void
+multiply(CudaBackend *c, const MillmCudaMatmul *m)
+{
+	bool		is_done = false;
+
+	if (c->is_plain || !m->w.has_chunks)
+	{
+		CHECK(millm_cuda_matmul_any(m, c->queue));
+		return;
+	}
+	if (c->blas && m->n > KEPT_ROWS)
+		CHECK(millm_cuda_blas_matmul(c->blas, m, c->queue, c->stream, &is_done));
+	if (!is_done)
+		CHECK(c->has_tensor_cores ? millm_cuda_matmul_tensor(m, c->queue) : millm_cuda_matmul_many(m, c->queue));
+}
+
 static void
 matmul(MillmBackend *be, const MillmProjection *p, int n_projections, MillmBuffer *x, int n)
 {
+	_Static_assert(MILLM_MAX_PROJECTIONS == MILLM_CUDA_MATMULS, "projections of one input are one launch");
 	CudaBackend *c = cuda(be);
+	MillmCudaMatmul few[MILLM_MAX_PROJECTIONS];
+	int			n_few = 0;
 
 	for (int i = 0; i < n_projections; i++)
 	{
-		MillmCudaMatmul m = {
+		const MillmCudaMatmul m = {
 			.y = p[i].y->rows,
 			.w = *weight_of(c, p[i].w),
 			.bias = vector_of(c, p[i].bias->data),
@@ -586,27 +630,14 @@ matmul(MillmBackend *be, const MillmProjection *p, int n_projections, MillmBuffe
 			.x = x->rows,
 			.n = n,
 		};
-
-		bool		is_done = false;
-
-		if (c->blas && n > KEPT_ROWS && m.w.has_chunks)
-			CHECK(millm_cuda_blas_matmul(c->blas, &m, c->queue, c->stream, &is_done));
-		if (is_done)
-			;
-		else if (c->is_plain || !m.w.has_chunks)
-			CHECK(millm_cuda_matmul_any(&m, c->queue));
-		else if (n > MILLM_CUDA_FEW_ROWS && !c->deterministic)
-			CHECK(c->has_tensor_cores ? millm_cuda_matmul_tensor(&m, c->queue) : millm_cuda_matmul_many(&m, c->queue));
-		else
-			for (int t = 0; t < n; t += MILLM_CUDA_FEW_ROWS)
-			{
-				m.y.data = p[i].y->rows.data + t * m.y.stride;
-				m.x.data = x->rows.data + t * m.x.stride;
-				m.n = n - t < MILLM_CUDA_FEW_ROWS ? n - t : MILLM_CUDA_FEW_ROWS;
-				CHECK(millm_cuda_matmul_few(&m, c->queue));
-			}
 		p[i].y->n_written = n;
+		if (!c->is_plain && m.w.has_chunks && (n <= MILLM_CUDA_FEW_ROWS || c->deterministic))
+			few[n_few++] = m;
+		else
+			multiply(c, &m);
 	}
+	if (n_few > 0)
+		multiply_few(c, few, n_few);
 }
 
 static MillmCudaAttention

@@ -282,20 +282,29 @@ matmul_any(MillmCudaMatmul m)
 
 /*
  * Few tokens: a warp for each row of weights, which is read once, 16 bytes a lane, for all of them.  Decode is bound by that read.
- * A lane sums its chunks in their order, whatever T is.
+ * A lane sums its chunks in their order, whatever T is.  Several products of the same rows stand side by side: a block is of one of them.
  *
  *   T       the tokens, at most; rows past n compute the last one again
- *   blocks  [ceil(n_out / FEW_WARPS)], threads FEW_WARPS * WARP
+ *   blocks  [the sum of ceil(n_out / FEW_WARPS)], threads FEW_WARPS * WARP
  */
 #define FEW_WARPS 4
+
+struct FewMatmuls
+{
+	MillmCudaMatmul m[MILLM_CUDA_MATMULS];
+	unsigned	first_block[MILLM_CUDA_MATMULS + 1];	/* of each; those that are not there begin past the last block */
+};
+
 template <int DTYPE, int T>
 static __global__ void
-matmul_few(MillmCudaMatmul m)
+matmul_few(const __grid_constant__ FewMatmuls all)
 {
 	const int	SIZE = Chunk<DTYPE>::SIZE;
 	SHARED(float, codebook, 16);
+	const int	which = (blockIdx.x >= all.first_block[1]) + (blockIdx.x >= all.first_block[2]);
+	const MillmCudaMatmul &m = all.m[which];
 	const int	lane = (int) threadIdx.x % WARP;
-	const int64_t o = (int64_t) blockIdx.x * FEW_WARPS + threadIdx.x / WARP;
+	const int64_t o = (int64_t) (blockIdx.x - all.first_block[which]) * FEW_WARPS + threadIdx.x / WARP;
 	float		sum[T];
 
 	share_codebook<DTYPE>(codebook, m.w);
@@ -501,14 +510,23 @@ millm_cuda_matmul_any(const MillmCudaMatmul *m, MillmCudaQueue *queue)
 
 template <int DTYPE>
 static cudaError_t
-launch_few(const MillmCudaMatmul *m, MillmCudaQueue *queue)
+launch_few(const MillmCudaMatmul *m, int n_matmuls, MillmCudaQueue *queue)
 {
-	const dim3	blocks((unsigned) ((m->w.n_out + FEW_WARPS - 1) / FEW_WARPS));
+	FewMatmuls	all = {};
+	unsigned	n_blocks = 0;
 
-	return m->n == 1 ? launch(matmul_few<DTYPE, 1>, blocks, FEW_WARPS * WARP, queue, *m) :
-		m->n == 2 ? launch(matmul_few<DTYPE, 2>, blocks, FEW_WARPS * WARP, queue, *m) :
-		m->n <= 4 ? launch(matmul_few<DTYPE, 4>, blocks, FEW_WARPS * WARP, queue, *m) :
-		launch(matmul_few<DTYPE, MILLM_CUDA_FEW_ROWS>, blocks, FEW_WARPS * WARP, queue, *m);
+	for (int i = 0; i < MILLM_CUDA_MATMULS; i++)
+	{
+		all.first_block[i] = n_blocks;
+		if (i < n_matmuls)
+		{
+			all.m[i] = m[i];
+			n_blocks += (unsigned) ((m[i].w.n_out + FEW_WARPS - 1) / FEW_WARPS);
+		}
+	}
+	all.first_block[MILLM_CUDA_MATMULS] = n_blocks;
+	return launch(m->n == 1 ? matmul_few<DTYPE, 1> : m->n == 2 ? matmul_few<DTYPE, 2> : m->n <= 4 ? matmul_few<DTYPE, 4> :
+				  matmul_few<DTYPE, MILLM_CUDA_FEW_ROWS>, dim3(n_blocks), FEW_WARPS * WARP, queue, all);
 }
 
 template <int DTYPE>
@@ -532,12 +550,12 @@ launch_tensor(const MillmCudaMatmul *m, MillmCudaQueue *queue)
 typedef cudaError_t (*MatmulLauncher) (const MillmCudaMatmul *m, MillmCudaQueue *queue);
 
 cudaError_t
-millm_cuda_matmul_few(const MillmCudaMatmul *m, MillmCudaQueue *queue)
+millm_cuda_matmul_few(const MillmCudaMatmul *m, int n_matmuls, MillmCudaQueue *queue)
 {
-	static const MatmulLauncher of_dtype[MILLM_N_WEIGHT_DTYPES] = {
+	static cudaError_t (*const of_dtype[MILLM_N_WEIGHT_DTYPES]) (const MillmCudaMatmul *m, int n_matmuls, MillmCudaQueue *queue) = {
 		launch_few<MILLM_F32>, launch_few<MILLM_F16>, launch_few<MILLM_BF16>, launch_few<MILLM_4BIT>, launch_few<MILLM_INT8>, launch_few<MILLM_MXFP4>};
 
-	return of_dtype[m->w.dtype] (m, queue);
+	return of_dtype[m->w.dtype] (m, n_matmuls, queue);
 }
 
 cudaError_t

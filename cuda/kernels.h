@@ -74,7 +74,10 @@ typedef struct MillmCudaMatmul
 /* Up to so many rows the weights are read once, a warp for each row of them, and a row's bits do not depend on its company. */
 #define MILLM_CUDA_FEW_ROWS 8
 
-extern cudaError_t millm_cuda_matmul_few(const MillmCudaMatmul *m, MillmCudaQueue *queue);	/* n <= MILLM_CUDA_FEW_ROWS, has_chunks */
+#define MILLM_CUDA_MATMULS 3	/* that can be one launch: q, k and v, or gate and up */
+
+/* n_matmuls of the same x, the same n <= MILLM_CUDA_FEW_ROWS and the same dtype, which have chunks */
+extern cudaError_t millm_cuda_matmul_few(const MillmCudaMatmul *m, int n_matmuls, MillmCudaQueue *queue);
 extern cudaError_t millm_cuda_matmul_many(const MillmCudaMatmul *m, MillmCudaQueue *queue);	/* has_chunks */
 /* The same, rounding to bfloat16 first (but not F32 weights); compute capability 8.0, has_chunks */
 extern cudaError_t millm_cuda_matmul_tensor(const MillmCudaMatmul *m, MillmCudaQueue *queue);

@@ -299,7 +299,7 @@ struct Captured
 	dim3		blocks;
 	int			n_threads;
 	Captured   *next;
-	alignas(16) char arg[512];
+	alignas(16) char arg[1024];
 };
 
 struct CUgraph_st

@@ -405,6 +405,72 @@ test_matmul_others(void **state)
 	}
 }
 
+/* Projections of one input: side by side in a launch, or in two where formats differ, with biases and sums of their own. */
+static void
+test_projections(void **state)
+{
+	static const int sets[][3] = {{12, 12, 16}, {6, 8, 6}, {3, 4, 17}, {1, 1, 1}};
+	static const int n_rows[] = {1, 2, 4, 7, 19, 64};
+
+	(void) state;
+	for (size_t i = 0; i < sizeof(sets) / sizeof(sets[0]) * 2; i++)
+		for (size_t j = 0; j < sizeof(n_rows) / sizeof(n_rows[0]); j++)
+		{
+			const int	n = n_rows[j];
+			const int	n_projections = i % 2 ? 3 : 2;
+			Rig			r;
+			Stored		s[3];
+			Shape		shape[3];
+			float	   *x = coarse(floats(N_ROWS * 128, 0), N_ROWS * 128),
+					   *bias = floats(200, 0);
+			MillmBuffer *y[2][3];
+			MillmWeight *places[] = {&r.layer.q, &r.layer.k, &r.layer.v};
+			MillmVector *biases[] = {&r.layer.q_bias, &r.layer.k_bias, &r.layer.v_bias};
+
+			rig_init(&r, 1, 1, 8);
+			r.options.deterministic = n == 19;
+			r.layer.o.dtype = MILLM_BF16;
+			for (int k = 0; k < 3; k++)
+			{
+				shape[k] = shapes[sets[i / 2][k]];
+				shape[k].n_in = 128;
+				shape[k].n_out = 5 + 60 * k;
+				shape[k].first = shape[k].first ? 64 * 128 : 0;
+				store(&s[k], &shape[k]);
+				*places[k] = s[k].w;
+				*biases[k] = (MillmVector) {k == 1 ? NULL : bias, shape[k].n_out};
+			}
+			r.layer.up = table(x, 128);
+			rig_open(&r, NULL);
+			for (int b = 0; b < 2; b++)
+			{
+				MillmBuffer *in = buffer(&r, b, 128);
+				MillmProjection p[3];
+
+				fill(&r, b, in, &r.layer.up, N_ROWS);
+				for (int k = 0; k < 3; k++)
+				{
+					y[b][k] = buffer(&r, b, shape[k].n_out);
+					p[k] = (MillmProjection) {y[b][k], places[k], biases[k], false};
+				}
+				r.be[b]->matmul(r.be[b], p, n_projections, in, n);
+			}
+			for (int k = 0; k < n_projections; k++)
+			{
+				char		what[64];
+
+				snprintf(what, sizeof(what), "projection %d of %d, of set %zu, %d rows", k, n_projections, i / 2, n);
+				assert_near(r.be[1]->buffer_read(r.be[1], y[1][k]), r.be[0]->buffer_read(r.be[0], y[0][k]), n * shape[k].n_out,
+							n == 64 ? TOLERANCE_ROUNDED : EPSILON * 8 * sqrt(128), what);
+			}
+			rig_close(&r);
+			for (int k = 0; k < 3; k++)
+				discard(&s[k]);
+			free(x);
+			free(bias);
+		}
+}
+
 /* More rows of weights than a tile of them has, and more rows than one of these: what is beside y stays as it is. */
 static void
 test_blas_tiles(void **state)
@@ -1361,7 +1427,7 @@ main(int argc, char **argv)
 {
 	char		path[PATH_MAX];
 	const struct CMUnitTest tests[] = {
-		cmocka_unit_test(test_matmul), cmocka_unit_test(test_matmul_old_device), cmocka_unit_test(test_matmul_others), cmocka_unit_test(test_blas_tiles),
+		cmocka_unit_test(test_matmul), cmocka_unit_test(test_matmul_old_device), cmocka_unit_test(test_matmul_others), cmocka_unit_test(test_projections), cmocka_unit_test(test_blas_tiles),
 		cmocka_unit_test(test_company), cmocka_unit_test(test_attention),
 		cmocka_unit_test(test_rows), cmocka_unit_test(test_fetch), cmocka_unit_test(test_graphs), cmocka_unit_test(test_graphs_differ), cmocka_unit_test(test_backwards), cmocka_unit_test(test_out_of_memory), cmocka_unit_test(test_prediction),
 		cmocka_unit_test(test_cleared), cmocka_unit_test(test_upload),
