@@ -498,10 +498,14 @@ cudaFreeHost(void *p)
 	not_captured("cudaFreeHost");
 	if (!p)
 		return cudaSuccess;
-	make_copies(n_queued);
 	for (Pinned &place : pinned)
 		if (place.p == p)
+		{
+			for (long i = n_made; i < n_queued; i++)
+				if ((const char *) copies[i % MAX_COPIES].from >= place.p && (const char *) copies[i % MAX_COPIES].from < place.p + place.bytes)
+					emulated_complain("page-locked memory is freed that a copy still reads");
 			place = {NULL, 0};
+		}
 	free(p);
 	millm_emulated.n_host--;
 	return answer();
