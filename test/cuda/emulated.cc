@@ -440,11 +440,12 @@ cudaError_t
 cudaFree(void *p)
 {
 	not_captured("cudaFree");
-	Head	   *head = (Head *) ((char *) p - HEAD);
 	Head	  **link = &allocations;
+	Head	   *head;
 
 	if (!p)
 		return cudaSuccess;
+	head = (Head *) ((char *) p - HEAD);
 	make_copies(n_queued);
 	while (*link != head)
 		if (*link)
