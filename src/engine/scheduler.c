@@ -40,7 +40,7 @@
 #define FIRST_CHUNK		32		/* tokens, before anything is measured */
 #define MIN_GROWTH		1.05	/* of a chunk that was not too much, a factor */
 #define MAX_GROWTH		1.25	/* also of decode_ms */
-#define MAX_SHRINKING	0.8
+#define MAX_SHRINKING	0.5
 #define MIN_CHUNK		16		/* in a step without a stream, whatever it takes: a smaller one pays the step's own cost for less, and would shrink to nothing over it */
 
 struct MillmScheduler
