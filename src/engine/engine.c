@@ -37,11 +37,6 @@
 #include "scoring.h"
 
 #define PAUSE_POLL_MS		20		/* only while some reader is behind */
-/*
- * The last tokens of a prompt are computed, whatever the prefix cache has: the last one for its logits, the others so that the kernels for
- * many rows are used, as they were when the prompt was computed first.  The same question then has the same answer.
- */
-#define MIN_COMPUTED		24
 #define DRAIN_REPORT_MS		250		/* of an unload that waits */
 #define SERVICE_WEIGHT		0.1		/* of the latest sequence in the average */
 #define MAX_WAIT_S			86400	/* nobody expects to wait for longer */

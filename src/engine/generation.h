@@ -14,6 +14,12 @@
 #include "forward.h"
 #include "scheduler.h"
 
+/*
+ * The last tokens of a prompt are computed, whatever the prefix cache has: the last one for its logits, the others so that the kernels for
+ * many rows are used, as they were when the prompt was computed first.  The same question then has the same answer.
+ */
+#define MIN_COMPUTED		24
+
 /* One of a request's n answers: a sequence. */
 typedef struct MillmChoice
 {

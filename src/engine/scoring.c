@@ -7,7 +7,7 @@
  * where the scheduler cut cannot be seen.
  *
  * With a prompt, the slot's tokens are first the prompt, then group after group of labels, without leaving: all together they are no more than a long
- * prompt.  A preempted request begins with the prompt again, then the labels that were not done.
+ * prompt.  What the prefix cache has of the prompt is not computed.  A preempted request begins with the prompt again, then the labels that were not done.
  */
 #include "scoring.h"
 
@@ -282,18 +282,23 @@ bool
 scoring_reserve(MillmRequest *r, MillmForward *fw)
 {
 	MillmScoring *s = r->scoring;
-	const int	n_past = r->choices[0].slot.n_past;
+	MillmSlot  *slot = &r->choices[0].slot;
 
-	if (n_past >= s->n_prompt)
-		return text_run_reserve(&s->run, fw, n_past > s->n_before);
-	if (!s->trunk)
-		s->trunk = millm_sequence_create(fw, s->planned_length);
+	if (slot->n_past >= s->n_prompt)
+		return text_run_reserve(&s->run, fw, slot->n_past > s->n_before);
+	if (!s->trunk && (s->trunk = millm_sequence_create(fw, s->planned_length)) && s->n_prompt > MIN_COMPUTED)
+		slot->n_past = millm_sequence_share(s->trunk, s->prompt, s->n_prompt - MIN_COMPUTED);
 	if (s->trunk && millm_sequence_reserve(s->trunk, s->n_prompt))
+	{
+		if (!slot->is_running && slot->n_preempted == 0)
+			r->n_cached = slot->n_past;
 		return true;
-	if (n_past == 0)
+	}
+	if (!slot->is_running)
 	{
 		millm_sequence_free(s->trunk);
 		s->trunk = NULL;
+		slot->n_past = 0;
 	}
 	return false;
 }

@@ -926,8 +926,8 @@ score_done(void *arg, const MillmResult *r)
 
 	for (size_t i = 0; i < call->n_texts; i++)
 		json_array_append_new(scores, json_pack("{s:f, s:i}", "logprob", r->scores[i].logprob, "tokens", r->scores[i].n));
-	end_with_result(call, json_pack("{s:o, s:{s:i}, s:f, s:f}", "scores", scores, "usage", "prompt_tokens", r->prompt_tokens,
-									"queue_ms", r->timing.queue_ms, "compute_ms", r->timing.compute_ms));
+	end_with_result(call, json_pack("{s:o, s:{s:i, s:i}, s:f, s:f}", "scores", scores, "usage", "prompt_tokens", r->prompt_tokens,
+									"cached_tokens", r->cached_tokens, "queue_ms", r->timing.queue_ms, "compute_ms", r->timing.compute_ms));
 }
 
 /* Texts by themselves, or labels that follow a prompt. */

@@ -111,6 +111,21 @@ def test_many_labels(engine, theirs):
     all_free(engine)
 
 
+def test_shared_prefix(engine, theirs):
+    """What the prefix cache has of a prompt is not computed again, and the scores are the same."""
+    load(engine, LONG, context_length=1024)
+    prompt, other = ("one two three four five six seven eight " * 8 + end for end in ("nine", "and so on and on"))
+    results = [engine.call("score", prompt=p, labels=LABELS) for p in (prompt, prompt, other)]
+    n = len(tokens(LONG, prompt))
+    assert results[0]["usage"]["cached_tokens"] == 0
+    assert n - 24 - 16 < results[1]["usage"]["cached_tokens"] <= n - 24 and results[2]["usage"]["cached_tokens"] > 0
+    for p, r in zip((prompt, prompt, other), results):
+        assert_scores(r["scores"], label_scores(theirs, LONG, p, LABELS))
+    load(engine, LONG, context_length=1024, prefix_cache=False)
+    assert all(engine.call("score", prompt=prompt, labels=LABELS)["usage"]["cached_tokens"] == 0 for _ in range(2))
+    all_free(engine)
+
+
 def test_chat(engine):
     """With raw false: what the chat template makes of a user's message, as generate has it; special tokens are the template's only."""
     load(engine, SMOLLM2, context_length=512)
