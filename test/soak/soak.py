@@ -363,6 +363,7 @@ def main():
     p.add_argument("--seed", type=int, default=1)
     p.add_argument("--report", type=Path, help="also write the report to this file")
     a = p.parse_args()
+    a.commit = subprocess.run(["git", "-C", ROOT, "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()    # as it is now, not at the end
     cluster = Cluster("soak", **{"millm.deterministic": "on", "millm.max_sequences": 16, "millm.max_queue": 4 * a.sessions, "millm.kv_cache_size": "1MB",
                                  "log_min_messages": "warning"})
     try:
@@ -444,14 +445,13 @@ def soak(a, cluster):
 
 
 def report(a, world, seconds, load_s, lives, first, last):
-    git = subprocess.run(["git", "-C", ROOT, "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
     machine = next((line.split(":")[1].strip() for line in open("/proc/cpuinfo") if line.startswith("model name")), platform.machine())
     total = sum(world.counts.values())
     kinds, endings = (sorted({k[i] for k in world.counts}) for i in (0, 1))
     outcomes = collections.Counter()
     for (_, ending, outcome), n in world.counts.items():
         outcomes[ending, outcome] += n
-    lines = [f"make soak, {time.strftime('%Y-%m-%d')}, commit {git}, {machine}, {os.cpu_count()} CPUs, load {os.getloadavg()[0]:.1f}",
+    lines = [f"make soak, {time.strftime('%Y-%m-%d')}, commit {a.commit}, {machine}, {os.cpu_count()} CPUs, load {os.getloadavg()[0]:.1f}",
              f"{a.sessions} sessions, {seconds / 60:.1f} minutes, {total} requests ({total / seconds:.0f} a second), seed {a.seed}",
              "", "requests by what was asked: " + ", ".join(f"{k} {sum(n for key, n in world.counts.items() if key[0] == k)}" for k in kinds),
              "and by how they were to end:"]
