@@ -276,6 +276,29 @@ make_copies(long until)
 		memcpy(copies[n_made % MAX_COPIES].to, copies[n_made % MAX_COPIES].from, copies[n_made % MAX_COPIES].bytes);
 }
 
+/* Copies to pinned memory, which are there when the stream was waited for, and as the device's memory was when they were queued */
+struct Arrival
+{
+	void	   *to;
+	void	   *bytes;
+	size_t		n;
+	Arrival    *next;
+};
+static Arrival *arrivals;
+
+static void
+arrive()
+{
+	for (Arrival *a = arrivals, *next; a; a = next)
+	{
+		next = a->next;
+		memcpy(a->to, a->bytes, a->n);
+		free(a->bytes);
+		free(a);
+	}
+	arrivals = NULL;
+}
+
 struct Pinned
 {
 	char	   *p;
@@ -400,6 +423,7 @@ cudaStreamSynchronize(cudaStream_t)
 {
 	not_captured("cudaStreamSynchronize");
 	make_copies(n_queued);
+	arrive();
 	return answer();
 }
 
@@ -499,6 +523,7 @@ cudaFreeHost(void *p)
 	not_captured("cudaFreeHost");
 	if (!p)
 		return cudaSuccess;
+	arrive();
 	for (Pinned &place : pinned)
 		if (place.p == p)
 		{
@@ -571,6 +596,17 @@ cudaMemcpyAsync(void *to, const void *from, size_t bytes, cudaMemcpyKind kind, c
 		return answer();
 	}
 	make_copies(n_queued);
+	if (kind == cudaMemcpyDeviceToHost && is_pinned(to))
+	{
+		Arrival   **link = &arrivals;
+
+		while (*link)
+			link = &(*link)->next;
+		*link = (Arrival *) calloc(1, sizeof(Arrival));
+		**link = {to, malloc(bytes), bytes, NULL};
+		memcpy((*link)->bytes, from, bytes);
+		return answer();
+	}
 	memcpy(to, from, bytes);
 	return answer();
 }

@@ -2,8 +2,8 @@
  * emulated_runtime.h -- the few functions of the CUDA runtime that cuda/ calls, over the memory of this process.
  *
  * Device memory is malloc()'s, filled with NaN, so that AddressSanitizer sees what is read or written beyond it, and what is read before it is
- * written shows.  A stream does its work when it is queued, but for copies from pinned memory: those wait for the first call that needs them, so
- * that who overwrites a buffer too early is found.
+ * written shows.  A stream does its work when it is queued, but for copies from and to pinned memory: the former wait for the first call that needs
+ * them, the latter for cudaStreamSynchronize(), so that who overwrites a buffer or reads it too early is found.
  */
 #ifndef MILLM_EMULATED_RUNTIME_H
 #define MILLM_EMULATED_RUNTIME_H

@@ -195,3 +195,19 @@ def test_memory():
     if not Path("/dev/nvidiactl").exists():
         assert e.call("memory") == {"devices": []}
     e.stop()
+
+
+def test_choices():
+    """Of the logits only what a choice needs comes from the device: the tokens are those of the CPU, which has them all, whatever decides them."""
+    model = TINY / "llama"
+    options = [{"temperature": 0}, {"temperature": 0, "repetition_penalty": 1.5}, {"temperature": 1, "top_k": 5}, {"temperature": 1.3, "top_k": 20, "top_p": 0.8},
+               {"temperature": 1, "min_p": 0.2, "presence_penalty": 1}, {"temperature": 1}, {"temperature": 0.7, "top_p": 0.9, "frequency_penalty": 0.5}]
+    texts = []
+    for device in ("cpu", "cuda"):
+        e = Engine(env={"LD_LIBRARY_PATH": str(EMULATED / "driver"), "MILLM_KERNELS": "ref"} if device == "cpu" else {"LD_LIBRARY_PATH": str(EMULATED / "driver")},
+                   program=str(EMULATED / "millm-engine"))
+        e.call("load", path=str(model), device=device, max_sequences=1)
+        texts.append([e.call("generate", prompt="once upon a time", max_tokens=12, seed=seed, **o)["text"] for o in options for seed in (1, 2)])
+        e.stop()
+    assert texts[0] == texts[1]
+    assert len(set(texts[0])) > 5
