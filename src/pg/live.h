@@ -51,7 +51,7 @@ extern bool millm_loaded_fingerprint(MillmLoadedModel *out, char fingerprint[MIL
 
 /*
  * ereport unless the library is preloaded, this database is the one of millm.database, and it is
- * UTF8 (see design 2 and 3).  Every SQL function calls it first.
+ * UTF8 (see design 2 and 3).  A supervisor that is only being started is waited for.  Every SQL function calls it first.
  */
 extern void millm_check_ready(void);
 

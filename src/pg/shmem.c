@@ -9,8 +9,13 @@
 #include "storage/ipc.h"
 #include "storage/shmem.h"
 
+#include "clock.h"
+#include "compat.h"
 #include "settings.h"
 #include "stat.h"
+
+#define START_MS	5000		/* a second until a worker that has ended is started anew, and what a busy server takes for it */
+#define LOOK_MS		20
 
 MillmShared *millm_shared = NULL;
 
@@ -206,8 +211,16 @@ void
 millm_check_ready(void)
 {
 	MillmError	err;
+	int64		deadline_ms;
 
 	millm_check_registry();
+	deadline_ms = millm_now_ms() + START_MS;
+	while (!millm_shared->supervisor && millm_now_ms() < deadline_ms)
+	{
+		if (WaitLatch(MyLatch, WL_LATCH_SET | WL_TIMEOUT | WL_EXIT_ON_PM_DEATH, LOOK_MS, PG_WAIT_EXTENSION) & WL_LATCH_SET)
+			ResetLatch(MyLatch);
+		CHECK_FOR_INTERRUPTS();
+	}
 	if (millm_shared->supervisor)
 		return;
 	millm_fail(&err, MILLM_E_ENGINE_UNAVAILABLE, "millm's supervisor is not running");
