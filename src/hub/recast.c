@@ -252,7 +252,7 @@ is_tapped(const MillmRecast *r, const char *name)
 static MillmCode
 plan_item(MillmRecast *r, const MillmStTensor *t, Item *item, MillmError *err)
 {
-	const bool	is_matrix = t->n_dims >= 2;	/* vectors (norms, sinks) keep what they have */
+	const bool	is_matrix = t->n_dims >= 2 && !millm_quant_is_router(t->name);	/* vectors (norms, sinks) keep what they have, and so do routers */
 	MillmQuantPart parts[MILLM_QUANT_MAX_PARTS];
 	char	   *module;
 	int			n_parts;

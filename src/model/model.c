@@ -1202,8 +1202,14 @@ millm_model_weights_bytes_as(const MillmModel *m, const char *quantization)
 	if (strcmp(quantization, millm_model_quantization(m)) == 0)
 		return bytes;
 	for (size_t i = 0; i < m->files->n_entries; i++)
-		if (m->files->entries[i].used && is_of_linear(m->files->entries[i].tensor))
-			bytes -= (int64_t) m->files->entries[i].tensor->bytes;
+	{
+		const MillmStTensor *t = m->files->entries[i].tensor;
+
+		if (m->files->entries[i].used && is_of_linear(t))
+			bytes -= (int64_t) t->bytes;
+		else if (m->files->entries[i].used && t->dtype == MILLM_F32 && t->n_dims == 2 && !millm_quant_is_router(t->name))
+			bytes -= (int64_t) t->bytes / 2;	/* millm-hub makes 16 bits of it */
+	}
 	for (int i = 0; i < m->config.n_layers; i++)
 	{
 		const MillmLayer *l = &m->layers[i];

@@ -233,7 +233,7 @@ extern bool millm_model_populate(const MillmModel *model, bool (*progress) (void
 extern const char *millm_model_quantization(const MillmModel *model);
 /*
  * weights_bytes as that quantization; exact for the model's own.  Others are of its shapes: Linears as millm-hub would write them (or
- * with 16 bits), a screening copy where there would be one, everything else as it is.
+ * with 16 bits), a screening copy where there would be one, other matrices in F32 with 16 bits, everything else as it is.
  */
 extern int64_t millm_model_weights_bytes_as(const MillmModel *model, const char *quantization);
 

@@ -66,27 +66,35 @@ millm_quant_routers(void)
 	return names;
 }
 
-/* Is module the last part of the tensor's name but ".weight"? */
 static bool
-is_weight_of(const char *tensor, const char *module)
+is_weight(const char *tensor)
+{
+	static const char weight[] = ".weight";
+	size_t		len = strlen(tensor);
+
+	return len >= sizeof(weight) && strcmp(tensor + len - (sizeof(weight) - 1), weight) == 0;
+}
+
+bool
+millm_quant_is_router(const char *tensor)
 {
 	const char *dot = strrchr(tensor, '.');
-	size_t		n = strlen(module);
 
-	return dot - tensor > (ptrdiff_t) n && memcmp(dot - n, module, n) == 0 && dot[-1 - (ptrdiff_t) n] == '.';
+	for (const char *const *router = millm_quant_routers(); *router && is_weight(tensor); router++)
+	{
+		size_t		n = strlen(*router);
+
+		if (dot - tensor > (ptrdiff_t) n && memcmp(dot - n, *router, n) == 0 && dot[-1 - (ptrdiff_t) n] == '.')
+			return true;
+	}
+	return false;
 }
 
 bool
 millm_quant_is_quantized(const char *tensor, int n_dims)
 {
-	static const char weight[] = ".weight";
-	size_t		len = strlen(tensor);
-
-	if (n_dims != 2 || len < sizeof(weight) || strcmp(tensor + len - (sizeof(weight) - 1), weight) != 0 || strstr(tensor, "_norm.weight"))
+	if (n_dims != 2 || !is_weight(tensor) || strstr(tensor, "_norm.weight") || millm_quant_is_router(tensor))
 		return false;
-	for (const char *const *router = millm_quant_routers(); *router; router++)
-		if (is_weight_of(tensor, *router))
-			return false;
 	for (const char *dot = strchr(tensor, '.'); dot; dot = strchr(dot + 1, '.'))
 	{
 		size_t		digits = strspn(dot + 1, "0123456789");

@@ -223,6 +223,8 @@ extern bool millm_quant_is_quantized(const char *tensor, int n_dims);
  */
 #define MILLM_QUANT_N_ROUTERS 2
 extern const char *const *millm_quant_routers(void);
+/* Is this tensor the weight of one of them?  It stays F32, too, where F32 becomes 16 bits. */
+extern bool millm_quant_is_router(const char *tensor);
 
 /*
  * The value of "quantization_config" in config.json; a new reference, NULL without memory.  compute is the model's

@@ -10,6 +10,7 @@
 #include "checkpoint.h"
 #include "model.h"
 #include "quant.h"
+#include "screen.h"
 #include "utf8.h"
 
 /* H 8, 2 heads of 4, 1 KV head, I 6, 2 layers, V 11 */
@@ -476,6 +477,7 @@ static void
 weights_as(void **state)
 {
 	MillmModel *m;
+	const int64_t screen = millm_screen_file_bytes(11, 8);
 
 	(void) state;
 	write_llama("");
@@ -483,6 +485,8 @@ weights_as(void **state)
 	assert_string_equal(millm_model_quantization(m), "FP16");
 	assert_int_equal(millm_model_weights_bytes_as(m, "FP16"), m->weights_bytes);
 	assert_int_not_equal(millm_model_weights_bytes_as(m, "Q4"), m->weights_bytes);
+	/* codes, a scale for each row and the format's byte, of seven Linears; norms in F32; embedding and head, which are F32 here, in 16 bits */
+	assert_int_equal(millm_model_weights_bytes_as(m, "Q8") - (screen > 0 ? screen : 0), 2 * (336 + 4 * 44 + 7) + 5 * 8 * 4 + 2 * 88 * 2);
 	assert_int_not_equal(millm_model_weights_bytes_as(m, "Q8"), millm_model_weights_bytes_as(m, "Q4"));
 	millm_model_close(m);
 }
