@@ -1146,7 +1146,8 @@ test_out_of_memory(void **state)
 			assert_int_equal(millm_emulated.n_allocations, r.n_alive);
 			assert_int_equal(millm_emulated.n_host, r.n_host);
 		}
-	} while (rc != MILLM_OK);
+	} while (rc != MILLM_OK && n < 1000);
+	assert_int_equal(rc, MILLM_OK);
 	assert_true(n > 4);
 	for (int i = 0; i < 3; i++)
 	{
