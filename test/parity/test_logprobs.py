@@ -106,7 +106,7 @@ def test_streamed(smollm2, stop):
     several = smollm2.call("generate", **fields, n=3)
     assert several["choices"][0] == {"index": 0, **{k: whole[k] for k in ("text", "finish_reason", "logprobs")}}
     with smollm2.open("generate", **fields, n=3, stream=True) as c:
-        assert set(c.result()) == {"usage", "seed"}
+        assert set(c.result()) == {"usage", "seed", "queue_ms", "compute_ms"}
     for i, choice in enumerate(several["choices"]):
         assert [entry for _, row in c.before if row["index"] == i for entry in row["logprobs"]] == choice["logprobs"]
 
