@@ -126,6 +126,7 @@ CUDA_KNOWN := $(if $(NVCC),$(patsubst sm_%,%,$(shell $(NVCC) --list-gpu-code 2>/
 CUDA_ARCHS ?= $(filter $(CUDA_KNOWN),75 80 86 89 90 100 120)
 CUDA_MODULE = $(if $(NVCC),$(BUILD)/libmillm_cuda.so)
 CUDA_C      = backend_cuda blas device_memory driver faults fetch module nvml queue upload weights
+CUDA_KERNELS = kernels
 # FAULTS=1: a module that fails where a test asks for it (cuda/faults.h), in a BUILD of its own
 FAULT_FLAGS = $(if $(FAULTS),-DMILLM_FAULTS)
 CUDA_CFLAGS = $(FAULT_FLAGS) -Icuda -DMILLM_BACKEND_ABI=$(BACKEND_ABI) -fPIC -fvisibility=hidden
@@ -140,25 +141,25 @@ $(BUILD)/cuda/error.o: src/base/error.c
 	@mkdir -p $(@D)
 	$(Q)$(CC) $(ENGINE_CFLAGS) $(CUDA_CFLAGS) -MMD -MP -c -o $@ $<
 # ptxas tells registers and spills of each kernel: `make cuda-report`
-$(BUILD)/cuda/kernels.o: cuda/kernels.cu
+$(CUDA_KERNELS:%=$(BUILD)/cuda/%.o): $(BUILD)/cuda/%.o: cuda/%.cu
 	@mkdir -p $(@D) && echo "  NVCC $< ($(CUDA_ARCHS))"
 	$(Q)$(NVCC) -std=c++17 -O3 -lineinfo $(CUDA_TARGETS) $(FAULT_FLAGS) -Isrc/base -Isrc/model -Icuda -Xcompiler -fPIC,-fvisibility=hidden,-fno-exceptions,-fno-threadsafe-statics,-Wall,-Wextra \
-		-Xptxas -v -MMD -MP -MF $(@:.o=.d) -c -o $@ $< 2>$(BUILD)/cuda/ptxas || { cat $(BUILD)/cuda/ptxas; false; }
-	@! grep -E 'warning|error' $(BUILD)/cuda/ptxas
-$(BUILD)/libmillm_cuda.so: $(CUDA_C:%=$(BUILD)/cuda/%.o) $(BUILD)/cuda/error.o $(BUILD)/cuda/kernels.o
+		-Xptxas -v -MMD -MP -MF $(@:.o=.d) -c -o $@ $< 2>$(@:.o=.ptxas) || { cat $(@:.o=.ptxas); false; }
+	@! grep -E 'warning|error' $(@:.o=.ptxas)
+$(BUILD)/libmillm_cuda.so: $(CUDA_C:%=$(BUILD)/cuda/%.o) $(BUILD)/cuda/error.o $(CUDA_KERNELS:%=$(BUILD)/cuda/%.o)
 	@echo "  LD  $@"
 	$(Q)$(CC) -shared -Wl,-Bsymbolic -Wl,--exclude-libs,ALL -Wl,-z,defs -o $@ $^ $(CUDA_HOME)/lib64/libcudart_static.a -lm -ldl -lrt -lpthread
-cuda-report: $(BUILD)/cuda/kernels.o
-	@dev/cuda-report $(BUILD)/cuda/ptxas
+cuda-report: $(CUDA_KERNELS:%=$(BUILD)/cuda/%.o)
+	@dev/cuda-report $(CUDA_KERNELS:%=$(BUILD)/cuda/%.ptxas)
 
 # The same sources for this CPU, threads in turns (test/cuda): what shows that the kernels are right where there is no GPU.
 EMULATED_CFLAGS = $(ENGINE_CFLAGS) $(CUDA_CFLAGS) -Itest/cuda -DMILLM_CUDA_EMULATED -DMILLM_FAULTS -ffp-contract=off
 EMULATED_CXX    = $(filter-out -std=c11 -Wvla,$(EMULATED_CFLAGS)) -std=c++17 -fno-exceptions -fno-rtti -Wno-unknown-pragmas
-EMULATED        = $(CUDA_C:%=$(BUILD)/emulated/%.o) $(BUILD)/emulated/kernels.o $(BUILD)/emulated/emulated.o
+EMULATED        = $(CUDA_C:%=$(BUILD)/emulated/%.o) $(CUDA_KERNELS:%=$(BUILD)/emulated/%.o) $(BUILD)/emulated/emulated.o
 $(BUILD)/emulated/%.o: cuda/%.c
 	@mkdir -p $(@D)
 	$(Q)$(CC) $(EMULATED_CFLAGS) -MMD -MP -c -o $@ $<
-$(BUILD)/emulated/kernels.o: cuda/kernels.cu
+$(CUDA_KERNELS:%=$(BUILD)/emulated/%.o): $(BUILD)/emulated/%.o: cuda/%.cu
 	@mkdir -p $(@D)
 	$(Q)$(CXX) -x c++ $(EMULATED_CXX) -MMD -MP -c -o $@ $<
 $(BUILD)/emulated/emulated.o: test/cuda/emulated.cc

@@ -1,5 +1,5 @@
 /*
- * device.h -- the few words of kernels.cu that mean one thing on a device and another in the emulation (test/cuda/emulated.h).
+ * device.h -- the few words of kernels that mean one thing on a device and another in the emulation (test/cuda/emulated.h).
  */
 #ifndef MILLM_CUDA_DEVICE_H
 #define MILLM_CUDA_DEVICE_H

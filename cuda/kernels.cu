@@ -1,252 +1,11 @@
 /*
- * kernels.cu -- every operation of the CUDA backend, on the device.  kernels.h has their meaning.
+ * kernels.cu -- the operations of the CUDA backend, on the device.  kernels.h has their meaning.
  *
  * Arithmetic is float32.  Sums run in an order that the shapes alone decide.  What decides the value of a weight is written with
  * roundings of its own (mul(), add()), so that no compiler fuses it: a quantized weight has the same bits on every backend.
- *
- * The same source is compiled for the CPU, where test/cuda/emulated.h runs the threads of a block in turns: hence start_kernel() and SHARED()
- * in place of the language's own.
  */
 #include "kernels.h"
-
-#include <cstring>
-#include <utility>
-
-#ifdef MILLM_CUDA_EMULATED
-#include "emulated.h"
-#else
-#include "device.h"
-#endif
-
-/*
- * A launch as the queue keeps it: the kernel, its blocks and threads, then its parameters one after the other, each from a multiple of 8 bytes.
- */
-struct Launch
-{
-	void		(*kernel) ();
-	unsigned	blocks[3];
-	int			threads;
-};
-
-static constexpr size_t
-room_for(size_t bytes)
-{
-	return (bytes + 7) / 8 * 8;
-}
-
-/* Where the k-th of parameters of these sizes begins */
-static constexpr size_t
-place_of(size_t k, const size_t *sizes)
-{
-	return k == 0 ? sizeof(Launch) : place_of(k - 1, sizes) + room_for(sizes[k - 1]);
-}
-
-template <class... Parameters, size_t... I>
-static cudaError_t
-start_packed(const void *packed, cudaStream_t stream, std::index_sequence<I...>)
-{
-	const Launch *l = (const Launch *) packed;
-	const size_t sizes[] = {sizeof(Parameters)...};
-
-	return start_kernel((void (*) (Parameters...)) l->kernel, dim3(l->blocks[0], l->blocks[1], l->blocks[2]), l->threads, stream,
-						*(const Parameters *) ((const char *) packed + place_of(I, sizes))...);
-}
-
-template <class... Parameters>
-static cudaError_t
-start(const void *packed, cudaStream_t stream)
-{
-	return start_packed<Parameters...>(packed, stream, std::index_sequence_for<Parameters...>());
-}
-
-template <class Parameter>
-static void
-pack(char *&to, const Parameter &parameter)
-{
-	memcpy(to, &parameter, sizeof(parameter));
-	to += room_for(sizeof(parameter));
-}
-
-template <class... Parameters, class... Arguments>
-static cudaError_t
-launch(void (*kernel) (Parameters...), dim3 blocks, int threads, MillmCudaQueue *queue, Arguments... arguments)
-{
-	alignas(8) char packed[(sizeof(Launch) + ... + room_for(sizeof(Parameters)))] = {};
-	char	   *to = packed + sizeof(Launch);
-
-	*(Launch *) packed = {(void (*) ()) kernel, {blocks.x, blocks.y, blocks.z}, threads};
-	(pack<Parameters>(to, arguments), ...);
-	return millm_cuda_queue(queue, start<Parameters...>, packed, sizeof(packed));
-}
-
-#define WARP 32
-#define ALL_LANES 0xffffffffu
-#define BLOCK 256				/* threads, of kernels that go over elements */
-
-static __device__ float
-warp_sum(float v)
-{
-	for (int step = WARP / 2; step > 0; step /= 2)
-		v += __shfl_xor_sync(ALL_LANES, v, step);
-	return v;
-}
-
-/* The sum over a block, in every thread; partial has a place for each warp. */
-static __device__ float
-block_sum(float v, float *partial)
-{
-	const int	n_warps = (int) blockDim.x / WARP;
-	float		sum = 0;
-
-	v = warp_sum(v);
-	__syncthreads();			/* partial may still be read, from the sum before */
-	if (threadIdx.x % WARP == 0)
-		partial[threadIdx.x / WARP] = v;
-	__syncthreads();
-	for (int w = 0; w < n_warps; w++)
-		sum += partial[w];
-	return sum;
-}
-
-/* ---- weights ---- */
-
-static __device__ float
-bf16_bits(uint32_t h)
-{
-	return as_float(h << 16);
-}
-
-static __device__ float
-round_to(float v, MillmDtype dtype)
-{
-	return dtype == MILLM_BF16 ? bf16_bits(to_bf16(v)) : dtype == MILLM_F16 ? from_f16(to_f16(v)) : v;
-}
-
-/* The scale of a 4-bit block. */
-static __device__ float
-block_scale(const MillmCudaWeight &w, int64_t block)
-{
-	if (w.nested_shift < 0)
-		return ((const float *) w.absmax)[block];
-	return add(mul(w.nested_map[((const uint8_t *) w.absmax)[block]], w.nested_absmax[block >> w.nested_shift]), w.nested_offset);
-}
-
-/* Twice the value, which is an integer: 0, 1, 2, 3, 4, 6, 8, 12. */
-static __device__ float
-mxfp4_twice(uint32_t nibble)
-{
-	const uint32_t exponent = nibble >> 1 & 3;
-	const uint32_t twice = exponent == 0 ? nibble & 1 : (2 + (nibble & 1)) << (exponent - 1);
-
-	return nibble & 8 ? -(float) twice : (float) twice;
-}
-
-/* 2^(e - 128): half of the scale that the byte e is, and always finite */
-static __device__ float
-mxfp4_half_scale(uint8_t e)
-{
-	return e < 2 ? as_float(1u << (21 + e)) : as_float((uint32_t) (e - 1) << 23);
-}
-
-/* w[o, i], of any weight: what the chunks below are measured by. */
-static __device__ float
-element(const MillmCudaWeight &w, int64_t o, int64_t i)
-{
-	const char *row = (const char *) w.data + o * w.row_bytes;
-
-	switch (w.dtype)
-	{
-		case MILLM_F32:
-			return ((const float *) row)[i];
-		case MILLM_F16:
-			return from_f16(((const uint16_t *) row)[i]);
-		case MILLM_BF16:
-			return bf16_bits(((const uint16_t *) row)[i]);
-		case MILLM_INT8:
-			return mul(mul((float) ((const int8_t *) row)[i], ((const float *) w.scale)[o]), 0.007874015718698502f);
-		case MILLM_MXFP4:
-			return mxfp4_twice(((const uint8_t *) row)[i / 2] >> (i % 2 == 0 ? 0 : 4) & 15) *
-				mxfp4_half_scale(((const uint8_t *) w.scale)[o * (w.n_in / 32) + i / 32]);
-		default:
-			{
-				const int64_t e = w.first + o * w.n_in + i;
-				const int	nibble = ((const uint8_t *) w.data)[e / 2] >> (e % 2 == 0 ? 4 : 0) & 15;
-
-				return round_to(mul(w.codebook[nibble], block_scale(w, e >> w.block_shift)), w.rounded);
-			}
-	}
-}
-
-/* 4BIT's codebook where lanes that want different entries do not wait for each other: 16 floats in 16 banks.  Of a whole block. */
-template <int DTYPE>
-static __device__ void
-share_codebook(float *shared, const MillmCudaWeight &w)
-{
-	if (DTYPE != MILLM_4BIT)
-		return;
-	if (threadIdx.x < 16)
-		shared[threadIdx.x] = w.codebook[threadIdx.x];
-	__syncthreads();
-}
-
-/* Weights in 16 bytes. */
-template <int DTYPE>
-struct Chunk
-{
-	static const int SIZE = DTYPE == MILLM_F32 ? 4 : DTYPE == MILLM_INT8 ? 16 : DTYPE == MILLM_4BIT || DTYPE == MILLM_MXFP4 ? 32 : 8;
-};
-
-/*
- * v = w[o, i .. i + SIZE), of a weight with has_chunks: one load of 16 bytes, and one scale.  i is a multiple of SIZE; past the end of the row
- * they are zeros (F32, F16, BF16, INT8; rows of the others end with a chunk).  codebook is 4BIT's, from share_codebook().
- */
-template <int DTYPE>
-static __device__ void
-load_chunk(float *v, const MillmCudaWeight &w, const float *codebook, int64_t o, int64_t i)
-{
-	const char *from = (const char *) w.data + (DTYPE == MILLM_4BIT ? (w.first + o * w.n_in + i) / 2 : o * w.row_bytes + i * 16 / Chunk<DTYPE>::SIZE);
-	const uint4 u = *(const uint4 *) from;
-	const uint32_t word[4] = {u.x, u.y, u.z, u.w};
-
-	if (DTYPE == MILLM_4BIT)
-	{
-		const float scale = block_scale(w, (w.first + o * w.n_in + i) >> w.block_shift);
-
-#pragma unroll
-		for (int k = 0; k < 32; k++)
-			v[k] = round_to(mul(codebook[word[k / 8] >> (k % 8 / 2 * 8 + (k % 2 == 0 ? 4 : 0)) & 15], scale), w.rounded);
-		return;
-	}
-	if (DTYPE == MILLM_MXFP4)
-	{
-		const float scale = mxfp4_half_scale(((const uint8_t *) w.scale)[o * (w.n_in / 32) + i / 32]);
-
-#pragma unroll
-		for (int k = 0; k < 32; k++)
-			v[k] = mxfp4_twice(word[k / 8] >> k % 8 * 4 & 15) * scale;
-		return;
-	}
-	if (DTYPE == MILLM_INT8)
-	{
-		const float scale = ((const float *) w.scale)[o];
-
-#pragma unroll
-		for (int k = 0; k < 16; k++)
-			v[k] = mul(mul((float) (int8_t) (word[k / 4] >> k % 4 * 8 & 255), scale), 0.007874015718698502f);
-	}
-	else if (DTYPE == MILLM_F32)
-#pragma unroll
-		for (int k = 0; k < 4; k++)
-			v[k] = as_float(word[k]);
-	else
-#pragma unroll
-		for (int k = 0; k < 8; k++)
-		{
-			const uint32_t h = word[k / 2] >> k % 2 * 16 & 0xffff;
-
-			v[k] = DTYPE == MILLM_F16 ? from_f16((uint16_t) h) : bf16_bits(h);
-		}
-}
+#include "parts.cuh"
 
 /* ---- matmul ---- */
 
@@ -358,8 +117,6 @@ matmul_few(const __grid_constant__ FewMatmuls all)
  *
  *   blocks [ceil(n_out / TILE), ceil(n / TILE)], threads MANY_THREADS
  */
-#define TILE 64
-#define SLICE 32				/* the largest chunk */
 #define MANY_THREADS 256
 template <int DTYPE>
 static __global__ void
@@ -424,82 +181,18 @@ matmul_many(MillmCudaMatmul m)
 }
 
 /*
- * Many tokens on tensor cores: weights and activations rounded to bfloat16, sums in float32.  Tiles as above, each of four warps has 32 x 32 of the
- * outputs.  Needs compute capability 8.0.
+ * Many tokens on tensor cores, a tile a block.
  *
  *   blocks [ceil(n_out / TILE), ceil(n / TILE)], threads TENSOR_THREADS
  */
-#define TENSOR_THREADS 128
 template <int DTYPE>
 static __global__ void
 matmul_tensor(MillmCudaMatmul m)
 {
-#ifdef HAS_TENSOR_CORES
-	const int	SIZE = Chunk<DTYPE>::SIZE;
-	const int	PITCH = SLICE + 8;	/* of bfloat16: rows 16 bytes apart from a multiple of the banks */
-	const int	Y_PITCH = TILE + 4;
-	SHARED(bf16, ws, TILE * PITCH);	/* [TILE outputs, SLICE] */
-	SHARED(bf16, xs, TILE * PITCH);	/* [TILE tokens, SLICE] */
-	SHARED(float, ys, TILE * Y_PITCH);	/* [TILE tokens, TILE outputs] */
-	SHARED(float, codebook, 16);
-	const int64_t o0 = (int64_t) blockIdx.x * TILE;
 	const int	t0 = (int) blockIdx.y * TILE;
-	const int	row = (int) threadIdx.x / WARP / 2 * 32;	/* of this warp's tokens in the tile */
-	const int	column = (int) threadIdx.x / WARP % 2 * 32;	/* and its outputs */
-	wmma::fragment<wmma::matrix_a, 16, 16, 16, bf16, wmma::row_major> x[2];
-	wmma::fragment<wmma::matrix_b, 16, 16, 16, bf16, wmma::col_major> w[2];
-	wmma::fragment<wmma::accumulator, 16, 16, 16, float> sum[2][2];
 
-	share_codebook<DTYPE>(codebook, m.w);
-#pragma unroll
-	for (int j = 0; j < 4; j++)
-		wmma::fill_fragment(sum[j / 2][j % 2], 0.0f);
-	for (int64_t i0 = 0; i0 < m.w.n_in; i0 += SLICE)
-	{
-		for (int c = (int) threadIdx.x; c < TILE * (SLICE / SIZE); c += TENSOR_THREADS)
-		{
-			const int	o = c / (SLICE / SIZE);
-			const int	i = c % (SLICE / SIZE) * SIZE;
-			float		v[SIZE];
-
-			if (o0 + o < m.w.n_out && i0 + i < m.w.n_in)
-				load_chunk<DTYPE>(v, m.w, codebook, o0 + o, i0 + i);
-			else
-				for (int k = 0; k < SIZE; k++)
-					v[k] = 0;
-#pragma unroll
-			for (int k = 0; k < SIZE; k++)
-				ws[o * PITCH + i + k] = as_bf16(v[k]);
-		}
-		for (int c = (int) threadIdx.x; c < TILE * SLICE; c += TENSOR_THREADS)
-		{
-			const int	t = c / SLICE;
-			const int	i = c % SLICE;
-
-			xs[t * PITCH + i] = as_bf16(t0 + t < m.n && i0 + i < m.w.n_in ? m.x.data[(t0 + t) * m.x.stride + i0 + i] : 0);
-		}
-		__syncthreads();
-#pragma unroll
-		for (int i = 0; i < SLICE; i += 16)
-		{
-			for (int j = 0; j < 2; j++)
-			{
-				wmma::load_matrix_sync(x[j], xs + (row + 16 * j) * PITCH + i, PITCH);
-				wmma::load_matrix_sync(w[j], ws + (column + 16 * j) * PITCH + i, PITCH);
-			}
-			for (int j = 0; j < 4; j++)
-				wmma::mma_sync(sum[j / 2][j % 2], x[j / 2], w[j % 2], sum[j / 2][j % 2]);
-		}
-		__syncthreads();
-	}
-#pragma unroll
-	for (int j = 0; j < 4; j++)
-		wmma::store_matrix_sync(ys + (row + j / 2 * 16) * Y_PITCH + column + j % 2 * 16, sum[j / 2][j % 2], Y_PITCH, wmma::mem_row_major);
-	__syncthreads();
-	for (int c = (int) threadIdx.x; c < TILE * TILE; c += TENSOR_THREADS)
-		if (t0 + c / TILE < m.n && o0 + c % TILE < m.w.n_out)
-			finish(m, t0 + c / TILE, o0 + c % TILE, ys[c / TILE * Y_PITCH + c % TILE]);
-#endif
+	tensor_tile<DTYPE>(m.w, (int64_t) blockIdx.x * TILE, m.n - t0, [&] (int t) { return m.x.data + (t0 + t) * m.x.stride; },
+					   [&] (int t, int64_t o, float sum) { finish(m, t0 + t, o, sum); });
 }
 
 cudaError_t
@@ -578,20 +271,6 @@ millm_cuda_matmul_tensor(const MillmCudaMatmul *m, MillmCudaQueue *queue)
 }
 
 /* ---- rows ---- */
-
-/* Kernels over elements: thread (x, t) of blocks [ceil(columns / BLOCK), n] has element i of row t. */
-static __device__ int64_t
-element_index()
-{
-	return (int64_t) blockIdx.x * BLOCK + threadIdx.x;
-}
-
-template <class... Parameters, class... Arguments>
-static cudaError_t
-launch_elements(void (*kernel) (Parameters...), int64_t n_columns, int n, MillmCudaQueue *queue, Arguments... arguments)
-{
-	return launch(kernel, dim3((unsigned) ((n_columns + BLOCK - 1) / BLOCK), (unsigned) n), BLOCK, queue, arguments...);
-}
 
 /* A thread for each chunk, which it leaves in stores of 16 bytes.  blocks [ceil(chunks of a row / BLOCK), rows], threads BLOCK */
 template <int DTYPE>
