@@ -18,6 +18,7 @@ SHAPES = {
     "Llama-3.2-1B": (2048, 8192, 16, 32, 8, 64, 128256, True),
     "Qwen2.5-1.5B": (1536, 8960, 28, 12, 2, 128, 151936, True),
     "gemma-2-2b": (2304, 9216, 26, 8, 4, 256, 256000, True),
+    "Llama-3.1-8B": (4096, 14336, 32, 32, 8, 128, 128256, False),
     "Llama-2-7B": (4096, 11008, 32, 32, 32, 128, 32000, False),
     "tiny": (64, 192, 2, 4, 2, 16, 512, True),  # nobody's: tries a benchmark out
     "1GB": (2048, 8192, 8, 32, 8, 64, 16000, True),  # nobody's: 487 M parameters in Linears, 33 M in the embedding
@@ -84,7 +85,7 @@ def main(name, out):
     (tmp / "config.json").write_text(json.dumps({
         "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": hidden, "intermediate_size": ffn, "num_hidden_layers": layers,
         "num_attention_heads": heads, "num_key_value_heads": kv, "head_dim": dim, "vocab_size": vocab, "tie_word_embeddings": tied,
-        "max_position_embeddings": 8192, "hidden_act": "silu", "rms_norm_eps": 1e-5, "rope_theta": 500000.0, "attention_bias": False, "mlp_bias": False,
+        "max_position_embeddings": 131072, "hidden_act": "silu", "rms_norm_eps": 1e-5, "rope_theta": 500000.0, "attention_bias": False, "mlp_bias": False,
         "bos_token_id": 1, "eos_token_id": 2, "torch_dtype": "bfloat16", "use_cache": True}, indent=1) + "\n")
     (tmp / "tokenizer.json").write_text(json.dumps(bytes_tokenizer()))
     shutil.rmtree(out, ignore_errors=True)

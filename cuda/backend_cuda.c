@@ -20,6 +20,7 @@
 #include <stdlib.h>
 #include <string.h>
 #include <sys/mman.h>
+#include <time.h>
 
 #include "arith.h"
 #include "blas.h"
@@ -89,6 +90,8 @@ typedef struct CudaBackend
 	MillmCudaFetch *fetch;
 	MillmCudaBlas *blas;		/* NULL: our own kernels only */
 	MillmBuffer *fetched;		/* by the step; NULL: none yet */
+	int64_t		n_waits;
+	int64_t		wait_ns;
 } CudaBackend;
 
 static const MillmCudaHost *host;
@@ -264,8 +267,16 @@ stream_of(CudaBackend *c)
 static void
 wait(CudaBackend *c)
 {
-	CHECK(cudaStreamSynchronize(stream_of(c)));
+	const cudaStream_t stream = stream_of(c);
+	struct timespec begin,
+				end;
+
+	clock_gettime(CLOCK_MONOTONIC, &begin);
+	CHECK(cudaStreamSynchronize(stream));
+	clock_gettime(CLOCK_MONOTONIC, &end);
 	c->is_idle = true;
+	c->n_waits++;
+	c->wait_ns += (int64_t) (end.tv_sec - begin.tv_sec) * 1000000000 + end.tv_nsec - begin.tv_nsec;
 }
 
 /* Lock the pages of the first rows of a buffer on the host, and some more.  Where the system refuses, copies are slower, and right. */
@@ -762,6 +773,16 @@ first_bad(MillmBackend *be)
 	return *c->arrived_place == MILLM_CUDA_NO_PLACE ? -1 : *c->arrived_place;
 }
 
+static MillmBackendCounts
+counts(MillmBackend *be)
+{
+	const CudaBackend *c = cuda(be);
+	MillmBackendCounts so_far = {.n_waits = c->n_waits, .wait_ns = c->wait_ns};
+
+	millm_cuda_queue_counts(c->queue, &so_far.n_kernels, &so_far.n_starts);
+	return so_far;
+}
+
 /* ---- create ---- */
 
 static MillmCode
@@ -850,6 +871,7 @@ millm_cuda_create(const MillmModel *model, const MillmBackendOptions *options, M
 		.check = check_rows,
 		.first_bad = first_bad,
 		.copy_page = copy_page,
+		.counts = counts,
 	};
 	status = cudaSetDevice(options->ordinal);
 	if (status == cudaSuccess)

@@ -45,6 +45,8 @@ struct MillmCudaQueue
 	int			n_launches;
 	Graph		graphs[N_GRAPHS];
 	uint64_t	n_flushes;
+	int64_t		n_launched;
+	int64_t		n_started;
 	/* what is brought along */
 	char	   *host;			/* page-locked */
 	char	   *device;
@@ -215,6 +217,8 @@ millm_cuda_queue_flush(MillmCudaQueue *q)
 	}
 	if (status == cudaSuccess)
 		status = g && g->exec ? cudaGraphLaunch(g->exec, q->stream) : start_all(q);
+	q->n_launched += q->n_launches;
+	q->n_started += g && g->exec ? 1 : q->n_launches;
 	q->used = 0;
 	q->n_launches = 0;
 	return status;
@@ -251,7 +255,11 @@ millm_cuda_queue(MillmCudaQueue *q, MillmCudaStart start, const void *launch, si
 			return status;
 	}
 	if (!q->keeps)
+	{
+		q->n_launched++;
+		q->n_started++;
 		return start(launch, q->stream);
+	}
 	head = (Head *) (q->list + q->used);
 	*head = (Head) {start, rounded};
 	memset((char *) (head + 1) + bytes, 0, rounded - bytes);
@@ -280,4 +288,11 @@ millm_cuda_queue_bring(MillmCudaQueue *q, const void *data, size_t bytes, const 
 	if (!q->keeps && status == cudaSuccess)
 		status = millm_cuda_queue_flush(q);
 	return status;
+}
+
+void
+millm_cuda_queue_counts(const MillmCudaQueue *q, int64_t *n_launches, int64_t *n_starts)
+{
+	*n_launches = q->n_launched;
+	*n_starts = q->n_started;
 }

@@ -9,6 +9,7 @@
 
 #include <stdbool.h>
 #include <stddef.h>
+#include <stdint.h>
 
 #ifdef MILLM_CUDA_EMULATED
 #include "emulated_runtime.h"
@@ -37,6 +38,8 @@ extern cudaError_t millm_cuda_queue(MillmCudaQueue *q, MillmCudaStart start, con
 extern cudaError_t millm_cuda_queue_bring(MillmCudaQueue *q, const void *data, size_t bytes, const void **on_device);
 /* Start what was kept: before anything else is queued on the stream. */
 extern cudaError_t millm_cuda_queue_flush(MillmCudaQueue *q);
+/* So far: launches, and calls that started them. */
+extern void millm_cuda_queue_counts(const MillmCudaQueue *q, int64_t *n_launches, int64_t *n_starts);
 
 #ifdef __cplusplus
 }

@@ -46,6 +46,15 @@ typedef struct MillmProjection
 } MillmProjection;
 #define MILLM_MAX_PROJECTIONS 3
 
+/* What a backend whose device works on its own has done since it was created. */
+typedef struct MillmBackendCounts
+{
+	int64_t		n_kernels;		/* of its own: a library's are not seen */
+	int64_t		n_starts;		/* calls that started kernels: a graph is one */
+	int64_t		n_waits;		/* for the device */
+	int64_t		wait_ns;		/* how long they took */
+} MillmBackendCounts;
+
 struct MillmBackend
 {
 	const char *name;			/* "cpu" */
@@ -102,6 +111,7 @@ struct MillmBackend
 	int			(*first_bad) (MillmBackend *be);
 
 	void		(*copy_page) (MillmBackend *be, int32_t dst, int32_t src);	/* all layers */
+	MillmBackendCounts (*counts) (MillmBackend *be);	/* NULL: it does all in its calls */
 };
 
 typedef struct MillmBackendOptions

@@ -9,6 +9,7 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include "backend.h"
 #include "clock.h"
 #include "kv.h"
 #include "sampler.h"
@@ -21,6 +22,8 @@ typedef struct Run
 	MillmSequence **sequences;	/* [n_sequences]; the first one takes the prompt too */
 	MillmBatchToken *batch;		/* [max_batch] */
 	int			max_batch;
+	MillmBackendCounts counts;	/* of the measured decoding steps, where is_counted */
+	bool		is_counted;
 	MillmError *err;
 } Run;
 
@@ -52,38 +55,44 @@ token_id(const Run *run, int i)
 	return (int32_t) (millm_random_uniform(1, 0, i) * run->model->config.vocab_size);
 }
 
-static void
-start_over(Run *run)
+/* Positions of the decoding rounds: where they begin, and how many there are with the first one, which is not measured. */
+static int64_t
+decoded_length(const MillmBench *b)
 {
-	for (int i = 0; i < run->bench->n_sequences; i++)
-		millm_sequence_truncate(run->sequences[i], 0);
+	return (int64_t) b->n_context + 1 + b->n_gen;
 }
 
-/* The next step, of n tokens of the batch, for which the first n_sequences grow to that length. */
+static void
+truncate_all(Run *run, int length)
+{
+	for (int i = 0; i < run->bench->n_sequences; i++)
+		millm_sequence_truncate(run->sequences[i], length);
+}
+
+/* The next step, of n tokens of the batch, for which the first n_sequences of these grow to that length. */
 static MillmCode
-step(Run *run, int n, int n_sequences, int length)
+step(Run *run, int n, MillmSequence **sequences, int n_sequences, int length)
 {
 	const float *logits;
 
 	for (int i = 0; i < n_sequences; i++)
-		if (!millm_sequence_reserve(run->sequences[i], length))
+		if (!millm_sequence_reserve(sequences[i], length))
 			return millm_fail(run->err, MILLM_E_INTERNAL, "the KV cache is too small");
 	return millm_forward_step(run->fw, run->batch, n, NULL, NULL, &logits, run->err);
 }
 
+/* Let a sequence grow to n positions as a prompt does; with logits: of the last one. */
 static MillmCode
-prefill(Run *run, int n)
+fill(Run *run, MillmSequence *seq, int n, bool with_logits)
 {
 	MillmCode	rc = MILLM_OK;
 
-	start_over(run);
-	for (int at = 0, k; at < n && rc == MILLM_OK; at += k)
+	for (int at = millm_sequence_length(seq), k; at < n && rc == MILLM_OK; at += k)
 	{
 		k = n - at < run->max_batch ? n - at : run->max_batch;
 		for (int i = 0; i < k; i++)
-			run->batch[i] = (MillmBatchToken) {.seq = run->sequences[0], .position = at + i, .token = token_id(run, at + i),
-				.want_logits = at + i == n - 1};
-		rc = step(run, k, 1, at + k);
+			run->batch[i] = (MillmBatchToken) {.seq = seq, .position = at + i, .token = token_id(run, at + i), .want_logits = with_logits && at + i == n - 1};
+		rc = step(run, k, &seq, 1, at + k);
 	}
 	return rc;
 }
@@ -99,26 +108,48 @@ decode(Run *run, int first, int n)
 		for (int i = 0; i < run->bench->n_sequences; i++)
 			run->batch[i] = (MillmBatchToken) {.seq = run->sequences[i], .position = at, .token = token_id(run, at + 7 * i), .want_logits = true,
 				.top = {.k = 1, .margin = INFINITY}};
-		rc = step(run, run->bench->n_sequences, run->bench->n_sequences, at + 1);
+		rc = step(run, run->bench->n_sequences, run->sequences, run->bench->n_sequences, at + 1);
 	}
 	return rc;
 }
 
-/* Seconds of each part. */
 static MillmCode
-measure(Run *run, int n_prompt, int n_gen, double *prefill_s, double *decode_s)
+measure_prefill(Run *run, int n, double *seconds)
 {
-	double		start = now_s();
-	MillmCode	rc = prefill(run, n_prompt);
+	double		start;
+	MillmCode	rc;
 
-	*prefill_s = now_s() - start;
-	start_over(run);
+	truncate_all(run, 0);
+	start = now_s();
+	rc = fill(run, run->sequences[0], n, true);
+	*seconds = now_s() - start;
+	return rc;
+}
+
+/* Adds to run->steps and run->counts what the measured steps took. */
+static MillmCode
+measure_decode(Run *run, int n, double *seconds)
+{
+	const int	context = run->bench->n_context;
+	MillmBackendCounts before = {0}, after = {0};
+	MillmCode	rc = MILLM_OK;
+	double		start;
+
+	truncate_all(run, context);
+	for (int i = 0; i < run->bench->n_sequences && rc == MILLM_OK; i++)
+		rc = fill(run, run->sequences[i], context, false);
 	if (rc == MILLM_OK)
-		rc = decode(run, 0, 1);
+		rc = decode(run, context, 1);
+	run->is_counted = millm_forward_counts(run->fw, &before);
 	start = now_s();
 	if (rc == MILLM_OK)
-		rc = decode(run, 1, n_gen);
-	*decode_s = now_s() - start;
+		rc = decode(run, context + 1, n);
+	*seconds = now_s() - start;
+	(void) millm_forward_counts(run->fw, &after);
+	run->counts.n_kernels += after.n_kernels - before.n_kernels;
+	run->counts.n_starts += after.n_starts - before.n_starts;
+	run->counts.n_waits += after.n_waits - before.n_waits;
+	run->counts.wait_ns += after.wait_ns - before.wait_ns;
 	return rc;
 }
 
@@ -171,10 +202,12 @@ static MillmCode
 open_run(Run *run)
 {
 	const MillmBench *b = run->bench;
-	int64_t		positions = b->n_prompt > b->n_gen + 1 ? b->n_prompt : b->n_gen + 1;
+	int64_t		positions = b->n_prompt > decoded_length(b) ? b->n_prompt : decoded_length(b);
 	MillmForwardOptions options = {.device = b->device, .n_threads = b->n_threads, .kernels = b->kernels, .full_head = b->full_head,
 		.max_batch_tokens = b->n_sequences > MILLM_BATCH_TOKENS ? b->n_sequences : MILLM_BATCH_TOKENS, .max_sequences = b->n_sequences, .max_length = (int) positions};
 	MillmKvLayout layout;
+	int64_t		prompt_pages,
+				decode_pages;
 	MillmCode	rc;
 
 	if (positions > run->model->config.max_context)
@@ -184,7 +217,9 @@ open_run(Run *run)
 		return MILLM_E_CONTEXT_LENGTH_EXCEEDED;
 	}
 	millm_forward_kv_layout(run->model, &layout);
-	options.n_pages = millm_kv_pages(&layout, (int) positions, options.max_batch_tokens) * b->n_sequences;
+	prompt_pages = millm_kv_pages(&layout, b->n_prompt, options.max_batch_tokens);	/* while the other sequences are empty */
+	decode_pages = millm_kv_pages(&layout, (int) decoded_length(b), options.max_batch_tokens) * b->n_sequences;
+	options.n_pages = prompt_pages > decode_pages ? prompt_pages : decode_pages;
 	if ((rc = millm_forward_create(run->model, &options, &run->fw, run->err)) != MILLM_OK)
 		return rc;
 	run->max_batch = millm_forward_max_batch_tokens(run->fw);
@@ -202,14 +237,22 @@ MillmCode
 millm_bench_run(const MillmModel *model, const MillmBench *bench, MillmBenchResult *result, MillmError *err)
 {
 	Run			run = {.model = model, .bench = bench, .err = err};
-	double		prefill_s[MILLM_BENCH_MAX_ROUNDS], decode_s[MILLM_BENCH_MAX_ROUNDS];
+	double		prefill_s[MILLM_BENCH_MAX_ROUNDS], decode_s[MILLM_BENCH_MAX_ROUNDS], decoding_s = 0;
 	MillmCode	rc = open_run(&run);
 
-	/* Once unmeasured: threads, caches and the clock wake up. */
+	/* Once unmeasured: threads, caches, graphs and the clock wake up. */
 	if (rc == MILLM_OK)
-		rc = measure(&run, bench->n_prompt < 16 ? bench->n_prompt : 16, bench->n_gen < 4 ? bench->n_gen : 4, &prefill_s[0], &decode_s[0]);
+		rc = measure_prefill(&run, bench->n_prompt < 16 ? bench->n_prompt : 16, &prefill_s[0]);
 	for (int i = 0; i < bench->n_rounds && rc == MILLM_OK; i++)
-		rc = measure(&run, bench->n_prompt, bench->n_gen, &prefill_s[i], &decode_s[i]);
+		rc = measure_prefill(&run, bench->n_prompt, &prefill_s[i]);
+	if (rc == MILLM_OK)
+		rc = measure_decode(&run, bench->n_gen < 4 ? bench->n_gen : 4, &decode_s[0]);
+	run.counts = (MillmBackendCounts) {0};
+	for (int i = 0; i < bench->n_rounds && rc == MILLM_OK; i++)
+	{
+		rc = measure_decode(&run, bench->n_gen, &decode_s[i]);
+		decoding_s += decode_s[i];
+	}
 	if (rc == MILLM_OK)
 	{
 		MillmHeadUse use = millm_forward_head_use(run.fw);
@@ -221,6 +264,15 @@ millm_bench_run(const MillmModel *model, const MillmBench *bench, MillmBenchResu
 		result->decode_bytes = decode_bytes(model, use.n_screened > 0 ? result->head_rows * bench->n_sequences : -1);
 		snprintf(result->kernels, sizeof(result->kernels), "%s", millm_forward_kernels(run.fw));
 		result->n_threads = millm_forward_threads(run.fw);
+		if ((result->is_counted = run.is_counted))
+		{
+			const double steps = (double) bench->n_rounds * bench->n_gen;
+
+			result->kernels_a_step = (double) run.counts.n_kernels / steps;
+			result->starts_a_step = (double) run.counts.n_starts / steps;
+			result->waits_a_step = (double) run.counts.n_waits / steps;
+			result->host_us_a_step = (decoding_s * 1e6 - (double) run.counts.wait_ns / 1e3) / steps;
+		}
 	}
 	for (int i = 0; run.sequences && i < bench->n_sequences; i++)
 		millm_sequence_free(run.sequences[i]);

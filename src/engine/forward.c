@@ -288,6 +288,15 @@ millm_forward_head_use(const MillmForward *fw)
 	return fw->head_use;
 }
 
+bool
+millm_forward_counts(const MillmForward *fw, MillmBackendCounts *counts)
+{
+	if (!fw->be->counts)
+		return false;
+	*counts = fw->be->counts(fw->be);
+	return true;
+}
+
 int64_t
 millm_kv_pages_total(const MillmForward *fw)
 {

@@ -18,6 +18,7 @@
 #include "shortlist.h"
 
 typedef struct MillmForward MillmForward;
+typedef struct MillmBackendCounts MillmBackendCounts;	/* backend.h */
 typedef struct MillmDevice MillmDevice;			/* device.h */
 typedef struct MillmKvLayout MillmKvLayout;		/* kv.h */
 typedef struct MillmSequence MillmSequence;		/* a growing list of tokens: its page tables and its length */
@@ -66,6 +67,8 @@ typedef struct MillmHeadUse
 	int64_t		n_read;			/* rows of the head that were read for these */
 } MillmHeadUse;
 extern MillmHeadUse millm_forward_head_use(const MillmForward *fw);
+/* What its backend has done so far; false, and nothing there, when that counts nothing. */
+extern bool millm_forward_counts(const MillmForward *fw, MillmBackendCounts *counts);
 extern int64_t millm_kv_pages_total(const MillmForward *fw);
 extern int64_t millm_kv_pages_free(const MillmForward *fw);	/* those that only the prefix cache has among them */
 extern int64_t millm_kv_pages_cached(const MillmForward *fw);	/* by the prefix cache, those in use by sequences too */

@@ -39,6 +39,7 @@ static const char usage[] =
 	"  millm-engine bench DIR             measure prefill and decode, medians of the rounds\n"
 	"      --prompt N  --gen N  --rounds N   (default 512, 64, 3)\n"
 	"      --sequences N        decoded side by side (default 1)\n"
+	"      --context N          tokens that each of them has before (default 0)\n"
 	"      --json               print one JSON object\n"
 	"  millm-engine inspect DIR           what the model is\n"
 	"  millm-engine tokenize DIR [TEXT]   ids and their texts, one a line; TEXT from stdin when it is not given\n"
@@ -485,6 +486,7 @@ command_bench(int argc, char **argv)
 	Machine		machine = ANY_MACHINE;
 	int64_t		n_prompt = 512;
 	int64_t		n_gen = 64;
+	int64_t		n_context = 0;
 	int64_t		n_sequences = 1;
 	int64_t		n_rounds = 3;
 	bool		as_json = false;
@@ -492,6 +494,7 @@ command_bench(int argc, char **argv)
 	Option		options[] = {
 		{"--prompt", OPT_INT, &n_prompt, 1, 1 << 20},
 		{"--gen", OPT_INT, &n_gen, 1, 1 << 20},
+		{"--context", OPT_INT, &n_context, 0, 1 << 20},
 		{"--sequences", OPT_INT, &n_sequences, 1, 4096},
 		{"--rounds", OPT_INT, &n_rounds, 1, MILLM_BENCH_MAX_ROUNDS},
 		{"--json", OPT_FLAG, &as_json, 0, 0},
@@ -506,8 +509,8 @@ command_bench(int argc, char **argv)
 	MillmCode	rc;
 
 	parse(argc, argv, options, args, 1, 1);
-	bench = (MillmBench) {.n_prompt = (int) n_prompt, .n_gen = (int) n_gen, .n_sequences = (int) n_sequences, .n_rounds = (int) n_rounds,
-		.device = &machine.device, .n_threads = (int) machine.threads, .kernels = machine.kernels, .full_head = full_head};
+	bench = (MillmBench) {.n_prompt = (int) n_prompt, .n_context = (int) n_context, .n_gen = (int) n_gen, .n_sequences = (int) n_sequences,
+		.n_rounds = (int) n_rounds, .device = &machine.device, .n_threads = (int) machine.threads, .kernels = machine.kernels, .full_head = full_head};
 	rc = millm_device_choose(&machine.wish, NULL, &machine.device, &err);
 	if (rc == MILLM_OK)
 		rc = millm_model_open(args[0], &model, &err);
@@ -520,14 +523,17 @@ command_bench(int argc, char **argv)
 	}
 	if (rc == MILLM_OK && as_json)
 	{
-		json_t	   *result = json_pack("{s:s, s:s, s:s, s:s?, s:s, s:i, s:i, s:i, s:i, s:i, s:f, s:f, s:I, s:I, s:s, s:f}", "version", MILLM_VERSION,
+		json_t	   *result = json_pack("{s:s, s:s, s:s, s:s?, s:s, s:i, s:i, s:i, s:i, s:i, s:i, s:f, s:f, s:I, s:I, s:s, s:f}", "version", MILLM_VERSION,
 									   "model_type", model->config.model_type, "dtype", model->dtype, "quantization", model->quantization,
-									   "kernels", r.kernels, "threads", r.n_threads, "prompt", bench.n_prompt, "gen", bench.n_gen,
-									   "sequences", bench.n_sequences, "rounds", bench.n_rounds,
+									   "kernels", r.kernels, "threads", r.n_threads, "prompt", bench.n_prompt, "context", bench.n_context,
+									   "gen", bench.n_gen, "sequences", bench.n_sequences, "rounds", bench.n_rounds,
 									   "prefill_tps", r.prefill_tps, "decode_tps", r.decode_tps,
 									   "weights_bytes", (json_int_t) model->weights_bytes, "decode_bytes", (json_int_t) r.decode_bytes,
 									   "head", r.head, "head_rows", r.head_rows);
 
+		if (r.is_counted)
+			(void) json_object_set_new(result, "decode_step", json_pack("{s:f, s:f, s:f, s:f}", "kernels", r.kernels_a_step, "starts", r.starts_a_step,
+																	   "waits", r.waits_a_step, "host_us", r.host_us_a_step));
 		json_dumpf(result, stdout, JSON_COMPACT | JSON_REAL_PRECISION(6));
 		printf("\n");
 		json_decref(result);
@@ -535,10 +541,13 @@ command_bench(int argc, char **argv)
 	else if (rc == MILLM_OK)
 		printf("%s %s%s%s, %.1f MB, kernels %s, %d threads, median of %d rounds\n"
 			   "prefill %5d tokens  %9.1f tokens/s\n"
-			   "decode  %5d tokens  %9.1f tokens/s, %d sequences, %.1f GB/s of weights, head %s\n",
+			   "decode  %5d tokens  %9.1f tokens/s, %d sequences of %d tokens before, %.1f GB/s of weights, head %s\n",
 			   model->config.model_type, model->dtype, model->quantization ? " and " : "", model->quantization ? model->quantization : "",
 			   (double) model->weights_bytes / 1e6, r.kernels, r.n_threads, bench.n_rounds, bench.n_prompt, r.prefill_tps, bench.n_gen,
-			   r.decode_tps, bench.n_sequences, r.decode_tps / bench.n_sequences * (double) r.decode_bytes / 1e9, r.head);
+			   r.decode_tps, bench.n_sequences, bench.n_context, r.decode_tps / bench.n_sequences * (double) r.decode_bytes / 1e9, r.head);
+	if (rc == MILLM_OK && !as_json && r.is_counted)
+		printf("a decoding step: %.1f kernels, %.1f starts, %.1f waits, %.1f microseconds of the host's\n", r.kernels_a_step, r.starts_a_step,
+			   r.waits_a_step, r.host_us_a_step);
 	millm_model_close(model);
 	return rc == MILLM_OK ? 0 : report(&err);
 }

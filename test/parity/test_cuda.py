@@ -101,6 +101,18 @@ def test_device_fails():
     e.stop()
 
 
+def test_bench_counts():
+    """A decoding step waits for the device once, and is started as a graph: hardly more calls than that."""
+    done = subprocess.run([EMULATED / "millm-engine", "bench", TINY / "llama", "--device", "cuda", "--json", "--prompt", "20", "--context", "9", "--gen", "3",
+                           "--sequences", "2", "--rounds", "1"], env={**os.environ, "LD_LIBRARY_PATH": str(EMULATED / "driver")}, capture_output=True, text=True,
+                          timeout=120)
+    assert done.returncode == 0, done.stderr
+    r = json.loads(done.stdout)
+    assert (r["context"], r["sequences"], r["decode_step"]["waits"]) == (9, 2, 1)
+    assert r["decode_step"]["starts"] <= 4 < r["decode_step"]["kernels"]
+    assert r["decode_step"]["host_us"] > 0
+
+
 def test_device_that_is_not_there(tmp_path):
     done = subprocess.run([EMULATED / "millm-engine", "greedy", MODELS[0], "--ids", "1", "--device", "cuda:1"],
                           env={**os.environ, "LD_LIBRARY_PATH": str(EMULATED / "driver")}, capture_output=True, text=True, timeout=60)
