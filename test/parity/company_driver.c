@@ -3,14 +3,17 @@
  *
  *     company_driver DIR VARIANT N LONGEST deterministic|fast
  *
+ * VARIANT is one of the CPU's kernels, or cuda:DIRECTORY for a GPU through the module that lies there.
+ *
  * N sequences of 1 to LONGEST tokens are computed one by one, each in one chunk, on two threads.  Then again: by one and by three threads; 1, 3, 16 ... N at a
- * time in ragged steps, in which random chunks of some of them stand in random order; and as forks of a sequence that has the
- * beginning already, which is what a hit in a prefix cache is.  Prints one JSON object: how many rows were compared for each, and how many had other bits.
+ * time in ragged steps, in which random chunks of some of them stand in random order; as forks of a sequence that has the
+ * beginning already; and as hits in the prefix cache.  Prints one JSON object: how many rows were compared for each, and how many had other bits.
  */
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 
+#include "device.h"
 #include "forward.h"
 #include "kv.h"
 
@@ -69,12 +72,20 @@ token_of(int s, int position)
 }
 
 static MillmForward *
-open_forward(const char *variant, bool deterministic, int n_threads)
+open_forward(const char *variant, bool deterministic, int n_threads, bool prefix_cache)
 {
+	static MillmDevice device;
 	MillmKvLayout layout;
-	MillmForwardOptions options = {.n_threads = n_threads, .max_batch_tokens = STEP, .deterministic = deterministic, .kernels = variant};
+	MillmForwardOptions options = {.n_threads = n_threads, .max_batch_tokens = STEP, .deterministic = deterministic, .kernels = variant,
+		.max_sequences = n_sequences + 2, .max_length = longest, .prefix_cache = prefix_cache};
 	MillmForward *fw;
 
+	if (strncmp(variant, "cuda:", 5) == 0)
+	{
+		must(millm_device_choose(&(MillmDeviceWish) {.what = MILLM_DEVICE_CUDA}, variant + 5, &device, &err));
+		options.device = &device;
+		options.kernels = NULL;
+	}
 	millm_forward_kv_layout(model, &layout);
 	options.n_pages = (n_sequences + 2) * millm_kv_pages(&layout, longest, STEP);
 	must(millm_forward_create(model, &options, &fw, &err));
@@ -132,7 +143,7 @@ compute_alone(MillmForward *fw)
 static Count
 on_threads(const char *variant, bool deterministic, int n_threads)
 {
-	MillmForward *fw = open_forward(variant, deterministic, n_threads);
+	MillmForward *fw = open_forward(variant, deterministic, n_threads, false);
 	Count		count = {0};
 
 	for (int s = 0; s < n_sequences; s++)
@@ -216,6 +227,44 @@ as_forks(MillmForward *fw)
 	return count;
 }
 
+/*
+ * Sequence 0 leaves its text in the prefix cache.  Who begins with 16, 32 ... of its tokens goes on from there, in a step with another that says something
+ * else after them: what both share is as it was for those that come later.
+ */
+static Count
+as_hits(const char *variant, bool deterministic)
+{
+	MillmForward *fw = open_forward(variant, deterministic, 2, true);
+	MillmSequence *original = millm_sequence_create(fw, longest);
+	MillmBatchToken batch[2 * STEP];
+	int32_t    *tokens = allocate(sizeof(*tokens) * (size_t) longest);
+	Count		count = {0};
+
+	for (int i = 0; i < longest; i++)
+		tokens[i] = token_of(0, i);
+	if (millm_sequence_share(original, tokens, longest) != 0)
+		exit(2);
+	step(fw, batch, append(batch, 0, original, 0, longest));
+	for (int past = MILLM_KV_PAGE_TOKENS; past < longest; past += MILLM_KV_PAGE_TOKENS)
+	{
+		MillmSequence *hit = millm_sequence_create(fw, longest);
+		MillmSequence *other = millm_sequence_create(fw, longest);
+		int			n;
+
+		if (millm_sequence_share(hit, tokens, past) != past || millm_sequence_share(other, tokens, past) != past)
+			exit(2);
+		n = append(batch, 0, hit, 0, longest - past);
+		compare(&count, step(fw, batch, append(batch, n, other, 1, longest - past)), 0, past, longest - past);
+		must(millm_forward_check(fw, &err));
+		millm_sequence_free(hit);
+		millm_sequence_free(other);
+	}
+	millm_sequence_free(original);
+	millm_forward_free(fw);
+	free(tokens);
+	return count;
+}
+
 static void
 print(const char *name, Count count, const char *end)
 {
@@ -235,10 +284,10 @@ main(int argc, char **argv)
 	n_sequences = atoi(argv[3]);
 	longest = atoi(argv[4]);
 	deterministic = strcmp(argv[5], "deterministic") == 0;
-	if (n_sequences < 1 || longest < 1 || longest > STEP)
+	if (n_sequences < 1 || longest < 1 || longest > STEP / 2)
 		return 2;
 	alone = allocate(sizeof(*alone) * (size_t) n_sequences);
-	fw = open_forward(argv[2], deterministic, 2);
+	fw = open_forward(argv[2], deterministic, 2, false);
 	compute_alone(fw);
 	printf("{");
 	print("1 thread", on_threads(argv[2], deterministic, 1), ", ");
@@ -252,6 +301,8 @@ main(int argc, char **argv)
 		if (sizes[i] <= n_sequences)
 			print(name, in_company(fw, sizes[i]), ", ");
 	}
+	if (longest > MILLM_KV_PAGE_TOKENS)
+		print("hits", as_hits(argv[2], deterministic), ", ");
 	print("forks", as_forks(fw), "}\n");
 	millm_forward_free(fw);
 	for (int s = 0; s < n_sequences; s++)

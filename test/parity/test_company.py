@@ -1,5 +1,6 @@
 """millm.deterministic: the bits of a row of logits do not depend on how many sequences share a step, on where chunks begin, on what others say, on the
-number of threads, or on whether the beginning was computed or shared.  company_driver.c compares; every variant of the kernels that runs here.
+number of threads, or on whether the beginning was computed or shared, by a fork or through the prefix cache.  company_driver.c compares; every variant of
+the kernels that runs here, and of a GPU (emulated, test/cuda).
 """
 import json
 import subprocess

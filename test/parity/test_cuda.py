@@ -223,3 +223,41 @@ def test_choices():
         e.stop()
     assert texts[0] == texts[1]
     assert len(set(texts[0])) > 5
+
+
+@pytest.mark.parametrize("model", [TINY / "llama-bf16", TINY / "gemma3", TINY / "mixtral-sliding", BNB / "nf4"], ids=lambda p: p.name)
+def test_deterministic(model):
+    """The bits of a row of logits are the same in any company, as a fork, and after a beginning that the prefix cache had."""
+    done = subprocess.run([ROOT / "build" / "company_driver", model, f"cuda:{EMULATED}", "2", "20", "deterministic"],
+                          env={**os.environ, "LD_LIBRARY_PATH": str(EMULATED / "driver")}, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    counts = json.loads(done.stdout)
+    assert "hits" in counts and "forks" in counts and all(rows > 0 and other == 0 for rows, other in counts.values()), counts
+
+
+@pytest.mark.parametrize("deterministic", [True, False])
+@pytest.mark.parametrize("family", ["llama-bf16", "gemma3", "gpt2", "mixtral"])
+def test_prefix_cache(family, deterministic):
+    """What was computed before is not computed again, by one request after the other and by two at once, and what they say is the same as without; with
+    millm.deterministic, logprobs too."""
+    e = emulated_engine()
+    load = {"path": str(TINY / family), "device": "cuda", "context_length": 128, "max_sequences": 3, "deterministic": deterministic}
+    common = "ab " * 30
+    prompts = [common + end for end in ("", "cd", "ab ef gh ij kl mn")]
+
+    def ask(*prompts):
+        runs = [e.open("generate", prompt=p, max_tokens=8, temperature=0, logprobs=True) for p in prompts]
+        results = [run.result() for run in runs]
+        return [(r["text"], r["logprobs"]) if deterministic else r["text"] for r in results]
+
+    e.call("load", **load, prefix_cache=False)
+    want = [answer for p in prompts for answer in ask(p)]
+    assert e.call("status")["pages_cached"] == 0
+    e.call("unload")
+    e.call("load", **load)
+    assert [answer for p in prompts for answer in ask(p)] == want
+    assert ask(*prompts) == want
+    result = e.call("generate", prompt=prompts[1], max_tokens=1, temperature=0)
+    assert result["usage"]["cached_tokens"] == (result["usage"]["prompt_tokens"] - 24) // 16 * 16 > 0
+    assert e.call("status")["pages_cached"] > 0
+    e.stop()
