@@ -34,6 +34,7 @@
 #define PART_ALIGNMENT 64		/* bytes: of what a step brings along */
 #define LAYER_ALIGNMENT 256
 #define MAX_TOKENS 65535		/* rows that a launch can have */
+#define PARTIALS (4 << 20)		/* floats of attention's workspace: they stay in the L2 cache of what has one of 20 MB or more */
 #define KEPT_ROWS 64			/* of a step whose launches may become a graph: decode, and the ends of prompts */
 
 struct MillmBuffer
@@ -87,6 +88,8 @@ typedef struct CudaBackend
 	int		   *bad_place;		/* [1]; the step's */
 	int		   *arrived_place;	/* [1], page-locked: the same, here */
 	bool		is_idle;		/* no copy to or from what is page-locked is under way */
+	float	   *partials;		/* [n_partials]: of attention, a split of a row's keys each */
+	int64_t		n_partials;
 	MillmCudaFetch *fetch;
 	MillmCudaBlas *blas;		/* NULL: our own kernels only */
 	MillmBuffer *fetched;		/* by the step; NULL: none yet */
@@ -192,6 +195,33 @@ parcel_bytes(const MillmModel *model, int64_t n, int n_groups, int64_t max_entri
 	return (n * (1 + n_groups + angles) + max_entries) * 4 + 5 * PART_ALIGNMENT;
 }
 
+/* Is this head size one that is read 16 bytes at a time? */
+static bool
+is_chunked(int head_dim)
+{
+	return head_dim % 8 == 0 && head_dim <= MILLM_CUDA_MAX_CHUNKED_HEAD;
+}
+
+/* Floats for partial softmaxes: for all rows of a step, but not more than fit into a cache; one row at least */
+static int64_t
+n_partials(const MillmModel *model, const MillmBackendOptions *o)
+{
+	/* a row sees at most so many keys; a window may begin within a split */
+	const int	n_splits = millm_cuda_splits(o->max_entries * MILLM_CUDA_PAGE, 0);
+	const int64_t of_split = n_splits < MILLM_CUDA_SPLITS ? n_splits + 1 : n_splits;
+	int64_t		largest = 0;
+
+	for (int i = 0; i < model->config.n_layers && !are_plain(o->kernels); i++)
+	{
+		const MillmLayer *l = &model->layers[i];
+		/* bounded by MILLM_MAX_HEADS: no overflow */
+		const int64_t of_row = is_chunked(l->head_dim) ? of_split * l->n_heads * (MILLM_CUDA_PARTIAL + l->head_dim) : 0;
+
+		largest = of_row > largest ? of_row : largest;
+	}
+	return largest * o->max_tokens < PARTIALS ? largest * o->max_tokens : largest < PARTIALS ? PARTIALS : largest;
+}
+
 /* The widest row of a weight that many rows are multiplied with */
 static int64_t
 widest_row(const MillmModel *model)
@@ -222,7 +252,8 @@ int64_t
 millm_cuda_own_bytes(const MillmModel *model, const MillmBackendOptions *o)
 {
 	return parcel_bytes(model, o->max_tokens, o->n_groups, o->max_entries) + (int64_t) millm_cuda_queue_bytes(o->max_tokens) +
-		millm_cuda_fetch_bytes(model->config.vocab_size, o->max_tokens) + (wants_blas(model, o) ? millm_cuda_blas_bytes(widest_row(model), o->max_tokens) : 0);
+		n_partials(model, o) * (int64_t) sizeof(float) + millm_cuda_fetch_bytes(model->config.vocab_size, o->max_tokens) +
+		(wants_blas(model, o) ? millm_cuda_blas_bytes(widest_row(model), o->max_tokens) : 0);
 }
 
 static MillmCode
@@ -353,6 +384,7 @@ cuda_free(MillmBackend *be)
 	(void) cudaFree(c->kv);
 	(void) cudaFree(c->parcel.device);
 	(void) cudaFree(c->bad_place);
+	(void) cudaFree(c->partials);
 	(void) cudaFreeHost(c->arrived_place);
 	(void) cudaFreeHost(c->parcel.host);
 	millm_cuda_fetch_free(c->fetch);
@@ -699,13 +731,55 @@ rope_and_store(MillmBackend *be, const MillmAttention *a, MillmBuffer *q, MillmB
 	CHECK(millm_cuda_rope_and_store(&d, q->rows, k->rows, v->rows, n, c->queue));
 }
 
+/* The rows from t on. */
+static MillmRows
+rows_from(MillmRows rows, int t)
+{
+	return (MillmRows) {rows.data + t * rows.stride, rows.stride};
+}
+
+/*
+ * As many rows in a launch as there is room for partial softmaxes.  The number of splits of a launch is a power of two, so that a
+ * sequence that grows has a graph for long.
+ */
+static void
+attend_one_by_one(CudaBackend *c, MillmCudaAttention a, MillmRows y, MillmRows q, int n)
+{
+	const int64_t of_split = (int64_t) a.n_heads * (MILLM_CUDA_PARTIAL + a.head_dim);
+	const int32_t *positions = (const int32_t *) c->parcel.host;
+
+	for (int t = 0, end; t < n; t = end)
+	{
+		MillmCudaAttention some = a;
+		int			n_splits = 1;
+
+		for (end = t; end < n; end++)
+		{
+			const int	of_row = millm_cuda_splits(positions[end], a.window);
+			int			needed = n_splits;
+
+			while (needed < of_row)
+				needed = needed * 2 < MILLM_CUDA_SPLITS ? needed * 2 : MILLM_CUDA_SPLITS;
+			if (end > t && (end + 1 - t) * needed * of_split > c->n_partials)
+				break;
+			n_splits = needed;
+		}
+		some.positions += t;
+		some.table_of += t * c->n_groups;
+		CHECK(millm_cuda_attention_split(&some, rows_from(y, t), rows_from(q, t), c->partials, n_splits, end - t, c->queue));
+	}
+}
+
 static void
 attention(MillmBackend *be, const MillmAttention *a, MillmBuffer *y, MillmBuffer *q, int n)
 {
 	CudaBackend *c = cuda(be);
 	const MillmCudaAttention d = attention_of(c, a);
 
-	CHECK(millm_cuda_attention(&d, y->rows, q->rows, n, c->queue));
+	if (c->is_plain || !is_chunked(a->head_dim))
+		CHECK(millm_cuda_attention_any(&d, y->rows, q->rows, n, c->queue));
+	else
+		attend_one_by_one(c, d, y->rows, q->rows, n);
 	y->n_written = n;
 }
 
@@ -822,6 +896,10 @@ create_memory(CudaBackend *c, const MillmBackendOptions *options, MillmError *er
 		return rc;
 	if ((rc = millm_cuda_allocate(&c->parcel.device, parcel, "the page tables", c->stream, err)) != MILLM_OK ||
 		(rc = millm_cuda_allocate(&c->bad_place, sizeof(*c->bad_place), "the workspace", c->stream, err)) != MILLM_OK)
+		return rc;
+	c->n_partials = n_partials(c->model, options);
+	if (c->n_partials > 0 &&
+		(rc = millm_cuda_allocate(&c->partials, c->n_partials * (int64_t) sizeof(*c->partials), "the workspace", c->stream, err)) != MILLM_OK)
 		return rc;
 	return millm_cuda_allocate(&c->kv, (int64_t) kv_bytes, "the KV cache", c->stream, err);
 }

@@ -131,7 +131,48 @@ typedef struct MillmCudaAttention
 extern cudaError_t millm_cuda_split_qkv(const MillmCudaAttention *a, MillmRows q, MillmRows k, MillmRows v, MillmRows qkv, int n, MillmCudaQueue *queue);
 /* q is rotated in place; k rotated and v go to their pages, and stay as they are where they are. */
 extern cudaError_t millm_cuda_rope_and_store(const MillmCudaAttention *a, MillmRows q, MillmRows k, MillmRows v, int n, MillmCudaQueue *queue);
-extern cudaError_t millm_cuda_attention(const MillmCudaAttention *a, MillmRows y, MillmRows q, int n, MillmCudaQueue *queue);
+/* y [n, n_heads * head_dim] = attention of the rotated q; the obvious one, of any head size: K and V are read once for each query head. */
+extern cudaError_t millm_cuda_attention_any(const MillmCudaAttention *a, MillmRows y, MillmRows q, int n, MillmCudaQueue *queue);
+
+/*
+ * The same for rows one by one, K and V read once for each group of query heads.  What a row sees is cut into splits that begin at multiples of
+ * a span, which many blocks sum at a time: by its position and the window alone, so that a row's bits do not depend on its company.
+ */
+#define MILLM_CUDA_MAX_CHUNKED_HEAD 256	/* head sizes: multiples of 8 up to this one */
+#define MILLM_CUDA_SPLIT_KEYS 64	/* the shortest span */
+#define MILLM_CUDA_SPLITS 65	/* at most: 64 spans, and one more where a window begins within one */
+#define MILLM_CUDA_PARTIAL 4	/* floats beside the head_dim of a split's softmax */
+
+#ifdef __CUDACC__
+#define MILLM_CUDA_BOTH_SIDES static inline __host__ __device__
+#else
+#define MILLM_CUDA_BOTH_SIDES static inline
+#endif
+
+/* Keys of a split of what sees so many. */
+MILLM_CUDA_BOTH_SIDES int64_t
+millm_cuda_split_span(int64_t n_seen)
+{
+	int64_t		span = MILLM_CUDA_SPLIT_KEYS;
+
+	while (span * (MILLM_CUDA_SPLITS - 1) < n_seen)
+		span *= 2;
+	return span;
+}
+
+/* Splits of the row at this position; window 0: none */
+MILLM_CUDA_BOTH_SIDES int
+millm_cuda_splits(int64_t position, int64_t window)
+{
+	const int64_t first = window > 0 && position >= window ? position - window + 1 : 0;
+	const int64_t span = millm_cuda_split_span(position + 1 - first);
+
+	return (int) (position / span - first / span) + 1;
+}
+
+/* partials: floats of [n, n_heads, n_splits, MILLM_CUDA_PARTIAL + head_dim]; n_splits: at least each row's.  They are 16-byte aligned. */
+extern cudaError_t millm_cuda_attention_split(const MillmCudaAttention *a, MillmRows y, MillmRows q, float *partials, int n_splits, int n,
+											  MillmCudaQueue *queue);
 
 /* up.data NULL: none */
 extern cudaError_t millm_cuda_activation(MillmRows y, MillmAct act, MillmRows x, MillmRows up, int64_t n_columns, int n, MillmCudaQueue *queue);

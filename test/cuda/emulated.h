@@ -18,6 +18,7 @@
 #define __global__
 #define __device__
 #define __grid_constant__
+#define __launch_bounds__(...)
 #define SHARED(type, name, n) type *const name = (type *) emulated_shared(sizeof(type) * (n))
 
 struct alignas(16) uint4 { uint32_t x, y, z, w; };

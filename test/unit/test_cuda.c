@@ -603,9 +603,9 @@ typedef struct Case
 	bool		is_steep;		/* scores so far apart that what is summed must be brought to the largest of all */
 } Case;
 
-/* Keys and values are float16, unless weights are float32. */
+/* Keys and values are float16, unless weights are float32 or the kernels the obvious ones. */
 static void
-run_attention(const Case *c, MillmDtype weights)
+run_attention(const Case *c, MillmDtype weights, const char *kernels)
 {
 	enum {STEPS = 3};
 	static const int step_rows[STEPS] = {37, 1, 2};	/* of one sequence; in the last step one more of another */
@@ -650,7 +650,7 @@ run_attention(const Case *c, MillmDtype weights)
 	r.layer.v = table(v, kv_size);
 	r.layer.qkv = table(qkv, q_size + 2 * kv_size);
 	r.layer.sinks = (MillmVector) {sinks, c->n_heads};
-	rig_open(&r, NULL);
+	rig_open(&r, kernels);
 	{
 		MillmBuffer *bq[2],
 				   *bk[2],
@@ -705,7 +705,7 @@ run_attention(const Case *c, MillmDtype weights)
 				be->attention(be, &a, by[i], bq[i], n);
 				y[i] = be->buffer_read(be, by[i]);
 			}
-			assert_near(y[1], y[0], n * q_size, c->rotary_dim > 0 && weights != MILLM_F32 ? 3e-3 : c->is_steep ? 1e-3 : 1e-5, what);
+			assert_near(y[1], y[0], n * q_size, c->rotary_dim > 0 && weights != MILLM_F32 && !kernels ? 3e-3 : c->is_steep ? 1e-3 : 1e-5, what);
 			length += step_rows[step];
 			if (step == 1)
 				pages[0][2] = 9;	/* the copy is what is read from now on */
@@ -736,8 +736,123 @@ test_attention(void **state)
 
 	(void) state;
 	for (size_t i = 0; i < sizeof(cases) / sizeof(cases[0]); i++)
-		for (int j = 0; j < 2; j++)
-			run_attention(&cases[i], j == 0 ? MILLM_F32 : MILLM_BF16);
+		for (int j = 0; j < 3; j++)
+			run_attention(&cases[i], j == 0 ? MILLM_F32 : MILLM_BF16, j == 2 ? "ref" : NULL);
+}
+
+/* Rows at these positions of sequences that share eight pages over and over. */
+enum {LONG_PAGES = 300, LONG_ROWS = 9};
+static const int32_t long_positions[LONG_ROWS] = {0, 4321, 63, 64, 299, 4096, 777, 4095, 15};
+
+static int64_t
+splits_by_hand(int64_t position, int64_t window)
+{
+	const int64_t seen = window > 0 && window < position + 1 ? window : position + 1;
+	int64_t		span = 64;
+
+	while (span * 64 < seen)
+		span *= 2;
+	return position / span - (position + 1 - seen) / span + 1;
+}
+
+/* Contexts of many splits, by kernels that read them in splits: as the CPU has them, and in any company the same bits. */
+static void
+run_splits(int n_heads, int n_kv_heads, int head_dim, int window, bool has_sinks, MillmDtype weights)
+{
+	const int64_t q_size = (int64_t) n_heads * head_dim;
+	const int64_t kv_size = (int64_t) n_kv_heads * head_dim;
+	Rig			r;
+	float	   *q = floats(N_ROWS * q_size, 0),
+			   *k = coarse(floats(N_ROWS * kv_size, 0), N_ROWS * kv_size),
+			   *v = coarse(floats(N_ROWS * kv_size, 0), N_ROWS * kv_size),
+			   *sinks = floats(n_heads, 0);
+	int32_t		pages[LONG_ROWS][LONG_PAGES];	/* the same, of as many sequences */
+	const int32_t *tables[LONG_ROWS],
+			   *of_one[N_ROWS];
+	const MillmAttention a = {.n_heads = n_heads, .n_kv_heads = n_kv_heads, .head_dim = head_dim, .window = window, .scale = 0.3f,
+		.sinks = has_sinks ? sinks : NULL};
+	const float *y[2];
+	char		what[128];
+
+	snprintf(what, sizeof(what), "splits of %d heads, %d for keys, of %d dims, window %d, weights of dtype %d", n_heads, n_kv_heads, head_dim, window, weights);
+	for (int i = 0; i < LONG_ROWS * LONG_PAGES; i++)
+		pages[i / LONG_PAGES][i % LONG_PAGES] = i % LONG_PAGES % 8 * 5 % 8 + 3;
+	for (int t = 0; t < LONG_ROWS; t++)
+		tables[t] = pages[t];
+	for (int t = 0; t < N_ROWS; t++)
+		of_one[t] = pages[0];
+	rig_init(&r, n_heads, n_kv_heads, head_dim);
+	r.options.max_entries = LONG_ROWS * LONG_PAGES;
+	r.layer.o.dtype = weights;
+	r.layer.q = table(q, q_size);
+	r.layer.k = table(k, kv_size);
+	r.layer.v = table(v, kv_size);
+	r.layer.sinks = (MillmVector) {sinks, n_heads};
+	rig_open(&r, NULL);
+	for (int i = 0; i < 2; i++)
+	{
+		MillmBackend *be = r.be[i];
+		MillmBuffer *bq = buffer(&r, i, q_size),
+				   *bk = buffer(&r, i, kv_size),
+				   *bv = buffer(&r, i, kv_size),
+				   *by = buffer(&r, i, q_size);
+		int32_t		positions[64];
+		float	   *together = bytes_of((size_t) (LONG_ROWS * q_size) * sizeof(float));
+
+		for (int half = 0; half < 2; half++)
+		{
+			for (int t = 0; t < 64; t++)
+				positions[t] = half * 64 + t;
+			be->begin(be, positions, positions, of_one, 64);
+			fill(&r, i, bq, &r.layer.q, 64);
+			fill(&r, i, bk, half ? &r.layer.v : &r.layer.k, 64);
+			fill(&r, i, bv, half ? &r.layer.k : &r.layer.v, 64);
+			be->rope_and_store(be, &a, bq, bk, bv, 64);
+			assert_int_equal(be->first_bad(be), -1);
+		}
+		be->begin(be, long_positions, long_positions, tables, LONG_ROWS);
+		fill(&r, i, bq, &r.layer.q, LONG_ROWS);
+		be->attention(be, &a, by, bq, LONG_ROWS);
+		y[i] = be->buffer_read(be, by);
+		for (int t = 0; t < LONG_ROWS && i == 1; t++)
+		{
+			assert_int_equal(millm_cuda_splits(long_positions[t], window), splits_by_hand(long_positions[t], window));
+			memcpy(together + t * q_size, y[1] + t * q_size, (size_t) q_size * sizeof(float));
+		}
+		for (int t = 0; t < LONG_ROWS && i == 1; t++)
+		{
+			const int32_t row[] = {t};
+
+			be->begin(be, long_positions + t, long_positions + t, tables + t, 1);
+			be->embed(be, bq, &r.layer.q, row, false, 1);
+			be->attention(be, &a, by, bq, 1);
+			assert_memory_equal(be->buffer_read(be, by), together + t * q_size, (size_t) q_size * sizeof(float));
+		}
+		if (i == 1)
+			assert_near(together, y[0], LONG_ROWS * q_size, 2e-5, what);
+		free(together);
+	}
+	rig_close(&r);
+	free(q);
+	free(k);
+	free(v);
+	free(sinks);
+}
+
+static void
+test_splits(void **state)
+{
+	(void) state;
+	run_splits(2, 1, 64, 0, false, MILLM_BF16);
+	run_splits(1, 1, 128, 0, true, MILLM_F32);
+	run_splits(9, 1, 40, 0, false, MILLM_BF16);
+	run_splits(6, 2, 256, 70, true, MILLM_BF16);
+	run_splits(5, 1, 8, 4097, false, MILLM_F32);
+	run_splits(7, 1, 16, 100, false, MILLM_BF16);
+	assert_int_equal(millm_cuda_split_span(4096), 64);
+	assert_int_equal(millm_cuda_split_span(4097), 128);
+	assert_int_equal(millm_cuda_splits(MILLM_MAX_POSITIONS - 1, 0), 64);
+	assert_int_equal(millm_cuda_splits(4096, 4096), 65);	/* which begins within a split */
 }
 
 /* ---- the rest ---- */
@@ -870,6 +985,7 @@ test_backwards(void **state)
 	run_rows(1);
 	millm_emulated.backwards = 1;
 	test_attention(state);
+	test_splits(state);
 	for (int i = 0; i < N_SHAPES; i++)
 	{
 		run_matmul(&shapes[i], NULL, false, 65, true, true);
@@ -1429,7 +1545,7 @@ main(int argc, char **argv)
 	char		path[PATH_MAX];
 	const struct CMUnitTest tests[] = {
 		cmocka_unit_test(test_matmul), cmocka_unit_test(test_matmul_old_device), cmocka_unit_test(test_matmul_others), cmocka_unit_test(test_projections), cmocka_unit_test(test_blas_tiles),
-		cmocka_unit_test(test_company), cmocka_unit_test(test_attention),
+		cmocka_unit_test(test_company), cmocka_unit_test(test_attention), cmocka_unit_test(test_splits),
 		cmocka_unit_test(test_rows), cmocka_unit_test(test_fetch), cmocka_unit_test(test_graphs), cmocka_unit_test(test_graphs_differ), cmocka_unit_test(test_backwards), cmocka_unit_test(test_out_of_memory), cmocka_unit_test(test_prediction),
 		cmocka_unit_test(test_cleared), cmocka_unit_test(test_upload),
 		cmocka_unit_test(test_refused_options), cmocka_unit_test(test_device_fails),

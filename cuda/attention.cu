@@ -1,0 +1,598 @@
+/*
+ * attention.cu -- attention over paged keys and values, on the device, and what brings them there.  kernels.h has the meaning.
+ *
+ * Two ways lead to the same values, but for the order of sums: attend (obvious, of any head size) and attend_split (16 bytes a lane, many blocks for
+ * a row).  A softmax is online: a largest score, the sum of exp(score - largest), and the values so weighted; those of parts of the keys are brought
+ * to one largest score and added.
+ */
+#include "parts.cuh"
+
+/* Element i of the row: for each KV head the queries of its group, k, v. */
+static __global__ void
+split_qkv(MillmCudaAttention a, MillmRows q, MillmRows k, MillmRows v, MillmRows qkv)
+{
+	const int64_t i = element_index();
+	const int64_t group = (int64_t) (a.n_heads / a.n_kv_heads) * a.head_dim;
+	const int64_t width = group + 2 * a.head_dim;
+	const int64_t h = i / width;
+	const int64_t j = i % width;
+	const float f = h < a.n_kv_heads ? qkv.data[blockIdx.y * qkv.stride + i] : 0;
+
+	if (h >= a.n_kv_heads)
+		return;
+	if (j < group)
+		q.data[blockIdx.y * q.stride + h * group + j] = f;
+	else if (j < group + a.head_dim)
+		k.data[blockIdx.y * k.stride + h * a.head_dim + j - group] = f;
+	else
+		v.data[blockIdx.y * v.stride + h * a.head_dim + j - group - a.head_dim] = f;
+}
+
+cudaError_t
+millm_cuda_split_qkv(const MillmCudaAttention *a, MillmRows q, MillmRows k, MillmRows v, MillmRows qkv, int n, MillmCudaQueue *queue)
+{
+	return launch_elements(split_qkv, (int64_t) (a->n_heads + 2 * a->n_kv_heads) * a->head_dim, n, queue, *a, q, k, v, qkv);
+}
+
+/* An element of a page, which is float16 or float32. */
+static __device__ float from_kv(uint16_t h) { return from_f16(h); }
+static __device__ float from_kv(float f) { return f; }
+static __device__ void to_kv(uint16_t *p, float f) { *p = to_f16(f); }
+static __device__ void to_kv(float *p, float f) { *p = f; }
+
+/* K of a position in its page of T; V lies v_offset() elements behind. */
+template <class T>
+static __device__ T *
+key_of(const MillmCudaAttention &a, int t, int64_t position, int kv_head)
+{
+	const int32_t page = a.tables[a.table_of[t * a.n_groups] + position / MILLM_CUDA_PAGE];
+
+	return (T *) (a.kv + page * a.page_bytes) + ((int64_t) kv_head * MILLM_CUDA_PAGE + position % MILLM_CUDA_PAGE) * a.head_dim;
+}
+
+static __device__ int64_t
+v_offset(const MillmCudaAttention &a)
+{
+	return (int64_t) a.n_kv_heads * MILLM_CUDA_PAGE * a.head_dim;
+}
+
+/* Dim d of a head, rotated by the angles of token t; other is its partner's value. */
+static __device__ float
+rotated(const MillmCudaAttention &a, int t, const float *head, int d)
+{
+	int			j;
+	bool		is_first;
+
+	if (d >= 2 * a.n_pairs)
+		return head[d];
+	j = a.interleaved ? d / 2 : d % a.n_pairs;
+	is_first = a.interleaved ? d % 2 == 0 : d < a.n_pairs;
+	{
+		const float c = a.cosine[(int64_t) t * a.n_pairs + j];
+		const float s = a.sine[(int64_t) t * a.n_pairs + j];
+		const float other = head[a.interleaved ? d ^ 1 : is_first ? d + a.n_pairs : d - a.n_pairs];
+
+		return is_first ? head[d] * c - other * s : head[d] * c + other * s;
+	}
+}
+
+/* A block for each token.  T: of the pages; blocks [n], threads BLOCK */
+template <class T>
+static __global__ void
+rope_and_store(MillmCudaAttention a, MillmRows q, MillmRows k, MillmRows v)
+{
+	const int	t = (int) blockIdx.x;
+	const int64_t position = a.positions[t];
+	float	   *q_row = q.data + t * q.stride;
+	const float *k_row = k.data + t * k.stride;
+	const float *v_row = v.data + t * v.stride;
+
+	for (int i = (int) threadIdx.x; i < a.n_heads * a.n_pairs; i += BLOCK)	/* a pair is one thread's */
+	{
+		const int	j = i % a.n_pairs;
+		const int	first = a.interleaved ? 2 * j : j;
+		const int	second = a.interleaved ? 2 * j + 1 : j + a.n_pairs;
+		float	   *head = q_row + (int64_t) (i / a.n_pairs) * a.head_dim;
+		const float x = rotated(a, t, head, first);
+		const float y = rotated(a, t, head, second);
+
+		head[first] = x;
+		head[second] = y;
+	}
+	for (int i = (int) threadIdx.x; i < a.n_kv_heads * a.head_dim; i += BLOCK)
+	{
+		const int	h = i / a.head_dim;
+		const int	d = i % a.head_dim;
+		T		   *key = key_of<T>(a, t, position, h);
+
+		to_kv(key + d, rotated(a, t, k_row + (int64_t) h * a.head_dim, d));
+		to_kv(key + v_offset(a) + d, v_row[i]);
+	}
+}
+
+cudaError_t
+millm_cuda_rope_and_store(const MillmCudaAttention *a, MillmRows q, MillmRows k, MillmRows v, int n, MillmCudaQueue *queue)
+{
+	return launch(a->kv_dtype == MILLM_F32 ? rope_and_store<float> : rope_and_store<uint16_t>, dim3((unsigned) n), BLOCK, queue, *a, q, k, v);
+}
+
+/* What the product of query head h and the key of position p counts, before the softmax. */
+static __device__ float
+finished_score(const MillmCudaAttention &a, float product, int h, int64_t p)
+{
+	float		score = product * a.scale;
+
+	if (a.softcap > 0)
+		score = a.softcap * tanhf(score / a.softcap);
+	if (a.alibi_slopes)
+	{
+		const float bias = a.alibi_slopes[h] * (float) p;
+
+		score += a.alibi_rounded_scale != 0 ? bf16_bits(to_bf16(bias)) * a.alibi_rounded_scale : bias;
+	}
+	return score;
+}
+
+/* The first position that the query at this one sees. */
+static __device__ int64_t
+first_seen(const MillmCudaAttention &a, int64_t position)
+{
+	return a.window > 0 && position >= a.window ? position - a.window + 1 : 0;
+}
+
+/*
+ * A block for each head of each token.  Each of its warps takes every ATTENTION_WARPS-th key, a lane every 32nd dim of it, and keeps a softmax of
+ * its own; at the end they are brought to one maximum and added.
+ *
+ *   T       of the pages
+ *   DIMS    of a lane: head_dim <= DIMS * WARP
+ *   blocks  [n_heads, n], threads ATTENTION_WARPS * WARP
+ */
+#define ATTENTION_WARPS 4
+template <class T, int DIMS>
+static __global__ void
+attend(MillmCudaAttention a, MillmRows y, MillmRows q)
+{
+	SHARED(float, maxima, ATTENTION_WARPS);
+	SHARED(float, sums, ATTENTION_WARPS);
+	SHARED(float, values, ATTENTION_WARPS * DIMS * WARP);
+	const int	h = (int) blockIdx.x;
+	const int	t = (int) blockIdx.y;
+	const int	warp = (int) threadIdx.x / WARP;
+	const int	lane = (int) threadIdx.x % WARP;
+	const int64_t position = a.positions[t];
+	const int64_t first = first_seen(a, position);
+	const float *query = q.data + t * q.stride + (int64_t) h * a.head_dim;
+	const int	kv_head = h / (a.n_heads / a.n_kv_heads);
+	const bool	has_sink = a.sinks && warp == 0;
+	float		max = has_sink ? a.sinks[h] : -INFINITY;
+	float		sum = has_sink ? 1 : 0;
+	float		of_query[DIMS],
+				value[DIMS];
+
+#pragma unroll
+	for (int j = 0; j < DIMS; j++)
+	{
+		of_query[j] = j * WARP + lane < a.head_dim ? query[j * WARP + lane] : 0;
+		value[j] = 0;
+	}
+	for (int64_t p = first + warp; p <= position; p += ATTENTION_WARPS)
+	{
+		const T    *key = key_of<T>(a, t, p, kv_head);
+		float		score = 0,
+					weight;
+
+#pragma unroll
+		for (int j = 0; j < DIMS; j++)
+			if (j * WARP + lane < a.head_dim)
+				score = fmaf(of_query[j], from_kv(key[j * WARP + lane]), score);
+		score = finished_score(a, warp_sum(score), h, p);
+		if (!(score <= max))	/* a NaN is taken along: it must reach the output */
+		{
+			const float rescale = expf(max - score);
+
+			max = score;
+			sum *= rescale;
+#pragma unroll
+			for (int j = 0; j < DIMS; j++)
+				value[j] *= rescale;
+		}
+		weight = expf(score - max);
+		sum += weight;
+		key += v_offset(a);
+#pragma unroll
+		for (int j = 0; j < DIMS; j++)
+			if (j * WARP + lane < a.head_dim)
+				value[j] = fmaf(weight, from_kv(key[j * WARP + lane]), value[j]);
+	}
+	if (lane == 0)
+	{
+		maxima[warp] = max;
+		sums[warp] = sum;
+	}
+#pragma unroll
+	for (int j = 0; j < DIMS; j++)
+		values[(warp * DIMS + j) * WARP + lane] = value[j];
+	__syncthreads();
+	max = maxima[0];			/* of the first key, or the sink: there is one */
+	for (int w = 1; w < ATTENTION_WARPS; w++)
+		if (!(maxima[w] <= max))
+			max = maxima[w];
+	sum = 0;
+	for (int w = 0; w < ATTENTION_WARPS; w++)
+		sum += sums[w] * expf(maxima[w] - max);
+	for (int d = (int) threadIdx.x; d < a.head_dim; d += ATTENTION_WARPS * WARP)
+	{
+		float		v = 0;
+
+		for (int w = 0; w < ATTENTION_WARPS; w++)
+			v += values[w * DIMS * WARP + d] * expf(maxima[w] - max);
+		y.data[t * y.stride + (int64_t) h * a.head_dim + d] = v / sum;
+	}
+}
+
+template <class T>
+static cudaError_t
+launch_attend(const MillmCudaAttention *a, MillmRows y, MillmRows q, int n, MillmCudaQueue *queue)
+{
+	const dim3	blocks((unsigned) a->n_heads, (unsigned) n);
+	const int	threads = ATTENTION_WARPS * WARP;
+
+	return launch(a->head_dim <= 2 * WARP ? attend<T, 2> : a->head_dim <= 4 * WARP ? attend<T, 4> : a->head_dim <= 8 * WARP ? attend<T, 8> :
+				  attend<T, MILLM_MAX_HEAD_DIM / WARP>, blocks, threads, queue, *a, y, q);
+}
+
+cudaError_t
+millm_cuda_attention_any(const MillmCudaAttention *a, MillmRows y, MillmRows q, int n, MillmCudaQueue *queue)
+{
+	return a->kv_dtype == MILLM_F32 ? launch_attend<float>(a, y, q, n, queue) : launch_attend<uint16_t>(a, y, q, n, queue);
+}
+
+/* ---- rows one by one ---- */
+
+#define LOG2_E 1.4426950408889634f
+
+/* exp(d): one multiplication and one instruction; d is at most 0 where it counts */
+static __device__ float
+exp_of(float d)
+{
+	return exp2f(d * LOG2_E);
+}
+
+/* What a part with this largest score is multiplied by where the largest of all is max.  A part that saw no key has -infinity, and nothing to add. */
+static __device__ float
+share_of(float of_part, float max)
+{
+	return of_part == -INFINITY ? 0 : exp_of(of_part - max);
+}
+
+/* Eight elements side by side, as they are in a page. */
+template <class T>
+struct Eight;
+
+template <>
+struct Eight<uint16_t>
+{
+	uint4		u;
+
+	__device__ void load(const uint16_t *p) { u = *(const uint4 *) p; }
+	__device__ void clear() { u = {0, 0, 0, 0}; }
+	__device__ float get(int k) const	/* k is a constant */
+	{
+		const uint32_t word = k / 2 == 0 ? u.x : k / 2 == 1 ? u.y : k / 2 == 2 ? u.z : u.w;
+
+		return from_f16((uint16_t) (word >> k % 2 * 16));
+	}
+};
+
+template <>
+struct Eight<float>
+{
+	float4		f[2];
+
+	__device__ void load(const float *p) { f[0] = ((const float4 *) p)[0]; f[1] = ((const float4 *) p)[1]; }
+	__device__ void clear() { f[0] = f[1] = {0, 0, 0, 0}; }
+	__device__ float get(int k) const { return k % 4 == 0 ? f[k / 4].x : k % 4 == 1 ? f[k / 4].y : k % 4 == 2 ? f[k / 4].z : f[k / 4].w; }
+};
+
+/* The keys [from, end) of a split of a row: by position and window alone. */
+struct Split
+{
+	int64_t		from, end;
+};
+
+static __device__ Split
+split_of(const MillmCudaAttention &a, int64_t position, int i)
+{
+	const int64_t first = first_seen(a, position);
+	const int64_t span = millm_cuda_split_span(position + 1 - first);
+	const int64_t from = (first / span + i) * span;
+
+	return {from < first ? first : from, from + span > position ? position + 1 : from + span};
+}
+
+/* Where the softmax of a split of a row's head is: the largest score, the sum, two that nobody reads, then the values. */
+static __device__ float *
+partial_of(const MillmCudaAttention &a, float *partials, int n_splits, int t, int h, int i)
+{
+	return partials + (((int64_t) t * a.n_heads + h) * n_splits + i) * (MILLM_CUDA_PARTIAL + a.head_dim);
+}
+
+/*
+ * A block for each split of a row's keys, of one KV head and H query heads of its group, which all have what was read once.  A key is LANES lanes',
+ * eight dims each: a warp loads WARP / LANES keys at a time, SPLIT_LOADS times before it looks at any, K and V; all of one page.  Who shares a key
+ * keeps a softmax of his own; at the end those of the block become one.  What a lane sums in which order is a matter of position and window alone.
+ *
+ *   T         of the pages
+ *   LANES     a power of two; head_dim <= 8 * LANES, and is a multiple of 8
+ *   H         query heads, at most; those past the group compute its last one again
+ *   n_splits  of the row that has most
+ *   blocks    [n_splits * n_kv_heads * ceil(group / H), n], threads SPLIT_WARPS * WARP
+ */
+#define SPLIT_WARPS 4
+#define SPLIT_LOADS 4
+template <class T, int LANES, int H>
+static __global__ void __launch_bounds__(SPLIT_WARPS * WARP, 1)
+attend_split(const __grid_constant__ MillmCudaAttention a, float *partials, int n_splits, MillmRows q)
+{
+	const int	DIMS = 8 * LANES;
+	const int	KEYS = WARP / LANES;	/* of a load */
+	const int	STEP = SPLIT_LOADS * KEYS;	/* of a warp; divides a page */
+	SHARED(float, queries, H * DIMS);
+	SHARED(float, values, SPLIT_WARPS * H * DIMS);
+	SHARED(float, maxima, SPLIT_WARPS * H);
+	SHARED(float, sums, SPLIT_WARPS * H);
+	const int	t = (int) blockIdx.y;
+	const int	split = (int) blockIdx.x % n_splits;
+	const int	group = a.n_heads / a.n_kv_heads;
+	const int	n_parts = (group + H - 1) / H;	/* blocks of a group */
+	const int	kv_head = (int) blockIdx.x / n_splits / n_parts;
+	const int	h0 = (int) blockIdx.x / n_splits % n_parts * H;	/* in the group */
+	const int	warp = (int) threadIdx.x / WARP;
+	const int	lane = (int) threadIdx.x % WARP;
+	const int	d = lane % LANES * 8;	/* the first of this lane's dims */
+	const Split s = split_of(a, a.positions[t], split);
+	const int32_t *table = a.tables + a.table_of[t * a.n_groups];
+	int64_t		p0 = s.from / STEP * STEP + warp * STEP;
+	int32_t		page;
+	float		max[H],
+				sum[H],
+				value[H][8];
+
+	if (s.from >= s.end)
+		return;					/* another row has more splits */
+	page = table[(p0 < s.end ? p0 : s.from) / MILLM_CUDA_PAGE];
+	for (int i = (int) threadIdx.x; i < H * DIMS; i += SPLIT_WARPS * WARP)
+	{
+		const int	h = h0 + i / DIMS < group ? h0 + i / DIMS : group - 1;
+
+		queries[i] = i % DIMS < a.head_dim ? q.data[t * q.stride + (int64_t) (kv_head * group + h) * a.head_dim + i % DIMS] : 0;
+	}
+	__syncthreads();
+#pragma unroll
+	for (int h = 0; h < H; h++)
+	{
+		max[h] = -INFINITY;
+		sum[h] = 0;
+#pragma unroll
+		for (int k = 0; k < 8; k++)
+			value[h][k] = 0;
+	}
+	for (; p0 < s.end; p0 += SPLIT_WARPS * STEP)
+	{
+		const int64_t p = p0 + lane / LANES;	/* this lane's, of the first load */
+		const T    *from = (const T *) (a.kv + page * a.page_bytes) + ((int64_t) kv_head * MILLM_CUDA_PAGE + p % MILLM_CUDA_PAGE) * a.head_dim + d;
+		const int64_t next = p0 + SPLIT_WARPS * STEP;
+		Eight<T>	key[SPLIT_LOADS],
+					of_value[SPLIT_LOADS];
+		float		score[SPLIT_LOADS][H];
+
+#pragma unroll
+		for (int j = 0; j < SPLIT_LOADS; j++)
+			if (p + j * KEYS >= s.from && p + j * KEYS < s.end && d < a.head_dim)
+			{
+				key[j].load(from + j * KEYS * a.head_dim);
+				of_value[j].load(from + j * KEYS * a.head_dim + v_offset(a));
+			}
+			else				/* where nothing was ever stored there may be NaN, which no weight of 0 would hide */
+			{
+				key[j].clear();
+				of_value[j].clear();
+			}
+		page = table[(next < s.end ? next : p0) / MILLM_CUDA_PAGE];	/* is there when it is needed */
+#pragma unroll
+		for (int h = 0; h < H; h++)
+		{
+			const float4 q0 = *(const float4 *) &queries[h * DIMS + d];
+			const float4 q1 = *(const float4 *) &queries[h * DIMS + d + 4];
+			const float of_query[8] = {q0.x, q0.y, q0.z, q0.w, q1.x, q1.y, q1.z, q1.w};
+
+#pragma unroll
+			for (int j = 0; j < SPLIT_LOADS; j++)
+			{
+				score[j][h] = 0;
+#pragma unroll
+				for (int k = 0; k < 8; k++)
+					score[j][h] = fmaf(of_query[k], key[j].get(k), score[j][h]);
+			}
+		}
+#pragma unroll
+		for (int h = 0; h < H; h++)
+		{
+			const int	head = kv_head * group + (h0 + h < group ? h0 + h : group - 1);
+			float		largest = max[h];
+
+#pragma unroll
+			for (int j = 0; j < SPLIT_LOADS; j++)
+			{
+#pragma unroll
+				for (int step = LANES / 2; step > 0; step /= 2)
+					score[j][h] += __shfl_xor_sync(ALL_LANES, score[j][h], step);
+				score[j][h] = finished_score(a, score[j][h], head, p + j * KEYS);
+				if (!(p + j * KEYS >= s.from && p + j * KEYS < s.end))
+					score[j][h] = -INFINITY;
+				else if (!(score[j][h] <= largest))	/* a NaN is taken along: it must reach the output */
+					largest = score[j][h];
+			}
+			if (!(largest <= max[h]))
+			{
+				const float rescale = exp_of(max[h] - largest);
+
+				max[h] = largest;
+				sum[h] *= rescale;
+#pragma unroll
+				for (int k = 0; k < 8; k++)
+					value[h][k] *= rescale;
+			}
+#pragma unroll
+			for (int j = 0; j < SPLIT_LOADS; j++)
+			{
+				const float weight = share_of(score[j][h], max[h]);
+
+				sum[h] += weight;
+#pragma unroll
+				for (int k = 0; k < 8; k++)
+					value[h][k] = fmaf(weight, of_value[j].get(k), value[h][k]);
+			}
+		}
+	}
+#pragma unroll
+	for (int h = 0; h < H; h++)
+	{
+		float		largest = max[h],
+					share;
+
+#pragma unroll
+		for (int step = LANES; step < WARP; step *= 2)
+		{
+			const float other = __shfl_xor_sync(ALL_LANES, largest, step);
+
+			largest = !(other <= largest) ? other : largest;
+		}
+		share = share_of(max[h], largest);
+		sum[h] *= share;
+#pragma unroll
+		for (int k = 0; k < 8; k++)
+			value[h][k] *= share;
+#pragma unroll
+		for (int step = LANES; step < WARP; step *= 2)
+		{
+			sum[h] += __shfl_xor_sync(ALL_LANES, sum[h], step);
+#pragma unroll
+			for (int k = 0; k < 8; k++)
+				value[h][k] += __shfl_xor_sync(ALL_LANES, value[h][k], step);
+		}
+		if (lane < LANES)
+		{
+			float4	   *to = (float4 *) &values[(warp * H + h) * DIMS + d];
+
+			to[0] = {value[h][0], value[h][1], value[h][2], value[h][3]};
+			to[1] = {value[h][4], value[h][5], value[h][6], value[h][7]};
+		}
+		if (lane == 0)
+		{
+			maxima[warp * H + h] = largest;
+			sums[warp * H + h] = sum[h];
+		}
+	}
+	__syncthreads();
+	for (int i = (int) threadIdx.x; i < H * DIMS; i += SPLIT_WARPS * WARP)
+	{
+		const int	h = i / DIMS;
+		float		largest = maxima[h],
+					all = 0,
+					v = 0;
+
+#pragma unroll
+		for (int w = 1; w < SPLIT_WARPS; w++)
+			largest = !(maxima[w * H + h] <= largest) ? maxima[w * H + h] : largest;
+#pragma unroll
+		for (int w = 0; w < SPLIT_WARPS; w++)
+		{
+			const float share = share_of(maxima[w * H + h], largest);
+
+			all = fmaf(sums[w * H + h], share, all);
+			v = fmaf(values[w * H * DIMS + i], share, v);
+		}
+		if (h0 + h < group && i % DIMS < a.head_dim)
+		{
+			float	   *to = partial_of(a, partials, n_splits, t, kv_head * group + h0 + h, split);
+
+			if (i % DIMS == 0)
+			{
+				to[0] = largest;
+				to[1] = all;
+			}
+			to[MILLM_CUDA_PARTIAL + i % DIMS] = v;
+		}
+	}
+}
+
+/* The splits of a row's head, and its sink, in their order.  blocks [n_heads, n], threads COMBINE_THREADS */
+#define COMBINE_THREADS 128		/* at least MILLM_CUDA_SPLITS */
+static __global__ void
+combine(const __grid_constant__ MillmCudaAttention a, MillmRows y, float *partials, int n_splits)
+{
+	SHARED(float, maxima, MILLM_CUDA_SPLITS);
+	SHARED(float, shares, MILLM_CUDA_SPLITS);
+	const int	h = (int) blockIdx.x;
+	const int	t = (int) blockIdx.y;
+	const int64_t position = a.positions[t];
+	const int	n = millm_cuda_splits(position, a.window);
+	const float *part = partial_of(a, partials, n_splits, t, h, 0);
+	const int	pitch = MILLM_CUDA_PARTIAL + a.head_dim;
+	const int	i = (int) threadIdx.x;
+	float		largest = a.sinks ? a.sinks[h] : -INFINITY;
+	float		sum = 0;
+
+	if (i < n)
+		maxima[i] = part[i * pitch];
+	__syncthreads();
+	for (int k = 0; k < n; k++)
+		largest = !(maxima[k] <= largest) ? maxima[k] : largest;
+	if (i < n)
+		shares[i] = share_of(maxima[i], largest);
+	__syncthreads();
+	for (int k = 0; k < n; k++)
+		sum = fmaf(part[k * pitch + 1], shares[k], sum);
+	if (a.sinks)
+		sum += share_of(a.sinks[h], largest);
+	for (int d = i; d < a.head_dim; d += COMBINE_THREADS)
+	{
+		float		v = 0;
+
+#pragma unroll 8
+		for (int k = 0; k < n; k++)
+			v = fmaf(part[k * pitch + MILLM_CUDA_PARTIAL + d], shares[k], v);
+		y.data[t * y.stride + (int64_t) h * a.head_dim + d] = v / sum;
+	}
+}
+
+template <class T, int LANES>
+static cudaError_t
+launch_split(const MillmCudaAttention *a, float *partials, int n_splits, MillmRows q, int n, MillmCudaQueue *queue)
+{
+	const int	group = a->n_heads / a->n_kv_heads;
+	const int	n_together = group == 1 ? 1 : group == 2 ? 2 : group <= 4 ? 4 : 8;
+	const dim3	blocks((unsigned) (n_splits * a->n_kv_heads * ((group + n_together - 1) / n_together)), (unsigned) n);
+
+	return launch(n_together == 1 ? attend_split<T, LANES, 1> : n_together == 2 ? attend_split<T, LANES, 2> : n_together == 4 ? attend_split<T, LANES, 4> :
+				  attend_split<T, LANES, 8>, blocks, SPLIT_WARPS * WARP, queue, *a, partials, n_splits, q);
+}
+
+template <class T>
+static cudaError_t
+launch_split(const MillmCudaAttention *a, float *partials, int n_splits, MillmRows q, int n, MillmCudaQueue *queue)
+{
+	return a->head_dim <= 64 ? launch_split<T, 8>(a, partials, n_splits, q, n, queue) :
+		a->head_dim <= 128 ? launch_split<T, 16>(a, partials, n_splits, q, n, queue) : launch_split<T, 32>(a, partials, n_splits, q, n, queue);
+}
+
+cudaError_t
+millm_cuda_attention_split(const MillmCudaAttention *a, MillmRows y, MillmRows q, float *partials, int n_splits, int n, MillmCudaQueue *queue)
+{
+	const cudaError_t status = a->kv_dtype == MILLM_F32 ? launch_split<float>(a, partials, n_splits, q, n, queue) :
+		launch_split<uint16_t>(a, partials, n_splits, q, n, queue);
+
+	return status == cudaSuccess ? launch(combine, dim3((unsigned) a->n_heads, (unsigned) n), COMBINE_THREADS, queue, *a, y, partials, n_splits) : status;
+}
