@@ -885,12 +885,9 @@ create_memory(CudaBackend *c, const MillmBackendOptions *options, MillmError *er
 		status = cudaMallocHost((void **) &c->arrived_place, sizeof(*c->arrived_place));
 	if (status != cudaSuccess)
 		return millm_cuda_failed(status, "the page tables", parcel, err);
-	status = millm_cuda_fetch_create(config->vocab_size, options->max_tokens, c->stream, &c->fetch);
-	if (status != cudaSuccess)
-		return millm_cuda_failed(status, "the choice among logits", millm_cuda_fetch_bytes(config->vocab_size, options->max_tokens), err);
-	status = millm_cuda_queue_create(options->max_tokens, c->stream, &c->queue);
-	if (status != cudaSuccess)
-		return millm_cuda_failed(status, "the queue", (int64_t) millm_cuda_queue_bytes(options->max_tokens), err);
+	if ((rc = millm_cuda_fetch_create(config->vocab_size, options->max_tokens, c->stream, &c->fetch, err)) != MILLM_OK ||
+		(rc = millm_cuda_queue_create(options->max_tokens, c->stream, &c->queue, err)) != MILLM_OK)
+		return rc;
 	if (c->has_tensor_cores && wants_blas(c->model, options) &&
 		(rc = millm_cuda_blas_create(widest_row(c->model), options->max_tokens, c->stream, &c->blas, err)) != MILLM_OK)
 		return rc;

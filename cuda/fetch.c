@@ -14,6 +14,8 @@
 #include <stdbool.h>
 #include <stdlib.h>
 
+#include "device_memory.h"
+
 #define MAX_ROWS 256			/* of lists; rows past them cross whole */
 #define MAX_ALWAYS 16384		/* ids of all rows together that are needed whatever their logits */
 
@@ -81,36 +83,39 @@ millm_cuda_fetch_bytes(int64_t n_columns, int n_rows)
 	return lay_out(&l, NULL, lists_of(n_rows), groups_of(n_columns));
 }
 
-cudaError_t
-millm_cuda_fetch_create(int64_t n_columns, int n_rows, cudaStream_t stream, MillmCudaFetch **out)
+MillmCode
+millm_cuda_fetch_create(int64_t n_columns, int n_rows, cudaStream_t stream, MillmCudaFetch **out, MillmError *err)
 {
-	const size_t device_bytes = (size_t) millm_cuda_fetch_bytes(n_columns, n_rows);
+	static const char what[] = "the choice among logits";
+	const int	n_lists = lists_of(n_rows);
 	MillmCudaFetch *f = calloc(1, sizeof(*f));
-	void	   *device = NULL,
-			   *here = NULL;
-	cudaError_t status = cudaErrorMemoryAllocation;
+	char	   *all;
+	int64_t		bytes;
+	cudaError_t status;
+	MillmCode	rc;
 
-	if (f && (f->is_clear = calloc((size_t) lists_of(n_rows), sizeof(*f->is_clear))))
-		status = cudaMalloc(&device, device_bytes);
-	if (status == cudaSuccess)
-		status = cudaMallocHost(&here, (size_t) lay_out(&f->here, NULL, lists_of(n_rows), 0));
-	if (status == cudaSuccess)
-		status = cudaMemsetAsync(device, 0, device_bytes, stream);
-	if (status != cudaSuccess)
+	if (!f || !(f->is_clear = calloc((size_t) n_lists, sizeof(*f->is_clear))))
 	{
-		(void) cudaFree(device);
-		(void) cudaFreeHost(here);
-		if (f)
-			free(f->is_clear);
-		free(f);
-		return status;
+		rc = millm_fail(err, MILLM_E_INSUFFICIENT_MEMORY, "out of memory");
+		goto fail;
 	}
 	f->n_columns = n_columns;
-	f->n_lists = lists_of(n_rows);
-	lay_out(&f->device, device, f->n_lists, groups_of(n_columns));
-	lay_out(&f->here, here, f->n_lists, 0);
+	f->n_lists = n_lists;
+	if ((rc = millm_cuda_allocate(&all, millm_cuda_fetch_bytes(n_columns, n_rows), what, stream, err)) != MILLM_OK)
+		goto fail;
+	lay_out(&f->device, all, n_lists, groups_of(n_columns));
+	bytes = lay_out(&f->here, NULL, n_lists, 0);
+	if ((status = cudaMallocHost((void **) &all, (size_t) bytes)) != cudaSuccess)
+	{
+		rc = millm_cuda_failed(status, what, bytes, err);
+		goto fail;
+	}
+	lay_out(&f->here, all, n_lists, 0);
 	*out = f;
-	return cudaSuccess;
+	return MILLM_OK;
+fail:
+	millm_cuda_fetch_free(f);
+	return rc;
 }
 
 void

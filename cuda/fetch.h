@@ -6,6 +6,7 @@
 
 #include <stdint.h>
 
+#include "error.h"
 #include "kernels.h"
 #include "shortlist.h"
 
@@ -13,8 +14,8 @@ typedef struct MillmCudaFetch MillmCudaFetch;
 
 /* Bytes on the device for rows of n_columns logits, n_rows of them at most. */
 extern int64_t millm_cuda_fetch_bytes(int64_t n_columns, int n_rows);
-/* cudaErrorMemoryAllocation: of the device or of page-locked memory. */
-extern cudaError_t millm_cuda_fetch_create(int64_t n_columns, int n_rows, cudaStream_t stream, MillmCudaFetch **out);
+/* The stream is borrowed for the call.  INSUFFICIENT_MEMORY, INTERNAL as millm_cuda_allocate() says them; *out is untouched then. */
+extern MillmCode millm_cuda_fetch_create(int64_t n_columns, int n_rows, cudaStream_t stream, MillmCudaFetch **out, MillmError *err);
 extern void millm_cuda_fetch_free(MillmCudaFetch *f);	/* NULL is fine */
 
 /*

@@ -14,6 +14,8 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include "device_memory.h"
+
 #define N_GRAPHS 32
 #define GRAPH_LAUNCHES 8		/* fewer are started one by one */
 #define MAX_LIST_BYTES ((size_t) 4 << 20)
@@ -67,28 +69,27 @@ millm_cuda_queue_bytes(int max_tokens)
 	return 4 * round_up((size_t) max_tokens * 4) + 65536;
 }
 
-cudaError_t
-millm_cuda_queue_create(int max_tokens, cudaStream_t stream, MillmCudaQueue **out)
+MillmCode
+millm_cuda_queue_create(int max_tokens, cudaStream_t stream, MillmCudaQueue **out, MillmError *err)
 {
+	static const char what[] = "the queue";
 	MillmCudaQueue *q = calloc(1, sizeof(*q));
-	cudaError_t status = cudaErrorMemoryAllocation;
+	cudaError_t status;
+	MillmCode	rc;
 
 	if (!q)
-		return status;
+		return millm_fail(err, MILLM_E_INSUFFICIENT_MEMORY, "out of memory");
 	q->stream = stream;
 	q->room = millm_cuda_queue_bytes(max_tokens);
 	status = cudaMallocHost((void **) &q->host, q->room);
-	if (status == cudaSuccess)
-		status = cudaMalloc((void **) &q->device, q->room);
-	if (status == cudaSuccess)
-		status = cudaMemsetAsync(q->device, 0, q->room, stream);
-	if (status != cudaSuccess)
+	rc = status == cudaSuccess ? millm_cuda_allocate(&q->device, (int64_t) q->room, what, stream, err) : millm_cuda_failed(status, what, (int64_t) q->room, err);
+	if (rc != MILLM_OK)
 	{
 		millm_cuda_queue_free(q);
-		return status;
+		return rc;
 	}
 	*out = q;
-	return cudaSuccess;
+	return MILLM_OK;
 }
 
 static void

@@ -11,6 +11,8 @@
 #include <stddef.h>
 #include <stdint.h>
 
+#include "error.h"
+
 #ifdef MILLM_CUDA_EMULATED
 #include "emulated_runtime.h"
 #else
@@ -26,8 +28,8 @@ typedef cudaError_t (*MillmCudaStart) (const void *launch, cudaStream_t stream);
 
 /* Bytes on the device, where steps of so many tokens bring numbers along. */
 extern size_t millm_cuda_queue_bytes(int max_tokens);
-/* The stream is borrowed.  cudaErrorMemoryAllocation: of the device or of page-locked memory. */
-extern cudaError_t millm_cuda_queue_create(int max_tokens, cudaStream_t stream, MillmCudaQueue **out);
+/* The stream is borrowed.  INSUFFICIENT_MEMORY, INTERNAL as millm_cuda_allocate() says them; *out is untouched then. */
+extern MillmCode millm_cuda_queue_create(int max_tokens, cudaStream_t stream, MillmCudaQueue **out, MillmError *err);
 extern void millm_cuda_queue_free(MillmCudaQueue *q);	/* NULL is fine */
 
 /* A new step, while the stream is idle: are its launches kept? */

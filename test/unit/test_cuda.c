@@ -503,7 +503,7 @@ test_blas_tiles(void **state)
 		r.layer.q = s.w;
 		assert_int_equal(millm_cuda_weights_create(&r.model, &(MillmUploadOptions) {0}, &weights, &err), MILLM_OK);
 		assert_int_equal(millm_cuda_blas_create(n_in, AT_ONCE, NULL, &blas, &err), MILLM_OK);
-		assert_int_equal(millm_cuda_queue_create(N, NULL, &queue), cudaSuccess);
+		assert_int_equal(millm_cuda_queue_create(N, NULL, &queue, &err), MILLM_OK);
 		assert_int_equal(cudaMalloc((void **) &y, (size_t) (N * stride) * sizeof(float)), cudaSuccess);
 		for (int64_t k = 0; k < N * stride; k++)
 			y[k] = 1;
@@ -1281,6 +1281,30 @@ test_out_of_memory(void **state)
 	free(values);
 }
 
+/* Each allocation of device memory goes by where a test can make it fail (faults.h): the first one that a backend makes, too. */
+static void
+test_fault(void **state)
+{
+	Rig			r;
+	Stored		s;
+	float	   *values;
+	MillmError	err;
+	FILE	   *f = fopen("millm_fault", "w");
+
+	(void) state;
+	assert_non_null(f);
+	fputs("out_of_memory\n", f);
+	fclose(f);
+	small_model(&r, &s, &values);
+	millm_cuda_set_host(&host);
+	assert_int_equal(millm_cuda_create(&r.model, &r.options, &r.be[1], &err), MILLM_E_INSUFFICIENT_MEMORY);
+	assert_string_equal(err.message, "insufficient device memory for the choice among logits");
+	assert_int_equal(millm_emulated.n_allocations, r.n_alive);
+	assert_int_equal(millm_emulated.n_host, r.n_host);
+	discard(&s);
+	free(values);
+}
+
 /* Nothing that another model left in the device's memory is there to be read: all that is taken is cleared. */
 static void
 test_cleared(void **state)
@@ -1546,7 +1570,7 @@ main(int argc, char **argv)
 	const struct CMUnitTest tests[] = {
 		cmocka_unit_test(test_matmul), cmocka_unit_test(test_matmul_old_device), cmocka_unit_test(test_matmul_others), cmocka_unit_test(test_projections), cmocka_unit_test(test_blas_tiles),
 		cmocka_unit_test(test_company), cmocka_unit_test(test_attention), cmocka_unit_test(test_splits),
-		cmocka_unit_test(test_rows), cmocka_unit_test(test_fetch), cmocka_unit_test(test_graphs), cmocka_unit_test(test_graphs_differ), cmocka_unit_test(test_backwards), cmocka_unit_test(test_out_of_memory), cmocka_unit_test(test_prediction),
+		cmocka_unit_test(test_rows), cmocka_unit_test(test_fetch), cmocka_unit_test(test_graphs), cmocka_unit_test(test_graphs_differ), cmocka_unit_test(test_backwards), cmocka_unit_test(test_out_of_memory), cmocka_unit_test(test_fault), cmocka_unit_test(test_prediction),
 		cmocka_unit_test(test_cleared), cmocka_unit_test(test_upload),
 		cmocka_unit_test(test_refused_options), cmocka_unit_test(test_device_fails),
 	};
