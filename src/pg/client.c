@@ -123,6 +123,20 @@ millm_ereport(int elevel, const MillmError *err)
 			 err->hint[0] ? errhint("%s", err->hint) : 0));
 }
 
+void
+millm_refuse(MillmCode code, const char *message, const char *detail, const char *hint)
+{
+	MillmError	err;
+
+	millm_fail(&err, code, "%s", message);
+	if (detail)
+		millm_detail(&err, "%s", detail);
+	if (hint)
+		millm_hint(&err, "%s", hint);
+	millm_ereport(ERROR, &err);
+	pg_unreachable();
+}
+
 static void
 hide_statement(void *is_secret)
 {

@@ -94,6 +94,8 @@ extern void millm_reply_invalid(const char *what) __attribute__((noreturn));
 
 /* Raise err with its SQLSTATE, detail and hint. */
 extern void millm_ereport(int elevel, const MillmError *err);
+/* Raise an error of these texts; detail and hint may be NULL. */
+extern void millm_refuse(MillmCode code, const char *message, const char *detail, const char *hint) __attribute__((noreturn));
 /*
  * One of the statement's arguments is a secret (if is_secret): until error_context_stack is set back to context->previous, or an error has left
  * the function, no message brings the statement into the server's log.

@@ -77,16 +77,6 @@ static const struct
 };
 
 static void
-refuse(MillmCode code, const char *message, const char *hint)
-{
-	MillmError	err;
-
-	millm_fail(&err, code, "%s", message);
-	millm_hint(&err, "%s", hint);
-	millm_ereport(ERROR, &err);
-}
-
-static void
 append_number(StringInfo request, const char *name, Oid type, Datum value)
 {
 	appendStringInfo(request, ",\"%s\":", name);
@@ -121,7 +111,7 @@ append_stop(StringInfo request, ArrayType *stop)
 	for (int i = 0; i < n; i++)
 	{
 		if (nulls[i])
-			refuse(MILLM_E_INVALID_ARGUMENT, "stop must not contain nulls", "Leave stop out, or list only texts.");
+			millm_refuse(MILLM_E_INVALID_ARGUMENT, "stop must not contain nulls", NULL, "Leave stop out, or list only texts.");
 		if (i > 0)
 			appendStringInfoChar(request, ',');
 		millm_append_text(request, DatumGetTextPP(elements[i]));
@@ -160,7 +150,7 @@ append_logit_bias(StringInfo request, Jsonb *bias)
 	bool		is_first = true;
 
 	if (!JB_ROOT_IS_OBJECT(bias))
-		refuse(MILLM_E_INVALID_ARGUMENT, "logit_bias must be an object", "Write {\"token id\": bias, ...}.");
+		millm_refuse(MILLM_E_INVALID_ARGUMENT, "logit_bias must be an object", NULL, "Write {\"token id\": bias, ...}.");
 	appendStringInfoString(request, ",\"logit_bias\":{");
 	while ((token = JsonbIteratorNext(&it, &v, true)) != WJB_DONE)
 		if (token == WJB_KEY)
@@ -176,7 +166,7 @@ append_logit_bias(StringInfo request, Jsonb *bias)
 				DatumGetFloat8(DirectFunctionCall1(numeric_float8_no_overflow, NumericGetDatum(v.val.numeric))) : NAN;
 
 			if (!isfinite(number))
-				refuse(MILLM_E_INVALID_ARGUMENT, "logit_bias must have numbers only", "Write {\"token id\": bias, ...}.");
+				millm_refuse(MILLM_E_INVALID_ARGUMENT, "logit_bias must have numbers only", NULL, "Write {\"token id\": bias, ...}.");
 			appendStringInfo(request, ":%.17g", number);
 		}
 	appendStringInfoChar(request, '}');
@@ -205,7 +195,7 @@ millm_generate_options(FunctionCallInfo fcinfo, bool stream)
 	if (!PG_ARGISNULL(ARG_SYSTEM))
 	{
 		if (raw)
-			refuse(MILLM_E_INVALID_ARGUMENT, "a raw prompt has no system message", "Write the instructions into the prompt.");
+			millm_refuse(MILLM_E_INVALID_ARGUMENT, "a raw prompt has no system message", NULL, "Write the instructions into the prompt.");
 		appendStringInfoString(&options, ",\"system\":");
 		millm_append_text(&options, PG_GETARG_TEXT_PP(ARG_SYSTEM));
 	}
@@ -283,8 +273,8 @@ refuse_messages_as_text(const text *prompt)
 		has_messages = true;
 	}
 	if (has_messages && rest.end - rest.at == 1 && *rest.at == ']')
-		refuse(MILLM_E_INVALID_ARGUMENT, "the prompt is an array of messages, given as text",
-			   "Give messages as jsonb: millm.chat(messages => '[...]'). Any text at all is taken by millm.generate().");
+		millm_refuse(MILLM_E_INVALID_ARGUMENT, "the prompt is an array of messages, given as text", NULL,
+					 "Give messages as jsonb: millm.chat(messages => '[...]'). Any text at all is taken by millm.generate().");
 }
 
 /* A prompt is a conversation of one message. */

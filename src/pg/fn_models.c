@@ -48,24 +48,11 @@ PG_FUNCTION_INFO_V1(millm_delete_name);
 static const char *const revision_hint = "Use a branch, a tag or a commit of the repository.";
 static const char *const path_hint = "Give the absolute path of an existing directory with config.json, the weights and tokenizer.json.";
 
-static void
-refuse(MillmCode code, const char *message, const char *detail, const char *hint)
-{
-	MillmError	err;
-
-	millm_fail(&err, code, "%s", message);
-	if (detail)
-		millm_detail(&err, "%s", detail);
-	if (hint)
-		millm_hint(&err, "%s", hint);
-	millm_ereport(ERROR, &err);
-}
-
 static char *
 required_text(FunctionCallInfo fcinfo, int arg, const char *name)
 {
 	if (PG_ARGISNULL(arg))
-		refuse(MILLM_E_INVALID_ARGUMENT, psprintf("%s must not be null", name), NULL, NULL);
+		millm_refuse(MILLM_E_INVALID_ARGUMENT, psprintf("%s must not be null", name), NULL, NULL);
 	return text_to_cstring(PG_GETARG_TEXT_PP(arg));
 }
 
@@ -102,8 +89,8 @@ check_repo_id(const char *repo_id)
 	const char *name = slash ? slash + 1 : repo_id;
 
 	if ((slash && !valid_part(repo_id, slash - repo_id)) || !valid_part(name, strlen(name)))
-		refuse(MILLM_E_INVALID_REPO_ID, psprintf("invalid repository id \"%s\"", repo_id), NULL,
-			  "Write it as on the Hub: owner/name, of letters, digits and single \".\", \"_\" or \"-\".");
+		millm_refuse(MILLM_E_INVALID_REPO_ID, psprintf("invalid repository id \"%s\"", repo_id), NULL,
+					 "Write it as on the Hub: owner/name, of letters, digits and single \".\", \"_\" or \"-\".");
 	return name;
 }
 
@@ -115,11 +102,11 @@ check_name(const char *name)
 	for (const unsigned char *p = (const unsigned char *) name; *p; p++)
 		control |= *p < ' ' || *p == 0x7F;
 	if (name[0] == '\0' || strlen(name) > MAX_NAME_BYTES || control)
-		refuse(MILLM_E_INVALID_ARGUMENT, psprintf("invalid model name \"%s\"", name),
-			  psprintf("A name has 1 to %d bytes and no control characters.", MAX_NAME_BYTES), NULL);
+		millm_refuse(MILLM_E_INVALID_ARGUMENT, psprintf("invalid model name \"%s\"", name),
+					 psprintf("A name has 1 to %d bytes and no control characters.", MAX_NAME_BYTES), NULL);
 	if (strspn(name, "0123456789") == strlen(name))
-		refuse(MILLM_E_INVALID_ARGUMENT, psprintf("invalid model name \"%s\"", name), "A name that is a number would be taken for an id.",
-			  "Give the model another name with name => '...'.");
+		millm_refuse(MILLM_E_INVALID_ARGUMENT, psprintf("invalid model name \"%s\"", name), "A name that is a number would be taken for an id.",
+					 "Give the model another name with name => '...'.");
 }
 
 static void
@@ -127,9 +114,9 @@ check_revision(const char *revision)
 {
 	for (const unsigned char *p = (const unsigned char *) revision; *p; p++)
 		if (*p <= ' ' || *p == 0x7F || strchr("?#%\\", *p))
-			refuse(MILLM_E_INVALID_ARGUMENT, psprintf("invalid revision \"%s\"", revision), NULL, revision_hint);
+			millm_refuse(MILLM_E_INVALID_ARGUMENT, psprintf("invalid revision \"%s\"", revision), NULL, revision_hint);
 	if (revision[0] == '\0' || strlen(revision) >= MILLM_NAME_BYTES || strstr(revision, ".."))
-		refuse(MILLM_E_INVALID_ARGUMENT, psprintf("invalid revision \"%s\"", revision), NULL, revision_hint);
+		millm_refuse(MILLM_E_INVALID_ARGUMENT, psprintf("invalid revision \"%s\"", revision), NULL, revision_hint);
 }
 
 /* The token never appears in a message. */
@@ -143,10 +130,10 @@ optional_token(FunctionCallInfo fcinfo, int arg)
 	token = text_to_cstring(PG_GETARG_TEXT_PP(arg));
 	for (const unsigned char *p = (const unsigned char *) token; *p; p++)
 		if (*p <= ' ' || *p >= 0x7F)
-			refuse(MILLM_E_INVALID_HF_TOKEN, "hf_token has characters that no access token has", "It has blanks, control characters or other than ASCII.",
-				   "Give the token alone, as the Hub shows it: hf_...");
+			millm_refuse(MILLM_E_INVALID_HF_TOKEN, "hf_token has characters that no access token has", "It has blanks, control characters or other than ASCII.",
+						 "Give the token alone, as the Hub shows it: hf_...");
 	if (token[0] == '\0' || strlen(token) >= MILLM_TOKEN_BYTES)
-		refuse(MILLM_E_INVALID_HF_TOKEN, "hf_token is empty or too long", psprintf("At most %d bytes are accepted.", MILLM_TOKEN_BYTES - 1), NULL);
+		millm_refuse(MILLM_E_INVALID_HF_TOKEN, "hf_token is empty or too long", psprintf("At most %d bytes are accepted.", MILLM_TOKEN_BYTES - 1), NULL);
 	return token;
 }
 
@@ -238,9 +225,9 @@ effective_quantization(const char *source, const char *quantization, const Facts
 		return quantization;
 	published = strcmp(facts->prequantized, "int8") == 0 ? "Q8" : "Q4";
 	if (strcmp(quantization, "FP16") != 0 && strcmp(quantization, published) != 0)
-		refuse(MILLM_E_UNSUPPORTED, psprintf("\"%s\" cannot become %s", source, quantization),
-			   psprintf("Its weights are quantized already (%s, which is %s).", facts->prequantized, published),
-			   psprintf("Use quantization => '%s' to take them as they are, or quantize the 16-bit original.", published));
+		millm_refuse(MILLM_E_UNSUPPORTED, psprintf("\"%s\" cannot become %s", source, quantization),
+					 psprintf("Its weights are quantized already (%s, which is %s).", facts->prequantized, published),
+					 psprintf("Use quantization => '%s' to take them as they are, or quantize the 16-bit original.", published));
 	return published;
 }
 
@@ -538,14 +525,14 @@ millm_register_local(PG_FUNCTION_ARGS)
 				 errdetail("Only roles with privileges of the role \"pg_read_server_files\" may do that.")));
 	quantization = millm_canonical_quantization(quantization);
 	if (path[0] != '/')
-		refuse(MILLM_E_INVALID_LOCAL_PATH, psprintf("path \"%s\" is not absolute", path), NULL, path_hint);
+		millm_refuse(MILLM_E_INVALID_LOCAL_PATH, psprintf("path \"%s\" is not absolute", path), NULL, path_hint);
 	if (strlen(path) >= MILLM_PATH_BYTES)
-		refuse(MILLM_E_INVALID_LOCAL_PATH, "path is too long", psprintf("At most %d bytes are accepted.", MILLM_PATH_BYTES - 1), NULL);
+		millm_refuse(MILLM_E_INVALID_LOCAL_PATH, "path is too long", psprintf("At most %d bytes are accepted.", MILLM_PATH_BYTES - 1), NULL);
 	canonicalize_path(path);
 	if (stat(path, &sb) != 0)
-		refuse(MILLM_E_INVALID_LOCAL_PATH, psprintf("could not access \"%s\": %m", path), NULL, path_hint);
+		millm_refuse(MILLM_E_INVALID_LOCAL_PATH, psprintf("could not access \"%s\": %m", path), NULL, path_hint);
 	if (!S_ISDIR(sb.st_mode))
-		refuse(MILLM_E_INVALID_LOCAL_PATH, psprintf("\"%s\" is not a directory", path), NULL, path_hint);
+		millm_refuse(MILLM_E_INVALID_LOCAL_PATH, psprintf("\"%s\" is not a directory", path), NULL, path_hint);
 	if (!name)
 		name = pstrdup(last_dir_separator(path) + 1);
 	check_name(name);
@@ -574,9 +561,9 @@ static void
 refuse_uncommitted(const MillmModel *m, const char *verb)
 {
 	if (m->uncommitted)
-		refuse(MILLM_E_MODEL_NOT_READY, psprintf("cannot %s model \"%s\" in the transaction that has changed it", verb, m->name),
-			  "The work on it starts when this transaction commits.",
-			  "COMMIT first. psql -c runs all of its statements in one transaction; use one -c for each.");
+		millm_refuse(MILLM_E_MODEL_NOT_READY, psprintf("cannot %s model \"%s\" in the transaction that has changed it", verb, m->name),
+					 "The work on it starts when this transaction commits.",
+					 "COMMIT first. psql -c runs all of its statements in one transaction; use one -c for each.");
 }
 
 /* Tell people who watch, at most once in LOOK_MS and only when there is something new. */
@@ -650,8 +637,8 @@ wait_for(MillmModelKey key, const Interval *timeout)
 		if (left_ms <= 0)
 		{
 			ConditionVariableCancelSleep();
-			refuse(MILLM_E_MODEL_NOT_READY, psprintf("model \"%s\" is not ready yet", m->name),
-				  found ? psprintf("%d %% is done.", job.percent) : NULL, "The work goes on; wait again.");
+			millm_refuse(MILLM_E_MODEL_NOT_READY, psprintf("model \"%s\" is not ready yet", m->name),
+						 found ? psprintf("%d %% is done.", job.percent) : NULL, "The work goes on; wait again.");
 		}
 		timed_out = ConditionVariableTimedSleep(&millm_shared->changed, Min(left_ms, LOOK_MS), PG_WAIT_EXTENSION);
 		if (!found && timed_out)
@@ -691,8 +678,8 @@ cancel(MillmModelKey key)
 	m = millm_model_require(key);
 	refuse_uncommitted(m, "cancel");
 	if (strcmp(m->status, "pending") != 0)
-		refuse(MILLM_E_INVALID_ARGUMENT, psprintf("there is no %s of model \"%s\" to cancel", millm_model_work(m), m->name),
-			   psprintf("Its status is %s.", m->status), NULL);
+		millm_refuse(MILLM_E_INVALID_ARGUMENT, psprintf("there is no %s of model \"%s\" to cancel", millm_model_work(m), m->name),
+					 psprintf("Its status is %s.", m->status), NULL);
 	LWLockAcquire(millm_shared->lock, LW_EXCLUSIVE);
 	job = millm_find_job(m->uuid);
 	if (!job || job->attempt < m->attempt)
@@ -714,7 +701,7 @@ cancel(MillmModelKey key)
 		job->canceled = true;
 	LWLockRelease(millm_shared->lock);
 	if (full)
-		refuse(MILLM_E_SERVER_BUSY, "too many downloads at once", psprintf("At most %d are possible.", MILLM_MAX_JOBS), NULL);
+		millm_refuse(MILLM_E_SERVER_BUSY, "too many downloads at once", psprintf("At most %d are possible.", MILLM_MAX_JOBS), NULL);
 	millm_wake_supervisor();
 }
 
@@ -751,7 +738,7 @@ retry(MillmModelKey key, FunctionCallInfo fcinfo)
 	check_cache();
 	m = millm_model_require(key);
 	if (token && !m->repo_id)
-		refuse(MILLM_E_INVALID_ARGUMENT, psprintf("model \"%s\" needs no hf_token", m->name), "It is made from a directory of this server.", NULL);
+		millm_refuse(MILLM_E_INVALID_ARGUMENT, psprintf("model \"%s\" needs no hf_token", m->name), "It is made from a directory of this server.", NULL);
 	PreventCommandIfReadOnly("millm.retry()");
 	lock_files(m->directory, m->local_path);
 	millm_transaction_touch();
@@ -763,7 +750,7 @@ retry(MillmModelKey key, FunctionCallInfo fcinfo)
 							   "updated_at = pg_catalog.clock_timestamp() WHERE uuid = $1 AND status = $2", lengthof(types), types, values, NULL);
 	millm_registry_end(&r);
 	if (n == 0)
-		refuse(MILLM_E_INVALID_ARGUMENT, psprintf("model \"%s\" has not failed", m->name), psprintf("Its status is %s.", m->status), NULL);
+		millm_refuse(MILLM_E_INVALID_ARGUMENT, psprintf("model \"%s\" has not failed", m->name), psprintf("Its status is %s.", m->status), NULL);
 	if (token)
 		millm_transaction_token(m->uuid, token);
 	error_context_stack = secret.previous;

@@ -37,19 +37,6 @@ PG_FUNCTION_INFO_V1(millm_generate_rows);
 
 enum {COLUMN_KEY, COLUMN_TEXT, COLUMN_ERROR, COLUMN_FINISH_REASON, COLUMN_PROMPT_TOKENS, COLUMN_CACHED_TOKENS, COLUMN_COMPLETION_TOKENS, N_COLUMNS};
 
-static void
-refuse(MillmCode code, const char *message, const char *detail, const char *hint)
-{
-	MillmError	err;
-
-	millm_fail(&err, code, "%s", message);
-	if (detail)
-		millm_detail(&err, "%s", detail);
-	if (hint)
-		millm_hint(&err, "%s", hint);
-	millm_ereport(ERROR, &err);
-}
-
 /* While the engine computes one batch of sequences, the next one waits there for its place. */
 static int
 default_look_ahead(void)
@@ -221,8 +208,8 @@ check_select(SPIPlanPtr plan)
 	Query	   *query = source && list_length(source->query_list) == 1 ? linitial(source->query_list) : NULL;
 
 	if (!query || query->commandType != CMD_SELECT || query->hasModifyingCTE || query->rowMarks != NIL)
-		refuse(MILLM_E_INVALID_ARGUMENT, "the query of generate_rows must be a single SELECT that only reads", NULL,
-			   "Write SELECT key, prompt FROM ..., without FOR UPDATE and without INSERT, UPDATE or DELETE.");
+		millm_refuse(MILLM_E_INVALID_ARGUMENT, "the query of generate_rows must be a single SELECT that only reads", NULL,
+					 "Write SELECT key, prompt FROM ..., without FOR UPDATE and without INSERT, UPDATE or DELETE.");
 }
 
 /* Key and prompt: true when the latter is a conversation. */
@@ -234,15 +221,15 @@ check_columns(TupleDesc columns)
 	Oid			type;
 
 	if (columns->natts != 2)
-		refuse(MILLM_E_INVALID_ARGUMENT, "the query of generate_rows must have two columns: key and prompt",
-			   psprintf("It has %d.", columns->natts), NULL);
+		millm_refuse(MILLM_E_INVALID_ARGUMENT, "the query of generate_rows must have two columns: key and prompt",
+					 psprintf("It has %d.", columns->natts), NULL);
 	type = getBaseType(TupleDescAttr(columns, 1)->atttypid);
 	if (type == JSONBOID || type == JSONOID)
 		return true;
 	get_type_category_preferred(type, &category, &is_preferred);
 	if (category != TYPCATEGORY_STRING)
-		refuse(MILLM_E_INVALID_ARGUMENT, "the second column of generate_rows' query must be text, or jsonb messages",
-			   psprintf("It is %s.", format_type_be(TupleDescAttr(columns, 1)->atttypid)), "Cast it to text.");
+		millm_refuse(MILLM_E_INVALID_ARGUMENT, "the second column of generate_rows' query must be text, or jsonb messages",
+					 psprintf("It is %s.", format_type_be(TupleDescAttr(columns, 1)->atttypid)), "Cast it to text.");
 	return false;
 }
 
@@ -258,8 +245,8 @@ open_rows(FunctionCallInfo fcinfo)
 	Portal		portal;
 
 	if (look_ahead < 1 || look_ahead > MILLM_MAX_LOOK_AHEAD)
-		refuse(MILLM_E_INVALID_ARGUMENT, "look_ahead is out of range",
-			   psprintf("It is %d; 1 to %d are accepted.", look_ahead, MILLM_MAX_LOOK_AHEAD), NULL);
+		millm_refuse(MILLM_E_INVALID_ARGUMENT, "look_ahead is out of range",
+					 psprintf("It is %d; 1 to %d are accepted.", look_ahead, MILLM_MAX_LOOK_AHEAD), NULL);
 	rows->options = options_of(fcinfo);
 	rows->batch = millm_batch_create(look_ahead, true);
 
@@ -275,9 +262,9 @@ open_rows(FunctionCallInfo fcinfo)
 	SPI_finish();
 
 	if (rows->has_messages && !PG_ARGISNULL(ARG_SYSTEM))
-		refuse(MILLM_E_INVALID_ARGUMENT, "messages have their own system message", NULL, "Write it into the messages, or give prompts as text.");
+		millm_refuse(MILLM_E_INVALID_ARGUMENT, "messages have their own system message", NULL, "Write it into the messages, or give prompts as text.");
 	if (rows->has_messages && !PG_ARGISNULL(ARG_RAW) && PG_GETARG_BOOL(ARG_RAW))
-		refuse(MILLM_E_INVALID_ARGUMENT, "messages cannot be raw", NULL, "Give prompts as text.");
+		millm_refuse(MILLM_E_INVALID_ARGUMENT, "messages cannot be raw", NULL, "Give prompts as text.");
 	rows->econtext = ((ReturnSetInfo *) fcinfo->resultinfo)->econtext;
 	RegisterExprContextCallback(rows->econtext, close_query, PointerGetDatum(rows));
 	return rows;

@@ -60,16 +60,6 @@ begin_request(StringInfo request, FunctionCallInfo fcinfo, int arg_model)
 		millm_append_model(request, PG_GETARG_TEXT_PP(arg_model));
 }
 
-static void
-refuse(const char *message, const char *hint)
-{
-	MillmError	err;
-
-	millm_fail(&err, MILLM_E_INVALID_ARGUMENT, "%s", message);
-	millm_hint(&err, "%s", hint);
-	millm_ereport(ERROR, &err);
-}
-
 /* ---- logprobs ---------------------------------------------------------------------------------- */
 
 typedef struct Tokens
@@ -328,15 +318,15 @@ read_labels(FunctionCallInfo fcinfo, int *n)
 	Label	   *labels;
 
 	if (PG_ARGISNULL(ARG_LABELS))
-		refuse("labels must not be null", "List the texts among which the model is to choose.");
+		millm_refuse(MILLM_E_INVALID_ARGUMENT, "labels must not be null", NULL, "List the texts among which the model is to choose.");
 	deconstruct_array(PG_GETARG_ARRAYTYPE_P_COPY(ARG_LABELS), TEXTOID, -1, false, TYPALIGN_INT, &elements, &nulls, n);
 	if (*n == 0)
-		refuse("there are no labels", "List the texts among which the model is to choose.");
+		millm_refuse(MILLM_E_INVALID_ARGUMENT, "there are no labels", NULL, "List the texts among which the model is to choose.");
 	labels = palloc(*n * sizeof(Label));
 	for (int i = 0; i < *n; i++)
 	{
 		if (nulls[i])
-			refuse("labels must not contain nulls", "List only texts.");
+			millm_refuse(MILLM_E_INVALID_ARGUMENT, "labels must not contain nulls", NULL, "List only texts.");
 		labels[i] = (Label) {.label = elements[i], .number = i};
 	}
 	return labels;
