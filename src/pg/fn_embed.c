@@ -1,9 +1,8 @@
 /*
  * fn_embed.c -- the loaded model's embeddings: embed(text), and embed(text[]) row by row.
  *
- * Both are STABLE and not STRICT, for the model may be left out.  An array goes to the engine in slices, one request after the other, each of texts
- * that follow one another: their rows leave while it computes the next ones, and neither side ever holds a whole large array's answers.
- * Closing the connection cancels, as everywhere (client.h).
+ * Both are STABLE and not STRICT, for the model may be left out.  An array goes to the engine in slices (text_array.h), one request after the
+ * other.  Closing the connection cancels, as everywhere (client.h).
  */
 #include "postgres.h"
 
@@ -15,13 +14,10 @@
 
 #include "client.h"
 #include "live.h"
+#include "text_array.h"
 
 PG_FUNCTION_INFO_V1(millm_embed);
 PG_FUNCTION_INFO_V1(millm_embed_array);
-
-/* A slice ends with the text that reaches either. */
-#define SLICE_TEXTS		256
-#define SLICE_BYTES		(1024 * 1024)
 
 /* Begin an embed request, its texts still to be written. */
 static void
@@ -31,7 +27,6 @@ begin_request(StringInfo request, FunctionCallInfo fcinfo)
 	millm_begin_compute(request, "embed");
 	if (!PG_ARGISNULL(1))
 		millm_append_model(request, PG_GETARG_TEXT_PP(1));
-	appendStringInfoString(request, ",\"texts\":[");
 }
 
 /* The next VECTOR as a real[] with lower bound 1. */
@@ -81,6 +76,7 @@ millm_embed(PG_FUNCTION_ARGS)
 	if (PG_ARGISNULL(0))
 		PG_RETURN_NULL();
 	begin_request(&request, fcinfo);
+	appendStringInfoString(&request, ",\"texts\":[");
 	millm_append_text(&request, PG_GETARG_TEXT_PP(0));
 	appendStringInfoString(&request, "]}");
 	client = millm_compute_open(request.data);
@@ -91,30 +87,18 @@ millm_embed(PG_FUNCTION_ARGS)
 
 typedef struct EmbedArray
 {
-	Datum	   *texts;
-	bool	   *nulls;
-	int			n;
-	int			at;				/* the row that comes next */
-	int			slice_end;		/* the engine works on the texts before it */
-	MillmClient *client;		/* NULL: on none */
+	MillmTextArray array;
+	MillmClient *client;		/* on its slice; NULL: on none */
 } EmbedArray;
 
-/* Ask for the texts from e->at on, which is none that is NULL. */
 static void
 open_slice(EmbedArray *e, FunctionCallInfo fcinfo)
 {
 	StringInfoData request;
-	const char *separator = "";
 
 	begin_request(&request, fcinfo);
-	e->slice_end = e->at;
-	while (e->slice_end < e->n && !e->nulls[e->slice_end] && e->slice_end - e->at < SLICE_TEXTS && request.len < SLICE_BYTES)
-	{
-		appendStringInfoString(&request, separator);
-		millm_append_text(&request, DatumGetTextPP(e->texts[e->slice_end++]));
-		separator = ",";
-	}
-	appendStringInfo(&request, "],\"first\":%d}", e->at + 1);
+	millm_text_array_slice(&e->array, &request);
+	appendStringInfoChar(&request, '}');
 	e->client = millm_compute_open(request.data);
 	pfree(request.data);
 }
@@ -129,6 +113,7 @@ millm_embed_array(PG_FUNCTION_ARGS)
 {
 	FuncCallContext *call;
 	EmbedArray *e;
+	MillmTextArray *a;
 	Datum		embedding;
 
 	if (SRF_IS_FIRSTCALL())
@@ -139,17 +124,17 @@ millm_embed_array(PG_FUNCTION_ARGS)
 		call = SRF_FIRSTCALL_INIT();
 		old = MemoryContextSwitchTo(call->multi_call_memory_ctx);
 		call->user_fctx = e = palloc0(sizeof(EmbedArray));
-		if (!PG_ARGISNULL(0))
-			deconstruct_array(PG_GETARG_ARRAYTYPE_P_COPY(0), TEXTOID, -1, false, TYPALIGN_INT, &e->texts, &e->nulls, &e->n);
+		millm_text_array_init(&e->array, PG_ARGISNULL(0) ? NULL : PG_GETARG_ARRAYTYPE_P_COPY(0));
 		MemoryContextSwitchTo(old);
 	}
 	call = SRF_PERCALL_SETUP();
 	e = call->user_fctx;
-	if (e->at == e->n)
+	a = &e->array;
+	if (a->at == a->n)
 		SRF_RETURN_DONE(call);
-	if (e->nulls[e->at])
+	if (a->nulls[a->at])
 	{
-		e->at++;
+		a->at++;
 		SRF_RETURN_NEXT_NULL(call);
 	}
 	if (!e->client)
@@ -160,7 +145,7 @@ millm_embed_array(PG_FUNCTION_ARGS)
 		MemoryContextSwitchTo(old);
 	}
 	embedding = receive_embedding(e->client);
-	if (++e->at == e->slice_end)
+	if (++a->at == a->slice_end)
 	{
 		receive_end(e->client);
 		e->client = NULL;

@@ -20,15 +20,12 @@
 #include "client.h"
 #include "json.h"
 #include "live.h"
+#include "text_array.h"
 
 PG_FUNCTION_INFO_V1(millm_logprobs);
 PG_FUNCTION_INFO_V1(millm_perplexity);
 PG_FUNCTION_INFO_V1(millm_perplexity_array);
 PG_FUNCTION_INFO_V1(millm_classify);
-
-/* Texts of an array go to the engine in slices, one request after the other; a slice ends with the text that reaches either. */
-#define SLICE_TEXTS		256
-#define SLICE_BYTES		(1024 * 1024)
 
 /* Of how many tokens (0: none has any before it) the sum of the logprobs is what. */
 typedef struct Score
@@ -213,33 +210,19 @@ millm_perplexity(PG_FUNCTION_ARGS)
 
 typedef struct PerplexityArray
 {
-	Datum	   *texts;
-	bool	   *nulls;
-	int			n;
-	int			at;				/* the row that comes next */
-	int			slice_end;		/* the reply has the scores of the texts before it */
-	StringInfoData reply;
+	MillmTextArray array;
+	StringInfoData reply;		/* for its slice */
 	MillmJson	rest;			/* of its scores */
 } PerplexityArray;
 
-/* Ask for the texts from p->at on, which is none that is NULL. */
 static void
 ask_slice(PerplexityArray *p, FunctionCallInfo fcinfo)
 {
-	const char *separator = "";
-
 	if (p->reply.data)
 		pfree(p->reply.data);
 	begin_request(&p->reply, fcinfo, 1);
-	appendStringInfo(&p->reply, ",\"first\":%d,\"texts\":[", p->at + 1);
-	p->slice_end = p->at;
-	while (p->slice_end < p->n && !p->nulls[p->slice_end] && p->slice_end - p->at < SLICE_TEXTS && p->reply.len < SLICE_BYTES)
-	{
-		appendStringInfoString(&p->reply, separator);
-		millm_append_text(&p->reply, DatumGetTextPP(p->texts[p->slice_end++]));
-		separator = ",";
-	}
-	appendStringInfoString(&p->reply, "]}");
+	millm_text_array_slice(&p->array, &p->reply);
+	appendStringInfoChar(&p->reply, '}');
 	p->rest = ask(&p->reply);
 }
 
@@ -249,6 +232,7 @@ millm_perplexity_array(PG_FUNCTION_ARGS)
 {
 	FuncCallContext *call;
 	PerplexityArray *p;
+	MillmTextArray *a;
 	MemoryContext old;
 	Datum		value;
 	bool		is_null;
@@ -259,26 +243,26 @@ millm_perplexity_array(PG_FUNCTION_ARGS)
 		call = SRF_FIRSTCALL_INIT();
 		old = MemoryContextSwitchTo(call->multi_call_memory_ctx);
 		call->user_fctx = p = palloc0(sizeof(PerplexityArray));
-		if (!PG_ARGISNULL(0))
-			deconstruct_array(PG_GETARG_ARRAYTYPE_P_COPY(0), TEXTOID, -1, false, TYPALIGN_INT, &p->texts, &p->nulls, &p->n);
+		millm_text_array_init(&p->array, PG_ARGISNULL(0) ? NULL : PG_GETARG_ARRAYTYPE_P_COPY(0));
 		MemoryContextSwitchTo(old);
 	}
 	call = SRF_PERCALL_SETUP();
 	p = call->user_fctx;
-	if (p->at == p->n)
+	a = &p->array;
+	if (a->at == a->n)
 		SRF_RETURN_DONE(call);
-	if (p->nulls[p->at])
+	if (a->nulls[a->at])
 	{
-		p->at++;
+		a->at++;
 		SRF_RETURN_NEXT_NULL(call);
 	}
-	if (p->at >= p->slice_end)
+	if (a->at >= a->slice_end)
 	{
 		old = MemoryContextSwitchTo(call->multi_call_memory_ctx);
 		ask_slice(p, fcinfo);
 		MemoryContextSwitchTo(old);
 	}
-	p->at++;
+	a->at++;
 	value = perplexity(next_score(&p->rest), &is_null);
 	if (is_null)
 		SRF_RETURN_NEXT_NULL(call);

@@ -48,6 +48,8 @@ is(sql(q(SELECT string_agg(DISTINCT provolatile::text, ',') FROM pg_proc WHERE p
 is($state, '22023', 'an empty text') or diag $message;
 ($state, $message) = sqlstate($node, q(SELECT millm.embed(ARRAY['a', 'b', NULL, 'c', ''])));
 like($message, qr/Text 5 of the array has no tokens/, 'which one of an array');
+($state, $message) = sqlstate($node, q(SELECT millm.embed(ARRAY[repeat('word ', 180000), repeat('x', 16000000)])));
+like($message, qr/ML018: .*Text 1 of the array/s, 'which is not refused for the size of those beside it');
 ($state, $message) = sqlstate($node, q(SELECT millm.embed(repeat('word ', 9000))));
 like($message, qr/does not fit the context.*The text has \d+ tokens; the context holds \d+/s, 'one that is too long, with both numbers');
 ($state) = sqlstate($node, q(SELECT millm.embed('a', 'another')));
