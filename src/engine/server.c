@@ -1077,7 +1077,7 @@ decode(void *arg, bool is_ending)
 }
 
 static void
-op_text(EngineServer *server, MillmConn *conn, json_t *request, bool decodes, bool counts)
+recode(EngineServer *server, MillmConn *conn, json_t *request, bool decodes, bool counts)
 {
 	Call	   *call = new_call(server, conn);
 	MillmWorkFn work = decodes ? decode : encode;
@@ -1263,7 +1263,7 @@ inspect(void *arg, bool is_ending)
 }
 
 static void
-op_plan(EngineServer *server, MillmConn *conn, json_t *request, bool inspects)
+plan_or_inspect(EngineServer *server, MillmConn *conn, json_t *request, bool inspects)
 {
 	Call	   *call = new_call(server, conn);
 	MillmFields f;
@@ -1302,6 +1302,62 @@ op_plan(EngineServer *server, MillmConn *conn, json_t *request, bool inspects)
 
 /* ---- the service --------------------------------------------------------------------------- */
 
+/* Ops that differ from one another in little. */
+static void
+op_inspect(EngineServer *server, MillmConn *conn, json_t *request)
+{
+	plan_or_inspect(server, conn, request, true);
+}
+
+static void
+op_plan(EngineServer *server, MillmConn *conn, json_t *request)
+{
+	plan_or_inspect(server, conn, request, false);
+}
+
+static void
+op_tokenize(EngineServer *server, MillmConn *conn, json_t *request)
+{
+	recode(server, conn, request, false, false);
+}
+
+static void
+op_count_tokens(EngineServer *server, MillmConn *conn, json_t *request)
+{
+	recode(server, conn, request, false, true);
+}
+
+static void
+op_detokenize(EngineServer *server, MillmConn *conn, json_t *request)
+{
+	recode(server, conn, request, true, false);
+}
+
+/* All but shutdown, which is serve.h's. */
+static const struct
+{
+	const char *name;
+	void		(*run) (EngineServer *server, MillmConn *conn, json_t *request);
+}			ops[] = {
+	{"status", op_status}, {"memory", op_memory}, {"plan", op_plan}, {"inspect", op_inspect}, {"load", op_load}, {"cancel_load", op_cancel_load},
+	{"unload", op_unload}, {"generate", op_generate}, {"embed", op_embed}, {"score", op_score}, {"apply_chat_template", op_apply_chat_template},
+	{"tokenize", op_tokenize}, {"count_tokens", op_count_tokens}, {"detokenize", op_detokenize},
+};
+#define N_OPS (sizeof(ops) / sizeof(ops[0]))
+
+static void
+refuse_op(MillmConn *conn, const char *op)
+{
+	MillmError	err;
+	char		names[sizeof(err.hint)] = "";
+
+	for (size_t i = 0, n = 0; i < N_OPS && n < sizeof(names); i++)
+		n += (size_t) snprintf(names + n, sizeof(names) - n, "%s, ", ops[i].name);
+	millm_fail(&err, MILLM_E_INVALID_ARGUMENT, "unrecognized op \"%.50s\"", op);
+	millm_hint(&err, "The ops are: %sshutdown.", names);
+	millm_conn_error(conn, &err);
+}
+
 static void
 on_request(void *arg, MillmConn *conn, json_t *request)
 {
@@ -1310,41 +1366,18 @@ on_request(void *arg, MillmConn *conn, json_t *request)
 	MillmError	err;
 
 	if (!op)
-		millm_fail(&err, MILLM_E_INVALID_ARGUMENT, "field \"op\" is missing or not a string");
-	else if (strcmp(op, "status") == 0)
-		return op_status(server, conn, request);
-	else if (strcmp(op, "load") == 0)
-		return op_load(server, conn, request);
-	else if (strcmp(op, "memory") == 0)
-		return op_memory(server, conn, request);
-	else if (strcmp(op, "plan") == 0)
-		return op_plan(server, conn, request, false);
-	else if (strcmp(op, "inspect") == 0)
-		return op_plan(server, conn, request, true);
-	else if (strcmp(op, "cancel_load") == 0)
-		return op_cancel_load(server, conn, request);
-	else if (strcmp(op, "unload") == 0)
-		return op_unload(server, conn, request);
-	else if (strcmp(op, "generate") == 0)
-		return op_generate(server, conn, request);
-	else if (strcmp(op, "embed") == 0)
-		return op_embed(server, conn, request);
-	else if (strcmp(op, "score") == 0)
-		return op_score(server, conn, request);
-	else if (strcmp(op, "apply_chat_template") == 0)
-		return op_apply_chat_template(server, conn, request);
-	else if (strcmp(op, "tokenize") == 0)
-		return op_text(server, conn, request, false, false);
-	else if (strcmp(op, "count_tokens") == 0)
-		return op_text(server, conn, request, false, true);
-	else if (strcmp(op, "detokenize") == 0)
-		return op_text(server, conn, request, true, false);
-	else
 	{
-		millm_fail(&err, MILLM_E_INVALID_ARGUMENT, "unrecognized op \"%.50s\"", op);
-		millm_hint(&err, "The ops are: status, plan, inspect, load, cancel_load, unload, generate, embed, score, apply_chat_template, tokenize, count_tokens, detokenize, shutdown.");
+		millm_fail(&err, MILLM_E_INVALID_ARGUMENT, "field \"op\" is missing or not a string");
+		millm_conn_error(conn, &err);
+		return;
 	}
-	millm_conn_error(conn, &err);
+	for (size_t i = 0; i < N_OPS; i++)
+		if (strcmp(op, ops[i].name) == 0)
+		{
+			ops[i].run(server, conn, request);
+			return;
+		}
+	refuse_op(conn, op);
 }
 
 static void

@@ -5,12 +5,14 @@ The model is a tiny random llama of the fixtures; what it says makes no sense, a
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import socket
 import struct
 import threading
 import time
+from pathlib import Path
 
 import pytest
 
@@ -18,6 +20,7 @@ from conftest import SMOLLM2, TINY
 from engine_client import HELLO, PROGRESS, REQUEST, RESULT, TEXT, VERSION, Conversation, Engine, HelperError, frame
 
 LLAMA = TINY / "llama-long"
+PROTOCOL = Path(__file__).parents[2] / "src/wire/protocol.md"
 PROMPT = "Hello world"
 CONTEXT = 64		# of the small load that the tests of limits use
 SOON = 20			# seconds for what takes milliseconds
@@ -434,7 +437,9 @@ def test_named_refusals(engine, fields, word):
 
 def test_other_refusals(engine):
     refused("INVALID_ARGUMENT", engine, "generate")
-    refused("INVALID_ARGUMENT", engine, "fly")
+    told = refused("INVALID_ARGUMENT", engine, "fly").hint.removeprefix("The ops are: ")
+    documented = PROTOCOL.read_text().split("## millm-hub")[0]
+    assert set(re.findall(r"\w+", told)) == set(re.findall(r'{"op":"(\w+)"', documented))
     refused("INVALID_ARGUMENT", engine, "status", verbose=True)
     refused("INVALID_ARGUMENT", engine, "tokenize")
     assert "tiny" in refused("MODEL_NOT_LOADED", engine, "generate", prompt=PROMPT, model_uuid="other").detail
