@@ -65,7 +65,8 @@ write_request(StringInfo request, const char *prompt, size_t len, bool is_messag
 	if (utf8 != prompt)
 		len = strlen(utf8);
 	resetStringInfo(request);
-	appendStringInfo(request, "{\"op\":\"generate\",\"%s\":", is_messages ? "messages" : "prompt");
+	millm_begin_compute(request, "generate");
+	appendStringInfo(request, ",\"%s\":", is_messages ? "messages" : "prompt");
 	if (is_messages)
 		appendBinaryStringInfo(request, utf8, (int) len);
 	else

@@ -110,6 +110,19 @@ my @ends = sort { $a <=> $b } map { $_->until_ready(100)->{rows}[0] } @flood;
 is(scalar(grep { defined } @ends), 8, 'all are answered');
 cmp_ok($late->until_ready->{rows}[0], '<', $ends[2], 'the one before the third of the eight');
 
+# So do the requests of arrays: with one role's eight in the line, another's array does not come last
+$blocker = MillmTest::Session->new($node, user => 'alice')->send("SELECT millm.generate('x', $options, max_tokens => 8000)");
+ok(wait_true(sub { sql('SELECT running FROM millm.status()') == 1 }), 'the only seat is taken');
+my $rows = MillmTest::Session->new($node, user => 'alice')
+  ->send("SELECT key FROM (SELECT (millm.generate_rows('SELECT i, ''x'' FROM generate_series(1, 8) i', $options, max_tokens => 1000, look_ahead => 8)).key OFFSET 0) r");
+ok(wait_true(sub { sql('SELECT waiting FROM millm.status()') == 8 }), 'eight rows wait');
+$late = MillmTest::Session->new($node, user => 'bob')
+  ->send("SELECT (millm.status()).waiting FROM (SELECT millm.generate(ARRAY['x'], $options, max_tokens => 1000) AS texts OFFSET 0) g WHERE cardinality(texts) = 1");
+ok(wait_true(sub { sql('SELECT waiting FROM millm.status()') == 9 }), 'and an array of another role, which came last');
+$blocker->hang_up;
+cmp_ok($late->until_ready(100)->{rows}[0], '>=', 4, 'it is answered while most of the rows still wait');
+is(scalar @{ $rows->until_ready(100)->{rows} }, 8, 'they are answered, too');
+
 # A dropped role is its number
 sql('DROP OWNED BY bob; DROP ROLE bob');
 is(sql('SELECT count(*) FROM millm.stat_generate WHERE role IS NULL AND role_id IS NOT NULL AND requests > 0'), 1, 'a dropped role');
