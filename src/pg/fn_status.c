@@ -49,7 +49,10 @@ millm_helper_ask(MillmHelper helper, const MillmHelperStatus *status, const char
 
 	if (status->state != MILLM_HELPER_READY)
 		return false;
-	/* caught without a subtransaction: nothing but a socket and memory is touched in between */
+	/*
+	 * Caught without a subtransaction: nothing but a socket and memory is touched in between.  Only what is said of helpers: an interrupt that is
+	 * served meanwhile may bring a cancel, or the error of a parallel worker, whose rows would else be missing without a word.
+	 */
 	PG_TRY();
 	{
 		client = millm_client_open(helper, request, timeout_ms);
@@ -59,7 +62,7 @@ millm_helper_ask(MillmHelper helper, const MillmHelperStatus *status, const char
 	PG_CATCH();
 	{
 		millm_client_close(client);
-		if (geterrcode() == ERRCODE_QUERY_CANCELED)
+		if (ERRCODE_TO_CATEGORY(geterrcode()) != MAKE_SQLSTATE('M', 'L', '0', '0', '0'))
 			PG_RE_THROW();
 		MemoryContextSwitchTo(caller);
 		FlushErrorState();

@@ -30,7 +30,7 @@ typedef struct MillmHelperStatus
 /* "pgsql_tmp.millm/engine.sock" */
 extern const char *millm_helper_socket(MillmHelper helper);
 extern void millm_helper_status(MillmHelper helper, MillmHelperStatus *out);
-/* The JSON of a helper's answer to a request that raises nothing; false when there is none to be had within timeout_ms. */
+/* The JSON of a helper's answer to a request that it does not refuse; false when there is none to be had within timeout_ms. */
 extern bool millm_helper_ask(MillmHelper helper, const MillmHelperStatus *status, const char *request, int timeout_ms, StringInfo reply);
 
 /* The model that the engine holds, as the supervisor last heard. */

@@ -99,6 +99,21 @@ ok(wait_true(sub { (engine_pages($node))[1] == 4 }), 'at work');
 $session->hang_up;
 wait_pages($node, $free, 'a client that hangs up');
 
+# A worker's error that reaches the leader while it asks the engine is not lost, nor the row with it
+sql(<<'SQL');
+CREATE FUNCTION fails_late(id int) RETURNS boolean LANGUAGE plpgsql PARALLEL SAFE COST 10000000 AS
+'BEGIN IF id = 32 THEN PERFORM pg_sleep(1); RETURN 1 / (id - 32) = 1; END IF; RETURN true; END';
+SQL
+my $asks = 'SELECT id, (millm.status()).waiting FROM item WHERE id IN (1, 32) AND fails_late(id)';
+$session = MillmTest::Session->new($node);
+$session->query('SET parallel_leader_participation = off');
+like(join("\n", @{ $session->query("EXPLAIN $asks")->{rows} }), qr/Workers Planned/, 'the leader asks, the workers fail');
+my $engine = sql('SELECT engine_pid FROM millm.status()');
+kill('STOP', $engine);
+my $answer = $session->query($asks);
+kill('CONT', $engine);
+is($answer->{state}, '22012', 'an error of a worker is the statement\'s');
+
 # The engine ends: one error, and workers that are gone
 $session = MillmTest::Session->new($node);
 $session->send($long);
