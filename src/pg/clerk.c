@@ -771,6 +771,8 @@ millm_clerk_main(Datum arg)
 		MemoryContextSwitchTo(step_context);
 		ms = work();
 		MemoryContextReset(step_context);
+		/* what the steps have changed is autovacuum's business; nobody else reports it for us */
+		pgstat_report_stat(true);
 		wait_latch(ms);
 	}
 }

@@ -42,6 +42,8 @@ is(sql("SELECT name, repo_id, revision, quantization, status, download_progress,
 	'tiny-llama|millm-test/tiny-llama|main|FP16|ready|100|LlamaForCausalLM|t|1|llama|', 'the row of millm.models');
 ok(-f "$cache/huggingface/millm-test--tiny-llama--FP16/model.safetensors", 'the files are in the cache');
 
+ok(wait_true(sub { sql("SELECT n_tup_upd > 0 FROM pg_stat_all_tables WHERE relid = 'millm.registry'::regclass") eq 't' }), 'autovacuum hears of what the clerk changes');
+
 # The events that a LISTENer has had
 my @events = $session->events(sub { $_[0]{event} eq 'model:download:complete' });
 is($events[-1]{event}, 'model:download:complete', 'the last event is the end');
