@@ -69,8 +69,18 @@ ok(wait_true(sub { sql('SELECT running + waiting FROM millm.status()') == 13 }),
 my $busy = as('bob', "SELECT millm.generate('x', $options, max_tokens => 5)");
 like("$busy->{state} $busy->{detail}", qr/^ML020 1 sequences are running and 12 are waiting, .*\. Expected wait: about [1-9]\d* s\.$/, 'busy, with the expected wait');
 is(row('bob', qw(requests busy)), '0|1', 'counted as such');
-$_->hang_up for @sessions;
-ok(wait_true(sub { row('bob', qw(requests canceled busy)) eq '13|13|1' }), 'those that hung up are canceled');
+# Who is patient is told so each time, and is served once there is a place
+my $patient = MillmTest::Session->new($node, user => 'bob');
+my ($n_refused, $answer) = (0);
+ok(wait_true(sub {
+	$answer = $patient->query("SELECT cardinality(ARRAY[millm.generate('x', $options, max_tokens => 5)])");
+	return 1 if $answer->{state} ne 'ML020' || $answer->{detail} !~ /Expected wait: about [1-9]\d* s\.$/;
+	do { $_->hang_up for @sessions } if ++$n_refused == 3;
+	return 0;
+}), 'a session that asks again and again');
+is("$answer->{state} $answer->{rows}[0]", ' 1', 'is answered in the end') or diag "$answer->{message} $answer->{detail}";
+cmp_ok($n_refused, '>=', 3, "after $n_refused refusals");
+ok(wait_true(sub { row('bob', qw(requests canceled busy)) eq '14|13|' . (1 + $n_refused) }), 'those that hung up are canceled');
 
 # Who sees whose
 sql(q(SELECT millm.stat_reset()));
