@@ -125,8 +125,8 @@ CUDA_HOME  ?= $(patsubst %/bin/nvcc,%,$(shell sed -n 's,^exec \(.*/nvcc\) .*,\1,
 CUDA_KNOWN := $(if $(NVCC),$(patsubst sm_%,%,$(shell $(NVCC) --list-gpu-code 2>/dev/null)))
 CUDA_ARCHS ?= $(filter $(CUDA_KNOWN),75 80 86 89 90 100 120)
 CUDA_MODULE = $(if $(NVCC),$(BUILD)/libmillm_cuda.so)
-CUDA_C      = backend_cuda blas device_memory driver faults fetch module nvml queue upload weights
-CUDA_KERNELS = attention kernels
+CUDA_C      = backend_cuda blas device_memory driver experts faults fetch module nvml queue upload weights
+CUDA_KERNELS = attention kernels mixture
 # FAULTS=1: a module that fails where a test asks for it (cuda/faults.h), in a BUILD of its own
 FAULT_FLAGS = $(if $(FAULTS),-DMILLM_FAULTS)
 CUDA_CFLAGS = $(FAULT_FLAGS) -Icuda -DMILLM_BACKEND_ABI=$(BACKEND_ABI) -fPIC -fvisibility=hidden

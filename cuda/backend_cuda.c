@@ -25,6 +25,7 @@
 #include "arith.h"
 #include "blas.h"
 #include "device_memory.h"
+#include "experts.h"
 #include "faults.h"
 #include "fetch.h"
 #include "kernels.h"
@@ -92,6 +93,8 @@ typedef struct CudaBackend
 	int64_t		n_partials;
 	MillmCudaFetch *fetch;
 	MillmCudaBlas *blas;		/* NULL: our own kernels only */
+	MillmCudaExperts *experts;	/* NULL: the model has none, or for the obvious kernels */
+	bool		host_routes;	/* between the launches of a step: no two lists would be the same */
 	MillmBuffer *fetched;		/* by the step; NULL: none yet */
 	int64_t		n_waits;
 	int64_t		wait_ns;
@@ -253,6 +256,7 @@ millm_cuda_own_bytes(const MillmModel *model, const MillmBackendOptions *o)
 {
 	return parcel_bytes(model, o->max_tokens, o->n_groups, o->max_entries) + (int64_t) millm_cuda_queue_bytes(o->max_tokens) +
 		n_partials(model, o) * (int64_t) sizeof(float) + millm_cuda_fetch_bytes(model->config.vocab_size, o->max_tokens) +
+		(are_plain(o->kernels) ? 0 : millm_cuda_experts_bytes(model, o->max_tokens)) +
 		(wants_blas(model, o) ? millm_cuda_blas_bytes(widest_row(model), o->max_tokens) : 0);
 }
 
@@ -380,6 +384,7 @@ cuda_free(MillmBackend *be)
 		munmap(b->host, b->host_bytes);
 		free(b);
 	}
+	millm_cuda_experts_free(c->experts);
 	millm_cuda_weights_free(c->weights);
 	(void) cudaFree(c->kv);
 	(void) cudaFree(c->parcel.device);
@@ -522,8 +527,7 @@ begin(MillmBackend *be, const int32_t *positions, const int32_t *planned_lengths
 	if (millm_fault_is_due("illegal_address"))
 		CHECK(millm_cuda_violate(c->stream));
 #endif
-	/* the host decides between the launches of a mixture of experts: no two lists would be the same */
-	millm_cuda_queue_begin(c->queue, n <= KEPT_ROWS && c->model->config.n_experts == 0);
+	millm_cuda_queue_begin(c->queue, n <= KEPT_ROWS && !c->host_routes);
 	CHECK(cudaMemsetAsync(c->bad_place, MILLM_CUDA_NO_PLACE & 0xff, sizeof(*c->bad_place), c->stream));
 	c->parcel.used = 0;
 	at_positions = parcel_take(&c->parcel, (int64_t) n * 4);
@@ -821,6 +825,23 @@ add_rows(MillmBackend *be, MillmBuffer *y, MillmBuffer *x, const int32_t *rows, 
 }
 
 static void
+add_gated(MillmBackend *be, MillmBuffer *y, MillmBuffer *x, MillmBuffer *scores, int n)
+{
+	CHECK(millm_cuda_add_gated(y->rows, x->rows, scores->rows, y->n_columns, n, cuda(be)->queue));
+}
+
+static bool
+mixture(MillmBackend *be, const MillmLayer *layer, MillmBuffer *y, MillmBuffer *x, MillmBuffer *scores, int n)
+{
+	CudaBackend *c = cuda(be);
+
+	if (!millm_cuda_experts_can(c->experts, layer))
+		return false;
+	CHECK(millm_cuda_experts_add(c->experts, layer, y->rows, x->rows, scores->rows, n, c->queue));
+	return true;
+}
+
+static void
 select_rows(MillmBackend *be, MillmBuffer *y, MillmBuffer *x, const int32_t *rows, int n)
 {
 	CudaBackend *c = cuda(be);
@@ -942,6 +963,8 @@ millm_cuda_create(const MillmModel *model, const MillmBackendOptions *options, M
 		.scale = scale,
 		.softcap = softcap,
 		.add_rows = add_rows,
+		.add_gated = add_gated,
+		.mixture = c->is_plain ? NULL : mixture,
 		.select = select_rows,
 		.check = check_rows,
 		.first_bad = first_bad,
@@ -965,6 +988,13 @@ millm_cuda_create(const MillmModel *model, const MillmBackendOptions *options, M
 
 		rc = millm_cuda_weights_create(model, &upload, &c->weights, err);
 	}
+	if (rc == MILLM_OK && !c->is_plain)
+	{
+		const MillmCudaExpertsOptions experts = {.max_tokens = options->max_tokens, .in_float32 = c->deterministic || !c->has_tensor_cores};
+
+		rc = millm_cuda_experts_create(model, c->weights, &experts, c->stream, &c->experts, err);
+	}
+	c->host_routes = model->config.n_experts > 0 && (!c->experts || !millm_cuda_experts_can(c->experts, NULL));
 	if (rc != MILLM_OK)
 	{
 		cuda_free(&c->base);

@@ -102,8 +102,14 @@ struct MillmBackend
 	void		(*scale) (MillmBackend *be, MillmBuffer *x, float scale, int n);	/* x = scale x */
 	/* x = cap tanh(x / cap) */
 	void		(*softcap) (MillmBackend *be, MillmBuffer *x, float cap, int n);
-	/* y[rows[t]] += weights[t] x[t], for rows that differ; rows NULL: row t */
+	/* y[rows[t]] += weights[t] x[t], for rows that differ */
 	void		(*add_rows) (MillmBackend *be, MillmBuffer *y, MillmBuffer *x, const int32_t *rows, const float *weights, int n);
+	void		(*add_gated) (MillmBackend *be, MillmBuffer *y, MillmBuffer *x, MillmBuffer *scores, int n);	/* y[t] += sigmoid(scores[t][0]) x[t] */
+	/*
+	 * y[t] += what the experts of this layer that row t chooses by its scores [n, n_experts] make of x[t], each times its weight (route.h).  False, y
+	 * untouched, or NULL: forward.c does so with the other operations, for which the host reads the scores.
+	 */
+	bool		(*mixture) (MillmBackend *be, const MillmLayer *layer, MillmBuffer *y, MillmBuffer *x, MillmBuffer *scores, int n);
 	void		(*select) (MillmBackend *be, MillmBuffer *y, MillmBuffer *x, const int32_t *rows, int n);	/* y[t] = x[rows[t]] */
 	/* Look for a NaN or infinity in x, at a place of the step that is numbered: from 0 on, in the order of the looks. */
 	void		(*check) (MillmBackend *be, MillmBuffer *x, int place, int n);

@@ -777,7 +777,7 @@ add_weighted_row(void *arg, int64_t begin_row, int64_t end_row)
 
 	for (int64_t t = begin_row; t < end_row; t++)
 	{
-		float	   *y = row(l->y, l->rows ? l->rows[t] : t);
+		float	   *y = row(l->y, l->rows[t]);
 		const float *x = row(l->x, t);
 
 		for (int64_t i = 0; i < l->y->n_columns; i++)
@@ -792,6 +792,34 @@ add_weighted_rows(MillmBackend *be, MillmBuffer *y, MillmBuffer *x, const int32_
 
 	y->n_packed = 0;
 	run_rows(cpu(be), add_weighted_row, &l, n, y->n_columns);
+}
+
+typedef struct GatedLoop
+{
+	MillmBuffer *y, *x, *scores;
+} GatedLoop;
+
+static void
+add_gated_row(void *arg, int64_t begin_row, int64_t end_row)
+{
+	GatedLoop  *l = arg;
+
+	for (int64_t t = begin_row; t < end_row; t++)
+	{
+		const float share = 1 / (1 + expf(-*row(l->scores, t)));
+
+		for (int64_t i = 0; i < l->y->n_columns; i++)
+			row(l->y, t)[i] += share * row(l->x, t)[i];
+	}
+}
+
+static void
+add_gated(MillmBackend *be, MillmBuffer *y, MillmBuffer *x, MillmBuffer *scores, int n)
+{
+	GatedLoop	l = {y, x, scores};
+
+	y->n_packed = 0;
+	run_rows(cpu(be), add_gated_row, &l, n, y->n_columns);
 }
 
 static void
@@ -932,6 +960,7 @@ create(const MillmModel *model, const MillmBackendOptions *options, MillmBackend
 		.scale = scale,
 		.softcap = softcap,
 		.add_rows = add_weighted_rows,
+		.add_gated = add_gated,
 		.select = select_rows,
 		.check = check,
 		.first_bad = first_bad,

@@ -18,7 +18,6 @@
  */
 #include "forward.h"
 
-#include <math.h>
 #include <stdlib.h>
 #include <string.h>
 
@@ -57,7 +56,6 @@ struct MillmForward
 	MillmBuffer *picked;		/* [n, hidden]: an expert's tokens */
 	MillmBuffer *answer;		/* [n, hidden]: and what it makes of them */
 	MillmRoutes routes;
-	float	   *shares;			/* [max_batch_tokens]: of the shared expert */
 	/* the step, [max_batch_tokens] each */
 	int32_t    *tokens;
 	int32_t    *positions;
@@ -202,8 +200,7 @@ create_buffers(MillmForward *fw, MillmError *err)
 			(rc = fw->be->buffer_create(fw->be, fw->max_batch_tokens, wanted[i].n_columns, wanted[i].buffer, err)) != MILLM_OK)
 			return rc;
 	}
-	if (c->n_experts > 0 && (!millm_routes_init(&fw->routes, c->n_experts, c->n_chosen, fw->max_batch_tokens) ||
-							 !(fw->shares = calloc((size_t) fw->max_batch_tokens, sizeof(float)))))
+	if (c->n_experts > 0 && !millm_routes_init(&fw->routes, c->n_experts, c->n_chosen, fw->max_batch_tokens))
 		return millm_fail(err, MILLM_E_INSUFFICIENT_MEMORY, "out of memory");
 	return MILLM_OK;
 }
@@ -260,7 +257,6 @@ millm_forward_free(MillmForward *fw)
 	free(fw->tops);
 	free(fw->pages);
 	millm_routes_free(&fw->routes);
-	free(fw->shares);
 	free(fw);
 }
 
@@ -483,16 +479,13 @@ answer(MillmForward *fw, const MillmMlp *mlp, MillmBuffer *in, int n)
 	be->matmul(be, &down, 1, fw->up, n);
 }
 
-/* x += what the experts that each row of in chooses make of it, and the shared one.  Of the other experts nothing is read. */
+/* x += what the experts that each row of in chooses by its scores make of it: what a backend's mixture() is measured by. */
 static void
-run_mixture(MillmForward *fw, const MillmLayer *l, MillmBuffer *in, int n)
+run_experts(MillmForward *fw, const MillmLayer *l, MillmBuffer *in, int n)
 {
-	static const MillmVector none;
 	MillmBackend *be = fw->be;
 	MillmRoutes *r = &fw->routes;
-	const MillmProjection scores = {fw->scores, &l->router, &l->router_bias, false};
 
-	be->matmul(be, &scores, 1, in, n);
 	millm_route(r, be->buffer_read(be, fw->scores), fw->model->config.experts_sum_to_one, n);
 	for (int e = 0; e < r->n_experts; e++)
 	{
@@ -506,17 +499,26 @@ run_mixture(MillmForward *fw, const MillmLayer *l, MillmBuffer *in, int n)
 		answer(fw, &l->experts[e], n_rows < n ? fw->picked : in, n_rows);
 		be->add_rows(be, fw->x, fw->answer, r->rows + first, r->weights + first, n_rows);
 	}
+}
+
+/* x += what the experts that each row of in chooses make of it, and the shared one.  Of the other experts nothing is read. */
+static void
+run_mixture(MillmForward *fw, const MillmLayer *l, MillmBuffer *in, int n)
+{
+	static const MillmVector none;
+	MillmBackend *be = fw->be;
+	const MillmProjection scores = {fw->scores, &l->router, &l->router_bias, false};
+
+	be->matmul(be, &scores, 1, in, n);
+	if (!be->mixture || !be->mixture(be, l, fw->x, in, fw->scores, n))
+		run_experts(fw, l, in, n);
 	if (l->shared.up.data)
 	{
 		const MillmProjection score = {fw->shared_score, &l->shared_router, &none, false};
-		const float *s;
 
 		be->matmul(be, &score, 1, in, n);
-		s = be->buffer_read(be, fw->shared_score);
-		for (int t = 0; t < n; t++)
-			fw->shares[t] = 1 / (1 + expf(-s[t]));
 		answer(fw, &l->shared, in, n);
-		be->add_rows(be, fw->x, fw->answer, NULL, fw->shares, n);
+		be->add_gated(be, fw->x, fw->answer, fw->shared_score, n);
 	}
 }
 

@@ -68,7 +68,7 @@ choose(const MillmRoutes *r, const float *scores, bool sums_to_one, int32_t *cho
 	for (int i = 0; i < r->k; i++)
 		sum += exp((double) scores[chosen[i]] - scores[chosen[0]]);
 	for (int i = 0; i < r->k; i++)
-		shares[i] = (float) (exp((double) scores[chosen[i]] - scores[chosen[0]]) / (sums_to_one ? sum : all));
+		shares[i] = any_nan ? NAN : (float) (exp((double) scores[chosen[i]] - scores[chosen[0]]) / (sums_to_one ? sum : all));
 }
 
 void

@@ -101,9 +101,10 @@ def test_device_fails():
     e.stop()
 
 
-def test_bench_counts():
-    """A decoding step waits for the device once, and is started as a graph: hardly more calls than that."""
-    done = subprocess.run([EMULATED / "millm-engine", "bench", TINY / "llama", "--device", "cuda", "--json", "--prompt", "20", "--context", "9", "--gen", "3",
+@pytest.mark.parametrize("family", ["llama", "mixtral", "qwen2_moe", "gpt_oss-mxfp4"])
+def test_bench_counts(family):
+    """A decoding step waits for the device once, and is started as a graph: hardly more calls than that.  Mixtures of experts too."""
+    done = subprocess.run([EMULATED / "millm-engine", "bench", TINY / family, "--device", "cuda", "--json", "--prompt", "20", "--context", "9", "--gen", "3",
                            "--sequences", "2", "--rounds", "1"], env={**os.environ, "LD_LIBRARY_PATH": str(EMULATED / "driver")}, capture_output=True, text=True,
                           timeout=120)
     assert done.returncode == 0, done.stderr

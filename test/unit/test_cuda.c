@@ -26,6 +26,8 @@
 #include "half.h"
 #include "kernel.h"
 #include "kernels.h"
+#include "mixture.h"
+#include "route.h"
 #include "weights.h"
 
 #define EPSILON 1.2e-7
@@ -924,7 +926,7 @@ run_rows(int backwards)
 	COMPARE("scale", 0, be->scale(be, a, -1.7f, n));
 	COMPARE("softcap", 1e-6, be->softcap(be, a, 0.4f, n));
 	COMPARE("add_rows", 1e-6, be->add_rows(be, a, b, rows, shares, n));
-	COMPARE("add_rows in place", 1e-6, be->add_rows(be, a, b, NULL, shares, n));
+	COMPARE("add_gated", 1e-6, be->add_gated(be, a, b, b, n));
 	COMPARE("select", 0, be->select(be, a, b, rows, n));
 #undef COMPARE
 
@@ -1218,6 +1220,320 @@ test_graphs_differ(void **state)
 	millm_emulated.allocations_left = -1;
 	assert_true(millm_emulated.n_host < 50);
 	decode_close(&r);
+}
+
+/* ---- mixtures of experts ---- */
+
+/* Whom a row goes to is what route.c says, ties and infinities too; each entry is in one tile, of its expert, and tiles are as many as can be. */
+static void
+run_routes(int n_experts, int k, bool sums_to_one, int n, int tile_entries, bool has_nan)
+{
+	enum {MOST = 7 * 1000};
+	static int32_t chosen[MOST],
+				entries[MOST];
+	static float shares[MOST];
+	static MillmCudaTile tiles[2 * MOST];
+	const int	n_tiles = n * k / tile_entries + (n * k < n_experts ? n * k : n_experts);
+	const MillmCudaMixture m = {.chosen = chosen, .shares = shares, .entries = entries, .tiles = tiles, .n_experts = n_experts, .k = k, .sums_to_one = sums_to_one,
+		.tile_entries = tile_entries, .n_tiles = n_tiles, .n = n};
+	float	   *scores = floats((int64_t) n * n_experts, 0);
+	bool		seen[MOST] = {false};
+	MillmRoutes r;
+	MillmCudaQueue *queue;
+	MillmError	err;
+
+	assert_true(n * k <= MOST && millm_routes_init(&r, n_experts, k, n));
+	for (int i = 0; i < n * n_experts; i++)
+		scores[i] = i % 3 == 0 ? roundf(scores[i] * 2) : i % 11 == 0 ? -INFINITY : scores[i] * 4;
+	if (has_nan)
+		scores[n * n_experts - 1] = NAN;
+	millm_route(&r, scores, sums_to_one, n);
+	assert_int_equal(millm_cuda_queue_create(n, NULL, &queue, &err), MILLM_OK);
+	memset(tiles, 0x55, sizeof(tiles));
+	assert_int_equal(millm_cuda_route(&m, (MillmRows) {scores, n_experts}, queue), cudaSuccess);
+	assert_int_equal(millm_cuda_sort_entries(&m, queue), cudaSuccess);
+	for (int i = 0; i < n * k; i++)
+	{
+		assert_int_equal(chosen[i], r.chosen[i]);
+		assert_true(isnan(r.shares[i]) ? isnan(shares[i]) : fabsf(shares[i] - r.shares[i]) <= 1e-6f);
+		assert_true(isnan(r.shares[i]) || !has_nan || i / k != n - 1);
+	}
+	for (int t = 0; t < n_tiles; t++)
+	{
+		assert_in_range(tiles[t].n, 0, tile_entries);
+		for (int i = tiles[t].first; i < tiles[t].first + tiles[t].n; i++)
+		{
+			assert_in_range(i, 0, n * k - 1);
+			assert_in_range(entries[i], 0, n * k - 1);
+			assert_int_equal(chosen[entries[i]], tiles[t].expert);
+			assert_false(seen[entries[i]]);
+			seen[entries[i]] = true;
+		}
+	}
+	for (int i = 0; i < n * k; i++)
+		assert_true(seen[i]);
+	assert_int_equal(tiles[n_tiles].n, 0x55555555);
+	millm_cuda_queue_free(queue);
+	millm_routes_free(&r);
+	free(scores);
+}
+
+static void
+test_routes(void **state)
+{
+	static const int sizes[][2] = {{1, 1}, {4, 2}, {8, 8}, {33, 5}, {128, 8}, {1000, 3}};
+	static const int n_rows[] = {1, 2, 7, 65};
+
+	(void) state;
+	for (size_t i = 0; i < sizeof(sizes) / sizeof(sizes[0]); i++)
+		for (size_t j = 0; j < sizeof(n_rows) / sizeof(n_rows[0]); j++)
+		{
+			millm_emulated.backwards = (i + j) % 2;
+			run_routes(sizes[i][0], sizes[i][1], j % 2, n_rows[j], 1 << (i + j) % 4, false);
+			run_routes(sizes[i][0], sizes[i][1], i % 2, n_rows[j], 64, sizes[i][0] > 1);
+		}
+	millm_emulated.backwards = 0;
+}
+
+enum {MOST_EXPERTS = 9, HIDDEN = 96, EXPERT_SIZE = 64};
+
+typedef struct Mixture
+{
+	MillmDtype	dtype;
+	int			n_experts, k;
+	bool		sums_to_one, is_paired;	/* pairs: one matrix for both, and biases */
+} Mixture;
+
+typedef struct Experts
+{
+	Stored		stored[MOST_EXPERTS * 3];
+	MillmMlp	mlps[MOST_EXPERTS];
+	float	   *biases;
+} Experts;
+
+static void
+experts_init(Experts *e, const Mixture *c)
+{
+	const int64_t width = c->is_paired ? 2 * EXPERT_SIZE : EXPERT_SIZE;
+	Shape		shape = {.dtype = c->dtype, .block_size = 64, .nested_block_size = 256, .rounded = MILLM_BF16};
+
+	memset(e, 0, sizeof(*e));
+	e->biases = floats(MOST_EXPERTS * (2 * EXPERT_SIZE + HIDDEN), 0);
+	for (int i = 0; i < c->n_experts; i++)
+	{
+		MillmMlp   *mlp = &e->mlps[i];
+
+		shape.n_out = width;
+		shape.n_in = HIDDEN;
+		store(&e->stored[i * 3], &shape);
+		mlp->up = e->stored[i * 3].w;
+		if (!c->is_paired)
+		{
+			store(&e->stored[i * 3 + 1], &shape);
+			mlp->gate = e->stored[i * 3 + 1].w;
+		}
+		shape.n_out = HIDDEN;
+		shape.n_in = EXPERT_SIZE;
+		store(&e->stored[i * 3 + 2], &shape);
+		mlp->down = e->stored[i * 3 + 2].w;
+		mlp->up_bias = (MillmVector) {c->is_paired ? e->biases + i * width : NULL, width};
+		mlp->down_bias = (MillmVector) {c->is_paired ? e->biases + MOST_EXPERTS * 2 * EXPERT_SIZE + i * HIDDEN : NULL, HIDDEN};
+	}
+}
+
+static void
+experts_rig(Rig *r, Experts *e, const Mixture *c, float *values[3])
+{
+	experts_init(e, c);
+	rig_init(r, 1, 1, 8);
+	r->model.config.hidden_size = HIDDEN;
+	r->model.config.n_experts = c->n_experts;
+	r->model.config.n_chosen = c->k;
+	r->model.config.experts_sum_to_one = c->sums_to_one;
+	r->model.config.act = c->is_paired ? MILLM_ACT_SWIGLU_PAIRS : MILLM_ACT_SILU;
+	r->layer.o.dtype = c->dtype;
+	r->layer.experts = e->mlps;
+	r->layer.experts_up_bias = (MillmVector) {e->biases, MOST_EXPERTS * 2 * EXPERT_SIZE};
+	r->layer.experts_down_bias = (MillmVector) {e->biases + MOST_EXPERTS * 2 * EXPERT_SIZE, MOST_EXPERTS * HIDDEN};
+	for (int i = 0; i < 3; i++)
+		values[i] = floats(N_ROWS * HIDDEN, 0);
+	coarse(values[0], N_ROWS * HIDDEN);
+	r->layer.q = table(values[0], HIDDEN);
+	r->layer.k = table(values[1], HIDDEN);
+	r->layer.v = table(values[2], c->n_experts);
+}
+
+static void
+experts_close(Rig *r, Experts *e, float *values[3])
+{
+	rig_close(r);
+	for (int i = 0; i < MOST_EXPERTS * 3; i++)
+		discard(&e->stored[i]);
+	free(e->biases);
+	for (int i = 0; i < 3; i++)
+		free(values[i]);
+}
+
+/* As forward.c does it with the other operations */
+static void
+by_other_operations(Rig *r, MillmBuffer *y, MillmBuffer *x, const float *scores, int n)
+{
+	const MillmConfig *config = &r->model.config;
+	const MillmVector none = {0};
+	MillmBackend *be = r->be[0];
+	MillmBuffer *picked = buffer(r, 0, HIDDEN),
+			   *up = buffer(r, 0, 2 * EXPERT_SIZE),
+			   *gate = buffer(r, 0, EXPERT_SIZE),
+			   *answer = buffer(r, 0, HIDDEN);
+	MillmRoutes routes;
+
+	assert_true(millm_routes_init(&routes, config->n_experts, config->n_chosen, n));
+	millm_route(&routes, scores, config->experts_sum_to_one, n);
+	for (int e = 0; e < config->n_experts; e++)
+	{
+		const MillmMlp *mlp = &r->layer.experts[e];
+		const MillmProjection up_gate[] = {{up, &mlp->up, &mlp->up_bias, false}, {gate, &mlp->gate, &none, false}};
+		const MillmProjection down = {answer, &mlp->down, &mlp->down_bias, false};
+		const bool	has_gate = mlp->gate.data;
+		const int32_t *rows = routes.rows + routes.first[e];
+		const int	n_rows = routes.first[e + 1] - routes.first[e];
+
+		if (n_rows == 0)
+			continue;
+		be->select(be, picked, x, rows, n_rows);
+		be->matmul(be, up_gate, has_gate ? 2 : 1, picked, n_rows);
+		be->activation(be, up, config->act, has_gate ? gate : up, has_gate ? up : NULL, EXPERT_SIZE, n_rows);
+		be->matmul(be, &down, 1, up, n_rows);
+		be->add_rows(be, y, answer, rows, routes.weights + routes.first[e], n_rows);
+	}
+	millm_routes_free(&routes);
+}
+
+static void
+run_mixture(const Mixture *c, int n, bool deterministic)
+{
+	const bool	in_float32 = deterministic || c->dtype == MILLM_F32 || n * c->k <= MILLM_CUDA_FEW_ROWS * c->n_experts;
+	Rig			r;
+	Experts		e;
+	float	   *values[3];
+	const float *y[2];
+	char		what[128];
+
+	snprintf(what, sizeof(what), "mixture of %d experts of dtype %d, %d chosen, %d rows", c->n_experts, c->dtype, c->k, n);
+	experts_rig(&r, &e, c, values);
+	r.options.deterministic = deterministic;
+	rig_open(&r, NULL);
+	for (int i = 0; i < 2; i++)
+	{
+		MillmBuffer *in = buffer(&r, i, HIDDEN),
+				   *out = buffer(&r, i, HIDDEN),
+				   *scores = buffer(&r, i, c->n_experts);
+
+		fill(&r, i, in, &r.layer.q, n);
+		fill(&r, i, out, &r.layer.k, N_ROWS);
+		fill(&r, i, scores, &r.layer.v, n);
+		if (i == 0)
+			by_other_operations(&r, out, in, values[2], n);
+		else
+			assert_true(r.be[1]->mixture(r.be[1], &r.layer, out, in, scores, n));
+		y[i] = r.be[i]->buffer_read(r.be[i], out);
+	}
+	assert_near(y[1], y[0], N_ROWS * HIDDEN, in_float32 ? 1e-5 : TOLERANCE_ROUNDED, what);
+	experts_close(&r, &e, values);
+}
+
+static const Mixture mixtures[] = {
+	{MILLM_F32, 4, 2, true, false}, {MILLM_BF16, 8, 2, true, false}, {MILLM_F16, 5, 5, false, false}, {MILLM_4BIT, 9, 4, false, false},
+	{MILLM_INT8, 3, 1, true, false}, {MILLM_MXFP4, 4, 4, true, true}, {MILLM_BF16, 1, 1, false, true},
+};
+#define N_MIXTURES (int) (sizeof(mixtures) / sizeof(mixtures[0]))
+
+static void
+test_mixture(void **state)
+{
+	static const int n_rows[] = {1, 2, 3, 8, 33, N_ROWS};
+
+	(void) state;
+	for (int i = 0; i < N_MIXTURES; i++)
+		for (size_t j = 0; j < sizeof(n_rows) / sizeof(n_rows[0]); j++)
+		{
+			millm_emulated.backwards = (i + (int) j) % 2;
+			run_mixture(&mixtures[i], n_rows[j], false);
+		}
+	run_mixture(&mixtures[1], N_ROWS, true);
+	millm_emulated.capability = 7;
+	run_mixture(&mixtures[3], N_ROWS, false);
+	millm_emulated.capability = 9;
+	millm_emulated.backwards = 0;
+}
+
+/* The same launches whatever is chosen: a graph from the second time on; and nothing crosses the bus. */
+static void
+test_mixture_graphs(void **state)
+{
+	const Mixture *c = &mixtures[1];
+	const int32_t zeros[N_ROWS] = {0};
+	const int32_t *tables[N_ROWS];
+	Rig			r;
+	Experts		e;
+	float	   *values[3];
+
+	(void) state;
+	for (int t = 0; t < N_ROWS; t++)
+		tables[t] = zeros;
+	experts_rig(&r, &e, c, values);
+	rig_open(&r, NULL);
+	for (int n = 1; n <= 61; n += 20)
+	{
+		MillmBuffer *in = buffer(&r, 1, HIDDEN),
+				   *out = buffer(&r, 1, HIDDEN),
+				   *scores = buffer(&r, 1, c->n_experts);
+		const int	n_before = millm_emulated.n_graph_launches;
+
+		for (int step = 0; step < 5; step++)
+		{
+			int32_t		rows[N_ROWS];
+			size_t		bytes;
+
+			for (int t = 0; t < n; t++)
+				rows[t] = (t * 7 + step) % N_ROWS;
+			r.be[1]->begin(r.be[1], zeros, zeros, tables, n);
+			r.be[1]->embed(r.be[1], in, &r.layer.q, rows, false, n);
+			r.be[1]->embed(r.be[1], out, &r.layer.k, rows, false, n);
+			r.be[1]->embed(r.be[1], scores, &r.layer.v, rows, false, n);
+			bytes = millm_emulated.bytes_to_host;
+			assert_true(r.be[1]->mixture(r.be[1], &r.layer, out, in, scores, n));
+			r.be[1]->check(r.be[1], out, 0, n);
+			assert_int_equal(millm_emulated.bytes_to_host, bytes);
+			assert_int_equal(r.be[1]->first_bad(r.be[1]), -1);
+		}
+		assert_int_equal(millm_emulated.n_graph_launches - n_before, 4);
+	}
+	experts_close(&r, &e, values);
+}
+
+/* Experts that no kernel takes together are left to the other operations. */
+static void
+test_mixture_refused(void **state)
+{
+	static const Shape other[] = {{MILLM_F16, false, EXPERT_SIZE, HIDDEN, 0, 0, 0, 0, 0}, {MILLM_4BIT, false, EXPERT_SIZE, HIDDEN, 0, 16, 64, 256, MILLM_BF16}};
+
+	(void) state;
+	for (int i = 0; i < 2; i++)
+	{
+		Rig			r;
+		Experts		e;
+		Stored		s;
+		float	   *values[3];
+
+		experts_rig(&r, &e, &mixtures[i == 0 ? 1 : 3], values);
+		store(&s, &other[i]);
+		e.mlps[2].gate = s.w;
+		rig_open(&r, NULL);
+		assert_false(r.be[1]->mixture(r.be[1], &r.layer, NULL, NULL, NULL, 1));
+		experts_close(&r, &e, values);
+		discard(&s);
+	}
 }
 
 /* ---- trouble ---- */
@@ -1570,7 +1886,9 @@ main(int argc, char **argv)
 	const struct CMUnitTest tests[] = {
 		cmocka_unit_test(test_matmul), cmocka_unit_test(test_matmul_old_device), cmocka_unit_test(test_matmul_others), cmocka_unit_test(test_projections), cmocka_unit_test(test_blas_tiles),
 		cmocka_unit_test(test_company), cmocka_unit_test(test_attention), cmocka_unit_test(test_splits),
-		cmocka_unit_test(test_rows), cmocka_unit_test(test_fetch), cmocka_unit_test(test_graphs), cmocka_unit_test(test_graphs_differ), cmocka_unit_test(test_backwards), cmocka_unit_test(test_out_of_memory), cmocka_unit_test(test_fault), cmocka_unit_test(test_prediction),
+		cmocka_unit_test(test_rows), cmocka_unit_test(test_fetch), cmocka_unit_test(test_graphs), cmocka_unit_test(test_graphs_differ),
+		cmocka_unit_test(test_routes), cmocka_unit_test(test_mixture), cmocka_unit_test(test_mixture_graphs), cmocka_unit_test(test_mixture_refused),
+		cmocka_unit_test(test_backwards), cmocka_unit_test(test_out_of_memory), cmocka_unit_test(test_fault), cmocka_unit_test(test_prediction),
 		cmocka_unit_test(test_cleared), cmocka_unit_test(test_upload),
 		cmocka_unit_test(test_refused_options), cmocka_unit_test(test_device_fails),
 	};
