@@ -28,6 +28,8 @@ def main():
     a.add_argument("--prompt", type=int, default=512)
     a.add_argument("--gen", type=int, default=64)
     a.add_argument("--sequences", type=int, default=1)
+    a.add_argument("--context", type=int, default=0, help="tokens that each sequence has before it decodes")
+    a.add_argument("--gpu-layers", type=int, default=0)
     a.add_argument("--threads", type=int, default=2)
     a = a.parse_args()
     L.llama_log_set(QUIET, ctypes.c_void_p(0))
@@ -38,14 +40,16 @@ def main():
         assert L.llama_model_quantize(a.model.encode(), a.quantize[1].encode(), ctypes.byref(p)) == 0
         return
     start = time.perf_counter()
-    model = L.llama_model_load_from_file(a.model.encode(), L.llama_model_default_params())
+    m = L.llama_model_default_params()
+    m.n_gpu_layers = a.gpu_layers
+    model = L.llama_model_load_from_file(a.model.encode(), m)
     load_s = time.perf_counter() - start
     assert model, f"llama.cpp cannot load {a.model}"
     p = L.llama_context_default_params()
     p.n_seq_max = a.sequences
-    p.n_ctx = max(a.prompt, (a.gen + 2) * a.sequences) + 64
+    p.n_ctx = max(a.prompt, (a.context + a.gen + 2) * a.sequences) + 64
     p.kv_unified = True
-    p.n_batch = p.n_ubatch = max(a.prompt, a.sequences, 32)
+    p.n_batch = p.n_ubatch = max(a.prompt, a.context, a.sequences, 32)
     p.n_threads = p.n_threads_batch = a.threads
     ctx = L.llama_init_from_model(model, p)
     n_vocab = L.llama_vocab_n_tokens(L.llama_model_get_vocab(model))
@@ -54,9 +58,12 @@ def main():
     def ids(i):
         return (i * 7919 + 13) % n_vocab
 
+    def fill(sequence, n, wants):
+        decode(ctx, batch, [(ids(i), i, sequence, wants and i == n - 1) for i in range(n)])
+
     def prompt(n):
         L.llama_memory_clear(L.llama_get_memory(ctx), True)
-        decode(ctx, batch, [(ids(i), i, 0, i == n - 1) for i in range(n)])
+        fill(0, n, True)
 
     def generate(first, n):
         for at in range(first, first + n):
@@ -67,9 +74,11 @@ def main():
     prompt(a.prompt)
     prefill_s = time.perf_counter() - start
     L.llama_memory_clear(L.llama_get_memory(ctx), True)
-    generate(0, 1)
+    for s in range(a.sequences if a.context else 0):
+        fill(s, a.context, False)
+    generate(a.context, 1)
     start = time.perf_counter()
-    generate(1, a.gen)
+    generate(a.context + 1, a.gen)
     decode_s = time.perf_counter() - start
     print(json.dumps({"prefill_tps": a.prompt / prefill_s, "decode_tps": a.gen * a.sequences / decode_s, "load_s": load_s,
                       "model_bytes": L.llama_model_size(model), "version": L.__version__, "system": L.llama_print_system_info().decode()}))

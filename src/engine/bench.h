@@ -16,6 +16,7 @@ typedef struct MillmBench
 {
 	const MillmDevice *device;	/* as in MillmForwardOptions */
 	int			n_prompt;
+	int			n_batch;		/* tokens of it that a step takes */
 	int			n_context;		/* tokens that each sequence has before those, computed unmeasured */
 	int			n_gen;			/* tokens of each sequence */
 	int			n_sequences;

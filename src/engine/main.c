@@ -38,6 +38,7 @@ static const char usage[] =
 	"      --context-length N   (default: the model's maximum or 8192, the smaller)\n"
 	"  millm-engine bench DIR             measure prefill and decode, medians of the rounds\n"
 	"      --prompt N  --gen N  --rounds N   (default 512, 64, 3)\n"
+	"      --batch N            tokens of the prompt in a step (default 256)\n"
 	"      --sequences N        decoded side by side (default 1)\n"
 	"      --context N          tokens that each of them has before (default 0)\n"
 	"      --json               print one JSON object\n"
@@ -486,6 +487,7 @@ command_bench(int argc, char **argv)
 	Machine		machine = ANY_MACHINE;
 	int64_t		n_prompt = 512;
 	int64_t		n_gen = 64;
+	int64_t		n_batch = MILLM_BATCH_TOKENS;
 	int64_t		n_context = 0;
 	int64_t		n_sequences = 1;
 	int64_t		n_rounds = 3;
@@ -494,6 +496,7 @@ command_bench(int argc, char **argv)
 	Option		options[] = {
 		{"--prompt", OPT_INT, &n_prompt, 1, 1 << 20},
 		{"--gen", OPT_INT, &n_gen, 1, 1 << 20},
+		{"--batch", OPT_INT, &n_batch, 1, 1 << 16},
 		{"--context", OPT_INT, &n_context, 0, 1 << 20},
 		{"--sequences", OPT_INT, &n_sequences, 1, 4096},
 		{"--rounds", OPT_INT, &n_rounds, 1, MILLM_BENCH_MAX_ROUNDS},
@@ -509,7 +512,7 @@ command_bench(int argc, char **argv)
 	MillmCode	rc;
 
 	parse(argc, argv, options, args, 1, 1);
-	bench = (MillmBench) {.n_prompt = (int) n_prompt, .n_context = (int) n_context, .n_gen = (int) n_gen, .n_sequences = (int) n_sequences,
+	bench = (MillmBench) {.n_prompt = (int) n_prompt, .n_batch = (int) n_batch, .n_context = (int) n_context, .n_gen = (int) n_gen, .n_sequences = (int) n_sequences,
 		.n_rounds = (int) n_rounds, .device = &machine.device, .n_threads = (int) machine.threads, .kernels = machine.kernels, .full_head = full_head};
 	rc = millm_device_choose(&machine.wish, NULL, &machine.device, &err);
 	if (rc == MILLM_OK)
@@ -523,9 +526,9 @@ command_bench(int argc, char **argv)
 	}
 	if (rc == MILLM_OK && as_json)
 	{
-		json_t	   *result = json_pack("{s:s, s:s, s:s, s:s?, s:s, s:i, s:i, s:i, s:i, s:i, s:i, s:f, s:f, s:I, s:I, s:s, s:f}", "version", MILLM_VERSION,
+		json_t	   *result = json_pack("{s:s, s:s, s:s, s:s?, s:s, s:i, s:i, s:i, s:i, s:i, s:i, s:i, s:f, s:f, s:I, s:I, s:s, s:f}", "version", MILLM_VERSION,
 									   "model_type", model->config.model_type, "dtype", model->dtype, "quantization", model->quantization,
-									   "kernels", r.kernels, "threads", r.n_threads, "prompt", bench.n_prompt, "context", bench.n_context,
+									   "kernels", r.kernels, "threads", r.n_threads, "prompt", bench.n_prompt, "batch", bench.n_batch, "context", bench.n_context,
 									   "gen", bench.n_gen, "sequences", bench.n_sequences, "rounds", bench.n_rounds,
 									   "prefill_tps", r.prefill_tps, "decode_tps", r.decode_tps,
 									   "weights_bytes", (json_int_t) model->weights_bytes, "decode_bytes", (json_int_t) r.decode_bytes,
