@@ -15,7 +15,7 @@
 
 #include "device_memory.h"
 
-#define MAX_ENTRIES 16384		/* that there is room for, but for k, if that is more */
+#define MAX_ENTRIES 4096		/* that there is room for, unless one row has more */
 #define ALIGNMENT 256			/* of each part of the memory */
 
 enum {UP, GATE, DOWN, N_MATRICES};

@@ -1295,7 +1295,7 @@ test_routes(void **state)
 	millm_emulated.backwards = 0;
 }
 
-enum {MOST_EXPERTS = 9, HIDDEN = 96, EXPERT_SIZE = 64};
+enum {MOST_EXPERTS = 64, HIDDEN = 96, EXPERT_SIZE = 64};
 
 typedef struct Mixture
 {
@@ -1413,8 +1413,8 @@ static void
 run_mixture(const Mixture *c, int n, bool deterministic)
 {
 	const bool	in_float32 = deterministic || c->dtype == MILLM_F32 || n * c->k <= MILLM_CUDA_FEW_ROWS * c->n_experts;
+	static Experts e;
 	Rig			r;
-	Experts		e;
 	float	   *values[3];
 	const float *y[2];
 	char		what[128];
@@ -1461,6 +1461,7 @@ test_mixture(void **state)
 			run_mixture(&mixtures[i], n_rows[j], false);
 		}
 	run_mixture(&mixtures[1], N_ROWS, true);
+	run_mixture(&(Mixture) {MILLM_BF16, MOST_EXPERTS, MOST_EXPERTS, true, false}, N_ROWS, false);	/* more entries than there is room for at a time */
 	millm_emulated.capability = 7;
 	run_mixture(&mixtures[3], N_ROWS, false);
 	millm_emulated.capability = 9;
@@ -1474,8 +1475,8 @@ test_mixture_graphs(void **state)
 	const Mixture *c = &mixtures[1];
 	const int32_t zeros[N_ROWS] = {0};
 	const int32_t *tables[N_ROWS];
+	static Experts e;
 	Rig			r;
-	Experts		e;
 	float	   *values[3];
 
 	(void) state;
@@ -1521,8 +1522,8 @@ test_mixture_refused(void **state)
 	(void) state;
 	for (int i = 0; i < 2; i++)
 	{
+		static Experts e;
 		Rig			r;
-		Experts		e;
 		Stored		s;
 		float	   *values[3];
 
@@ -1534,6 +1535,43 @@ test_mixture_refused(void **state)
 		experts_close(&r, &e, values);
 		discard(&s);
 	}
+}
+
+/* Memory that runs out while there are experts leaves the device as it was; what they take was predicted. */
+static void
+test_mixture_memory(void **state)
+{
+	const size_t used = millm_emulated.used_bytes;
+	int64_t		predicted;
+	MillmError	err;
+	MillmCode	rc;
+	static Experts e;
+	Rig			r;
+	float	   *values[3];
+	int			n = 0;
+
+	(void) state;
+	experts_rig(&r, &e, &mixtures[1], values);
+	r.options.kernels = NULL;
+	millm_cuda_set_host(&host);
+	do
+	{
+		millm_emulated.allocations_left = n++;
+		rc = millm_cuda_create(&r.model, &r.options, &r.be[1], &err);
+		millm_emulated.allocations_left = -1;
+		if (rc != MILLM_OK)
+		{
+			assert_int_equal(rc, MILLM_E_INSUFFICIENT_MEMORY);
+			assert_int_equal(millm_emulated.used_bytes, used);
+			assert_int_equal(millm_emulated.n_host, r.n_host);
+		}
+	} while (rc != MILLM_OK && n < 100);
+	assert_int_equal(rc, MILLM_OK);
+	predicted = millm_cuda_weights_bytes(&r.model, NULL) + millm_cuda_page_bytes(&r.model, NULL, 1) * r.options.n_pages + millm_cuda_own_bytes(&r.model, &r.options);
+	assert_true(fabs((double) (millm_emulated.used_bytes - used) / (double) predicted - 1) < 0.02);
+	assert_int_equal(millm_backend_cpu.create(&r.model, &(MillmBackendOptions) {.n_threads = 1, .kernels = "ref", .max_tokens = 1, .n_pages = 1, .layers_per_page = 1,
+											  .n_groups = 1}, &r.be[0], &err), MILLM_OK);
+	experts_close(&r, &e, values);
 }
 
 /* ---- trouble ---- */
@@ -1887,7 +1925,7 @@ main(int argc, char **argv)
 		cmocka_unit_test(test_matmul), cmocka_unit_test(test_matmul_old_device), cmocka_unit_test(test_matmul_others), cmocka_unit_test(test_projections), cmocka_unit_test(test_blas_tiles),
 		cmocka_unit_test(test_company), cmocka_unit_test(test_attention), cmocka_unit_test(test_splits),
 		cmocka_unit_test(test_rows), cmocka_unit_test(test_fetch), cmocka_unit_test(test_graphs), cmocka_unit_test(test_graphs_differ),
-		cmocka_unit_test(test_routes), cmocka_unit_test(test_mixture), cmocka_unit_test(test_mixture_graphs), cmocka_unit_test(test_mixture_refused),
+		cmocka_unit_test(test_routes), cmocka_unit_test(test_mixture), cmocka_unit_test(test_mixture_graphs), cmocka_unit_test(test_mixture_refused), cmocka_unit_test(test_mixture_memory),
 		cmocka_unit_test(test_backwards), cmocka_unit_test(test_out_of_memory), cmocka_unit_test(test_fault), cmocka_unit_test(test_prediction),
 		cmocka_unit_test(test_cleared), cmocka_unit_test(test_upload),
 		cmocka_unit_test(test_refused_options), cmocka_unit_test(test_device_fails),
