@@ -69,7 +69,7 @@ def main():
         for at in range(first, first + n):
             decode(ctx, batch, [(ids(at + 7 * s), at, s, True) for s in range(a.sequences)])
 
-    prompt(min(a.prompt, 16))  # warm
+    prompt(a.prompt if a.gpu_layers else min(a.prompt, 16))  # warm: a GPU's kernels are loaded when they are first used
     start = time.perf_counter()
     prompt(a.prompt)
     prefill_s = time.perf_counter() - start
