@@ -203,6 +203,18 @@ sql('CREATE EXTENSION millm');
 ok(wait_true(sub { sql('SELECT model IS NULL FROM millm.status()') eq 't' }), 'and unloads the model');
 ok(-f "$local/model.safetensors", 'whose files stay');
 is(sql('SELECT count(*) FROM millm.models'), 0, 'the next extension begins anew');
+
+# --- A database whose sessions only read unless they say otherwise ----------------------------------------------------------------
+sql("ALTER DATABASE postgres SET default_transaction_read_only = on");
+my $clerk = q(SELECT pid FROM pg_stat_activity WHERE backend_type = 'millm clerk');
+my $first_clerk = sql($clerk);
+sql("SELECT pg_terminate_backend($first_clerk)");
+ok(wait_true(sub { (sql($clerk) || $first_clerk) != $first_clerk }), 'the clerk connects again');
+$hub->faults;
+fails(q(SELECT millm.download('millm-test/tiny-llama', 'FP16')), '25006', 'a session only reads');
+($rc, $out, $err) = $node->psql('postgres', q(SET default_transaction_read_only = off; SELECT millm.download('millm-test/tiny-llama', 'FP16')));
+($rc, $out, $err) = $node->psql('postgres', q(SELECT millm.wait('tiny-llama', '20 s')));
+is($out, 'ready', 'what another one has committed is carried out') or diag $err;
 my $log = slurp_file($node->logfile);
 unlike($log, qr/terminating any other active server processes|PANIC|TRAP/, 'no crash on the way');
 $node->stop;
