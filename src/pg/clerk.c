@@ -45,6 +45,7 @@
 
 #include "command.h"
 #include "json.h"
+#include "registry.h"
 #include "settings.h"
 #include "shmem.h"
 
@@ -757,7 +758,7 @@ millm_clerk_main(Datum arg)
 	millm_shared->no_database = true;
 	BackgroundWorkerInitializeConnection(millm_database, NULL, 0);
 	millm_shared->no_database = false;
-	SetConfigOption("search_path", "pg_catalog", PGC_SUSET, PGC_S_OVERRIDE);
+	SetConfigOption("search_path", MILLM_SAFE_PATH, PGC_SUSET, PGC_S_OVERRIDE);
 	SetConfigOption("lock_timeout", "100ms", PGC_SUSET, PGC_S_OVERRIDE);
 	SetConfigOption("statement_timeout", "0", PGC_SUSET, PGC_S_OVERRIDE);
 	SetConfigOption("synchronous_commit", "local", PGC_SUSET, PGC_S_OVERRIDE);

@@ -11,6 +11,8 @@
 #include "utils/builtins.h"
 #include "utils/guc.h"
 
+#include "registry.h"
+
 PG_FUNCTION_INFO_V1(millm_grant_user);
 PG_FUNCTION_INFO_V1(millm_grant_admin);
 
@@ -36,7 +38,7 @@ grant(Oid role, const char *functions, const char *views)
 	uint64		n;
 	char	  **statements;
 
-	(void) set_config_option("search_path", "pg_catalog", PGC_USERSET, PGC_S_SESSION, GUC_ACTION_SAVE, true, 0, false);
+	(void) set_config_option("search_path", MILLM_SAFE_PATH, PGC_USERSET, PGC_S_SESSION, GUC_ACTION_SAVE, true, 0, false);
 	if (SPI_connect() != SPI_OK_CONNECT)
 		elog(ERROR, "SPI_connect failed");
 	execute(psprintf("SELECT oid::regprocedure FROM pg_proc WHERE pronamespace = 'millm'::regnamespace AND proname = ANY (string_to_array('%s', ','))",

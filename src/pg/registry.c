@@ -56,7 +56,7 @@ millm_registry_begin(MillmRegistry *r)
 	GetUserIdAndSecContext(&r->user, &r->security);
 	SetUserIdAndSecContext(owner, r->security | SECURITY_LOCAL_USERID_CHANGE | SECURITY_NOFORCE_RLS);
 	r->guc_level = NewGUCNestLevel();
-	(void) set_config_option("search_path", "pg_catalog", PGC_USERSET, PGC_S_SESSION, GUC_ACTION_SAVE, true, 0, false);
+	(void) set_config_option("search_path", MILLM_SAFE_PATH, PGC_USERSET, PGC_S_SESSION, GUC_ACTION_SAVE, true, 0, false);
 	if (SPI_connect() != SPI_OK_CONNECT)
 		elog(ERROR, "SPI_connect failed");
 }

@@ -30,6 +30,9 @@ typedef struct MillmModel
 	bool		uncommitted;	/* written by the current transaction */
 } MillmModel;
 
+/* Temporary objects last: where they are not named they come first, and a caller's own type "text" would be the owner's. */
+#define MILLM_SAFE_PATH "pg_catalog, pg_temp"
+
 /* SPI with the registry's owner as current user and a safe search_path, between the two; errors undo it by themselves. */
 typedef struct MillmRegistry
 {

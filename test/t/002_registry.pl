@@ -180,6 +180,15 @@ cmp_ok($id_next, '>', (sort { $b <=> $a } map { (split /\|/)[0] } split /\n/, $b
 ok(-d "$cache/huggingface/millm-test--tiny-long--FP16", 'what the copy deletes stays on disk, which is not its own');
 $copy->stop;
 
+# --- Names that a caller makes are not the owner's ------------------------------------------------------------------------------------
+sql(q(CREATE ROLE plain; SELECT millm.grant_user('plain'); CREATE ROLE chief; SELECT millm.grant_admin('chief'); SELECT millm.create_api_key('spied', 'plain')));
+my $spy = q(CREATE FUNCTION pg_temp.spy() RETURNS boolean LANGUAGE plpgsql AS 'BEGIN RAISE WARNING ''a spy runs as %'', current_user; RETURN true; END');
+my $said = (sqlstate($node, "SET ROLE plain; $spy; CREATE DOMAIN pg_temp.text AS pg_catalog.text CHECK (pg_temp.spy()); SELECT 'x'::pg_temp.text; SELECT count(*) FROM millm.estimate_memory('tiny-gpt2')"))[1];
+is(join(' ', $said =~ /a spy runs as (\S+)/g), 'plain', 'a type of the caller\'s') or diag $said;
+$said = (sqlstate($node, "SET ROLE chief; $spy; CREATE TEMP VIEW pg_roles AS SELECT 1::oid AS oid WHERE pg_temp.spy(); SELECT count(*) FROM pg_temp.pg_roles; SELECT millm.revoke_api_key('spied')"))[1];
+is(join(' ', $said =~ /a spy runs as (\S+)/g), 'chief', 'a view of the caller\'s') or diag $said;
+sql(q(SELECT millm.revoke_api_key('spied'); DROP OWNED BY plain, chief; DROP ROLE plain, chief));
+
 # --- The end ------------------------------------------------------------------------------------------------------------------------
 sql(q(SELECT millm.load('tiny-gpt2')));
 slow();
