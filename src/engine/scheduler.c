@@ -3,10 +3,11 @@
  *
  * A step carries first one decode token for every running sequence, then, with what is left of the token budget, the next
  * prefill chunks, both in the order of the line.  Decode goes first because a reader who already sees words notices a pause.
- * While a stream decodes, prefill may take as long as the decode tokens take by themselves, so that its reader waits for no token more than about
- * twice as long; beside answers that are read as a whole it may make steps of STEP_MS, which cost less a token; alone, it may fill the
- * batch.  The chunk follows what the last one took, for that grows with the position, and not evenly with the number of tokens; in small changes, for a
- * step may have taken long for a reason that is not ours.  What the decode tokens take is measured by a step in DECODE_EVERY that carries nothing else.
+ * Prefill beside decode tokens may take as long as these take by themselves, so that a stream's reader waits for no token more than about twice as
+ * long; where more prompts wait than sequences decode, as many times that, up to STEP_MS, or sessions that all ask for short answers would wait for
+ * each other's prompts with a batch half empty.  Beside answers that are read as a whole it may always make steps of STEP_MS, which cost less a token; alone, it may fill the
+ * batch.  Two things are measured: what steps take that carry decode tokens only, by their number, for which prefill pauses in one step
+ * of DECODE_EVERY; and what a token of prefill adds, which grows with its position.
  *
  * Owns:     the order of the slots and the size of the next chunk.
  * Borrows:  the slots (embedded in their owner), KV pages through MillmSchedPages.
@@ -34,14 +35,22 @@
 #include <string.h>
 
 #define MIN_PREFILL_MS	4.0		/* in a step, however fast its decode tokens are: nobody sees so short a pause */
-#define STEP_MS			50.0	/* for prefill in a step without a stream */
+#define STEP_MS			50.0	/* in a step without a stream, or where many prompts wait */
 #define DECODE_EVERY	16		/* steps beside which prefill runs before what they take without it is measured again */
 #define PREFILL_SHARE	0.9		/* of what decode tokens take: somewhat less, since it is not met exactly */
 #define FIRST_CHUNK		32		/* tokens, before anything is measured */
-#define MIN_GROWTH		1.05	/* of a chunk that was not too much, a factor */
-#define MAX_GROWTH		1.25	/* also of decode_ms */
-#define MAX_SHRINKING	0.5
 #define MIN_CHUNK		16		/* in a step without a stream, whatever it takes: a smaller one pays the step's own cost for less, and would shrink to nothing over it */
+/* A measure counts for at most so much more or less than the one before: a step may have taken long for a reason that is not ours. */
+#define MAX_CHANGE		1.25
+
+/* Steps of decode tokens only, of which there were [2^i, 2^(i+1)). */
+#define DECODE_CLASSES	16
+
+typedef struct DecodeCost
+{
+	double		ms;				/* a token, of the latest such step; 0: none yet */
+	int			n_mixed;		/* steps with as many decode tokens and prefill since then */
+} DecodeCost;
 
 struct MillmScheduler
 {
@@ -50,10 +59,10 @@ struct MillmScheduler
 	int			max_slots;
 	int			max_batch_tokens;
 	uint64_t	n_arrived;
-	double		decode_ms;		/* of a step of decode tokens only; 0: not measured yet */
-	double		chunk;			/* prefill tokens that may go beside decode tokens */
-	double		prefill_ms;		/* that those of the planned step may add to it; 0: there are no decode tokens */
-	int			n_mixed;		/* steps with both kinds since decode_ms was measured */
+	DecodeCost	decode[DECODE_CLASSES];
+	double		prefill_ms;		/* that a token of prefill adds to a step; 0: not measured yet */
+	int			chunk;			/* tokens of prefill that the planned step has room for */
+	double		saved;			/* of a token that may take longer than there is in one step */
 	uint64_t	turn;			/* the latest that a slot was admitted at */
 	uint32_t   *served;			/* [n_served] of max_slots: roles of which one was */
 	int			n_served;
@@ -77,7 +86,6 @@ millm_sched_create(const MillmSchedPages *pages, int max_running, int max_waitin
 	s->max_running = max_running;
 	s->max_slots = (int) max_slots;
 	s->max_batch_tokens = max_batch_tokens;
-	s->chunk = FIRST_CHUNK;
 	return s;
 }
 
@@ -268,16 +276,58 @@ make_room(MillmScheduler *s, int i)
 
 /* ---- a step -------------------------------------------------------------------------------- */
 
-/* What prefill may add to a step that has decode tokens, some of a stream or none; 0: nothing, for what these take is to be measured. */
-static double
-time_for_prefill(const MillmScheduler *s, bool has_stream)
+static DecodeCost *
+decode_cost(MillmScheduler *s, int n_decode)
 {
-	const double least = has_stream ? MIN_PREFILL_MS : STEP_MS;
-	const double share = PREFILL_SHARE * s->decode_ms;
+	int			i = 31 - __builtin_clz((unsigned) n_decode);
 
-	if (has_stream && (s->decode_ms == 0 || s->n_mixed >= DECODE_EVERY))
+	return &s->decode[i < DECODE_CLASSES ? i : DECODE_CLASSES - 1];
+}
+
+/* Those whose prompt is not in the KV cache yet and who need not wait for their reader. */
+static int
+n_unread(const MillmScheduler *s)
+{
+	int			n = 0;
+
+	for (int i = 0; i < s->n; i++)
+		n += !s->slots[i]->is_paused && (i >= s->n_running || owed(s->slots[i]) > 1);
+	return n;
+}
+
+/* What prefill may add to a step of n_decode decode tokens, in milliseconds. */
+static double
+time_beside(const MillmScheduler *s, double decode_ms, int n_decode, bool has_stream)
+{
+	const double even = PREFILL_SHARE * decode_ms;
+	const double least = has_stream ? MIN_PREFILL_MS : STEP_MS;
+	const double most = even > STEP_MS ? even : STEP_MS;
+	const double share = even * n_unread(s) / n_decode;
+
+	return share > most ? most : share > even ? share : even > least ? even : least;
+}
+
+/* How many tokens of prefill go beside n_decode > 0 decode tokens, some of them of a stream or none. */
+static int
+tokens_beside(MillmScheduler *s, int n_decode, bool has_stream)
+{
+	DecodeCost *decode = decode_cost(s, n_decode);
+	double		n;
+
+	if (decode->n_mixed >= (has_stream && decode->ms == 0 ? 0 : DECODE_EVERY))
+		return 0;				/* what these take is measured */
+	if (s->prefill_ms == 0)
+		return FIRST_CHUNK;
+	n = time_beside(s, decode->ms * n_decode, n_decode, has_stream) / s->prefill_ms;
+	if (!has_stream && n < MIN_CHUNK)
+		return MIN_CHUNK;
+	if (n >= 1)
+		return n < s->max_batch_tokens ? (int) n : s->max_batch_tokens;
+	s->saved += n;
+	if (s->saved < 1)
 		return 0;
-	return share > least ? share : least;
+	s->saved = 0;
+	return 1;
 }
 
 /* The slot's next chunk; returns its tokens. */
@@ -308,20 +358,8 @@ millm_sched_plan(MillmScheduler *s, MillmPlanItem *items)
 		has_stream |= slot->is_stream;
 	}
 	budget = s->max_batch_tokens - n_items;
-	s->prefill_ms = 0;
-	if (n_items > 0)
-	{
-		s->prefill_ms = time_for_prefill(s, has_stream);
-		if (s->prefill_ms == 0)
-			budget = 0;
-		else
-		{
-			const int	chunk = has_stream || s->chunk > MIN_CHUNK ? (int) s->chunk : MIN_CHUNK;
-
-			if (budget > chunk)
-				budget = chunk;
-		}
-	}
+	s->chunk = n_items > 0 ? tokens_beside(s, n_items, has_stream) : budget;
+	budget = s->chunk < budget ? s->chunk : budget;
 	for (int i = 0; i < s->n_running && budget > 0; i++)
 		if (!s->slots[i]->is_paused && owed(s->slots[i]) > 1)
 			budget -= plan_prefill(s->slots[i], budget, &items[n_items++]);
@@ -330,34 +368,45 @@ millm_sched_plan(MillmScheduler *s, MillmPlanItem *items)
 	return n_items;
 }
 
+/* A measure after the one before, which is 0 for none; never less. */
+static double
+follow(double before, double now)
+{
+	if (before == 0)
+		return now > 0 ? now : 0;
+	return now > before * MAX_CHANGE ? before * MAX_CHANGE : now < before / MAX_CHANGE ? before / MAX_CHANGE : now;
+}
+
 void
 millm_sched_done(MillmScheduler *s, const MillmPlanItem *items, int n, double ms)
 {
+	int			n_decode = 0;
 	int			n_prefill = 0;
-	double		extra_ms;
-	double		fits;
 
 	for (int i = 0; i < n; i++)
 	{
 		items[i].slot->n_past += items[i].n_tokens;
 		if (items[i].n_tokens > 1 || owed(items[i].slot) > 0)
 			n_prefill += items[i].n_tokens;
+		else
+			n_decode++;
 	}
-	if (n_prefill == 0)
+	if (n_decode > 0)
 	{
-		s->decode_ms = s->decode_ms > 0 && ms > MAX_GROWTH * s->decode_ms ? MAX_GROWTH * s->decode_ms : ms;
-		s->n_mixed = 0;
+		DecodeCost *decode = decode_cost(s, n_decode);
+
+		if (n_prefill == 0)
+		{
+			decode->ms = follow(decode->ms, ms / n_decode);
+			decode->n_mixed = 0;
+			return;
+		}
+		decode->n_mixed++;
+		if (decode->ms == 0)
+			return;
+		ms -= decode->ms * n_decode;
 	}
-	if (n_prefill == 0 || s->prefill_ms == 0)
-		return;
-	s->n_mixed++;
-	extra_ms = ms - s->decode_ms;
-	fits = extra_ms > 0 ? s->prefill_ms / extra_ms : MAX_GROWTH;
-	if (fits >= 1 && n_prefill < (int) s->chunk)
-		return;					/* the end of a prompt: it says nothing of larger chunks */
-	s->chunk *= fits < MAX_SHRINKING ? MAX_SHRINKING : fits < 1 ? fits : fits < MIN_GROWTH ? MIN_GROWTH : fits > MAX_GROWTH ? MAX_GROWTH : fits;
-	if (s->chunk < 1)
-		s->chunk = 1;
-	if (s->chunk > s->max_batch_tokens)
-		s->chunk = s->max_batch_tokens;
+	/* a few tokens at the end of a prompt cost more each, and say nothing of a whole chunk */
+	if (n_prefill > 0 && (2 * n_prefill >= s->chunk || ms / n_prefill < s->prefill_ms || s->prefill_ms == 0))
+		s->prefill_ms = follow(s->prefill_ms, ms / n_prefill);
 }
