@@ -12,6 +12,8 @@ soon as it has its answer:
 Rounds are interleaved, medians are printed.  Tokens are those that were generated, the end token included.  Time to the first token is from asking to
 the first piece of text (millm) or the first token (llama.cpp).
 
+Then a stream beside a prompt of --long tokens: from one token to the next, alone and while the other is read.
+
 Then the shared instruction: --rows rows of --shared tokens that are the same and --own that are not, max_tokens 4, in one generate_rows(), with millm.prefix_cache
 on and off.
 """
@@ -162,6 +164,44 @@ def share(cluster, name, a, rng):
                       "cached_share": round(float(results["on"]["cached_tokens"]) / (n_shared * a.rows), 3)}
 
 
+def beside(cluster, name, a, rng):
+    """Milliseconds between the pieces of a stream: alone, and while another session's long prompt is read."""
+    load(cluster, name, deterministic="off", prefix_cache="on")
+    words = [rng.choice(WORDS) for _ in range(a.long)]
+    while (n := cluster.value("SELECT millm.count_tokens(%s)", " ".join(words))) > a.long:
+        del words[a.long - n:]
+    stream, other = (pq.PGconn.connect(cluster.conninfo().encode()) for _ in range(2))
+    times, span = [], []
+
+    def ask_long():
+        span.append(time.perf_counter())
+        first = []
+        ask(other, " ".join(words), 1, first)
+        span.append(time.perf_counter())
+
+    thread = threading.Thread(target=ask_long)
+    stream.send_query_params(COMPLETE, [b"Count: 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12,", str(a.long).encode()])
+    stream.set_single_row_mode()
+    while (result := stream.get_result()) is not None:
+        assert result.status in (pq.ExecStatus.SINGLE_TUPLE, pq.ExecStatus.TUPLES_OK), result.error_message.decode()
+        times.append(time.perf_counter())
+        if len(times) == 200:
+            thread.start()
+        if len(span) == 2:
+            stream.get_cancel().cancel()
+            break
+    thread.join()
+    for db in stream, other:
+        db.finish()
+    assert len(span) == 2 and times[-1] > span[0], "the stream ended before the prompt was read"
+
+    def gaps(begin, end):
+        d = sorted(1e3 * (y - x) for x, y in zip(times, times[1:]) if begin <= x and y <= end)
+        return {"mean_ms": round(statistics.mean(d), 2), "median_ms": round(statistics.median(d), 2), "p99_ms": round(d[len(d) * 99 // 100], 2), "tokens": len(d)}
+    alone, both = gaps(times[20], span[0]), gaps(*span)
+    return {"prompt": n, "seconds": round(span[1] - span[0], 2), "alone": alone, "beside": both, "ratio": round(both["mean_ms"] / alone["mean_ms"], 2)}
+
+
 def main():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("model", nargs="?", type=Path, default=ROOT / ".fixtures/SmolLM2-135M-Instruct", help="a directory with 16-bit weights")
@@ -171,6 +211,7 @@ def main():
     p.add_argument("--prompt", type=int, default=30)
     p.add_argument("--tokens", type=int, default=24)
     p.add_argument("--rounds", type=int, default=3)
+    p.add_argument("--long", type=int, default=8000, help="tokens of the prompt beside a stream; 0: not that")
     p.add_argument("--rows", type=int, default=10000, help="of the shared instruction; 0: not that")
     p.add_argument("--shared", type=int, default=200)
     p.add_argument("--own", type=int, default=30)
@@ -241,6 +282,10 @@ def measure(a, cluster, directory, python, gguf, rng):
     result = {"date": str(date.today()), "command": "bench/serving " + " ".join(sys.argv[1:]), "cpu": machine, "threads": a.threads, "load": os.getloadavg()[0], "model": name,
               "peer": gguf.name, "peer_version": version, "peer_system": rounds["llama.cpp"][0]["system"], "rounds": a.rounds, "sessions": a.sessions,
               "requests": a.requests, "prompt": a.prompt, "max_tokens": a.tokens, "results": figures}
+    if a.long:
+        result["long"] = r = beside(cluster, name, a, rng)
+        print(f"\nfrom one token of a stream to the next: {r['alone']['mean_ms']} ms alone (p99 {r['alone']['p99_ms']}), {r['beside']['mean_ms']} (p99 {r['beside']['p99_ms']}) while a prompt "
+              f"of {r['prompt']} tokens is read in {r['seconds']} s: {r['ratio']:.2f} times")
     if a.rows:
         result["shared"] = s = share(cluster, name, a, rng)
         print(f"\n{s['rows']} rows of {s['shared']} shared tokens: {s['on']['seconds']} s with the prefix cache, {s['off']['seconds']} s without: {s['ratio']:.2f} times as fast; "

@@ -423,11 +423,17 @@ load_row(float *y, const void *w, MillmDtype dtype, int64_t n, bool add)
 static bool
 is_finite(const float *x, int64_t n)
 {
-	float		zero = 0;
+	float		zero[16] = {0};	/* sums that do not wait for each other */
+	int64_t		i = 0;
 
-	for (int64_t i = 0; i < n; i++)
-		zero += x[i] * 0;			/* NaN and infinity times 0 are NaN, and stay so */
-	return zero == 0;
+	for (; i + 16 <= n; i += 16)
+		for (int j = 0; j < 16; j++)
+			zero[j] += x[i + j] * 0;	/* NaN and infinity times 0 are NaN, and stay so */
+	for (; i < n; i++)
+		zero[0] += x[i] * 0;
+	for (int j = 1; j < 16; j++)
+		zero[0] += zero[j];
+	return zero[0] == 0;
 }
 
 void
