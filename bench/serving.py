@@ -22,12 +22,12 @@ import json
 import os
 import platform
 import random
+import selectors
 import shutil
 import statistics
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 from datetime import date
 from pathlib import Path
@@ -40,6 +40,8 @@ from harness import WORK, Cluster, wait_true  # noqa: E402
 
 MODELS = Path(os.environ.get("MILLM_BENCH_MODELS", ROOT / "build/bench"))
 VENV = Path(os.environ.get("MILLM_BENCH_VENV", ROOT / "build/bench-venv"))
+COUNT, LONG_TOKENS = "Count: 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12,", 6000     # asked beside a long prompt, and the most it may answer
+WAIT_S = 600        # for anything from any session
 PEER = {"BF16": "BF16", "Q8": "Q8_0", "Q4": "Q4_0"}
 COMPLETE = b"SELECT millm.complete_stream($1, max_tokens => $2::int, temperature => 0)"
 WORDS = "river stone market garden winter letter engine silver window yellow forest signal bridge kitchen planet doctor summer number paper music".split()
@@ -79,42 +81,56 @@ def peer(source, format):
     return python, out
 
 
-def ask(db, prompt, max_tokens, first):
-    """One request on its connection; the tokens that came."""
-    start = time.perf_counter()
-    db.send_query_params(COMPLETE, [prompt.encode(), str(max_tokens).encode()])
-    db.set_single_row_mode()
-    last = None
-    while (result := db.get_result()) is not None:
-        assert result.status in (pq.ExecStatus.SINGLE_TUPLE, pq.ExecStatus.TUPLES_OK), result.error_message.decode()
-        if result.ntuples:
-            if last is None:
-                first.append(1e3 * (time.perf_counter() - start))
-            last = result.get_value(0, 0)
-    return json.loads(last)["usage"]["completion_tokens"]
+class Session:
+    """A connection that asks one prompt after the other and notes when something of the answer comes."""
+
+    def __init__(self, cluster, prompts, max_tokens):
+        self.db = pq.PGconn.connect(cluster.conninfo().encode())
+        self.prompts, self.max_tokens = iter(prompts), max_tokens
+        self.tokens, self.asked, self.times = 0, 0.0, []        # times of the latest answer's pieces
+
+    def ask(self):
+        """The next prompt; False: there is none."""
+        prompt = next(self.prompts, None)
+        if prompt is None:
+            return False
+        self.asked, self.times, self.last = time.perf_counter(), [], None
+        self.db.send_query_params(COMPLETE, [prompt.encode(), str(self.max_tokens).encode()])
+        self.db.set_single_row_mode()
+        return True
+
+    def read(self):
+        """What has come; True: the answer is whole."""
+        self.db.consume_input()
+        while not self.db.is_busy():
+            if (result := self.db.get_result()) is None:
+                self.tokens += json.loads(self.last)["usage"]["completion_tokens"]
+                return True
+            assert result.status in (pq.ExecStatus.SINGLE_TUPLE, pq.ExecStatus.TUPLES_OK), result.error_message.decode()
+            if result.ntuples:
+                self.times.append(time.perf_counter())
+                self.last = result.get_value(0, 0)
+        return False
 
 
 def serve(cluster, sessions, max_tokens):
-    """Every session its prompts, all at the same time: {"seconds", "tokens", "first_ms"}"""
-    dbs = [pq.PGconn.connect(cluster.conninfo().encode()) for _ in sessions]
-    begin, first, counts = threading.Barrier(len(sessions) + 1), [], []
-
-    def work(db, prompts):
-        begin.wait()
-        counts.append(sum(ask(db, p, max_tokens, first) for p in prompts))
-
-    threads = [threading.Thread(target=work, args=x) for x in zip(dbs, sessions)]
-    for t in threads:
-        t.start()
-    begin.wait()
+    """Every session its prompts, all at the same time, in one thread that waits for all connections: {"seconds", "tokens", "first_ms"}"""
+    sessions, first = [Session(cluster, prompts, max_tokens) for prompts in sessions], []
+    selector = selectors.DefaultSelector()
     start = time.perf_counter()
-    for t in threads:
-        t.join()
+    for s in sessions:
+        selector.register(s.db.socket, selectors.EVENT_READ, s)
+        s.ask()
+    while selector.get_map():
+        for key, _ in selector.select(WAIT_S):
+            if key.data.read():
+                first.append(1e3 * (key.data.times[0] - key.data.asked))
+                if not key.data.ask():
+                    selector.unregister(key.fileobj)
     seconds = time.perf_counter() - start
-    for db in dbs:
-        db.finish()
-    assert len(counts) == len(sessions), "a session failed"
-    return {"seconds": seconds, "tokens": sum(counts), "first_ms": first}
+    for s in sessions:
+        s.db.finish()
+    return {"seconds": seconds, "tokens": sum(s.tokens for s in sessions), "first_ms": first}
 
 
 def load(cluster, name, **settings):
@@ -170,36 +186,31 @@ def beside(cluster, name, a, rng):
     words = [rng.choice(WORDS) for _ in range(a.long)]
     while (n := cluster.value("SELECT millm.count_tokens(%s)", " ".join(words))) > a.long:
         del words[a.long - n:]
-    stream, other = (pq.PGconn.connect(cluster.conninfo().encode()) for _ in range(2))
-    times, span = [], []
-
-    def ask_long():
-        span.append(time.perf_counter())
-        first = []
-        ask(other, " ".join(words), 1, first)
-        span.append(time.perf_counter())
-
-    thread = threading.Thread(target=ask_long)
-    stream.send_query_params(COMPLETE, [b"Count: 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12,", str(a.long).encode()])
-    stream.set_single_row_mode()
-    while (result := stream.get_result()) is not None:
-        assert result.status in (pq.ExecStatus.SINGLE_TUPLE, pq.ExecStatus.TUPLES_OK), result.error_message.decode()
-        times.append(time.perf_counter())
-        if len(times) == 200:
-            thread.start()
-        if len(span) == 2:
-            stream.get_cancel().cancel()
-            break
-    thread.join()
-    for db in stream, other:
-        db.finish()
-    assert len(span) == 2 and times[-1] > span[0], "the stream ended before the prompt was read"
-
-    def gaps(begin, end):
-        d = sorted(1e3 * (y - x) for x, y in zip(times, times[1:]) if begin <= x and y <= end)
-        return {"mean_ms": round(statistics.mean(d), 2), "median_ms": round(statistics.median(d), 2), "p99_ms": round(d[len(d) * 99 // 100], 2), "tokens": len(d)}
-    alone, both = gaps(times[20], span[0]), gaps(*span)
-    return {"prompt": n, "seconds": round(span[1] - span[0], 2), "alone": alone, "beside": both, "ratio": round(both["mean_ms"] / alone["mean_ms"], 2)}
+    selector, gaps, seconds = selectors.DefaultSelector(), {}, 0.0
+    for when in "alone", "beside":
+        # the same answer, since a token takes the longer the more are before it
+        stream, other = Session(cluster, [COUNT], LONG_TOKENS), Session(cluster, [" ".join(words)], 1)
+        for session in stream, other:
+            selector.register(session.db.socket, selectors.EVENT_READ, session)
+        stream.ask()
+        while not other.tokens and not stream.tokens:
+            for key, _ in selector.select(WAIT_S):
+                key.data.read()
+            if when == "beside" and len(stream.times) > 20 and not other.asked:
+                other.ask()
+        if when == "beside":
+            assert other.tokens, f"the stream's {LONG_TOKENS} tokens ended before the prompt was read"
+            seconds = time.perf_counter() - other.asked
+            stream.db.get_cancel().cancel()
+        gaps[when] = [1e3 * (y - x) for x, y in zip(stream.times, stream.times[1:])][20:]
+        for session in stream, other:
+            selector.unregister(session.db.socket)
+            session.db.finish()
+    figures = {}
+    for when, ms in gaps.items():
+        ms = sorted(ms[:len(gaps["beside"])])
+        figures[when] = {"mean_ms": round(statistics.mean(ms), 2), "median_ms": round(statistics.median(ms), 2), "p99_ms": round(ms[len(ms) * 99 // 100], 2), "tokens": len(ms)}
+    return figures | {"prompt": n, "seconds": round(seconds, 2), "ratio": round(figures["beside"]["mean_ms"] / figures["alone"]["mean_ms"], 2)}
 
 
 def main():

@@ -2,7 +2,8 @@
  * scheduler.c -- which tokens share the next step.
  *
  * A step carries first one decode token for every running sequence, then, with what is left of the token budget, the next
- * prefill chunks, both in the order of the line.  Decode goes first because a reader who already sees words notices a pause.
+ * prefill chunks, both in the order of the line.  Decode goes first because a reader who already sees words notices a pause.  A prompt of many
+ * chunks shares them with those after it, which else would wait for the whole of it.
  * Prefill beside decode tokens may take as long as these take by themselves, so that a stream's reader waits for no token more than about twice as
  * long; where more prompts wait than sequences decode, as many times that, up to STEP_MS, or sessions that all ask for short answers would wait for
  * each other's prompts with a batch half empty.  Beside answers that are read as a whole it may always make steps of STEP_MS, which cost less a token; alone, it may fill the
@@ -39,7 +40,11 @@
 #define DECODE_EVERY	16		/* steps beside which prefill runs before what they take without it is measured again */
 #define PREFILL_SHARE	0.9		/* of what decode tokens take: somewhat less, since it is not met exactly */
 #define FIRST_CHUNK		32		/* tokens, before anything is measured */
-#define MIN_CHUNK		16		/* in a step without a stream, whatever it takes: a smaller one pays the step's own cost for less, and would shrink to nothing over it */
+/*
+ * Tokens of a chunk.  Smaller ones pay once more for what a chunk has to read, the weights and the KV cache of all that is before it: a stream gets
+ * a longer step now and then instead, of STEP_MS more at most, and in the mean waits no longer.
+ */
+#define MIN_CHUNK		8
 /* A measure counts for at most so much more or less than the one before: a step may have taken long for a reason that is not ours. */
 #define MAX_CHANGE		1.25
 
@@ -62,7 +67,7 @@ struct MillmScheduler
 	DecodeCost	decode[DECODE_CLASSES];
 	double		prefill_ms;		/* that a token of prefill adds to a step; 0: not measured yet */
 	int			chunk;			/* tokens of prefill that the planned step has room for */
-	double		saved;			/* of a token that may take longer than there is in one step */
+	double		saved_ms;		/* that prefill might have taken in the steps before this one, and did not */
 	uint64_t	turn;			/* the latest that a slot was admitted at */
 	uint32_t   *served;			/* [n_served] of max_slots: roles of which one was */
 	int			n_served;
@@ -312,29 +317,31 @@ static int
 tokens_beside(MillmScheduler *s, int n_decode, bool has_stream)
 {
 	DecodeCost *decode = decode_cost(s, n_decode);
-	double		n;
+	const double least_ms = MIN_CHUNK * s->prefill_ms;
+	double		ms;
 
 	if (decode->n_mixed >= (has_stream && decode->ms == 0 ? 0 : DECODE_EVERY))
 		return 0;				/* what these take is measured */
 	if (s->prefill_ms == 0)
 		return FIRST_CHUNK;
-	n = time_beside(s, decode->ms * n_decode, n_decode, has_stream) / s->prefill_ms;
-	if (!has_stream && n < MIN_CHUNK)
-		return MIN_CHUNK;
-	if (n >= 1)
-		return n < s->max_batch_tokens ? (int) n : s->max_batch_tokens;
-	s->saved += n;
-	if (s->saved < 1)
-		return 0;
-	s->saved = 0;
-	return 1;
+	ms = time_beside(s, decode->ms * n_decode, n_decode, has_stream);
+	s->saved_ms += ms;
+	if (ms < least_ms)
+		ms = has_stream && least_ms > STEP_MS ? STEP_MS : least_ms;
+	if (ms < s->prefill_ms)
+		ms = s->prefill_ms;
+	if (has_stream && s->saved_ms < ms)
+		return 0;				/* the next step has more time for it */
+	s->saved_ms = has_stream ? s->saved_ms - ms : 0;
+	return ms / s->prefill_ms < s->max_batch_tokens ? (int) (ms / s->prefill_ms) : s->max_batch_tokens;
 }
 
-/* The slot's next chunk; returns its tokens. */
+/* The slot's next chunk; returns its tokens.  A prompt that takes more than a step leaves half of the room to those after it. */
 static int
-plan_prefill(MillmSlot *slot, int budget, MillmPlanItem *item)
+plan_prefill(const MillmScheduler *s, MillmSlot *slot, int budget, MillmPlanItem *item)
 {
-	int			n = owed(slot) < budget ? owed(slot) : budget;
+	const int	room = owed(slot) > s->max_batch_tokens ? (budget + 1) / 2 : budget;
+	const int	n = owed(slot) < room ? owed(slot) : room;
 
 	*item = (MillmPlanItem) {slot, n};
 	return n;
@@ -344,6 +351,7 @@ int
 millm_sched_plan(MillmScheduler *s, MillmPlanItem *items)
 {
 	int			n_items = 0;
+	int			n_decode;
 	int			budget;
 	bool		has_stream = false;
 	MillmSlot  *admitted;
@@ -357,14 +365,24 @@ millm_sched_plan(MillmScheduler *s, MillmPlanItem *items)
 		items[n_items++] = (MillmPlanItem) {slot, 1};
 		has_stream |= slot->is_stream;
 	}
-	budget = s->max_batch_tokens - n_items;
-	s->chunk = n_items > 0 ? tokens_beside(s, n_items, has_stream) : budget;
+	n_decode = n_items;
+	budget = s->max_batch_tokens - n_decode;
+	s->chunk = n_decode > 0 ? tokens_beside(s, n_decode, has_stream) : budget;
 	budget = s->chunk < budget ? s->chunk : budget;
 	for (int i = 0; i < s->n_running && budget > 0; i++)
 		if (!s->slots[i]->is_paused && owed(s->slots[i]) > 1)
-			budget -= plan_prefill(s->slots[i], budget, &items[n_items++]);
+			budget -= plan_prefill(s, s->slots[i], budget, &items[n_items++]);
 	while (budget > 0 && (admitted = admit(s)) != NULL)
-		budget -= plan_prefill(admitted, budget, &items[n_items++]);
+		budget -= plan_prefill(s, admitted, budget, &items[n_items++]);
+	/* what nobody took of the halves */
+	for (int i = n_decode; i < n_items && budget > 0; i++)
+	{
+		const int	rest = owed(items[i].slot) - items[i].n_tokens;
+		const int	more = rest < budget ? rest : budget;
+
+		items[i].n_tokens += more;
+		budget -= more;
+	}
 	return n_items;
 }
 

@@ -165,18 +165,21 @@ decode_goes_first(void **state)
 	assert_true(millm_sched_add(s, &b.slot));
 	assert_true(millm_sched_add(s, &c.slot));
 
-	/* a decodes, b's chunk fills the rest; c waits for its turn */
-	assert_int_equal(millm_sched_plan(s, items), 2);
+	/* a decodes, b leaves room to c, and its chunk fills the rest */
+	assert_int_equal(millm_sched_plan(s, items), 3);
 	assert_ptr_equal(items[0].slot, &a.slot);
 	assert_int_equal(items[0].n_tokens, 1);
 	assert_ptr_equal(items[1].slot, &b.slot);
-	assert_int_equal(items[1].n_tokens, 31);
-	finish_step(s, items, 2);
-	/* b's last chunk and c share the step */
-	assert_int_equal(millm_sched_plan(s, items), 3);
-	assert_int_equal(items[1].n_tokens, 19);
+	assert_int_equal(items[1].n_tokens, 26);
 	assert_ptr_equal(items[2].slot, &c.slot);
 	assert_int_equal(items[2].n_tokens, 5);
+	finish_step(s, items, 3);
+	/* b's last chunk */
+	assert_int_equal(millm_sched_plan(s, items), 3);
+	assert_int_equal(items[0].n_tokens, 1);
+	assert_int_equal(items[1].n_tokens, 1);
+	assert_ptr_equal(items[2].slot, &b.slot);
+	assert_int_equal(items[2].n_tokens, 24);
 	finish_step(s, items, 3);
 	assert_int_equal(millm_sched_plan(s, items), 3);
 	for (int i = 0; i < 3; i++)
@@ -639,7 +642,41 @@ small_chunks_do_not_pay(void **state)
 		check_plan(items, n, 1024);
 		millm_sched_done(s, items, n, step_ms(items, n, n > 1 ? 20 + 400 : 20, 1));
 	}
-	assert_true(n_steps <= 4096 / 16 * 17 / 16 + 2);	/* decode tokens alone are measured now and then */
+	assert_true(n_steps <= 4096 / 8 * 17 / 16 + 2);	/* decode tokens alone are measured now and then */
+	millm_sched_free(s);
+}
+
+/* Short prompts do not wait for the end of a long one before them, which goes on at half its speed at least, and at its full one where nobody waits. */
+static void
+long_prompt_shares(void **state)
+{
+	Pool		pool;
+	MillmScheduler *s = create(&pool, 100000, 4, 4, 64);
+	Seq			whole = {.slot.n_tokens = 10000, .goal = 10001};
+	Seq			brief[2] = {{.slot.n_tokens = 20, .goal = 21, .number = 1}, {.slot.n_tokens = 20, .goal = 21, .number = 2}};
+	MillmPlanItem items[4];
+	int			n;
+
+	(void) state;
+	millm_sched_add(s, &whole.slot);
+	assert_int_equal(millm_sched_plan(s, items), 1);
+	assert_int_equal(items[0].n_tokens, 64);
+	finish_step(s, items, 1);
+	for (int i = 0; i < 2; i++)
+		millm_sched_add(s, &brief[i].slot);
+	n = millm_sched_plan(s, items);
+	check_plan(items, n, 64);
+	assert_int_equal(n, 3);
+	assert_ptr_equal(items[0].slot, &whole.slot);
+	assert_int_equal(items[0].n_tokens, 32);
+	assert_int_equal(items[1].n_tokens, 20);
+	assert_int_equal(items[2].n_tokens, 12);
+	finish_step(s, items, n);
+	n = millm_sched_plan(s, items);
+	check_plan(items, n, 64);
+	assert_true(items[n - 1].slot == &brief[1].slot && items[n - 1].n_tokens == 8);
+	assert_int_equal(items[n - 2].n_tokens, 64 - 8);
+	finish_step(s, items, n);
 	millm_sched_free(s);
 }
 
@@ -733,7 +770,7 @@ main(void)
 		cmocka_unit_test(no_overtaking), cmocka_unit_test(preempts_the_youngest), cmocka_unit_test(shared_beginning), cmocka_unit_test(storm),
 		cmocka_unit_test(roles_take_turns), cmocka_unit_test(nobody_has_a_turn_twice), cmocka_unit_test(bounded_waiting),
 		cmocka_unit_test(chunk_follows_time), cmocka_unit_test(small_chunks_do_not_pay),
-		cmocka_unit_test(many_sessions),
+		cmocka_unit_test(long_prompt_shares), cmocka_unit_test(many_sessions),
 	};
 
 	return cmocka_run_group_tests(tests, NULL, NULL);
