@@ -1,8 +1,8 @@
 /*
  * attention.cu -- attention over paged keys and values, on the device, and what brings them there.  kernels.h has the meaning.
  *
- * Two ways lead to the same values, but for the order of sums: attend (obvious, of any head size) and attend_split (16 bytes a lane, many blocks for
- * a row).  A softmax is online: a largest score, the sum of exp(score - largest), and the values so weighted; those of parts of the keys are brought
+ * Three ways lead to the same values, but for the order of sums: attend (obvious, of any head size), attend_split (16 bytes a lane, many blocks for
+ * a row) and attend_tile (many rows of a sequence, on tensor cores, where queries and weights are float16, too).  A softmax is online: a largest score, the sum of exp(score - largest), and the values so weighted; those of parts of the keys are brought
  * to one largest score and added.
  */
 #include "parts.cuh"
@@ -595,4 +595,194 @@ millm_cuda_attention_split(const MillmCudaAttention *a, MillmRows y, MillmRows q
 		launch_split<uint16_t>(a, partials, n_splits, q, n, queue);
 
 	return status == cudaSuccess ? launch(combine, dim3((unsigned) a->n_heads, (unsigned) n), COMBINE_THREADS, queue, *a, y, partials, n_splits) : status;
+}
+
+/* ---- many rows of a sequence ---- */
+
+/*
+ * A block for each tile of rows of a head, 16 of them a warp's, on tensor cores: TILE_KEYS keys after the other go through shared memory, then their values.
+ * Queries and the weights of values are rounded to float16, as keys and values are stored; scores and sums are float32.  Where in a warp's matrix a
+ * lane's elements lie only the device knows: it is asked, by a matrix whose elements are their rows.
+ *
+ *   DIMS    head_dim <= DIMS, and is a multiple of 8; shared memory is zero behind it
+ *   VALUES  dims of values that are a block's, as many as registers allow: other blocks have the next ones, and compute the same scores
+ *   WARPS   as many as shared memory allows
+ *   rows    n of one sequence, whose positions follow each other
+ *   blocks  [n_heads * ceil(head_dim / VALUES), ceil(n / (16 * WARPS))], threads WARPS * WARP
+ */
+#define TILE_KEYS 32			/* two lanes a row, 16 each */
+template <int DIMS, int VALUES, int WARPS>
+static __global__ void __launch_bounds__(WARPS * WARP, 1)
+attend_tile(const __grid_constant__ MillmCudaAttention a, MillmRows y, MillmRows q, int n)
+{
+	const int	ROWS = 16 * WARPS;
+	const int	PITCH = DIMS + 8;	/* of float16: rows 16 bytes apart from a multiple of the banks */
+	const int	S_PITCH = TILE_KEYS + 4;
+	const int	W_PITCH = TILE_KEYS + 8;
+	SHARED(f16, queries, ROWS * PITCH);
+	SHARED(f16, tile, TILE_KEYS * PITCH);	/* keys, then values */
+	SHARED(float, all_scores, ROWS * S_PITCH);
+	SHARED(f16, all_weights, ROWS * W_PITCH);
+	SHARED(float, all_rescales, ROWS);
+	const int	h = (int) blockIdx.x % a.n_heads;
+	const int	v0 = (int) blockIdx.x / a.n_heads * VALUES;	/* the first of this block's dims of values */
+	const int	t0 = (int) blockIdx.y * ROWS;
+	const int	n_rows = n - t0 < ROWS ? n - t0 : ROWS;
+	const int	kv_head = h / (a.n_heads / a.n_kv_heads);
+	const int	warp = (int) threadIdx.x / WARP;
+	const int	lane = (int) threadIdx.x % WARP;
+	const int	row = warp * 16 + lane / 2;	/* whose softmax is this lane's and its neighbour's, who has the other keys */
+	const int	t = t0 + (row < n_rows ? row : n_rows - 1);
+	const int	k0 = lane % 2 * (TILE_KEYS / 2);
+	const int64_t position = a.positions[t];
+	const int64_t first = first_seen(a, position);
+	const int64_t begin = first_seen(a, a.positions[t0]);	/* of the block's rows: the first key that one sees, and behind the last */
+	const int64_t end = (int64_t) a.positions[t0 + n_rows - 1] + 1;
+	const int32_t *table = a.tables + a.table_of[t0 * a.n_groups];
+	float	   *scores = all_scores + warp * 16 * S_PITCH;	/* of this warp's rows */
+	f16		   *weights = all_weights + warp * 16 * W_PITCH;
+	float	   *rescales = all_rescales + warp * 16;
+	float		max = a.sinks ? a.sinks[h] : -INFINITY;
+	float		sum = a.sinks && k0 == 0 ? 1 : 0;	/* this lane's part of it */
+	int			row_of[8];
+	wmma::fragment<wmma::accumulator, 16, 16, 16, float> values[VALUES / 16];
+
+	for (int i = (int) threadIdx.x; i < ROWS * DIMS; i += WARPS * WARP)
+		queries[i / DIMS * PITCH + i % DIMS] =
+			as_f16(i / DIMS < n_rows && i % DIMS < a.head_dim ? q.data[(t0 + i / DIMS) * q.stride + (int64_t) h * a.head_dim + i % DIMS] : 0);
+	for (int i = lane; i < 256; i += WARP)
+		scores[i / 16 * S_PITCH + i % 16] = (float) (i / 16);
+	__syncwarp();
+	wmma::load_matrix_sync(values[0], scores, S_PITCH, wmma::mem_row_major);
+#pragma unroll
+	for (int e = 0; e < 8; e++)
+		row_of[e] = (int) values[0].x[e];
+#pragma unroll
+	for (int i = 0; i < VALUES / 16; i++)
+		wmma::fill_fragment(values[i], 0.0f);
+	for (int64_t p0 = begin / TILE_KEYS * TILE_KEYS; p0 < end; p0 += TILE_KEYS)
+	{
+		float		largest = max;
+
+#pragma unroll
+		for (int of_values = 0; of_values < 2; of_values++)
+		{
+			const int	n_chunks = (of_values ? VALUES : DIMS) / 8;	/* of 16 bytes */
+
+			__syncthreads();	/* what was in the tile has been read */
+			for (int i = (int) threadIdx.x; i < TILE_KEYS * n_chunks; i += WARPS * WARP)
+			{
+				const int64_t p = p0 + i / n_chunks;
+				const int	d = (of_values ? v0 : 0) + i % n_chunks * 8;
+				uint4		u = {0, 0, 0, 0};	/* where nothing was ever stored there may be NaN, which no weight of 0 would hide */
+
+				if (p >= begin && p < end && d < a.head_dim)
+					u = *(const uint4 *) ((const uint16_t *) (a.kv + table[p / MILLM_CUDA_PAGE] * a.page_bytes) + of_values * v_offset(a) +
+										  ((int64_t) kv_head * MILLM_CUDA_PAGE + p % MILLM_CUDA_PAGE) * a.head_dim + d);
+				*(uint4 *) &tile[i / n_chunks * PITCH + i % n_chunks * 8] = u;
+			}
+			__syncthreads();
+			if (of_values)
+				break;
+#pragma unroll
+			for (int k = 0; k < TILE_KEYS; k += 16)
+			{
+				wmma::fragment<wmma::accumulator, 16, 16, 16, float> product;
+
+				wmma::fill_fragment(product, 0.0f);
+#pragma unroll
+				for (int d = 0; d < DIMS; d += 16)
+				{
+					wmma::fragment<wmma::matrix_a, 16, 16, 16, f16, wmma::row_major> of_query;
+					wmma::fragment<wmma::matrix_b, 16, 16, 16, f16, wmma::col_major> key;
+
+					wmma::load_matrix_sync(of_query, queries + warp * 16 * PITCH + d, PITCH);
+					wmma::load_matrix_sync(key, tile + k * PITCH + d, PITCH);
+					wmma::mma_sync(product, of_query, key, product);
+				}
+				wmma::store_matrix_sync(scores + k, product, S_PITCH, wmma::mem_row_major);
+			}
+			__syncwarp();
+		}
+#pragma unroll
+		for (int k = k0; k < k0 + TILE_KEYS / 2; k++)
+		{
+			const bool	is_seen = p0 + k >= first && p0 + k <= position;
+			const float score = is_seen ? finished_score(a, scores[lane / 2 * S_PITCH + k], h, p0 + k) : -INFINITY;
+
+			scores[lane / 2 * S_PITCH + k] = score;
+			largest = !(score <= largest) ? score : largest;
+		}
+		{
+			const float other = __shfl_xor_sync(ALL_LANES, largest, 1);
+
+			largest = !(other <= largest) ? other : largest;
+		}
+		sum *= share_of(max, largest);
+		rescales[lane / 2] = share_of(max, largest);
+		max = largest;
+#pragma unroll
+		for (int k = k0; k < k0 + TILE_KEYS / 2; k++)
+		{
+			const float weight = share_of(scores[lane / 2 * S_PITCH + k], max);
+
+			sum += weight;
+			weights[lane / 2 * W_PITCH + k] = as_f16(weight);
+		}
+		__syncwarp();
+#pragma unroll
+		for (int i = 0; i < VALUES / 16; i++)
+#pragma unroll
+			for (int e = 0; e < 8; e++)
+				values[i].x[e] *= rescales[row_of[e]];
+#pragma unroll
+		for (int k = 0; k < TILE_KEYS; k += 16)
+		{
+			wmma::fragment<wmma::matrix_a, 16, 16, 16, f16, wmma::row_major> weight;
+
+			wmma::load_matrix_sync(weight, weights + k, W_PITCH);
+#pragma unroll
+			for (int i = 0; i < VALUES / 16; i++)
+			{
+				wmma::fragment<wmma::matrix_b, 16, 16, 16, f16, wmma::row_major> value;
+
+				wmma::load_matrix_sync(value, tile + k * PITCH + 16 * i, PITCH);
+				wmma::mma_sync(values[i], weight, value, values[i]);
+			}
+		}
+		__syncwarp();			/* before the next scores and weights */
+	}
+	sum += __shfl_xor_sync(ALL_LANES, sum, 1);
+#pragma unroll
+	for (int i = 0; i < VALUES / 16; i++)
+	{
+		wmma::store_matrix_sync(scores, values[i], S_PITCH, wmma::mem_row_major);
+		__syncwarp();
+#pragma unroll
+		for (int k = 0; k < 8; k++)
+		{
+			const int	d = v0 + 16 * i + lane % 2 * 8 + k;
+
+			if (row < n_rows && d < a.head_dim)
+				y.data[t * y.stride + (int64_t) h * a.head_dim + d] = scores[lane / 2 * S_PITCH + lane % 2 * 8 + k] / sum;
+		}
+		__syncwarp();
+	}
+}
+
+template <int DIMS, int VALUES, int WARPS>
+static cudaError_t
+launch_tile(const MillmCudaAttention *a, MillmRows y, MillmRows q, int n, MillmCudaQueue *queue)
+{
+	const int	n_parts = (a->head_dim + VALUES - 1) / VALUES;
+	const dim3	blocks((unsigned) (a->n_heads * n_parts), (unsigned) ((n + 16 * WARPS - 1) / (16 * WARPS)));
+
+	return launch(attend_tile<DIMS, VALUES, WARPS>, blocks, WARPS * WARP, queue, *a, y, q, n);
+}
+
+cudaError_t
+millm_cuda_attention_tile(const MillmCudaAttention *a, MillmRows y, MillmRows q, int n, MillmCudaQueue *queue)
+{
+	return a->head_dim <= 64 ? launch_tile<64, 64, 4>(a, y, q, n, queue) : a->head_dim <= 128 ? launch_tile<128, 128, 4>(a, y, q, n, queue) :
+		launch_tile<256, 128, 2>(a, y, q, n, queue);
 }

@@ -36,6 +36,7 @@
 #define LAYER_ALIGNMENT 256
 #define MAX_TOKENS 65535		/* rows that a launch can have */
 #define PARTIALS (4 << 20)		/* floats of attention's workspace: they stay in the L2 cache of what has one of 20 MB or more */
+#define TILED_ROWS 16			/* of a sequence, from which on they are computed together */
 #define KEPT_ROWS 64			/* of a step whose launches may become a graph: decode, and the ends of prompts */
 
 struct MillmBuffer
@@ -80,6 +81,7 @@ typedef struct CudaBackend
 	int64_t		max_entries;	/* of its page tables */
 	int			n_pairs;
 	float	   *frequencies;	/* [n_pairs], of a length */
+	const int32_t *const *pages;	/* [n, n_groups], the forward pass's */
 	const int32_t *positions;	/* these are the device's, in the parcel */
 	const int32_t *tables;
 	const int32_t *table_of;
@@ -529,6 +531,7 @@ begin(MillmBackend *be, const int32_t *positions, const int32_t *planned_lengths
 #endif
 	millm_cuda_queue_begin(c->queue, n <= KEPT_ROWS && !c->host_routes);
 	CHECK(cudaMemsetAsync(c->bad_place, MILLM_CUDA_NO_PLACE & 0xff, sizeof(*c->bad_place), c->stream));
+	c->pages = pages;
 	c->parcel.used = 0;
 	at_positions = parcel_take(&c->parcel, (int64_t) n * 4);
 	memcpy(c->parcel.host + at_positions, positions, (size_t) n * 4);
@@ -742,19 +745,27 @@ rows_from(MillmRows rows, int t)
 	return (MillmRows) {rows.data + t * rows.stride, rows.stride};
 }
 
+static MillmCudaAttention
+attention_from(MillmCudaAttention a, int t)
+{
+	a.positions += t;
+	a.table_of += t * a.n_groups;
+	return a;
+}
+
 /*
- * As many rows in a launch as there is room for partial softmaxes.  The number of splits of a launch is a power of two, so that a
+ * The rows [t, n), as many in a launch as there is room for partial softmaxes.  The number of splits of a launch is a power of two, so that a
  * sequence that grows has a graph for long.
  */
 static void
-attend_one_by_one(CudaBackend *c, MillmCudaAttention a, MillmRows y, MillmRows q, int n)
+attend_one_by_one(CudaBackend *c, MillmCudaAttention a, MillmRows y, MillmRows q, int t, int n)
 {
 	const int64_t of_split = (int64_t) a.n_heads * (MILLM_CUDA_PARTIAL + a.head_dim);
 	const int32_t *positions = (const int32_t *) c->parcel.host;
 
-	for (int t = 0, end; t < n; t = end)
+	for (int end; t < n; t = end)
 	{
-		MillmCudaAttention some = a;
+		MillmCudaAttention some = attention_from(a, t);
 		int			n_splits = 1;
 
 		for (end = t; end < n; end++)
@@ -768,10 +779,29 @@ attend_one_by_one(CudaBackend *c, MillmCudaAttention a, MillmRows y, MillmRows q
 				break;
 			n_splits = needed;
 		}
-		some.positions += t;
-		some.table_of += t * c->n_groups;
 		CHECK(millm_cuda_attention_split(&some, rows_from(y, t), rows_from(q, t), c->partials, n_splits, end - t, c->queue));
 	}
+}
+
+/* Pieces of prompts by tiles, where a row's bits may depend on its company; what lies between them one by one. */
+static void
+attend(CudaBackend *c, MillmCudaAttention a, int group, MillmRows y, MillmRows q, int n)
+{
+	const bool	has_tiles = !c->deterministic && c->kv_dtype == MILLM_F16;
+	int			t = 0;			/* rows before it are done */
+
+	for (int begin = 0, end; begin < n && has_tiles; begin = end)
+	{
+		MillmCudaAttention some = attention_from(a, begin);
+
+		end = end_of_table(c->pages + group, c->n_groups, begin, n);
+		if (end - begin < TILED_ROWS)
+			continue;
+		attend_one_by_one(c, a, y, q, t, begin);
+		CHECK(millm_cuda_attention_tile(&some, rows_from(y, begin), rows_from(q, begin), end - begin, c->queue));
+		t = end;
+	}
+	attend_one_by_one(c, a, y, q, t, n);
 }
 
 static void
@@ -783,7 +813,7 @@ attention(MillmBackend *be, const MillmAttention *a, MillmBuffer *y, MillmBuffer
 	if (c->is_plain || !is_chunked(a->head_dim))
 		CHECK(millm_cuda_attention_any(&d, y->rows, q->rows, n, c->queue));
 	else
-		attend_one_by_one(c, d, y->rows, q->rows, n);
+		attend(c, d, a->page_group, y->rows, q->rows, n);
 	y->n_written = n;
 }
 

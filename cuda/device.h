@@ -11,6 +11,7 @@
 
 namespace wmma = nvcuda::wmma;
 typedef __nv_bfloat16 bf16;
+typedef __half f16;
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 800
 #define HAS_TENSOR_CORES		/* of bfloat16 */
 #endif
@@ -31,6 +32,7 @@ static __device__ float as_float(uint32_t u) { return __uint_as_float(u); }
 static __device__ uint32_t as_bits(float f) { return __float_as_uint(f); }
 static __device__ float from_f16(uint16_t h) { return __half2float(__ushort_as_half(h)); }
 static __device__ uint16_t to_f16(float f) { return __half_as_ushort(__float2half_rn(f)); }
+static __device__ f16 as_f16(float f) { return __float2half_rn(f); }
 static __device__ bf16 as_bf16(float f) { return __float2bfloat16_rn(f); }
 static __device__ uint16_t to_bf16(float f) { return __bfloat16_as_ushort(__float2bfloat16_rn(f)); }
 

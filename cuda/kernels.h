@@ -173,6 +173,8 @@ millm_cuda_splits(int64_t position, int64_t window)
 /* partials: floats of [n, n_heads, n_splits, MILLM_CUDA_PARTIAL + head_dim]; n_splits: at least each row's.  They are 16-byte aligned. */
 extern cudaError_t millm_cuda_attention_split(const MillmCudaAttention *a, MillmRows y, MillmRows q, float *partials, int n_splits, int n,
 											  MillmCudaQueue *queue);
+/* The same for n rows of one sequence, of positions that follow each other, on tensor cores: q is rounded to float16, which keys and values are. */
+extern cudaError_t millm_cuda_attention_tile(const MillmCudaAttention *a, MillmRows y, MillmRows q, int n, MillmCudaQueue *queue);
 
 /* up.data NULL: none */
 extern cudaError_t millm_cuda_activation(MillmRows y, MillmAct act, MillmRows x, MillmRows up, int64_t n_columns, int n, MillmCudaQueue *queue);

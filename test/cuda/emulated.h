@@ -62,8 +62,12 @@ start_kernel(void (*kernel) (Parameters...), dim3 blocks, int threads, cudaStrea
 #define HAS_TENSOR_CORES
 struct bf16 { uint16_t bits; };
 
+struct f16 { uint16_t bits; };
+
+static inline void __syncwarp() { emulated_warp(); }
+
 /*
- * Matrices of a warp: its first lane has them whole.  What a lane stores others see after a barrier only, as on the device.
+ * Matrices of a warp: eight elements are a lane's, others than on any device, since who knows which ones is no business of a kernel's.
  */
 namespace wmma
 {
@@ -78,8 +82,17 @@ namespace wmma
 	struct fragment
 	{
 		static_assert(M == 16 && N == 16 && K == 16, "the only size that is emulated");
-		float		v[16][16];	/* [row, k], [column, k], [row, column] */
+		static const int num_elements = 8;
+		float		x[8];
 	};
+
+	static inline float value_of(bf16 h) { return millm_bf16_to_f32(h.bits); }
+	static inline float value_of(f16 h) { return millm_f16_to_f32(h.bits); }
+	static inline float value_of(float f) { return f; }
+
+	/* Row and column of the e-th element of the lane whose turn it is. */
+	static inline int row_of(int e) { return (int) (emulated_place.thread.x % 32 * 8 + (unsigned) e) / 16; }
+	static inline int column_of(int e) { return (int) (emulated_place.thread.x % 32 * 8 + (unsigned) e) % 16; }
 
 	static inline void
 	check_place(const void *p, size_t pitch_bytes)
@@ -88,46 +101,64 @@ namespace wmma
 			emulated_complain("a matrix of a warp that is not aligned");
 	}
 
-	template <class Use, class Layout>
+	template <class Use, class T, class Layout>
 	static void
-	load_matrix_sync(fragment<Use, 16, 16, 16, bf16, Layout> &f, const bf16 *from, unsigned pitch)
+	load_matrix_sync(fragment<Use, 16, 16, 16, T, Layout> &f, const T *from, unsigned pitch)
 	{
-		static_assert(std::is_same<Use, matrix_a>::value == std::is_same<Layout, row_major>::value, "the layouts that are emulated");
-		check_place(from, pitch * sizeof(bf16));
-		if (emulated_warp())
-			for (int i = 0; i < 256; i++)
-				f.v[i / 16][i % 16] = millm_bf16_to_f32(from[i / 16 * pitch + i % 16].bits);
+		const bool	is_transposed = std::is_same<Layout, col_major>::value;
+
+		static_assert(!std::is_same<Use, matrix_a>::value || std::is_same<Layout, row_major>::value, "the layouts that are emulated");
+		check_place(from, pitch * sizeof(T));
+		for (int e = 0; e < 8; e++)
+			f.x[e] = value_of(is_transposed ? from[column_of(e) * (int) pitch + row_of(e)] : from[row_of(e) * (int) pitch + column_of(e)]);
+	}
+
+	static inline void
+	load_matrix_sync(fragment<accumulator, 16, 16, 16, float> &f, const float *from, unsigned pitch, Layout)
+	{
+		check_place(from, pitch * sizeof(float));
+		for (int e = 0; e < 8; e++)
+			f.x[e] = from[row_of(e) * (int) pitch + column_of(e)];
 	}
 
 	static inline void
 	fill_fragment(fragment<accumulator, 16, 16, 16, float> &f, float value)
 	{
-		for (int i = 0; i < 256; i++)
-			f.v[i / 16][i % 16] = value;
+		for (int e = 0; e < 8; e++)
+			f.x[e] = value;
 	}
 
-	static inline void
-	mma_sync(fragment<accumulator, 16, 16, 16, float> &y, const fragment<matrix_a, 16, 16, 16, bf16, row_major> &x,
-			 const fragment<matrix_b, 16, 16, 16, bf16, col_major> &w, const fragment<accumulator, 16, 16, 16, float> &c)
+	template <class T, class Layout>
+	static void
+	mma_sync(fragment<accumulator, 16, 16, 16, float> &y, const fragment<matrix_a, 16, 16, 16, T, row_major> &a,
+			 const fragment<matrix_b, 16, 16, 16, T, Layout> &b, const fragment<accumulator, 16, 16, 16, float> &c)
 	{
-		if (emulated_warp())
-			for (int i = 0; i < 256; i++)
-			{
-				float		sum = c.v[i / 16][i % 16];
+		static float whole_a[16][16],
+					whole_b[16][16];
 
-				for (int k = 0; k < 16; k++)
-					sum += x.v[i / 16][k] * w.v[i % 16][k];
-				y.v[i / 16][i % 16] = sum;
-			}
+		for (int e = 0; e < 8; e++)
+		{
+			whole_a[row_of(e)][column_of(e)] = a.x[e];
+			whole_b[row_of(e)][column_of(e)] = b.x[e];
+		}
+		emulated_warp();
+		for (int e = 0; e < 8; e++)
+		{
+			float		sum = c.x[e];
+
+			for (int k = 0; k < 16; k++)
+				sum += whole_a[row_of(e)][k] * whole_b[k][column_of(e)];
+			y.x[e] = sum;
+		}
+		emulated_warp();
 	}
 
 	static inline void
 	store_matrix_sync(float *to, const fragment<accumulator, 16, 16, 16, float> &f, unsigned pitch, Layout)
 	{
 		check_place(to, pitch * sizeof(float));
-		if (emulated_warp())
-			for (int i = 0; i < 256; i++)
-				to[i / 16 * pitch + i % 16] = f.v[i / 16][i % 16];
+		for (int e = 0; e < 8; e++)
+			to[row_of(e) * (int) pitch + column_of(e)] = f.x[e];
 	}
 }
 
@@ -137,6 +168,7 @@ static inline float as_float(uint32_t u) { float f; memcpy(&f, &u, sizeof(f)); r
 static inline uint32_t as_bits(float f) { uint32_t u; memcpy(&u, &f, sizeof(u)); return u; }
 static inline float from_f16(uint16_t h) { return millm_f16_to_f32(h); }
 static inline uint16_t to_f16(float f) { return millm_f32_to_f16(f); }
+static inline f16 as_f16(float f) { return {millm_f32_to_f16(f)}; }
 static inline bf16 as_bf16(float f) { return {millm_f32_to_bf16(f)}; }
 static inline uint16_t to_bf16(float f) { return millm_f32_to_bf16(f); }
 
