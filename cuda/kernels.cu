@@ -39,13 +39,16 @@ matmul_any(MillmCudaMatmul m)
 }
 
 /*
- * Few tokens: a warp for each row of weights, which is read once, 16 bytes a lane, for all of them.  Decode is bound by that read.
- * A lane sums its chunks in their order, whatever T is.  Several products of the same rows stand side by side: a block is of one of them.
+ * Few tokens: a warp for FEW_ROWS rows of weights, which are read once, 16 bytes a lane, for all of them.  Decode is bound by that read: FEW_LOADS chunks
+ * of each row are asked for before the first is looked at, and what is read of x serves all rows.  A lane sums its chunks of a row in their order,
+ * whatever T is.  Several products of the same rows of x stand side by side: a block is of one of them.
  *
- *   T       the tokens, at most; rows past n compute the last one again
- *   blocks  [the sum of ceil(n_out / FEW_WARPS)], threads FEW_WARPS * WARP
+ *   T       the tokens, at most; rows past n compute the last one again, as those of weights past n_out do
+ *   blocks  [the sum of ceil(n_out / (FEW_WARPS * FEW_ROWS))], threads FEW_WARPS * WARP
  */
 #define FEW_WARPS 4
+#define FEW_ROWS 2
+#define FEW_LOADS 2
 
 struct FewMatmuls
 {
@@ -54,7 +57,7 @@ struct FewMatmuls
 };
 
 template <int DTYPE, int T>
-static __global__ void
+static __global__ void __launch_bounds__(FEW_WARPS * WARP, 1)
 matmul_few(const __grid_constant__ FewMatmuls all)
 {
 	const int	SIZE = Chunk<DTYPE>::SIZE;
@@ -62,52 +65,92 @@ matmul_few(const __grid_constant__ FewMatmuls all)
 	const int	which = (blockIdx.x >= all.first_block[1]) + (blockIdx.x >= all.first_block[2]);
 	const MillmCudaMatmul &m = all.m[which];
 	const int	lane = (int) threadIdx.x % WARP;
-	const int64_t o = (int64_t) (blockIdx.x - all.first_block[which]) * FEW_WARPS + threadIdx.x / WARP;
-	float		sum[T];
+	const int64_t o0 = ((int64_t) (blockIdx.x - all.first_block[which]) * FEW_WARPS + threadIdx.x / WARP) * FEW_ROWS;
+	int64_t		o[FEW_ROWS];
+	float		sum[FEW_ROWS][T];
 
 	share_codebook<DTYPE>(codebook, m.w);
-	if (o >= m.w.n_out)
+	if (o0 >= m.w.n_out)
 		return;
 #pragma unroll
-	for (int t = 0; t < T; t++)
-		sum[t] = 0;
-	for (int64_t i = (int64_t) lane * SIZE; i < m.w.n_in; i += WARP * SIZE)
+	for (int r = 0; r < FEW_ROWS; r++)
 	{
-		const int	n_left = m.w.n_in - i < SIZE ? (int) (m.w.n_in - i) : SIZE;
-		float		v[SIZE];
-
-		load_chunk<DTYPE>(v, m.w, codebook, o, i);
+		o[r] = o0 + r < m.w.n_out ? o0 + r : m.w.n_out - 1;
 #pragma unroll
 		for (int t = 0; t < T; t++)
+			sum[r][t] = 0;
+	}
+	for (int64_t i0 = (int64_t) lane * SIZE; i0 < m.w.n_in; i0 += FEW_LOADS * WARP * SIZE)
+	{
+		uint4		stored[FEW_LOADS][FEW_ROWS];
+		float		scale[FEW_LOADS][FEW_ROWS];
+
+#pragma unroll
+		for (int j = 0; j < FEW_LOADS * FEW_ROWS; j++)
 		{
-			const float *x = m.x.data + (t < m.n ? t : m.n - 1) * m.x.stride + i;
+			const int64_t i = i0 + j / FEW_ROWS * WARP * SIZE;
 
-			if (n_left == SIZE)
+			stored[j / FEW_ROWS][j % FEW_ROWS] = stored_chunk<DTYPE>(m.w, o[j % FEW_ROWS], i < m.w.n_in ? i : i0);
+		}
 #pragma unroll
-				for (int k = 0; k < SIZE; k += 4)
-				{
-					const float4 f = *(const float4 *) (x + k);
+		for (int j = 0; j < FEW_LOADS * FEW_ROWS; j++)
+		{
+			const int64_t i = i0 + j / FEW_ROWS * WARP * SIZE;
 
-					sum[t] = fmaf(v[k], f.x, sum[t]);
-					sum[t] = fmaf(v[k + 1], f.y, sum[t]);
-					sum[t] = fmaf(v[k + 2], f.z, sum[t]);
-					sum[t] = fmaf(v[k + 3], f.w, sum[t]);
-				}
-			else
+			scale[j / FEW_ROWS][j % FEW_ROWS] = chunk_scale<DTYPE>(m.w, o[j % FEW_ROWS], i < m.w.n_in ? i : i0);
+		}
 #pragma unroll
-				for (int k = 0; k < SIZE; k++)	/* unrolled, or v leaves the registers */
-					if (k < n_left)
-						sum[t] = fmaf(v[k], x[k], sum[t]);
+		for (int j = 0; j < FEW_LOADS; j++)
+		{
+			const int64_t i = i0 + j * WARP * SIZE;
+			const int	n_left = m.w.n_in - i < SIZE ? (int) (m.w.n_in - i) : SIZE;
+			float		v[FEW_ROWS][SIZE];
+
+			if (n_left <= 0)
+				break;
+#pragma unroll
+			for (int r = 0; r < FEW_ROWS; r++)
+				decode_chunk<DTYPE>(v[r], stored[j][r], scale[j][r], codebook, m.w.rounded);
+#pragma unroll
+			for (int t = 0; t < T; t++)
+			{
+				const float *x = m.x.data + (t < m.n ? t : m.n - 1) * m.x.stride + i;
+
+				if (n_left == SIZE)
+#pragma unroll
+					for (int k = 0; k < SIZE; k += 4)
+					{
+						const float4 f = *(const float4 *) (x + k);
+
+#pragma unroll
+						for (int r = 0; r < FEW_ROWS; r++)
+						{
+							sum[r][t] = fmaf(v[r][k], f.x, sum[r][t]);
+							sum[r][t] = fmaf(v[r][k + 1], f.y, sum[r][t]);
+							sum[r][t] = fmaf(v[r][k + 2], f.z, sum[r][t]);
+							sum[r][t] = fmaf(v[r][k + 3], f.w, sum[r][t]);
+						}
+					}
+				else
+#pragma unroll
+					for (int k = 0; k < SIZE; k++)	/* unrolled, or v leaves the registers */
+						if (k < n_left)
+#pragma unroll
+							for (int r = 0; r < FEW_ROWS; r++)
+								sum[r][t] = fmaf(v[r][k], x[k], sum[r][t]);
+			}
 		}
 	}
 #pragma unroll
-	for (int t = 0; t < T; t++)
-	{
-		const float s = warp_sum(sum[t]);
+	for (int r = 0; r < FEW_ROWS; r++)
+#pragma unroll
+		for (int t = 0; t < T; t++)
+		{
+			const float s = warp_sum(sum[r][t]);
 
-		if (lane == 0 && t < m.n)
-			finish(m, t, o, s);
-	}
+			if (lane == 0 && t < m.n && o0 + r < m.w.n_out)
+				finish(m, t, o[r], s);
+		}
 }
 
 /*
@@ -213,7 +256,7 @@ launch_few(const MillmCudaMatmul *m, int n_matmuls, MillmCudaQueue *queue)
 		if (i < n_matmuls)
 		{
 			all.m[i] = m[i];
-			n_blocks += (unsigned) ((m[i].w.n_out + FEW_WARPS - 1) / FEW_WARPS);
+			n_blocks += (unsigned) ((m[i].w.n_out + FEW_WARPS * FEW_ROWS - 1) / (FEW_WARPS * FEW_ROWS));
 		}
 	}
 	all.first_block[MILLM_CUDA_MATMULS] = n_blocks;

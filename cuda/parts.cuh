@@ -196,56 +196,54 @@ struct Chunk
 	static const int SIZE = DTYPE == MILLM_F32 ? 4 : DTYPE == MILLM_INT8 ? 16 : DTYPE == MILLM_4BIT || DTYPE == MILLM_MXFP4 ? 32 : 8;
 };
 
-/*
- * v = w[o, i .. i + SIZE), of a weight with has_chunks: one load of 16 bytes, and one scale.  i is a multiple of SIZE; past the end of the row
- * they are zeros (F32, F16, BF16, INT8; rows of the others end with a chunk).  codebook is 4BIT's, from share_codebook().
- */
+/* w[o, i .. i + SIZE) as it is stored, of a weight with has_chunks: one load of 16 bytes.  i is a multiple of SIZE. */
+template <int DTYPE>
+static inline __device__ uint4
+stored_chunk(const MillmCudaWeight &w, int64_t o, int64_t i)
+{
+	return *(const uint4 *) ((const char *) w.data + (DTYPE == MILLM_4BIT ? (w.first + o * w.n_in + i) / 2 : o * w.row_bytes + i * 16 / Chunk<DTYPE>::SIZE));
+}
+
+/* And its scale; of floats there is none. */
+template <int DTYPE>
+static inline __device__ float
+chunk_scale(const MillmCudaWeight &w, int64_t o, int64_t i)
+{
+	return DTYPE == MILLM_4BIT ? block_scale(w, (w.first + o * w.n_in + i) >> w.block_shift) :
+		DTYPE == MILLM_MXFP4 ? mxfp4_half_scale(((const uint8_t *) w.scale)[o * (w.n_in / 32) + i / 32]) :
+		DTYPE == MILLM_INT8 ? ((const float *) w.scale)[o] : 1;
+}
+
+/* v = the SIZE weights of such a chunk; past the end of the row they are zeros (F32, F16, BF16, INT8; rows of the others end with a chunk).
+   codebook is 4BIT's, from share_codebook(). */
+template <int DTYPE>
+static inline __device__ void
+decode_chunk(float *v, uint4 u, float scale, const float *codebook, MillmDtype rounded)
+{
+	const uint32_t word[4] = {u.x, u.y, u.z, u.w};
+
+#pragma unroll
+	for (int k = 0; k < Chunk<DTYPE>::SIZE; k++)
+		if (DTYPE == MILLM_4BIT)
+			v[k] = round_to(mul(codebook[word[k / 8 % 4] >> (k % 8 / 2 * 8 + (k % 2 == 0 ? 4 : 0)) & 15], scale), rounded);
+		else if (DTYPE == MILLM_MXFP4)
+			v[k] = mxfp4_twice(word[k / 8 % 4] >> k % 8 * 4 & 15) * scale;
+		else if (DTYPE == MILLM_INT8)
+			v[k] = mul(mul((float) (int8_t) (word[k / 4 % 4] >> k % 4 * 8 & 255), scale), 0.007874015718698502f);
+		else if (DTYPE == MILLM_F32)
+			v[k] = as_float(word[k % 4]);
+		else if (DTYPE == MILLM_F16)
+			v[k] = from_f16((uint16_t) (word[k / 2 % 4] >> k % 2 * 16));
+		else
+			v[k] = bf16_bits(word[k / 2 % 4] >> k % 2 * 16 & 0xffff);
+}
+
+/* v = w[o, i .. i + SIZE) */
 template <int DTYPE>
 static inline __device__ void
 load_chunk(float *v, const MillmCudaWeight &w, const float *codebook, int64_t o, int64_t i)
 {
-	const char *from = (const char *) w.data + (DTYPE == MILLM_4BIT ? (w.first + o * w.n_in + i) / 2 : o * w.row_bytes + i * 16 / Chunk<DTYPE>::SIZE);
-	const uint4 u = *(const uint4 *) from;
-	const uint32_t word[4] = {u.x, u.y, u.z, u.w};
-
-	if (DTYPE == MILLM_4BIT)
-	{
-		const float scale = block_scale(w, (w.first + o * w.n_in + i) >> w.block_shift);
-
-#pragma unroll
-		for (int k = 0; k < 32; k++)
-			v[k] = round_to(mul(codebook[word[k / 8] >> (k % 8 / 2 * 8 + (k % 2 == 0 ? 4 : 0)) & 15], scale), w.rounded);
-		return;
-	}
-	if (DTYPE == MILLM_MXFP4)
-	{
-		const float scale = mxfp4_half_scale(((const uint8_t *) w.scale)[o * (w.n_in / 32) + i / 32]);
-
-#pragma unroll
-		for (int k = 0; k < 32; k++)
-			v[k] = mxfp4_twice(word[k / 8] >> k % 8 * 4 & 15) * scale;
-		return;
-	}
-	if (DTYPE == MILLM_INT8)
-	{
-		const float scale = ((const float *) w.scale)[o];
-
-#pragma unroll
-		for (int k = 0; k < 16; k++)
-			v[k] = mul(mul((float) (int8_t) (word[k / 4] >> k % 4 * 8 & 255), scale), 0.007874015718698502f);
-	}
-	else if (DTYPE == MILLM_F32)
-#pragma unroll
-		for (int k = 0; k < 4; k++)
-			v[k] = as_float(word[k]);
-	else
-#pragma unroll
-		for (int k = 0; k < 8; k++)
-		{
-			const uint32_t h = word[k / 2] >> k % 2 * 16 & 0xffff;
-
-			v[k] = DTYPE == MILLM_F16 ? from_f16((uint16_t) h) : bf16_bits(h);
-		}
+	decode_chunk<DTYPE>(v, stored_chunk<DTYPE>(w, o, i), chunk_scale<DTYPE>(w, o, i), codebook, w.rounded);
 }
 
 /* Kernels over elements: thread (x, t) of blocks [ceil(columns / BLOCK), n] has element i of row t. */
