@@ -14,6 +14,7 @@ import tempfile
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
+PATIENCE = float(os.environ.get("MILLM_TEST_PATIENCE", 60))		# seconds without a word; an engine with a sanitizer needs more
 HELLO, REQUEST, PROGRESS, TEXT, VECTOR, RESULT, ERROR = range(1, 8)
 VERSION = next(line.split('"')[1] for line in (ROOT / "src/base/version.h").read_text().splitlines() if "define MILLM_VERSION " in line)
 
@@ -37,7 +38,7 @@ def frame(kind, payload):
 class Conversation:
     """One connection: one request, then its frames.  Closing it early cancels."""
 
-    def __init__(self, socket_path, op=None, timeout=60, /, **fields):
+    def __init__(self, socket_path, op=None, timeout=PATIENCE, /, **fields):
         self.sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         self.sock.settimeout(timeout)
         self.sock.connect(str(socket_path))
@@ -99,7 +100,7 @@ class Conversation:
         self.close()
 
 
-def call(socket_path, op, timeout=60, /, **fields):
+def call(socket_path, op, timeout=PATIENCE, /, **fields):
     """One request and its RESULT."""
     with Conversation(socket_path, op, timeout, **fields) as c:
         return c.result()
@@ -125,10 +126,10 @@ class Engine:
         assert struct.unpack("<II", hello[:8])[1] == HELLO
         assert json.loads(hello[8:])["program"] == "millm-engine"
 
-    def call(self, op, timeout=60, /, **fields):
+    def call(self, op, timeout=PATIENCE, /, **fields):
         return call(self.path, op, timeout, **fields)
 
-    def open(self, op, timeout=60, /, **fields):
+    def open(self, op, timeout=PATIENCE, /, **fields):
         return Conversation(self.path, op, timeout, **fields)
 
     def lines(self):
