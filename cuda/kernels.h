@@ -71,7 +71,7 @@ typedef struct MillmCudaMatmul
 	int			n;
 } MillmCudaMatmul;
 
-/* Up to so many rows the weights are read once, a warp for each row of them, and a row's bits do not depend on its company. */
+/* Up to so many rows the weights are read once, a warp for two rows of them, and a row's bits do not depend on its company. */
 #define MILLM_CUDA_FEW_ROWS 8
 
 #define MILLM_CUDA_MATMULS 3	/* that can be one launch: q, k and v, or gate and up */
