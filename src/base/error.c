@@ -75,6 +75,16 @@ millm_fail(MillmError *err, MillmCode code, const char *fmt, ...)
 }
 
 void
+millm_format(char *dst, size_t size, const char *fmt, ...)
+{
+	va_list		ap;
+
+	va_start(ap, fmt);
+	format_text(dst, size, fmt, ap);
+	va_end(ap);
+}
+
+void
 millm_detail(MillmError *err, const char *fmt, ...)
 {
 	va_list		ap;

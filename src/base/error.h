@@ -11,6 +11,8 @@
 #ifndef MILLM_ERROR_H
 #define MILLM_ERROR_H
 
+#include <stddef.h>
+
 typedef enum MillmCode
 {
 	MILLM_OK = 0,
@@ -39,6 +41,9 @@ extern void millm_hint(MillmError *err, const char *fmt, ...) __attribute__((for
 extern void millm_expect_wait(MillmError *err, int s);
 /* Of a detail that has come as a text: the seconds that it speaks of, 0 if of none. */
 extern int	millm_expected_wait(const char *detail);
+
+/* snprintf() of UTF-8 into dst of size bytes (> 0): what does not fit is cut off between two characters. */
+extern void millm_format(char *dst, size_t size, const char *fmt, ...) __attribute__((format(printf, 3, 4)));
 
 /* Properties of a code.  Static strings; an out-of-range code reads as INTERNAL. */
 extern const char *millm_code_name(MillmCode code);		/* "MODEL_NOT_FOUND"; "OK" for MILLM_OK */

@@ -74,16 +74,16 @@ collect_warnings(MillmLoaded *loaded)
 	int			n = (int) (sizeof(g->ignored) / sizeof(g->ignored[0]));
 
 	for (int i = 0; i < g->n_ignored && i < n; i++)
-		snprintf(loaded->warnings[loaded->n_warnings++], sizeof(loaded->warnings[0]),
-				 "generation_config.json sets \"%.48s\", which is not honoured", g->ignored[i]);
+		millm_format(loaded->warnings[loaded->n_warnings++], sizeof(loaded->warnings[0]),
+					 "generation_config.json sets \"%s\", which is not honoured", g->ignored[i]);
 	if (g->n_ignored > n)
-		snprintf(loaded->warnings[loaded->n_warnings++], sizeof(loaded->warnings[0]),
-				 "generation_config.json sets %d more keys that are not honoured", g->n_ignored - n);
+		millm_format(loaded->warnings[loaded->n_warnings++], sizeof(loaded->warnings[0]),
+					 "generation_config.json sets %d more keys that are not honoured", g->n_ignored - n);
 	if (loaded->model->config.arch->text_config)
-		snprintf(loaded->warnings[loaded->n_warnings++], sizeof(loaded->warnings[0]),
-				 "only the text part of the model is used: it sees no images");
+		millm_format(loaded->warnings[loaded->n_warnings++], sizeof(loaded->warnings[0]),
+					 "only the text part of the model is used: it sees no images");
 	if (loaded->model->screen_refused[0])
-		snprintf(loaded->warnings[loaded->n_warnings++], sizeof(loaded->warnings[0]), "%s", loaded->model->screen_refused);
+		millm_format(loaded->warnings[loaded->n_warnings++], sizeof(loaded->warnings[0]), "%s", loaded->model->screen_refused);
 }
 
 static double
@@ -249,7 +249,7 @@ open_model(MillmLoaded *loaded, const MillmLoadOptions *options, LoadProgress *p
 			*err = short_of;
 			return rc;
 		}
-		snprintf(loaded->warnings[loaded->n_warnings++], sizeof(loaded->warnings[0]), "the load was forced: %.230s", short_of.detail);
+		millm_format(loaded->warnings[loaded->n_warnings++], sizeof(loaded->warnings[0]), "the load was forced: %s", short_of.detail);
 	}
 	loaded->context_length = plan.context_length;
 
@@ -305,9 +305,9 @@ fill(MillmLoaded *loaded, const MillmLoadOptions *options, const LoadProgress *p
 		*fw = NULL;
 	}
 	if (rc == MILLM_OK && tokenizer.complaint.code != MILLM_OK)
-		snprintf(loaded->warnings[loaded->n_warnings++], sizeof(loaded->warnings[0]), "%.250s", tokenizer.complaint.message);
+		millm_format(loaded->warnings[loaded->n_warnings++], sizeof(loaded->warnings[0]), "%s", tokenizer.complaint.message);
 	if (rc == MILLM_OK && tokenizer.not_written.code != MILLM_OK)
-		snprintf(loaded->warnings[loaded->n_warnings++], sizeof(loaded->warnings[0]), "%.250s", tokenizer.not_written.message);
+		millm_format(loaded->warnings[loaded->n_warnings++], sizeof(loaded->warnings[0]), "%s", tokenizer.not_written.message);
 	loaded->loaded_at = (int64_t) time(NULL);
 	loaded->load_ms = now_ms() - start;
 	return rc;

@@ -17,7 +17,7 @@ static void
 ignore(MillmGenerationConfig *g, const char *key)
 {
 	if (g->n_ignored < (int) (sizeof(g->ignored) / sizeof(g->ignored[0])))
-		snprintf(g->ignored[g->n_ignored], sizeof(g->ignored[0]), "%s", key);
+		millm_format(g->ignored[g->n_ignored], sizeof(g->ignored[0]), "%s", key);
 	g->n_ignored++;
 }
 

@@ -339,7 +339,7 @@ copy_warnings(MillmJson array, char *dst, size_t size)
 			appendStringInfoChar(&buf, '\n');
 		(void) millm_json_string(element, &buf);
 	}
-	strlcpy(dst, buf.data, size);
+	millm_format(dst, size, "%s", buf.data);
 	pfree(buf.data);
 }
 

@@ -104,6 +104,11 @@ cut_between_characters(void **state)
 		assert_memory_equal(err.message, text, len);
 		/* what follows the cut is the start of a character */
 		assert_true(((unsigned char) text[len] & 0xC0) != 0x80);
+
+		millm_format(err.hint, sizeof(err.hint), "%s", text);
+		assert_string_equal(err.hint, err.message);
+		millm_format(err.hint, 2, "%s", "\xC3\xA9");
+		assert_string_equal(err.hint, "");
 	}
 }
 
