@@ -523,48 +523,60 @@ panel_rows(int64_t row_bytes, int granule)
 	return PANEL_BYTES / row_bytes / granule * granule;
 }
 
-/* A 4-bit row in bfloat16, in the order of nibbles: vector k of each four has nibbles 2 k, then nibbles 2 k + 1, of 16 double words. */
+/*
+ * A 4-bit row in bfloat16, in the order of nibbles: vector k of each four has nibble k of 32 words, of which 16 belong to one block of 64 and 16
+ * to the next.  So the values of both blocks, rounded once, are one table for the 128 nibbles.  scales: [n_in / 64], and one more that is finite.
+ */
 static void
-row_to_bf16_nibbles(uint16_t *y, const MillmWeight *w, const MapPlanes *planes, int64_t o)
+row_to_bf16_nibbles(uint16_t *y, const MillmWeight *w, int64_t o, const float *scales)
 {
 	const __m512 codebook = _mm512_loadu_ps(w->codebook);
+	const __m512i nibble = _mm512_set1_epi16(15);
+	const __m512i second_block = _mm512_maskz_set1_epi16(0xFFFF0000, 16);
 	const uint8_t *row = nibble_row(w, o);
-	float		scales[MAX_GROUPS + 64];
 
-	group_scales(scales, w, planes, first_group(w, o), w->n_in / 64);
-	scales[w->n_in / 64] = 0;
 	for (int64_t i = 0; i < w->n_in; i += 128, y += 128)
 	{
-		__m512i		v = load_nibbles(row, i, w->n_in);
-		__m512		scale = pair(scales + i / 64);
+		const __m512i v = load_nibbles(row, i, w->n_in);
+		const float *s = scales + i / 64;
+		const __m512i table = (__m512i) _mm512_cvtne2ps_pbh(_mm512_mul_ps(codebook, _mm512_set1_ps(s[1])), _mm512_mul_ps(codebook, _mm512_set1_ps(s[0])));
 
 		prefetch_ahead(row + i / 2);
 		for (int k = 0; k < 4; k++)
 		{
-			__m512		low = _mm512_mul_ps(_mm512_permutexvar_ps(_mm512_srlv_epi32(v, _mm512_set1_epi32(8 * k)), codebook), scale);
-			__m512		high = _mm512_mul_ps(_mm512_permutexvar_ps(_mm512_srlv_epi32(v, _mm512_set1_epi32(8 * k + 4)), codebook), scale);
+			/* (v >> 4 k & 15) | second_block */
+			__m512i		at = _mm512_ternarylogic_epi32(_mm512_srli_epi16(v, (unsigned) (4 * k)), nibble, second_block, 0xEA);
 
-			_mm512_storeu_si512(y + 32 * k, (__m512i) _mm512_cvtne2ps_pbh(high, low));
+			_mm512_storeu_si512(y + 32 * k, _mm512_permutexvar_epi16(at, table));
 		}
 	}
 }
 
+/* Nibbles 0..3 of a little-endian word are elements 1, 0, 3, 2 of its four. */
 static void
 pack_bf16_nibbles(void *packed, const float *x, int64_t n)
 {
-	const __m512i every_8th = _mm512_setr_epi32(0, 8, 16, 24, 32, 40, 48, 56, 64, 72, 80, 88, 96, 104, 112, 120);
+	static const int element[4] = {1, 0, 3, 2};
 	uint16_t   *y = packed;
+	uint16_t	fourths[32];
+	__m512i		every_4th;
 
+	for (int j = 0; j < 32; j++)	/* of 64 elements, twice */
+		fourths[j] = (uint16_t) (4 * j % 64);
+	every_4th = _mm512_loadu_si512(fourths);
 	for (int64_t i = 0; i < n; i += 128, y += 128)
 	{
-		__mmask16	mask = n - i >= 128 ? 0xFFFF : 0x00FF;
+		__m512i		b[4];			/* 128 elements in their order */
 
+		for (int h = 0; h < 4; h++)
+			b[h] = i + 32 * h >= n ? _mm512_setzero_si512() :
+				(__m512i) _mm512_cvtne2ps_pbh(_mm512_loadu_ps(x + i + 32 * h + 16), _mm512_loadu_ps(x + i + 32 * h));
 		for (int k = 0; k < 4; k++)
 		{
-			__m512		low = _mm512_mask_i32gather_ps(_mm512_setzero_ps(), mask, every_8th, x + i + 2 * k + 1, 4);
-			__m512		high = _mm512_mask_i32gather_ps(_mm512_setzero_ps(), mask, every_8th, x + i + 2 * k, 4);
+			const __m512i at = _mm512_add_epi16(every_4th, _mm512_set1_epi16((short) element[k]));
 
-			_mm512_storeu_si512(y + 32 * k, (__m512i) _mm512_cvtne2ps_pbh(high, low));
+			_mm512_storeu_si512(y + 32 * k, _mm512_mask_mov_epi16(_mm512_permutex2var_epi16(b[0], at, b[1]), 0xFFFF0000,
+																  _mm512_permutex2var_epi16(b[2], at, b[3])));
 		}
 	}
 }
@@ -574,7 +586,9 @@ matmul_bf16_nibbles(const MillmMatmul *m, int64_t begin, int64_t end)
 {
 	const int64_t n = (m->w->n_in + 127) / 128 * 128;
 	int64_t		n_rows = panel_rows(n * 2, 4);
+	const int64_t n_groups = m->w->n_in / 64;
 	_Alignas(64) uint16_t panel[PANEL_BYTES / 2];
+	float		scales[PANEL_BYTES / 2 / 64 + 64];
 	MapPlanes	planes;
 
 	if (m->w->nested_block_size > 0)
@@ -582,8 +596,10 @@ matmul_bf16_nibbles(const MillmMatmul *m, int64_t begin, int64_t end)
 	for (int64_t o = begin; o < end; o += n_rows)
 	{
 		n_rows = end - o < n_rows ? end - o : n_rows;
+		group_scales(scales, m->w, &planes, first_group(m->w, o), n_rows * n_groups);
+		scales[n_rows * n_groups] = 0;
 		for (int64_t r = 0; r < n_rows; r++)
-			row_to_bf16_nibbles(panel + r * n, m->w, &planes, o + r);
+			row_to_bf16_nibbles(panel + r * n, m->w, o + r, scales + r * n_groups);
 		run_panel(m, millm_avx512_bf16_form, MILLM_BF16, MILLM_FORM_BF16, panel, n, o, n_rows, NULL);
 	}
 }
