@@ -113,6 +113,13 @@ class Session:
         return False
 
 
+def waiting(selector):
+    """Sessions for which something has come."""
+    ready = selector.select(WAIT_S)
+    assert ready, f"nothing came from any session in {WAIT_S} s"
+    return [key.data for key, _ in ready]
+
+
 def serve(cluster, sessions, max_tokens):
     """Every session its prompts, all at the same time, in one thread that waits for all connections: {"seconds", "tokens", "first_ms"}"""
     sessions, first = [Session(cluster, prompts, max_tokens) for prompts in sessions], []
@@ -122,11 +129,11 @@ def serve(cluster, sessions, max_tokens):
         selector.register(s.db.socket, selectors.EVENT_READ, s)
         s.ask()
     while selector.get_map():
-        for key, _ in selector.select(WAIT_S):
-            if key.data.read():
-                first.append(1e3 * (key.data.times[0] - key.data.asked))
-                if not key.data.ask():
-                    selector.unregister(key.fileobj)
+        for s in waiting(selector):
+            if s.read():
+                first.append(1e3 * (s.times[0] - s.asked))
+                if not s.ask():
+                    selector.unregister(s.db.socket)
     seconds = time.perf_counter() - start
     for s in sessions:
         s.db.finish()
@@ -194,8 +201,8 @@ def beside(cluster, name, a, rng):
             selector.register(session.db.socket, selectors.EVENT_READ, session)
         stream.ask()
         while not other.tokens and not stream.tokens:
-            for key, _ in selector.select(WAIT_S):
-                key.data.read()
+            for session in waiting(selector):
+                session.read()
             if when == "beside" and len(stream.times) > 20 and not other.asked:
                 other.ask()
         if when == "beside":
