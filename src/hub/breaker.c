@@ -99,14 +99,12 @@ millm_breaker_leave(bool is_probe)
 static void
 open_it(void)
 {
-	struct timespec ts;
 	int64_t		ms;
 
 	breaker.factor = !breaker.factor ? 1 : 2 * breaker.factor < MAX_FACTOR ? 2 * breaker.factor : MAX_FACTOR;
 	breaker.is_tried = false;
 	ms = (int64_t) breaker.first_ms * breaker.factor;
-	clock_gettime(CLOCK_MONOTONIC, &ts);
-	breaker.until_ms = millm_now_ms() + ms + ms / 10 * (ts.tv_nsec / 1000 % 100) / 100;
+	breaker.until_ms = millm_now_ms() + ms + ms / 10 * (millm_now_us() % 100) / 100;
 }
 
 void

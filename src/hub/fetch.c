@@ -15,8 +15,8 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
-#include <time.h>
 
+#include "clock.h"
 #include "hub.h"
 #include "window.h"
 
@@ -74,12 +74,9 @@ typedef struct Connection
 static int
 backoff_ms(int attempt, int wait_s)
 {
-	struct timespec ts;
-
 	if (wait_s > 0)
 		return 1000 * (wait_s < MAX_WAIT_S ? wait_s : MAX_WAIT_S);
-	clock_gettime(CLOCK_MONOTONIC, &ts);
-	return (500 << attempt) + (int) (ts.tv_nsec / 1000 % 500);	/* half a second of jitter, of a clock nobody else has */
+	return (500 << attempt) + (int) (millm_now_us() % 500);	/* half a second of jitter, of a clock nobody else has */
 }
 
 /* Forget everything of this file. */
