@@ -20,10 +20,10 @@
 #include <stdlib.h>
 #include <string.h>
 #include <sys/mman.h>
-#include <time.h>
 
 #include "arith.h"
 #include "blas.h"
+#include "clock.h"
 #include "device_memory.h"
 #include "experts.h"
 #include "faults.h"
@@ -99,7 +99,7 @@ typedef struct CudaBackend
 	bool		host_routes;	/* between the launches of a step: no two lists would be the same */
 	MillmBuffer *fetched;		/* by the step; NULL: none yet */
 	int64_t		n_waits;
-	int64_t		wait_ns;
+	int64_t		wait_us;
 } CudaBackend;
 
 static const MillmCudaHost *host;
@@ -305,15 +305,12 @@ static void
 wait(CudaBackend *c)
 {
 	const cudaStream_t stream = stream_of(c);
-	struct timespec begin,
-				end;
+	const int64_t begin = millm_now_us();
 
-	clock_gettime(CLOCK_MONOTONIC, &begin);
 	CHECK(cudaStreamSynchronize(stream));
-	clock_gettime(CLOCK_MONOTONIC, &end);
 	c->is_idle = true;
 	c->n_waits++;
-	c->wait_ns += (int64_t) (end.tv_sec - begin.tv_sec) * 1000000000 + end.tv_nsec - begin.tv_nsec;
+	c->wait_us += millm_now_us() - begin;
 }
 
 /* Lock the pages of the first rows of a buffer on the host, and some more.  Where the system refuses, copies are slower, and right. */
@@ -738,13 +735,6 @@ rope_and_store(MillmBackend *be, const MillmAttention *a, MillmBuffer *q, MillmB
 	CHECK(millm_cuda_rope_and_store(&d, q->rows, k->rows, v->rows, n, c->queue));
 }
 
-/* The rows from t on. */
-static MillmRows
-rows_from(MillmRows rows, int t)
-{
-	return (MillmRows) {rows.data + t * rows.stride, rows.stride};
-}
-
 static MillmCudaAttention
 attention_from(MillmCudaAttention a, int t)
 {
@@ -779,7 +769,7 @@ attend_one_by_one(CudaBackend *c, MillmCudaAttention a, MillmRows y, MillmRows q
 				break;
 			n_splits = needed;
 		}
-		CHECK(millm_cuda_attention_split(&some, rows_from(y, t), rows_from(q, t), c->partials, n_splits, end - t, c->queue));
+		CHECK(millm_cuda_attention_split(&some, millm_rows_from(y, t), millm_rows_from(q, t), c->partials, n_splits, end - t, c->queue));
 	}
 }
 
@@ -798,7 +788,7 @@ attend(CudaBackend *c, MillmCudaAttention a, int group, MillmRows y, MillmRows q
 		if (end - begin < TILED_ROWS)
 			continue;
 		attend_one_by_one(c, a, y, q, t, begin);
-		CHECK(millm_cuda_attention_tile(&some, rows_from(y, begin), rows_from(q, begin), end - begin, c->queue));
+		CHECK(millm_cuda_attention_tile(&some, millm_rows_from(y, begin), millm_rows_from(q, begin), end - begin, c->queue));
 		t = end;
 	}
 	attend_one_by_one(c, a, y, q, t, n);
@@ -902,7 +892,7 @@ static MillmBackendCounts
 counts(MillmBackend *be)
 {
 	const CudaBackend *c = cuda(be);
-	MillmBackendCounts so_far = {.n_waits = c->n_waits, .wait_ns = c->wait_ns};
+	MillmBackendCounts so_far = {.n_waits = c->n_waits, .wait_us = c->wait_us};
 
 	millm_cuda_queue_counts(c->queue, &so_far.n_kernels, &so_far.n_starts);
 	return so_far;

@@ -30,6 +30,7 @@ typedef struct Layer
 struct MillmCudaExperts
 {
 	const MillmConfig *config;
+	const MillmLayer *first;	/* of the model's [n_layers] */
 	bool		in_float32;
 	char	   *memory;
 	Layer	   *layers;			/* [n_layers] */
@@ -196,6 +197,7 @@ millm_cuda_experts_create(const MillmModel *model, const MillmCudaWeights *weigh
 	if (rc == MILLM_OK)
 	{
 		e->config = config;
+		e->first = model->layers;
 		e->in_float32 = options->in_float32;
 		e->can_all = true;
 		l.memory = e->memory;
@@ -225,13 +227,13 @@ millm_cuda_experts_free(MillmCudaExperts *e)
 	free(e);
 }
 
+/* NULL: it cannot be computed here */
 static const Layer *
 layer_of(const MillmCudaExperts *e, const MillmLayer *layer)
 {
-	for (int i = 0; i < e->config->n_layers; i++)
-		if (e->layers[i].layer == layer)
-			return &e->layers[i];
-	return NULL;
+	const Layer *l = &e->layers[layer - e->first];
+
+	return l->layer ? l : NULL;
 }
 
 bool
@@ -313,12 +315,6 @@ millm_cuda_experts_add(MillmCudaExperts *e, const MillmLayer *layer, MillmRows y
 	cudaError_t status = cudaSuccess;
 
 	for (int t = 0; t < n && status == cudaSuccess; t += e->max_rows)
-	{
-		const MillmRows some_y = {y.data + t * y.stride, y.stride},
-					some_x = {x.data + t * x.stride, x.stride},
-					some_scores = {scores.data + t * scores.stride, scores.stride};
-
-		status = add_some(e, l, some_y, some_x, some_scores, smaller(n - t, e->max_rows), queue);
-	}
+		status = add_some(e, l, millm_rows_from(y, t), millm_rows_from(x, t), millm_rows_from(scores, t), smaller(n - t, e->max_rows), queue);
 	return status;
 }

@@ -33,6 +33,14 @@ typedef struct MillmRows
 	int64_t		stride;
 } MillmRows;
 
+/* The rows from t on. */
+static inline MillmRows
+millm_rows_from(MillmRows rows, int t)
+{
+	rows.data += t * rows.stride;
+	return rows;
+}
+
 /*
  * A weight on the device, [n_out, n_in], row by row: what MillmWeight says (tensor.h), but that every row of F32, F16, BF16, INT8 and
  * MXFP4 begins at a multiple of 16 bytes, with zeros behind it up to the next, and that nothing is in_out.

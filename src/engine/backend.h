@@ -52,7 +52,7 @@ typedef struct MillmBackendCounts
 	int64_t		n_kernels;		/* of its own: a library's are not seen */
 	int64_t		n_starts;		/* calls that started kernels: a graph is one */
 	int64_t		n_waits;		/* for the device */
-	int64_t		wait_ns;		/* how long they took */
+	int64_t		wait_us;		/* how long they took */
 } MillmBackendCounts;
 
 struct MillmBackend

@@ -126,7 +126,7 @@ measure_prefill(Run *run, int n, double *seconds)
 	return rc;
 }
 
-/* Adds to run->steps and run->counts what the measured steps took. */
+/* Adds to run->counts what the measured steps took. */
 static MillmCode
 measure_decode(Run *run, int n, double *seconds)
 {
@@ -149,7 +149,7 @@ measure_decode(Run *run, int n, double *seconds)
 	run->counts.n_kernels += after.n_kernels - before.n_kernels;
 	run->counts.n_starts += after.n_starts - before.n_starts;
 	run->counts.n_waits += after.n_waits - before.n_waits;
-	run->counts.wait_ns += after.wait_ns - before.wait_ns;
+	run->counts.wait_us += after.wait_us - before.wait_us;
 	return rc;
 }
 
@@ -271,7 +271,7 @@ millm_bench_run(const MillmModel *model, const MillmBench *bench, MillmBenchResu
 			result->kernels_a_step = (double) run.counts.n_kernels / steps;
 			result->starts_a_step = (double) run.counts.n_starts / steps;
 			result->waits_a_step = (double) run.counts.n_waits / steps;
-			result->host_us_a_step = (decoding_s * 1e6 - (double) run.counts.wait_ns / 1e3) / steps;
+			result->host_us_a_step = (decoding_s * 1e6 - (double) run.counts.wait_us) / steps;
 		}
 	}
 	for (int i = 0; run.sequences && i < bench->n_sequences; i++)
