@@ -78,7 +78,7 @@ PROGRAMS      = $(BUILD)/millm-engine $(BUILD)/millm-hub $(BRIDGE)
 # Instruction sets belong to single files; nothing that others link may be compiled with them.
 $(BUILD)/src/kernel/avx2.o $(BUILD)/src/kernel/avx2_quant.o: ISA = -mavx2 -mfma -mf16c
 AVX512_ISA = -mavx512f -mavx512bw -mavx512vl -mavx512dq -mavx512bf16 -mavx512vnni -mavx512vbmi -mfma -mf16c
-$(BUILD)/src/kernel/avx512.o $(BUILD)/src/kernel/avx512_quant.o $(BUILD)/src/kernel/amx.o: ISA = $(AVX512_ISA)
+$(BUILD)/src/kernel/avx512.o $(BUILD)/src/kernel/avx512_quant.o $(BUILD)/src/kernel/avx512_tiles.o $(BUILD)/src/kernel/amx.o: ISA = $(AVX512_ISA)
 $(BUILD)/src/kernel/%.o:      OPT = -O3
 $(BUILD)/src/quant/%.o:       OPT = -O3
 $(BUILD)/src/engine/shortlist.o $(BUILD)/src/engine/sampler.o: OPT = -O3

@@ -1,7 +1,7 @@
 /*
  * kernel_bench.c -- one core's kernels beside the limits of that core, in the same second.
  *
- *   make && cc -O2 -D_GNU_SOURCE -Isrc/base -Isrc/kernel -o build/kernel_bench bench/kernel_bench.c build/libmillm.a -lm
+ *   make && cc -O2 -D_GNU_SOURCE -Isrc/base -Isrc/kernel -Isrc/quant -o build/kernel_bench bench/kernel_bench.c build/libmillm.a -lm
  *   build/kernel_bench [VARIANT]
  *
  * matmul, one token: GB/s of weights, and the share of a plain read of the same bytes (rounds interleaved,
@@ -15,9 +15,11 @@
 
 #include "half.h"
 #include "kernel.h"
+#include "quant.h"
 
 #define ROUNDS		9
 #define BIG_BYTES	(256 << 20)
+#define FORMS_BYTES	(32 << 20)
 
 typedef uint64_t Vec __attribute__((vector_size(32), aligned(32)));
 
@@ -130,6 +132,56 @@ bench_gemm(const MillmKernels *k, MillmForm form, MillmDtype dtype, bool in_out,
 	free(y);
 }
 
+/* Quantized weights that are read from memory, in every form that the variant has: where does which begin to pay? */
+static void
+bench_forms(const MillmKernels *k, MillmDtype dtype, int64_t n_in, const char *data)
+{
+	static const char *const name[MILLM_N_FORMS] = {"f32", "bf16", "i16", "bf16 nib.", "i16 nib.", "bf16 tiles", "i16 tiles"};
+	static const int tokens[] = {1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 64, 128};
+	const int	n_tokens_most = 128;
+	const int64_t row_bytes = millm_weight_bytes(dtype, n_in), n_out = FORMS_BYTES / row_bytes / 32 * 32;
+	const MillmWeight w = {.dtype = dtype, .n_out = n_out, .n_in = n_in, .stride = n_in, .data = data, .codebook = millm_nf4_codebook, .absmax = data,
+		.nested_absmax = data, .nested_map = (const float *) data, .block_size = 64, .nested_block_size = 256, .rounded = MILLM_BF16, .scale = data};
+	float	   *x = calloc((size_t) (n_in * n_tokens_most), sizeof(*x)),
+			   *y = calloc((size_t) (n_out * n_tokens_most), sizeof(*y));
+
+	printf("%s from memory, n_in %ld: GFLOP/s (GB/s of weights)\n  tokens", dtype == MILLM_4BIT ? "4-bit" : "int8", (long) n_in);
+	for (int form = 0; form < MILLM_N_FORMS; form++)
+		if (k->matmul[form][dtype][0])
+			printf("  %16s", name[form]);
+	for (size_t i = 0; i < sizeof(tokens) / sizeof(tokens[0]); i++)
+	{
+		const int	n = tokens[i];
+
+		printf("\n  %6d", n);
+		for (int form = 0; form < MILLM_N_FORMS; form++)
+		{
+			const int	width = millm_form_group(form);
+			const int64_t stride = form == MILLM_FORM_F32 ? n_in * 4 : millm_form_row_bytes(form, n_in);
+			const int64_t piece = width > 1 ? n_out : (128 * 1024 / row_bytes / 16 + 1) * 16;	/* as the engine cuts them */
+			char	   *packed = aligned_alloc(64, (size_t) (stride * (n + width)));
+			MillmMatmul m = {.y = y, .y_stride = n_out, .w = &w, .form = form, .x = packed, .x_stride = stride, .n_tokens = n};
+			double		seconds[ROUNDS];
+
+			memset(packed, 0, (size_t) (stride * (n + width)));
+			for (int r = 0; r < ROUNDS && k->matmul[form][dtype][0]; r++)
+			{
+				double		start = now();
+
+				for (int64_t o = 0; o < n_out; o += piece)
+					k->matmul[form][dtype][0] (&m, o, o + piece < n_out ? o + piece : n_out);
+				seconds[r] = now() - start;
+			}
+			if (k->matmul[form][dtype][0])
+				printf("  %9.1f (%4.1f)", 2.0 * (double) (n_in * n_out * n) / median(seconds) / 1e9, (double) (n_out * row_bytes) / median(seconds) / 1e9);
+			free(packed);
+		}
+	}
+	printf("\n");
+	free(x);
+	free(y);
+}
+
 static void
 bench_attention(const MillmKernels *k, int n_positions, int group, int hd, char *data)
 {
@@ -181,6 +233,9 @@ main(int argc, char **argv)
 		bench_gemm(&k, MILLM_FORM_F32, MILLM_BF16, false, n_in, 252, "f32 form, bf16", data);
 	}
 	bench_gemm(&k, MILLM_FORM_F32, MILLM_F32, true, 768, 252, "f32 [in, out]", data);
+	bench_forms(&k, MILLM_4BIT, 2048, data);
+	bench_forms(&k, MILLM_4BIT, 576, data);
+	bench_forms(&k, MILLM_INT8, 2048, data);
 	bench_attention(&k, 512, 3, 64, data);
 	bench_attention(&k, 2048, 4, 64, data);
 	free(data);

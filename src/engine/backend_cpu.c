@@ -41,7 +41,7 @@ _Static_assert(MILLM_KV_PAGE_TOKENS == MILLM_KERNEL_PAGE, "a KV page is as wide 
 #define PIECES_PER_THREAD	2
 /* The last pieces are that part of a thread's share. */
 #define LAST_PIECES			8
-/* Outputs of a piece: a multiple of every kernel's tile, but of MILLM_FORM_BF16_TILES'. */
+/* Outputs of a piece: a multiple of every kernel's tile, but of those of forms in groups. */
 #define OUTPUT_GRANULE		16
 #define COLUMN_GRANULE		256
 
@@ -165,7 +165,7 @@ buffer_bytes(int64_t n_rows, int64_t n_columns)
 {
 	int64_t		packed_rows = (n_rows + MILLM_TILE_TOKENS - 1) / MILLM_TILE_TOKENS * MILLM_TILE_TOKENS;
 
-	return (n_rows * n_columns * (int64_t) sizeof(float) + 63) / 64 * 64 + packed_rows * millm_form_row_bytes(MILLM_FORM_I16_NIBBLES, n_columns);
+	return (n_rows * n_columns * (int64_t) sizeof(float) + 63) / 64 * 64 + packed_rows * millm_packed_row_bytes(n_columns);
 }
 
 /* Positions that a sequence can have, in whole pages; more than the pool's where windows give them back. */
@@ -211,7 +211,7 @@ buffer_create(MillmBackend *be, int64_t n_rows, int64_t n_columns, MillmBuffer *
 	if (!b)
 		return millm_fail(err, MILLM_E_INSUFFICIENT_MEMORY, "out of memory");
 	b->n_columns = n_columns;
-	b->packed_stride = millm_form_row_bytes(MILLM_FORM_I16_NIBBLES, n_columns);
+	b->packed_stride = millm_packed_row_bytes(n_columns);
 	b->mapped = (size_t) buffer_bytes(n_rows, n_columns);
 	if (!(b->data = map(b->mapped, "the workspace", err)))
 	{
@@ -358,25 +358,20 @@ typedef struct PackLoop
 } PackLoop;
 
 static void
-pack_rows(void *arg, int64_t begin_row, int64_t end_row)
-{
-	PackLoop   *l = arg;
-
-	for (int64_t t = begin_row; t < end_row; t++)
-		l->k->pack[l->form] (l->x->packed + t * l->x->packed_stride, row(l->x, t), l->n_columns);
-}
-
-static void
 pack_groups(void *arg, int64_t begin_group, int64_t end_group)
 {
 	PackLoop   *l = arg;
+	const int	width = millm_form_group(l->form);
 
 	for (int64_t g = begin_group; g < end_group; g++)
 	{
-		int			t = (int) g * MILLM_TILE_TOKENS;
+		int			t = (int) g * width;
+		char	   *packed = l->x->packed + t * l->x->packed_stride;
 
-		l->k->pack_tiles(l->x->packed + t * l->x->packed_stride, row(l->x, t), l->x->n_columns,
-						 l->n - t < MILLM_TILE_TOKENS ? l->n - t : MILLM_TILE_TOKENS, l->n_columns);
+		if (width == 1)
+			l->k->pack[l->form] (packed, row(l->x, t), l->n_columns);
+		else
+			l->k->pack_group[l->form] (packed, row(l->x, t), l->x->n_columns, l->n - t < width ? l->n - t : width, l->n_columns);
 	}
 }
 
@@ -407,6 +402,12 @@ matmul_pieces(void *arg, int64_t begin_piece, int64_t end_piece)
 	}
 }
 
+static MillmForm
+choose_form(const CpuBackend *c, const MillmWeight *w, int n)
+{
+	return c->deterministic ? c->k.fixed_form(w) : c->k.best_form(w, n);
+}
+
 static void
 matmul(MillmBackend *be, const MillmProjection *p, int n_projections, MillmBuffer *x, int n)
 {
@@ -417,6 +418,7 @@ matmul(MillmBackend *be, const MillmProjection *p, int n_projections, MillmBuffe
 				work = 0,
 				n_pieces = 0,
 				piece_bytes;
+	bool		is_tiles;
 
 	for (int i = 0; i < n_projections; i++)
 	{
@@ -424,21 +426,20 @@ matmul(MillmBackend *be, const MillmProjection *p, int n_projections, MillmBuffe
 		work += p[i].w->n_in * p[i].w->n_out * n;
 	}
 	/* one packed form at a time: where the matmuls disagree, the later ones take the activation as it is */
-	for (int i = 0; i < n_projections && packed == MILLM_FORM_F32 && !c->deterministic; i++)
-		packed = c->k.best_form(p[i].w, n);
-	if (packed != MILLM_FORM_F32 && (x->form != packed || x->n_packed < n))
+	for (int i = 0; i < n_projections && packed == MILLM_FORM_F32; i++)
+		packed = choose_form(c, p[i].w, n);
+	is_tiles = millm_form_group(packed) > 1;
+	if (packed != MILLM_FORM_F32 && (x->form != packed || x->n_packed != n))
 	{
 		PackLoop	pack = {&c->k, packed, x, p[0].w->n_in, n};
+		const int	width = millm_form_group(packed);
 
-		if (packed == MILLM_FORM_BF16_TILES)
-			run_rows(c, pack_groups, &pack, (n + MILLM_TILE_TOKENS - 1) / MILLM_TILE_TOKENS, p[0].w->n_in * MILLM_TILE_TOKENS);
-		else
-			run_rows(c, pack_rows, &pack, n, p[0].w->n_in);
+		run_rows(c, pack_groups, &pack, (n + width - 1) / width, p[0].w->n_in * width);
 		x->form = packed;
 		x->n_packed = n;
 	}
 	piece_bytes = bytes / (c->base.n_threads * (n == 1 ? LAST_PIECES : PIECES_PER_THREAD));
-	if (packed != MILLM_FORM_BF16_TILES && piece_bytes > MAX_PANEL_BYTES)
+	if (!is_tiles && piece_bytes > MAX_PANEL_BYTES)
 		piece_bytes = MAX_PANEL_BYTES;
 	if (piece_bytes < MIN_PIECE_BYTES)
 		piece_bytes = MIN_PIECE_BYTES;
@@ -446,8 +447,8 @@ matmul(MillmBackend *be, const MillmProjection *p, int n_projections, MillmBuffe
 	for (int i = 0; i < n_projections; i++)
 	{
 		const MillmWeight *w = p[i].w;
-		MillmForm	form = !c->deterministic && c->k.best_form(w, n) == packed ? packed : MILLM_FORM_F32;
-		int64_t		granule = w->in_out ? COLUMN_GRANULE : form == MILLM_FORM_BF16_TILES ? MILLM_TILE_OUTPUTS : OUTPUT_GRANULE;
+		MillmForm	form = choose_form(c, w, n) == packed ? packed : MILLM_FORM_F32;
+		int64_t		granule = w->in_out ? COLUMN_GRANULE : millm_form_group(form) > 1 ? MILLM_TILE_OUTPUTS : OUTPUT_GRANULE;
 		int64_t		outputs = piece_bytes / millm_weight_bytes(w->dtype, w->n_in) / granule * granule;
 
 		l.run[i] = c->k.matmul[form][w->dtype][w->in_out];
@@ -528,7 +529,7 @@ screened_matmul(MillmBackend *be, MillmBuffer *y, const MillmWeight *head, const
 	int64_t		n_pieces;
 	ScreenLoop	l = screen_loop(c, y->data, y->n_columns, &screen->codes, x->data, n);
 
-	if (n > MAX_SCREENED_ROWS || (!c->deterministic && c->k.best_form(head, n) != MILLM_FORM_F32))
+	if (n > MAX_SCREENED_ROWS || choose_form(c, head, n) != MILLM_FORM_F32)
 		return -1;
 	y->n_packed = 0;
 	l.outputs = n == 1 ? vocab / (c->base.n_threads * LAST_PIECES) : MAX_PANEL_BYTES / head->n_in;

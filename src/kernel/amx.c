@@ -373,7 +373,7 @@ millm_kernels_amx(MillmKernels *k)
 	k->matmul[MILLM_FORM_BF16_TILES][MILLM_BF16][0] = matmul_bf16;
 	k->matmul[MILLM_FORM_BF16_TILES][MILLM_4BIT][0] = matmul_4bit;
 	k->matmul[MILLM_FORM_BF16_TILES][MILLM_INT8][0] = matmul_int8;
-	k->pack_tiles = pack_tiles;
+	k->pack_group[MILLM_FORM_BF16_TILES] = pack_tiles;
 	k->best_form = best_form;
 }
 #endif

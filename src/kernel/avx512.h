@@ -57,6 +57,15 @@ first_lanes(int64_t n)
 	return n >= 16 ? 0xFFFF : (__mmask16) ((1u << n) - 1);
 }
 
+/*
+ * sums += products of pairs of int16 (vpdpwssd).  By asm, because gcc (12) copies a loop's sums at every turn when it is the intrinsic.
+ */
+INLINE void
+add_products(__m512i *sums, __m512i a, __m512i b)
+{
+	__asm__("vpdpwssd %2, %1, %0" : "+v"(*sums) : "v"(a), "v"(b));
+}
+
 /* What is left to do with a dot product. */
 INLINE void
 finish(const MillmMatmul *m, int64_t t, int64_t o, float sum)

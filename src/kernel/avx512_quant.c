@@ -9,15 +9,16 @@
  *   INT8  widened to 16 bits, times activations of 16 bits, exactly, in int32.  For deterministic answers and the screening copy of a
  *         head there is float32 too: nothing is rounded but sums.
  *
- * Many tokens (bound by arithmetic): a panel of a few rows is dequantized into the cache and handed to the float kernels, BF16 where there
- * is AVX512-BF16 (4-bit values rounded as bitsandbytes does; int8 are exact in bfloat16), else float32.
+ * Many tokens (bound by arithmetic): where products of bfloat16 are fast (Zen 4), a panel of a few rows is dequantized into the cache and handed
+ * to the float kernels (4-bit values rounded as bitsandbytes does; int8 are exact in bfloat16).  Else, and for deterministic answers of
+ * any number of tokens, tiles of int16 (avx512_tiles.c).
  *
- * 4-bit weights with float32 activations (deterministic answers, rows that are not whole blocks) are left to AVX2's panels.
+ * Rows that are not whole blocks of 64 have float32 activations; 4-bit ones are left to AVX2's panels.
  */
 #include "kernel.h"
 
 #if defined(__x86_64__)
-#include "avx512.h"
+#include "avx512_quant.h"
 
 #include <math.h>
 #include <string.h>
@@ -26,105 +27,13 @@
 #define MIN_BF16_TOKENS		8
 #define MIN_4BIT_TOKENS		12
 #define MIN_INT8_TOKENS		24
+/* And tiles of int16; measured on Emerald Rapids. */
+#define MIN_I16_TILES_TOKENS	6
 #define PANEL_BYTES			(128 * 1024)
 #define TOKENS				4		/* that share one unpacking of the weights */
-#define MAX_GROUPS			1024	/* of 64 weights, in a row of the fast path */
 #define I16_ROWS			2		/* of INT8 that share one load of the activations */
 #define I16_MAX				32767.0f
 #define CODEBOOK_MAX		8191.0f	/* 8 * 8191 * 32767 < 2^31 */
-
-/* ---- scales of the blocks of a row ---- */
-
-typedef struct MapPlanes
-{
-	_Alignas(64) uint8_t byte[4][256];	/* the nested map's floats, byte by byte */
-} MapPlanes;
-
-static void
-split_map(MapPlanes *p, const float *map)
-{
-	for (int i = 0; i < 256; i += 16)
-	{
-		__m512i		v = _mm512_loadu_si512(map + i);
-
-		for (int k = 0; k < 4; k++)
-			_mm_store_si128((__m128i *) (p->byte[k] + i), _mm512_cvtepi32_epi8(_mm512_srlv_epi32(v, _mm512_set1_epi32(8 * k))));
-	}
-}
-
-/* s[64] = map[codes[64]] * factor + offset: each byte of the map's floats is looked up in a table of 256 that lies in four registers. */
-INLINE void
-look_up_64(float *s, const MapPlanes *p, __m512i codes, float factor, float offset)
-{
-	/* so that what the unpacking below interleaves comes out in order: position 16 l + 4 v + m gets code 16 v + 4 l + m */
-	const __m512i order = _mm512_set_epi32(0x3F3E3D3C, 0x2F2E2D2C, 0x1F1E1D1C, 0x0F0E0D0C, 0x3B3A3938, 0x2B2A2928, 0x1B1A1918, 0x0B0A0908,
-										   0x37363534, 0x27262524, 0x17161514, 0x07060504, 0x33323130, 0x23222120, 0x13121110, 0x03020100);
-	__m512i		b[4];
-	__m512i		v[4];
-	__m512i		low01, high01, low23, high23;
-	__mmask64	upper;
-
-	codes = _mm512_permutexvar_epi8(order, codes);
-	upper = _mm512_movepi8_mask(codes);
-	for (int k = 0; k < 4; k++)
-	{
-		const __m512i *t = (const __m512i *) p->byte[k];
-
-		b[k] = _mm512_mask_mov_epi8(_mm512_permutex2var_epi8(t[0], codes, t[1]), upper, _mm512_permutex2var_epi8(t[2], codes, t[3]));
-	}
-	low01 = _mm512_unpacklo_epi8(b[0], b[1]);
-	high01 = _mm512_unpackhi_epi8(b[0], b[1]);
-	low23 = _mm512_unpacklo_epi8(b[2], b[3]);
-	high23 = _mm512_unpackhi_epi8(b[2], b[3]);
-	v[0] = _mm512_unpacklo_epi16(low01, low23);
-	v[1] = _mm512_unpackhi_epi16(low01, low23);
-	v[2] = _mm512_unpacklo_epi16(high01, high23);
-	v[3] = _mm512_unpackhi_epi16(high01, high23);
-	for (int k = 0; k < 4; k++)
-		_mm512_storeu_ps(s + 16 * k, _mm512_add_ps(_mm512_mul_ps(_mm512_castsi512_ps(v[k]), _mm512_set1_ps(factor)), _mm512_set1_ps(offset)));
-}
-
-/*
- * s[n] = the scales of n groups of 64 from group first of the tensor on; s has room for 64 more.  Each product and sum is rounded by
- * itself, as in the definition (tensor.h).  Asks for the next n.
- */
-INLINE void
-group_scales(float *s, const MillmWeight *w, const MapPlanes *planes, int64_t first, int64_t n)
-{
-	const int	per_block = w->block_size / 64;
-
-	if (per_block != 1)
-		for (int64_t i = 0; i < n; i++)
-			s[i] = block_scale(w, (first + i) / per_block);
-	else if (w->nested_block_size == 0)
-		memcpy(s, (const char *) w->absmax + first * 4, (size_t) n * 4);
-	else
-	{
-		const uint8_t *codes = (const uint8_t *) w->absmax + first;
-
-		for (int64_t i = 0, end; i < n; i = end)
-		{
-			int64_t		group = (first + i) / w->nested_block_size;
-			float		factor;
-
-			memcpy(&factor, (const char *) w->nested_absmax + group * 4, 4);
-			end = (group + 1) * w->nested_block_size - first;
-			for (end = end < n ? end : n; i < end; i += 64)
-			{
-				_mm_prefetch((const char *) codes + n + i, _MM_HINT_T1);
-				look_up_64(s + i, planes, end - i >= 64 ? _mm512_loadu_si512(codes + i)
-						   : _mm512_maskz_loadu_epi8((UINT64_C(1) << (end - i)) - 1, codes + i), factor, w->nested_offset);
-			}
-		}
-	}
-}
-
-/* The first group of 64 of row o. */
-INLINE int64_t
-first_group(const MillmWeight *w, int64_t o)
-{
-	return (w->first + o * w->n_in) / 64;
-}
 
 /* Two floats, each for eight lanes. */
 INLINE __m512
@@ -138,12 +47,6 @@ INLINE __m512i
 load_nibbles(const uint8_t *row, int64_t i, int64_t n)
 {
 	return n - i >= 128 ? _mm512_loadu_si512(row + i / 2) : _mm512_maskz_loadu_epi64(0x0F, row + i / 2);
-}
-
-INLINE const uint8_t *
-nibble_row(const MillmWeight *w, int64_t o)
-{
-	return (const uint8_t *) w->data + (w->first + o * w->n_in) / 2;
 }
 
 /* ---- activations in int16 ---- */
@@ -236,11 +139,10 @@ i16_tile(const MillmMatmul *m, int64_t t, int n_tokens, int64_t o, int n_rows, _
 
 			for (int r = 0; r < n_rows; r++)
 			{
-				__m512i		a = _mm512_dpwssd_epi32(_mm512_setzero_si512(), q[r][0], xj[0]);
+				__m512i		a = _mm512_setzero_si512();
 
-				a = _mm512_dpwssd_epi32(a, q[r][1], xj[1]);
-				a = _mm512_dpwssd_epi32(a, q[r][2], xj[2]);
-				a = _mm512_dpwssd_epi32(a, q[r][3], xj[3]);
+				for (int k = 0; k < 4; k++)
+					add_products(&a, q[r][k], xj[k]);
 				acc[j][r] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(a), scale[r], acc[j][r]);
 			}
 		}
@@ -304,15 +206,6 @@ matmul_i16_nibbles(const MillmMatmul *m, int64_t begin, int64_t end)
 
 /* ---- INT8 ---- */
 
-INLINE float
-int8_scale(const MillmWeight *w, int64_t o)
-{
-	float		scb;
-
-	memcpy(&scb, (const char *) w->scale + o * 4, 4);
-	return scb * 0.007874015718698502f;	/* 1 / 127 */
-}
-
 /* A lane of int32 holds so many products of pairs: 256 * 2 * 128 * 32767 < 2^31. */
 #define MAX_I16_RUN	8192
 
@@ -355,7 +248,7 @@ int8_i16_tile(const MillmMatmul *m, int64_t t, int n_tokens, int64_t o, int n_ro
 				__m512i		xj = _mm512_load_si512(x + j * m->x_stride + i * 2);
 
 				for (int r = 0; r < n_rows; r++)
-					acc[j][r] = _mm512_dpwssd_epi32(acc[j][r], v[r], xj);
+					add_products(&acc[j][r], v[r], xj);
 			}
 		}
 		for (int j = 0; j < n_tokens; j++)
@@ -749,12 +642,27 @@ is_fast_4bit(const MillmWeight *w)
 	return w->dtype == MILLM_4BIT && millm_is_blocky(w) && w->n_in / 64 <= MAX_GROUPS;
 }
 
+/* Can it be multiplied in tiles of int16? */
+INLINE bool
+has_i16_tiles(const MillmWeight *w)
+{
+	return is_fast_4bit(w) || (w->dtype == MILLM_INT8 && w->n_in % 64 == 0);
+}
+
+static MillmForm
+fixed_form(const MillmWeight *w)
+{
+	return has_i16_tiles(w) ? MILLM_FORM_I16_TILES : MILLM_FORM_F32;
+}
+
 static MillmForm
 best_form_without_bf16(const MillmWeight *w, int n_tokens)
 {
+	if (n_tokens >= MIN_I16_TILES_TOKENS && has_i16_tiles(w))
+		return MILLM_FORM_I16_TILES;
 	if (w->dtype == MILLM_INT8)
 		return MILLM_FORM_I16;
-	return is_fast_4bit(w) && n_tokens < MIN_4BIT_TOKENS ? MILLM_FORM_I16_NIBBLES : MILLM_FORM_F32;
+	return is_fast_4bit(w) ? MILLM_FORM_I16_NIBBLES : MILLM_FORM_F32;
 }
 
 MillmForm
@@ -771,6 +679,13 @@ millm_avx512_best_form(const MillmWeight *w, int n_tokens)
 	return MILLM_FORM_F32;
 }
 
+/* Where products of bfloat16 are slow. */
+static MillmForm
+best_form_slow_bf16(const MillmWeight *w, int n_tokens)
+{
+	return has_i16_tiles(w) ? best_form_without_bf16(w, n_tokens) : millm_avx512_best_form(w, n_tokens);
+}
+
 void
 millm_kernels_avx512_quant(MillmKernels *k, unsigned cpu)
 {
@@ -782,14 +697,16 @@ millm_kernels_avx512_quant(MillmKernels *k, unsigned cpu)
 	k->pack[MILLM_FORM_I16_NIBBLES] = pack_i16_nibbles;
 	k->matmul[MILLM_FORM_I16][MILLM_INT8][0] = matmul_int8_i16;
 	k->pack[MILLM_FORM_I16] = pack_i16;
+	millm_kernels_avx512_tiles(k);
 	k->best_form = best_form_without_bf16;
+	k->fixed_form = fixed_form;
 	if (cpu & MILLM_CPU_AVX512_BF16)
 	{
 		k->matmul[MILLM_FORM_BF16_NIBBLES][MILLM_4BIT][0] = matmul_bf16_nibbles;
 		k->pack[MILLM_FORM_BF16_NIBBLES] = pack_bf16_nibbles;
 		k->matmul[MILLM_FORM_BF16][MILLM_INT8][0] = matmul_int8_bf16_form;
 		k->matmul[MILLM_FORM_BF16][MILLM_MXFP4][0] = matmul_mxfp4_bf16_form;
-		k->best_form = millm_avx512_best_form;
+		k->best_form = cpu & MILLM_CPU_SLOW_BF16 ? best_form_slow_bf16 : millm_avx512_best_form;
 	}
 }
 #endif

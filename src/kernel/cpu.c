@@ -66,7 +66,11 @@ millm_cpu_flags(void)
 		if ((c & 1 << 11) && (c & 1 << 1))	/* VNNI, VBMI */
 			flags |= MILLM_CPU_AVX512_VNNI;
 		if (max_subleaf >= 1 && __get_cpuid_count(7, 1, &a, &b, &c, &d) && (a & 1 << 5))
+		{
 			flags |= MILLM_CPU_AVX512_BF16;
+			if (__get_cpuid(0, &a, &b, &c, &d) && b == signature_INTEL_ebx)
+				flags |= MILLM_CPU_SLOW_BF16;
+		}
 		/* and tiles with their configuration */
 		if ((xcr0 & 0x60000) == 0x60000 && (leaf7_d & tiles) == tiles && (flags & MILLM_CPU_AVX512_BF16) && (flags & MILLM_CPU_AVX512_VNNI) &&
 			ask_for_tiles())

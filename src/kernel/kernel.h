@@ -10,7 +10,7 @@
  *
  * Batch-invariance: every entry computes an output element in an order that depends neither on the
  * range nor on the other tokens.  Only the form of an activation (see below) may depend on how many
- * tokens a step has; who needs the same bits in any company asks for MILLM_FORM_F32 always.
+ * tokens a step has; who needs the same bits in any company asks for fixed_form().
  */
 #ifndef MILLM_KERNEL_H
 #define MILLM_KERNEL_H
@@ -28,7 +28,8 @@ enum
 	MILLM_CPU_AVX512 = 1 << 1,		/* F, BW, VL, DQ */
 	MILLM_CPU_AVX512_BF16 = 1 << 2,
 	MILLM_CPU_AVX512_VNNI = 1 << 3,	/* with VBMI */
-	MILLM_CPU_AMX = 1 << 4		/* tiles of bfloat16, and all of the above */
+	MILLM_CPU_AMX = 1 << 4,		/* tiles of bfloat16, and all of the above */
+	MILLM_CPU_SLOW_BF16 = 1 << 5	/* products of bfloat16 (AVX512-BF16) take longer than those of int16 and float32: Intel's */
 };
 extern unsigned millm_cpu_flags(void);
 
@@ -38,6 +39,8 @@ extern unsigned millm_cpu_flags(void);
 /* Tokens of a group of MILLM_FORM_BF16_TILES; outputs that its matmuls compute together. */
 #define MILLM_TILE_TOKENS 16
 #define MILLM_TILE_OUTPUTS 32
+/* Tokens of a group of MILLM_FORM_I16_TILES. */
+#define MILLM_I16_TILE_TOKENS 8
 
 /*
  * The form in which a matmul wants its activation.  F32 is the activation itself, rows as they lie;
@@ -59,6 +62,11 @@ typedef enum MillmForm
 	 * 32 k + 2 i + 1 of token t at [i, t].  Zeros up to a multiple of 32 values, and of 16 tokens.
 	 */
 	MILLM_FORM_BF16_TILES,
+	/*
+	 * int16 with a float32 scale for each 64 values, for weights whose rows are of such blocks; in groups of 8 tokens, of which the last has
+	 * what is left, T: for each block its 32 pairs [32, T, 2] in an order of the variant's, then the scales [T].
+	 */
+	MILLM_FORM_I16_TILES,
 	MILLM_N_FORMS
 } MillmForm;
 
@@ -111,10 +119,11 @@ typedef struct MillmKernels
 	/* [form][dtype][in_out]; NULL where best_form() never sends one */
 	MillmMatmulFn matmul[MILLM_N_FORMS][MILLM_N_WEIGHT_DTYPES][2];
 	MillmForm	(*best_form) (const MillmWeight *w, int n_tokens);
-	/* y = x [n] in a packed form, the row's padding too; NULL where best_form() never asks for the form, and for MILLM_FORM_BF16_TILES */
+	MillmForm	(*fixed_form) (const MillmWeight *w);	/* the best that any number of tokens may have */
+	/* y = x [n] in a packed form, the row's padding too; NULL where nobody asks for the form, and for those in groups of tokens */
 	void		(*pack[MILLM_N_FORMS]) (void *y, const float *x, int64_t n);
-	/* That form's: y = one group of 1 to 16 tokens, rows x [n] that lie x_stride floats apart; y is 64-byte aligned */
-	void		(*pack_tiles) (void *y, const float *x, int64_t x_stride, int n_tokens, int64_t n);
+	/* Those: y = one group of 1 to millm_form_group() tokens, rows x [n] that lie x_stride floats apart; y is 64-byte aligned */
+	void		(*pack_group[MILLM_N_FORMS]) (void *y, const float *x, int64_t x_stride, int n_tokens, int64_t n);
 
 	/* y[i] = x[i] / sqrt(mean(x^2) + eps) * w[i];  w [n]; y may be x */
 	void		(*rms_norm) (float *y, const float *x, const float *w, float eps, int64_t n);
@@ -146,15 +155,32 @@ typedef struct MillmKernels
 	bool		(*is_finite) (const float *x, int64_t n);
 } MillmKernels;
 
-/* Bytes of a row of n_in values in a form; a multiple of 64. */
+/* Tokens that a form packs together. */
+static inline int
+millm_form_group(MillmForm form)
+{
+	return form == MILLM_FORM_BF16_TILES ? MILLM_TILE_TOKENS : form == MILLM_FORM_I16_TILES ? MILLM_I16_TILE_TOKENS : 1;
+}
+
+/* Bytes of a row of n_in values in a form, or of a token's share of a group; a multiple of 64. */
 static inline int64_t
 millm_form_row_bytes(MillmForm form, int64_t n_in)
 {
 	int64_t		padded = (n_in + 127) / 128 * 128;
 	int64_t		bytes = form == MILLM_FORM_F32 ? n_in * 4 : form == MILLM_FORM_BF16 || form == MILLM_FORM_BF16_TILES ? n_in * 2 :
-		form == MILLM_FORM_BF16_NIBBLES ? padded * 2 : padded * 2 + 4;
+		form == MILLM_FORM_BF16_NIBBLES ? padded * 2 : form == MILLM_FORM_I16_TILES ? (n_in + 63) / 64 * 132 : padded * 2 + 4;
 
 	return (bytes + 63) / 64 * 64;
+}
+
+/* As many as any packed form needs. */
+static inline int64_t
+millm_packed_row_bytes(int64_t n_in)
+{
+	int64_t		rows = millm_form_row_bytes(MILLM_FORM_I16_NIBBLES, n_in);
+	int64_t		tiles = millm_form_row_bytes(MILLM_FORM_I16_TILES, n_in);
+
+	return rows > tiles ? rows : tiles;
 }
 
 /* The address of element 0 of stored row i; not of MILLM_4BIT, whose rows may begin within a byte. */

@@ -248,6 +248,13 @@ best_form(const MillmWeight *w, int n_tokens)
 	return MILLM_FORM_F32;
 }
 
+static MillmForm
+fixed_form(const MillmWeight *w)
+{
+	(void) w;
+	return MILLM_FORM_F32;
+}
+
 static void
 rms_norm(float *y, const float *x, const float *w, float eps, int64_t n)
 {
@@ -453,6 +460,7 @@ millm_kernels_ref(MillmKernels *k)
 			},
 		},
 		.best_form = best_form,
+		.fixed_form = fixed_form,
 		.rms_norm = rms_norm,
 		.layer_norm = layer_norm,
 		.rope = rope,

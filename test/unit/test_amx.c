@@ -190,7 +190,7 @@ pack(const MillmKernels *k, const float *x, int64_t n_in, int n_tokens, int64_t 
 	{
 		int			t = g * MILLM_TILE_TOKENS;
 
-		k->pack_tiles(packed + t * stride, x + t * n_in, n_in, n_tokens - t < MILLM_TILE_TOKENS ? n_tokens - t : MILLM_TILE_TOKENS, n_in);
+		k->pack_group[MILLM_FORM_BF16_TILES](packed + t * stride, x + t * n_in, n_in, n_tokens - t < MILLM_TILE_TOKENS ? n_tokens - t : MILLM_TILE_TOKENS, n_in);
 	}
 	return packed;
 }
@@ -423,7 +423,7 @@ test_only_where_there_are_tiles(void **state)
 	assert_false(millm_cpu_flags() & MILLM_CPU_AMX);
 	assert_true(millm_kernels_init(&k, NULL, &is_known));
 	assert_string_not_equal(k.variant, "amx");
-	assert_null(k.pack_tiles);
+	assert_null(k.pack_group[MILLM_FORM_BF16_TILES]);
 }
 
 int

@@ -273,6 +273,19 @@ largest_of(const float *x, int64_t n)
 	return max;
 }
 
+/* packed: n_tokens rows x [n] in a packed form */
+static void
+pack(const MillmKernels *k, MillmForm form, char *packed, int64_t stride, const float *x, int n_tokens, int64_t n)
+{
+	const int	width = millm_form_group(form);
+
+	for (int t = 0; t < n_tokens; t += width)
+		if (width == 1)
+			k->pack[form] (packed + t * stride, x + t * n, n);
+		else
+			k->pack_group[form] (packed + t * stride, x + t * n, n, n_tokens - t < width ? n_tokens - t : width, n);
+}
+
 static void
 one_quantized(const MillmKernels *k, MillmForm form, const QuantCase *c, int n_tokens, Kind kind)
 {
@@ -284,6 +297,7 @@ one_quantized(const MillmKernels *k, MillmForm form, const QuantCase *c, int n_t
 	float	   *row = malloc(sizeof(float) * (size_t) n);
 	int64_t		packed_stride = millm_form_row_bytes(form, n);
 	char	   *packed = aligned_alloc(64, (size_t) (packed_stride * n_tokens));
+	char	   *packed_alone = aligned_alloc(64, (size_t) packed_stride);
 	MillmMatmul m = {.y = y, .y_stride = y_stride, .bias = bias, .accumulate = true, .form = form, .n_tokens = n_tokens,
 		.x = form == MILLM_FORM_F32 ? (char *) (x + 1) : packed, .x_stride = form == MILLM_FORM_F32 ? n * 4 : packed_stride};
 	int64_t		cut = c->n_out / 3;
@@ -294,8 +308,7 @@ one_quantized(const MillmKernels *k, MillmForm form, const QuantCase *c, int n_t
 	for (int t = 0; t < n_tokens; t++)
 		fill(x + 1 + t * n, n, kind);
 	if (form != MILLM_FORM_F32)
-		for (int t = 0; t < n_tokens; t++)
-			k->pack[form] (packed + t * packed_stride, x + 1 + t * n, n);
+		pack(k, form, packed, packed_stride, x + 1, n_tokens, n);
 	fill(bias, c->n_out, ORDINARY);
 	for (int64_t i = 0; i < n_tokens * y_stride; i++)
 		y[i] = 0.25f;
@@ -329,6 +342,10 @@ one_quantized(const MillmKernels *k, MillmForm form, const QuantCase *c, int n_t
 			for (int64_t i = 0; i < n && form == MILLM_FORM_I16_NIBBLES; i += 64)
 				for (int64_t j = i; j < i + 64; j++)
 					tolerance += 0.6 / 8191 * largest_of(row + i, 64) * fabsf(xt[j]);
+			/* the same, of blocks */
+			for (int64_t i = 0; i < n && form == MILLM_FORM_I16_TILES; i += 64)
+				for (int64_t j = i; j < i + 64; j++)
+					tolerance += 0.6 / 8191 * largest_of(xt + i, 64) * fabsf(row[j]) + (c->dtype == MILLM_4BIT ? 0.6 / 4095 : 0) * largest_of(row + i, 64) * fabsf(xt[j]);
 			/* what the judge itself rounds to, and the fast paths need not */
 			tolerance += (form == MILLM_FORM_BF16 || form == MILLM_FORM_BF16_NIBBLES ? 2 * EPSILON_BF16 : 0) * absolute;
 			tolerance += (c->dtype == MILLM_INT8 ? 0 : c->rounded == MILLM_BF16 ? EPSILON_BF16 : c->rounded == MILLM_F16 ? EPSILON_F16 : 0) * absolute;
@@ -343,7 +360,7 @@ one_quantized(const MillmKernels *k, MillmForm form, const QuantCase *c, int n_t
 		for (int64_t o = c->n_out; o < y_stride; o++)
 			assert_true(y[t * y_stride + o] == 0.25f);
 	/* each token alone, and the outputs cut otherwise, has the same bits */
-	if (form == MILLM_FORM_F32 || is_i16 || n_tokens > 1)
+	if (form == MILLM_FORM_F32 || form == MILLM_FORM_I16_TILES || is_i16 || n_tokens > 1)
 		for (int t = 0; t < n_tokens; t++)
 		{
 			float	   *alone = malloc(sizeof(float) * (size_t) y_stride);
@@ -354,6 +371,11 @@ one_quantized(const MillmKernels *k, MillmForm form, const QuantCase *c, int n_t
 			single.y = alone;
 			single.n_tokens = 1;
 			single.x = (const char *) m.x + t * m.x_stride;
+			if (form == MILLM_FORM_I16_TILES)
+			{
+				single.x = packed_alone;
+				pack(k, form, packed_alone, packed_stride, x + 1 + t * n, 1, n);
+			}
 			for (int64_t o = 0; o < c->n_out; o += 7)
 				k->matmul[form][c->dtype][0] (&single, o, o + 7 < c->n_out ? o + 7 : c->n_out);
 			if (memcmp(alone, y + t * y_stride, sizeof(float) * (size_t) c->n_out) != 0)
@@ -366,6 +388,7 @@ one_quantized(const MillmKernels *k, MillmForm form, const QuantCase *c, int n_t
 	free(bias);
 	free(row);
 	free(packed);
+	free(packed_alone);
 }
 
 static void
@@ -383,10 +406,10 @@ test_quantized(void **state)
 		{MILLM_4BIT, 33, 7, 33, 64, 256, true, MILLM_F16}, {MILLM_4BIT, 128, 9, 0, 32, 256, false, MILLM_BF16},
 		{MILLM_4BIT, 1, 3, 1, 64, 0, false, MILLM_F32}, {MILLM_4BIT, 100, 11, 700, 4096, 256, false, MILLM_BF16},
 		{MILLM_INT8, 1, 1, 0, 0, 0, false, MILLM_F32}, {MILLM_INT8, 37, 19, 0, 0, 0, false, MILLM_F32}, {MILLM_INT8, 64, 5, 0, 0, 0, false, MILLM_F32},
-		{MILLM_INT8, 131, 83, 0, 0, 0, false, MILLM_F32}, {MILLM_INT8, 576, 41, 0, 0, 0, false, MILLM_F32},
+		{MILLM_INT8, 131, 83, 0, 0, 0, false, MILLM_F32}, {MILLM_INT8, 576, 73, 0, 0, 0, false, MILLM_F32}, {MILLM_INT8, 1088, 33, 0, 0, 0, false, MILLM_F32},
 		{MILLM_INT8, 8192 + 37, 5, 0, 0, 0, false, MILLM_F32},
 	};
-	static const int tokens[] = {1, 2, 3, 4, 5, 7, 8, 13};
+	static const int tokens[] = {1, 2, 3, 4, 5, 6, 7, 8, 13, 259};
 	MillmKernels k[4];
 	int			n;
 
@@ -400,9 +423,10 @@ test_quantized(void **state)
 				const MillmWeight shape = {.dtype = cases[i].dtype, .n_in = cases[i].n_in, .first = cases[i].first, .block_size = cases[i].block_size};
 
 				if (!k[v].matmul[form][cases[i].dtype][0] || form == MILLM_FORM_BF16_TILES ||
-					((form == MILLM_FORM_I16_NIBBLES || form == MILLM_FORM_BF16_NIBBLES) && !millm_is_blocky(&shape)))
+					((form == MILLM_FORM_I16_NIBBLES || form == MILLM_FORM_BF16_NIBBLES) && !millm_is_blocky(&shape)) ||
+					(form == MILLM_FORM_I16_TILES && k[v].fixed_form(&shape) != MILLM_FORM_I16_TILES))
 					continue;
-				for (size_t t = 0; t < sizeof(tokens) / sizeof(tokens[0]); t++)
+				for (size_t t = 0; t < sizeof(tokens) / sizeof(tokens[0]) - (cases[i].n_in > 600); t++)
 					one_quantized(&k[v], form, &cases[i], tokens[t], (i + t) % N_KINDS);
 			}
 }
@@ -413,7 +437,7 @@ test_int8_extremes(void **state)
 {
 	enum {N = 3 * 8192 + 64, TOKENS = 5, ROWS = 3};
 	char	   *data = malloc((size_t) ROWS * N);
-	float	   *x = aligned_alloc(64, sizeof(float) * N);
+	float	   *x = aligned_alloc(64, sizeof(float) * N * TOKENS);
 	const float scale[ROWS] = {127, 127, 127};
 	float		y[TOKENS][ROWS];
 	MillmKernels k[4];
@@ -424,7 +448,7 @@ test_int8_extremes(void **state)
 	n = 1 + variants(k + 1);
 	memset(data, -128, (size_t) ROWS * N);
 	memset(data + N, 127, N);
-	for (int64_t i = 0; i < N; i++)
+	for (int64_t i = 0; i < N * TOKENS; i++)
 		x[i] = -2;
 	for (int v = 0; v < n; v++)
 		for (int form = 0; form < MILLM_N_FORMS; form++)
@@ -434,11 +458,10 @@ test_int8_extremes(void **state)
 			char	   *packed = aligned_alloc(64, (size_t) stride * TOKENS);
 			MillmMatmul m = {.y = y[0], .y_stride = ROWS, .w = &w, .form = form, .x = packed, .x_stride = stride, .n_tokens = TOKENS};
 
-			for (int t = 0; t < TOKENS && k[v].matmul[form][MILLM_INT8][0]; t++)
-				if (form == MILLM_FORM_F32)
-					memcpy(packed + t * stride, x, sizeof(float) * N);
-				else
-					k[v].pack[form] (packed + t * stride, x, N);
+			if (k[v].matmul[form][MILLM_INT8][0] && form == MILLM_FORM_F32)
+				memcpy(packed, x, (size_t) stride * TOKENS);
+			else if (k[v].matmul[form][MILLM_INT8][0])
+				pack(&k[v], form, packed, stride, x, TOKENS, N);
 			if (k[v].matmul[form][MILLM_INT8][0] && (form != MILLM_FORM_BF16 || k[v].best_form(&w, 1000) == (MillmForm) form))
 			{
 				k[v].matmul[form][MILLM_INT8][0] (&m, 0, ROWS);
@@ -450,6 +473,88 @@ test_int8_extremes(void **state)
 		}
 	free(data);
 	free(x);
+}
+
+/* The same of 4-bit weights: all of a block at the end of the codebook. */
+static void
+test_4bit_extremes(void **state)
+{
+	enum {N = 4096, TOKENS = 11, ROWS = 3};
+	uint8_t    *data = malloc(ROWS * N / 2);
+	float	   *x = aligned_alloc(64, sizeof(float) * N * TOKENS);
+	float		absmax[ROWS * N / 64];
+	float		y[TOKENS][ROWS];
+	MillmKernels k[4];
+	int			n;
+
+	(void) state;
+	millm_kernels_ref(&k[0]);
+	n = 1 + variants(k + 1);
+	memset(data, 0xFF, ROWS * N / 2);	/* 1 */
+	memset(data + N / 2, 0x00, N / 2);	/* -1 */
+	for (int i = 0; i < ROWS * N / 64; i++)
+		absmax[i] = 3;
+	for (int64_t i = 0; i < N * TOKENS; i++)
+		x[i] = -2;
+	for (int v = 0; v < n; v++)
+		for (int form = 0; form < MILLM_N_FORMS; form++)
+		{
+			const MillmWeight w = {.dtype = MILLM_4BIT, .n_out = ROWS, .n_in = N, .stride = N, .data = data, .codebook = millm_nf4_codebook,
+				.absmax = absmax, .block_size = 64, .rounded = MILLM_BF16};
+			int64_t		stride = millm_form_row_bytes(form, N);
+			char	   *packed = aligned_alloc(64, (size_t) stride * TOKENS);
+			MillmMatmul m = {.y = y[0], .y_stride = ROWS, .w = &w, .form = form, .x = form == MILLM_FORM_F32 ? (char *) x : packed,
+				.x_stride = stride, .n_tokens = TOKENS};
+
+			if (k[v].matmul[form][MILLM_4BIT][0] && form != MILLM_FORM_BF16_TILES)
+			{
+				if (form != MILLM_FORM_F32)
+					pack(&k[v], form, packed, stride, x, TOKENS, N);
+				k[v].matmul[form][MILLM_4BIT][0] (&m, 0, ROWS);
+				for (int t = 0; t < TOKENS; t++)
+					for (int o = 0; o < ROWS; o++)
+						assert_true(fabs(y[t][o] / ((o == 1 ? 6.0 : -6.0) * N) - 1) < 1e-4);
+			}
+			free(packed);
+		}
+	free(data);
+	free(x);
+}
+
+/* In tiles of int16 a value that is not finite is so in every output of its token, and of no other. */
+static void
+test_not_finite(void **state)
+{
+	enum {N = 192, TOKENS = 11, ROWS = 35};
+	const QuantCase cases[] = {{MILLM_4BIT, N, ROWS, 0, 64, 0, false, MILLM_BF16}, {MILLM_INT8, N, ROWS, 0, 0, 0, false, MILLM_BF16}};
+	const int64_t stride = millm_form_row_bytes(MILLM_FORM_I16_TILES, N);
+	static float x[TOKENS * N], y[TOKENS * ROWS];
+	MillmKernels k[4];
+	int			n = variants(k);
+
+	(void) state;
+	for (int v = 0; v < n; v++)
+		for (int i = 0; i < 2; i++)
+		{
+			char	   *packed = aligned_alloc(64, (size_t) stride * TOKENS);
+			Quantized	q;
+			MillmMatmul m = {.y = y, .y_stride = ROWS, .w = &q.w, .form = MILLM_FORM_I16_TILES, .x = packed, .x_stride = stride, .n_tokens = TOKENS};
+
+			make_quantized(&q, &cases[i]);
+			if (k[v].matmul[m.form][q.w.dtype][0])
+			{
+				fill(x, TOKENS * N, ORDINARY);
+				x[4 * N + 70] = NAN;
+				x[9 * N + 1] = INFINITY;
+				pack(&k[v], m.form, packed, stride, x, TOKENS, N);
+				k[v].matmul[m.form][q.w.dtype][0] (&m, 0, ROWS);
+				for (int t = 0; t < TOKENS; t++)
+					for (int o = 0; o < ROWS; o++)
+						assert_int_equal(isfinite(y[t * ROWS + o]) != 0, t != 4 && t != 9);
+			}
+			free(packed);
+			free_quantized(&q);
+		}
 }
 
 /* The sixteen values times powers of two, by hand; then every variant, in any company. */
@@ -803,7 +908,8 @@ main(void)
 {
 	const struct CMUnitTest tests[] = {
 		cmocka_unit_test(test_matmul),
-		cmocka_unit_test(test_quantized), cmocka_unit_test(test_int8_extremes),
+		cmocka_unit_test(test_quantized), cmocka_unit_test(test_int8_extremes), cmocka_unit_test(test_4bit_extremes),
+		cmocka_unit_test(test_not_finite),
 		cmocka_unit_test(test_mxfp4),
 		cmocka_unit_test(test_matmul_is_batch_invariant),
 		cmocka_unit_test(test_norms_and_activations),
