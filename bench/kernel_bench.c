@@ -132,9 +132,9 @@ bench_gemm(const MillmKernels *k, MillmForm form, MillmDtype dtype, bool in_out,
 	free(y);
 }
 
-/* Quantized weights that are read from memory, in every form that the variant has: where does which begin to pay? */
+/* Weights that are read from memory, in every form that the variant has: where does which begin to pay? */
 static void
-bench_forms(const MillmKernels *k, MillmDtype dtype, int64_t n_in, const char *data)
+bench_forms(const MillmKernels *k, MillmDtype dtype, int64_t n_in, const char *what, const char *data)
 {
 	static const char *const name[MILLM_N_FORMS] = {"f32", "bf16", "i16", "bf16 nib.", "i16 nib.", "bf16 tiles", "i16 tiles"};
 	static const int tokens[] = {1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 64, 128};
@@ -145,7 +145,7 @@ bench_forms(const MillmKernels *k, MillmDtype dtype, int64_t n_in, const char *d
 	float	   *x = calloc((size_t) (n_in * n_tokens_most), sizeof(*x)),
 			   *y = calloc((size_t) (n_out * n_tokens_most), sizeof(*y));
 
-	printf("%s from memory, n_in %ld: GFLOP/s (GB/s of weights)\n  tokens", dtype == MILLM_4BIT ? "4-bit" : "int8", (long) n_in);
+	printf("%s from memory, n_in %ld: GFLOP/s (GB/s of weights)\n  tokens", what, (long) n_in);
 	for (int form = 0; form < MILLM_N_FORMS; form++)
 		if (k->matmul[form][dtype][0])
 			printf("  %16s", name[form]);
@@ -233,9 +233,11 @@ main(int argc, char **argv)
 		bench_gemm(&k, MILLM_FORM_F32, MILLM_BF16, false, n_in, 252, "f32 form, bf16", data);
 	}
 	bench_gemm(&k, MILLM_FORM_F32, MILLM_F32, true, 768, 252, "f32 [in, out]", data);
-	bench_forms(&k, MILLM_4BIT, 2048, data);
-	bench_forms(&k, MILLM_4BIT, 576, data);
-	bench_forms(&k, MILLM_INT8, 2048, data);
+	bench_forms(&k, MILLM_4BIT, 2048, "4-bit", data);
+	bench_forms(&k, MILLM_4BIT, 576, "4-bit", data);
+	bench_forms(&k, MILLM_INT8, 2048, "int8", data);
+	bench_forms(&k, MILLM_BF16, 2048, "bf16", data);
+	bench_forms(&k, MILLM_F16, 2048, "f16", data);
 	bench_attention(&k, 512, 3, 64, data);
 	bench_attention(&k, 2048, 4, 64, data);
 	free(data);

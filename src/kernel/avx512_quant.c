@@ -28,7 +28,8 @@
 #define MIN_4BIT_TOKENS		12
 #define MIN_INT8_TOKENS		24
 /* And tiles of int16; measured on Emerald Rapids. */
-#define MIN_I16_TILES_TOKENS	6
+#define MIN_4BIT_TILES_TOKENS	6
+#define MIN_TILES_TOKENS	8
 #define PANEL_BYTES			(128 * 1024)
 #define TOKENS				4		/* that share one unpacking of the weights */
 #define I16_ROWS			2		/* of INT8 that share one load of the activations */
@@ -646,19 +647,21 @@ is_fast_4bit(const MillmWeight *w)
 INLINE bool
 has_i16_tiles(const MillmWeight *w)
 {
-	return is_fast_4bit(w) || (w->dtype == MILLM_INT8 && w->n_in % 64 == 0);
+	if (w->dtype == MILLM_INT8 || w->dtype == MILLM_BF16 || w->dtype == MILLM_F16)
+		return !w->in_out && w->n_in % 64 == 0 && w->n_in / 64 <= MAX_GROUPS;
+	return is_fast_4bit(w);
 }
 
 static MillmForm
 fixed_form(const MillmWeight *w)
 {
-	return has_i16_tiles(w) ? MILLM_FORM_I16_TILES : MILLM_FORM_F32;
+	return (w->dtype == MILLM_4BIT || w->dtype == MILLM_INT8) && has_i16_tiles(w) ? MILLM_FORM_I16_TILES : MILLM_FORM_F32;
 }
 
 static MillmForm
 best_form_without_bf16(const MillmWeight *w, int n_tokens)
 {
-	if (n_tokens >= MIN_I16_TILES_TOKENS && has_i16_tiles(w))
+	if (has_i16_tiles(w) && n_tokens >= (w->dtype == MILLM_4BIT ? MIN_4BIT_TILES_TOKENS : MIN_TILES_TOKENS))
 		return MILLM_FORM_I16_TILES;
 	if (w->dtype == MILLM_INT8)
 		return MILLM_FORM_I16;
@@ -676,7 +679,7 @@ millm_avx512_best_form(const MillmWeight *w, int n_tokens)
 		return n_tokens >= MIN_INT8_TOKENS && fits_panel(w->n_in) ? MILLM_FORM_BF16 : MILLM_FORM_I16;
 	if (is_fast_4bit(w))
 		return n_tokens >= MIN_4BIT_TOKENS && fits_panel(w->n_in) ? MILLM_FORM_BF16_NIBBLES : MILLM_FORM_I16_NIBBLES;
-	return MILLM_FORM_F32;
+	return w->dtype == MILLM_F16 && n_tokens >= MIN_TILES_TOKENS && has_i16_tiles(w) ? MILLM_FORM_I16_TILES : MILLM_FORM_F32;
 }
 
 /* Where products of bfloat16 are slow. */

@@ -1,11 +1,14 @@
 /*
- * avx512_tiles.c -- matmuls of MILLM_FORM_I16_TILES: 4-bit and INT8 weights with activations of int16, for any number of tokens.
+ * avx512_tiles.c -- matmuls of MILLM_FORM_I16_TILES: weights of 4, 8 and 16 bits with activations of int16, for any number of tokens.
  *
  * A vector's lanes are sixteen outputs.  Weights of 32 rows are turned into a panel, whose vectors have two weights of each row as int16:
- * 4-bit ones from a codebook of 12 bits and a sign, int8 ones as they are.  vpdpwssd multiplies them with two values of one token, which all
- * lanes share; values have 13 bits and a sign, and a scale for each 64 of them.  So the products of a block of 64 add up exactly, below 2^31,
- * and only then meet its scales, in float32: block by block, in the order of the row.  What is lost beside that is the rounding of
- * a weight to 1.2e-4 of its block's largest and of a value to 6.1e-5 of its block's: bfloat16 loses 16 and 32 times as much.
+ *   4BIT        from a codebook of 12 bits and a sign
+ *   INT8        as they are
+ *   BF16, F16   in units of a power of two, 2^-12 of the least above all 64 of a block: those of the upper five binades of bfloat16 are exact
+ * vpdpwssd multiplies them with two values of one token, which all lanes share; values have 13 bits and a sign, and a scale for each 64 of
+ * them.  So the products of a block of 64 add up exactly, below 2^31, and only then meet its scales, in float32: block by block, in the
+ * order of the row.  What is lost beside that is the rounding of a weight to at most 1.2e-4 of its block's largest (2.4e-4 where it
+ * had 16 bits) and of a value to 6.1e-5 of its block's: bfloat16 loses 2e-3 of every value.
  *
  * No sum depends on the range of outputs or on the other tokens: an answer's bits are the same in any company.
  *
@@ -27,15 +30,15 @@
 #define TOKENS			256			/* that share one unpacking of the weights */
 #define GROUP			MILLM_I16_TILE_TOKENS
 #define VALUE_MAX		8191.0f
-#define CODEBOOK_MAX	4095.0f		/* 64 * 4095 * 8191 < 2^31, and 64 * 128 * 8191 */
+#define CODEBOOK_MAX	4095.0f		/* the largest weight: 64 * 4095 * 8191 < 2^31 */
 
 typedef struct Workspace
 {
 	_Alignas(64) __m512i panel[2][DEPTH / 2];	/* of rows 0..15 and 16..31: [block, pair] */
 	float		sums[TOKENS][ROWS];
-	float		scales[MAX_GROUPS][ROWS];	/* of 4-bit weights, and of their codebook */
+	float		scales[MAX_GROUPS][ROWS];	/* of blocks of weights, and of the codebook; not of INT8 */
 	float		row_scales[MAX_GROUPS + 64];
-	uint8_t		tail[ROWS][DEPTH];	/* copies of the last rows, where there are fewer than 32 */
+	uint8_t		tail[ROWS][2 * DEPTH];	/* copies of the last rows, where there are fewer than 32 */
 	MapPlanes	planes;
 } Workspace;
 
@@ -166,6 +169,62 @@ unpack_int8(__m512i *panel, const uint8_t *row, int64_t stride)
 	}
 }
 
+/* The weights of even, and of odd number in words of two, as float32. */
+INLINE __m512
+even_floats(__m512i word, MillmDtype dtype)
+{
+	return dtype == MILLM_BF16 ? _mm512_castsi512_ps(_mm512_slli_epi32(word, 16)) : _mm512_cvtph_ps(_mm512_cvtepi32_epi16(word));
+}
+
+INLINE __m512
+odd_floats(__m512i word, MillmDtype dtype)
+{
+	return dtype == MILLM_BF16 ? _mm512_castsi512_ps(_mm512_and_si512(word, _mm512_set1_epi32((int) 0xFFFF0000))) :
+		_mm512_cvtph_ps(_mm512_cvtepi32_epi16(_mm512_srli_epi32(word, 16)));
+}
+
+/*
+ * A block of 16 rows of BF16 or F16, and the rows' units.  Adding 1.5 * 2^23 units leaves a float's number of units, rounded to nearest even,
+ * in its low bits.
+ */
+INLINE void
+unpack_16bit(__m512i *panel, float *units, const uint8_t *row, int64_t stride, MillmDtype dtype)
+{
+	const int	exponent_at = dtype == MILLM_BF16 ? 7 : 10;
+	/* from a weight's exponent field to that of a unit */
+	const int	to_unit = dtype == MILLM_BF16 ? -11 : 101;
+	const __m512i no_sign = _mm512_set1_epi16(0x7FFF);
+	__m512i		word[PAIRS];
+	__m512i		max = _mm512_setzero_si512();
+	__m512i		exponent, unit;
+	__m512		magic;
+
+	for (int k = 0; k < PAIRS; k += 4)
+		load_words(word + k, row + 4 * k, stride);
+	for (int k = 0; k < PAIRS; k++)
+		max = _mm512_max_epu16(max, _mm512_and_si512(word[k], no_sign));
+	max = _mm512_max_epu16(max, _mm512_srli_epi32(max, 16));
+	exponent = _mm512_srli_epi32(_mm512_and_si512(max, _mm512_set1_epi32(0xFFFF)), (unsigned) exponent_at);
+	/* a block whose unit would be no normal number has the smallest that is one */
+	exponent = _mm512_max_epi32(exponent, _mm512_set1_epi32(dtype == MILLM_BF16 ? 12 : 1));
+	unit = _mm512_slli_epi32(_mm512_add_epi32(exponent, _mm512_set1_epi32(to_unit)), 23);
+	magic = _mm512_castsi512_ps(_mm512_add_epi32(unit, _mm512_set1_epi32((23 << 23) | 0x400000)));
+	/* one that has none above all its weights, infinity or NaN among them, is NaN */
+	unit = _mm512_mask_mov_epi32(unit, _mm512_cmpgt_epi32_mask(exponent, _mm512_set1_epi32(dtype == MILLM_BF16 ? 242 : 30)), _mm512_set1_epi32(0x7FC00000));
+	_mm512_storeu_si512(units, unit);
+	for (int k = 0; k < PAIRS; k += 4, panel += 4)
+		for (int j = 0; j < 2; j++)
+		{
+			__m512i		odd_low = _mm512_castps_si512(_mm512_add_ps(odd_floats(word[k + j], dtype), magic));
+			__m512i		odd_high = _mm512_castps_si512(_mm512_add_ps(odd_floats(word[k + 2 + j], dtype), magic));
+			__m512i		even_low = _mm512_castps_si512(_mm512_add_ps(even_floats(word[k + j], dtype), magic));
+			__m512i		even_high = _mm512_castps_si512(_mm512_add_ps(even_floats(word[k + 2 + j], dtype), magic));
+
+			_mm512_store_si512(panel + 2 * j, _mm512_mask_mov_epi16(odd_low, 0xAAAAAAAA, _mm512_slli_epi32(odd_high, 16)));
+			_mm512_store_si512(panel + 2 * j + 1, _mm512_mask_mov_epi16(even_low, 0xAAAAAAAA, _mm512_slli_epi32(even_high, 16)));
+		}
+}
+
 /*
  * Rows o .. o + n_rows of w, weights i .. i + depth.  Asks for as many bytes of the next 32 rows, in the order in which they lie: memory
  * sees one stream, not 32.
@@ -173,9 +232,9 @@ unpack_int8(__m512i *panel, const uint8_t *row, int64_t stride)
 INLINE void
 fill_panel(Workspace *work, const MillmWeight *w, MillmDtype dtype, int64_t o, int n_rows, int64_t i, int depth, __m512i codebook, bool prefetch)
 {
-	const int	bytes_of_block = dtype == MILLM_4BIT ? BLOCK / 2 : BLOCK;
-	const uint8_t *row = dtype == MILLM_4BIT ? nibble_row(w, o) : (const uint8_t *) w->data + o * w->n_in;
-	int64_t		stride = dtype == MILLM_4BIT ? w->n_in / 2 : w->n_in;
+	const int	bytes_of_block = dtype == MILLM_4BIT ? BLOCK / 2 : dtype == MILLM_INT8 ? BLOCK : 2 * BLOCK;
+	const uint8_t *row = dtype == MILLM_4BIT ? nibble_row(w, o) : (const uint8_t *) millm_weight_row(w, o);
+	int64_t		stride = dtype == MILLM_4BIT ? w->n_in / 2 : dtype == MILLM_INT8 ? w->n_in : 2 * w->stride;
 	const char *ahead = (const char *) row + ROWS * stride + ROWS * i / BLOCK * bytes_of_block;
 
 	row += i / BLOCK * bytes_of_block;
@@ -185,7 +244,7 @@ fill_panel(Workspace *work, const MillmWeight *w, MillmDtype dtype, int64_t o, i
 		for (int r = 0; r < n_rows; r++)
 			memcpy(work->tail[r], row + r * stride, (size_t) (depth / BLOCK * bytes_of_block));
 		row = work->tail[0];
-		stride = DEPTH;
+		stride = sizeof(work->tail[0]);
 	}
 	for (int v = 0; v < 2; v++)
 		for (int b = 0; b < depth / BLOCK; b++)
@@ -196,8 +255,10 @@ fill_panel(Workspace *work, const MillmWeight *w, MillmDtype dtype, int64_t o, i
 				_mm_prefetch(ahead, _MM_HINT_T1);
 			if (dtype == MILLM_4BIT)
 				unpack_4bit(work->panel[v] + b * PAIRS, p, stride, codebook);
-			else
+			else if (dtype == MILLM_INT8)
 				unpack_int8(work->panel[v] + b * PAIRS, p, stride);
+			else
+				unpack_16bit(work->panel[v] + b * PAIRS, work->scales[i / BLOCK + b] + 16 * v, p, stride, dtype);
 		}
 }
 
@@ -259,7 +320,7 @@ multiply(const Workspace *work, float *sums, MillmDtype dtype, const char *x, co
 
 				for (int u = 1; u < n_parts; u++)
 					acc[v][t][0] = _mm512_add_epi32(acc[v][t][0], acc[v][t][u]);
-				if (dtype == MILLM_4BIT)
+				if (dtype != MILLM_INT8)
 					f = _mm512_mul_ps(f, _mm512_loadu_ps(scales + 16 * v));
 				_mm512_store_ps(y, _mm512_fmadd_ps(_mm512_cvtepi32_ps(acc[v][t][0]), f, _mm512_load_ps(y)));
 			}
@@ -380,21 +441,18 @@ matmul(const MillmMatmul *m, int64_t begin, int64_t end, MillmDtype dtype)
 	}
 }
 
-static void
-matmul_4bit(const MillmMatmul *m, int64_t begin, int64_t end)
-{
-	matmul(m, begin, end, MILLM_4BIT);
-}
-
-static void
-matmul_int8(const MillmMatmul *m, int64_t begin, int64_t end)
-{
-	matmul(m, begin, end, MILLM_INT8);
-}
+#define MATMUL(name, dtype) \
+static void matmul_##name(const MillmMatmul *m, int64_t begin, int64_t end) { matmul(m, begin, end, dtype); }
+MATMUL(f16, MILLM_F16)
+MATMUL(bf16, MILLM_BF16)
+MATMUL(4bit, MILLM_4BIT)
+MATMUL(int8, MILLM_INT8)
 
 void
 millm_kernels_avx512_tiles(MillmKernels *k)
 {
+	k->matmul[MILLM_FORM_I16_TILES][MILLM_F16][0] = matmul_f16;
+	k->matmul[MILLM_FORM_I16_TILES][MILLM_BF16][0] = matmul_bf16;
 	k->matmul[MILLM_FORM_I16_TILES][MILLM_4BIT][0] = matmul_4bit;
 	k->matmul[MILLM_FORM_I16_TILES][MILLM_INT8][0] = matmul_int8;
 	k->pack_group[MILLM_FORM_I16_TILES] = pack_group;
