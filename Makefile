@@ -76,7 +76,7 @@ BRIDGE        = $(BUILD)/millm-bridge
 PROGRAMS      = $(BUILD)/millm-engine $(BUILD)/millm-hub $(BRIDGE)
 
 # Instruction sets belong to single files; nothing that others link may be compiled with them.
-$(BUILD)/src/kernel/avx2.o $(BUILD)/src/kernel/avx2_quant.o: ISA = -mavx2 -mfma -mf16c
+$(BUILD)/src/kernel/avx2.o $(BUILD)/src/kernel/avx2_quant.o $(BUILD)/src/kernel/avx2_tiles.o: ISA = -mavx2 -mfma -mf16c
 AVX512_ISA = -mavx512f -mavx512bw -mavx512vl -mavx512dq -mavx512bf16 -mavx512vnni -mavx512vbmi -mfma -mf16c
 $(BUILD)/src/kernel/avx512.o $(BUILD)/src/kernel/avx512_quant.o $(BUILD)/src/kernel/avx512_tiles.o $(BUILD)/src/kernel/amx.o: ISA = $(AVX512_ISA)
 $(BUILD)/src/kernel/%.o:      OPT = -O3

@@ -43,7 +43,11 @@ finish(const MillmMatmul *m, int64_t t, int64_t o, float sum)
 /* The matmul with a panel of weights that was dequantized to F32. */
 extern void millm_avx2_f32_rows(const MillmMatmul *m, int64_t begin, int64_t end);
 
-/* The quantized formats' part of the table (avx2_quant.c). */
+/* The quantized formats' part of the table (avx2_quant.c), and MILLM_FORM_I16_TILES' (avx2_tiles.c). */
 extern void millm_kernels_avx2_quant(MillmKernels *k);
+extern void millm_kernels_avx2_tiles(MillmKernels *k);
+
+/* s [n_in / 64] = the scales of the blocks of row o of a 4-bit weight of whole blocks. */
+extern void millm_avx2_row_scales(float *s, const MillmWeight *w, int64_t o);
 
 #endif

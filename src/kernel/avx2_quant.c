@@ -13,6 +13,7 @@
 #include <string.h>
 
 #define MIN_PANEL_TOKENS	8
+#define MIN_TILES_TOKENS	8
 #define PANEL_BYTES			(128 * 1024)
 #define TOKENS				4		/* that share one unpacking of 4-bit weights */
 #define PANEL_TOKENS		4		/* of 4-bit weights: a tile is 3 x 4 */
@@ -23,12 +24,6 @@
 #define MAX_GROUPS			1024	/* of 64 weights, in a row of the fast path */
 #define I16_MAX				32767.0f
 #define CODEBOOK_MAX		8191.0f	/* 8 * 8191 * 32767 < 2^31 */
-
-INLINE const uint8_t *
-nibble_row(const MillmWeight *w, int64_t o)
-{
-	return (const uint8_t *) w->data + (w->first + o * w->n_in) / 2;
-}
 
 /* s[n] = the scales of n groups of 64 from group first of the tensor on. */
 static void
@@ -54,9 +49,9 @@ group_scales(float *s, const MillmWeight *w, int64_t first, int64_t n)
 	}
 }
 
-/* The same for the usual case: nested blocks of 64, eight at a time within their nested block. */
-static void
-row_scales(float *s, const MillmWeight *w, int64_t o)
+/* Faster in the usual case: nested blocks of 64, eight at a time within their nested block. */
+void
+millm_avx2_row_scales(float *s, const MillmWeight *w, int64_t o)
 {
 	const int64_t first = (w->first + o * w->n_in) / 64;
 	const int64_t n = w->n_in / 64;
@@ -146,10 +141,10 @@ i16_rows(const MillmMatmul *m, int64_t t, int n_tokens, int64_t begin, int64_t e
 
 	for (int64_t o = begin; o < end; o++)
 	{
-		const uint8_t *row = nibble_row(w, o);
+		const uint8_t *row = millm_nibble_row(w, o);
 		__m256		acc[TOKENS];
 
-		row_scales(scales, w, o);
+		millm_avx2_row_scales(scales, w, o);
 		for (int j = 0; j < n_tokens; j++)
 			acc[j] = _mm256_setzero_ps();
 		for (int64_t i = 0; i < n; i += 64)
@@ -206,15 +201,6 @@ matmul_i16_nibbles(const MillmMatmul *m, int64_t begin, int64_t end)
 
 /* ---- INT8, few tokens: float32 ---- */
 
-INLINE float
-int8_scale(const MillmWeight *w, int64_t o)
-{
-	float		scb;
-
-	memcpy(&scb, (const char *) w->scale + o * 4, 4);
-	return scb * 0.007874015718698502f;	/* 1 / 127 */
-}
-
 INLINE __m256
 load_int8(const char *p)
 {
@@ -233,7 +219,7 @@ int8_rows(const MillmMatmul *m, int64_t t, int n_tokens, int64_t begin, int64_t 
 	for (int64_t o = begin; o < end; o++)
 	{
 		const char *row = millm_weight_row(m->w, o);
-		const float scale = int8_scale(m->w, o);
+		const float scale = millm_int8_scale(m->w, o);
 		__m256		acc[INT8_TOKENS][4];
 		int64_t		i = 0;
 
@@ -321,7 +307,7 @@ matmul_int8(const MillmMatmul *m, int64_t begin, int64_t end)
 			const char *row = millm_weight_row(m->w, o + r);
 			int64_t		i = 0;
 
-			scale[r] = int8_scale(m->w, o + r);
+			scale[r] = millm_int8_scale(m->w, o + r);
 			for (; i + 8 <= n; i += 8)
 			{
 				if (i % 64 == 0)
@@ -342,10 +328,10 @@ row_to_f32(float *y, const MillmWeight *w, int64_t o)
 	const __m256 low_values = _mm256_loadu_ps(w->codebook);
 	const __m256 high_values = _mm256_loadu_ps(w->codebook + 8);
 	const __m128i nibble = _mm_set1_epi8(0x0F);
-	const uint8_t *row = nibble_row(w, o);
+	const uint8_t *row = millm_nibble_row(w, o);
 	float		scales[MAX_GROUPS];
 
-	row_scales(scales, w, o);
+	millm_avx2_row_scales(scales, w, o);
 	for (int64_t i = 0; i < w->n_in; i += 32)
 	{
 		__m128i		v = _mm_loadu_si128((const __m128i *) (row + i / 2));
@@ -493,10 +479,33 @@ matmul_panels(const MillmMatmul *m, int64_t begin, int64_t end)
 	}
 }
 
+INLINE bool
+is_fast_4bit(const MillmWeight *w)
+{
+	return w->dtype == MILLM_4BIT && millm_is_blocky(w) && w->n_in / 64 <= MAX_GROUPS;
+}
+
+/* Can it be multiplied in tiles of int16? */
+INLINE bool
+has_i16_tiles(const MillmWeight *w)
+{
+	if (w->dtype == MILLM_INT8 || w->dtype == MILLM_BF16)
+		return !w->in_out && w->n_in % 64 == 0 && w->n_in / 64 <= MAX_GROUPS;
+	return is_fast_4bit(w);
+}
+
 static MillmForm
 best_form(const MillmWeight *w, int n_tokens)
 {
-	return w->dtype == MILLM_4BIT && millm_is_blocky(w) && w->n_in / 64 <= MAX_GROUPS && n_tokens < MIN_PANEL_TOKENS ? MILLM_FORM_I16_NIBBLES : MILLM_FORM_F32;
+	if (n_tokens >= MIN_TILES_TOKENS && has_i16_tiles(w))
+		return MILLM_FORM_I16_TILES;
+	return is_fast_4bit(w) ? MILLM_FORM_I16_NIBBLES : MILLM_FORM_F32;
+}
+
+static MillmForm
+fixed_form(const MillmWeight *w)
+{
+	return (w->dtype == MILLM_4BIT || w->dtype == MILLM_INT8) && has_i16_tiles(w) ? MILLM_FORM_I16_TILES : MILLM_FORM_F32;
 }
 
 void
@@ -507,6 +516,8 @@ millm_kernels_avx2_quant(MillmKernels *k)
 	k->matmul[MILLM_FORM_F32][MILLM_INT8][0] = matmul_int8;
 	k->matmul[MILLM_FORM_I16_NIBBLES][MILLM_4BIT][0] = matmul_i16_nibbles;
 	k->pack[MILLM_FORM_I16_NIBBLES] = pack_i16_nibbles;
+	millm_kernels_avx2_tiles(k);
 	k->best_form = best_form;
+	k->fixed_form = fixed_form;
 }
 #endif

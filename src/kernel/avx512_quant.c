@@ -31,6 +31,7 @@
 #define MIN_4BIT_TILES_TOKENS	6
 #define MIN_TILES_TOKENS	8
 #define PANEL_BYTES			(128 * 1024)
+#define MAX_GROUPS			1024	/* of 64 weights, in a row of the fast paths */
 #define TOKENS				4		/* that share one unpacking of the weights */
 #define I16_ROWS			2		/* of INT8 that share one load of the activations */
 #define I16_MAX				32767.0f
@@ -112,7 +113,7 @@ i16_tile(const MillmMatmul *m, int64_t t, int n_tokens, int64_t o, int n_rows, _
 	const int64_t n = m->w->n_in;
 	const int64_t padded = (n + 127) / 128 * 128;
 	const char *x = (const char *) m->x + t * m->x_stride;
-	const uint8_t *row = nibble_row(m->w, o);
+	const uint8_t *row = millm_nibble_row(m->w, o);
 	__m512		acc[TOKENS][2];
 
 	for (int j = 0; j < n_tokens; j++)
@@ -258,7 +259,7 @@ int8_i16_tile(const MillmMatmul *m, int64_t t, int n_tokens, int64_t o, int n_ro
 	}
 	for (int r = 0; r < n_rows; r++)
 	{
-		float		scale = int8_scale(m->w, o + r);
+		float		scale = millm_int8_scale(m->w, o + r);
 
 		for (int j = 0; j < n_tokens; j++)
 			finish(m, t + j, o + r, scale * *(const float *) (x + j * m->x_stride + padded * 2) * _mm512_reduce_add_ps(sum[j][r]));
@@ -353,7 +354,7 @@ int8_tile(const MillmMatmul *m, int64_t t, int n_tokens, int64_t o, int n_rows, 
 	}
 	for (int r = 0; r < n_rows; r++)
 	{
-		float		scale = int8_scale(m->w, o + r);
+		float		scale = millm_int8_scale(m->w, o + r);
 
 		for (int j = 0; j < n_tokens; j++)
 			finish(m, t + j, o + r, scale * _mm512_reduce_add_ps(_mm512_add_ps(acc[j][r][0], acc[j][r][1])));
@@ -427,7 +428,7 @@ row_to_bf16_nibbles(uint16_t *y, const MillmWeight *w, int64_t o, const float *s
 	const __m512 codebook = _mm512_loadu_ps(w->codebook);
 	const __m512i nibble = _mm512_set1_epi16(15);
 	const __m512i second_block = _mm512_maskz_set1_epi16(0xFFFF0000, 16);
-	const uint8_t *row = nibble_row(w, o);
+	const uint8_t *row = millm_nibble_row(w, o);
 
 	for (int64_t i = 0; i < w->n_in; i += 128, y += 128)
 	{
@@ -514,7 +515,7 @@ matmul_int8_bf16_form(const MillmMatmul *m, int64_t begin, int64_t end)
 		{
 			const char *row = millm_weight_row(m->w, o + r);
 
-			scale[r] = int8_scale(m->w, o + r);
+			scale[r] = millm_int8_scale(m->w, o + r);
 			for (int64_t i = 0; i < n; i += 16)
 			{
 				__mmask16	mask = first_lanes(n - i);

@@ -6,24 +6,6 @@
 
 #include "avx512.h"
 
-#define MAX_GROUPS	1024			/* of 64 weights, in a row of the fast paths */
-
-/* Byte 0 of row o of a 4-bit weight whose rows begin with a byte. */
-INLINE const uint8_t *
-nibble_row(const MillmWeight *w, int64_t o)
-{
-	return (const uint8_t *) w->data + (w->first + o * w->n_in) / 2;
-}
-
-INLINE float
-int8_scale(const MillmWeight *w, int64_t o)
-{
-	float		scb;
-
-	memcpy(&scb, (const char *) w->scale + o * 4, 4);
-	return scb * 0.007874015718698502f;	/* 1 / 127 */
-}
-
 /* ---- scales of the blocks of a row ---- */
 
 typedef struct MapPlanes

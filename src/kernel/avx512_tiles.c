@@ -1,16 +1,5 @@
 /*
- * avx512_tiles.c -- matmuls of MILLM_FORM_I16_TILES: weights of 4, 8 and 16 bits with activations of int16, for any number of tokens.
- *
- * A vector's lanes are sixteen outputs.  Weights of 32 rows are turned into a panel, whose vectors have two weights of each row as int16:
- *   4BIT        from a codebook of 12 bits and a sign
- *   INT8        as they are
- *   BF16, F16   in units of a power of two, 2^-12 of the least above all 64 of a block: those of the upper five binades of bfloat16 are exact
- * vpdpwssd multiplies them with two values of one token, which all lanes share; values have 13 bits and a sign, and a scale for each 64 of
- * them.  So the products of a block of 64 add up exactly, below 2^31, and only then meet its scales, in float32: block by block, in the
- * order of the row.  What is lost beside that is the rounding of a weight to at most 1.2e-4 of its block's largest (2.4e-4 where it
- * had 16 bits) and of a value to 6.1e-5 of its block's: bfloat16 loses 2e-3 of every value.
- *
- * No sum depends on the range of outputs or on the other tokens: an answer's bits are the same in any company.
+ * avx512_tiles.c -- matmuls in tiles of int16 (tiles.h) for CPUs with AVX512-VNNI.
  *
  * Why not vdpbf16ps: Intel's cores that have it begin one in two cycles, but two vpdpwssd in each (Emerald Rapids: 86 and 355
  * GFLOP/s a core; 174 with float32).
@@ -23,79 +12,75 @@
 #include <math.h>
 #include <string.h>
 
-#define BLOCK			64			/* values that share a scale */
-#define PAIRS			(BLOCK / 2)
-#define ROWS			32			/* outputs of a panel: two vectors */
-#define DEPTH			512			/* weights of a row that are in the panel at a time */
-#define TOKENS			256			/* that share one unpacking of the weights */
-#define GROUP			MILLM_I16_TILE_TOKENS
-#define VALUE_MAX		8191.0f
-#define CODEBOOK_MAX	4095.0f		/* the largest weight: 64 * 4095 * 8191 < 2^31 */
+#define LANES			16
+#define V(name)			_mm512_##name
+#define TOKENS_AT_ONCE	8
 
-typedef struct Workspace
-{
-	_Alignas(64) __m512i panel[2][DEPTH / 2];	/* of rows 0..15 and 16..31: [block, pair] */
-	float		sums[TOKENS][ROWS];
-	float		scales[MAX_GROUPS][ROWS];	/* of blocks of weights, and of the codebook; not of INT8 */
-	float		row_scales[MAX_GROUPS + 64];
-	uint8_t		tail[ROWS][2 * DEPTH];	/* copies of the last rows, where there are fewer than 32 */
-	MapPlanes	planes;
-} Workspace;
+typedef __m512i Ints;
+typedef __m512 Floats;
+typedef __m512i Codebook;		/* twice, so that what lies above a nibble does not matter */
+typedef MapPlanes ScaleTables;
 
-/* Bytes of a block of 64 values of n_tokens tokens: their pairs, then their scales. */
-INLINE int64_t
-block_bytes(int n_tokens)
+INLINE void
+prefetch_line(const char *p)
 {
-	return (PAIRS * 4 + 4) * n_tokens;
+	_mm_prefetch(p, _MM_HINT_T1);
+}
+
+/* ---- 4-bit weights' codes and scales ---- */
+
+INLINE void
+load_codebook(Codebook *b, const int16_t *codes)
+{
+	*b = _mm512_broadcast_i64x4(_mm256_loadu_si256((const __m256i *) codes));
+}
+
+INLINE void
+load_scale_tables(ScaleTables *t, const MillmWeight *w)
+{
+	if (w->nested_block_size > 0)
+		split_map(t, w->nested_map);
+}
+
+INLINE void
+decode_scales(float *s, const ScaleTables *t, const MillmWeight *w, int64_t o, int n_rows)
+{
+	group_scales(s, w, t, first_group(w, o), n_rows * w->n_in / 64);
 }
 
 /* ---- activations ---- */
 
-/*
- * Elements 1 5, 0 4, 3 7, 2 6 of each eight make a pair: what the nibbles of an 8 and of a 5 shifted 32-bit word of weights are, and
- * what int8 ones are made to be.
- */
-static void
-pack_group(void *packed, const float *x, int64_t x_stride, int n_tokens, int64_t n)
+INLINE float
+quantize_block(int32_t *pairs, const float *x)
 {
 	static const uint16_t order[32] = {1, 5, 0, 4, 3, 7, 2, 6, 9, 13, 8, 12, 11, 15, 10, 14, 17, 21, 16, 20, 19, 23, 18, 22, 25, 29, 24, 28, 27, 31, 26, 30};
 	const __m512i in_pairs = _mm512_loadu_si512(order);
-	char	   *y = packed;
+	__m512		v[4];
+	__m512		max = _mm512_setzero_ps();
+	__m512		inverse;
+	__mmask16	is_nan = 0;
+	float		largest;
 
-	for (int64_t i = 0; i < n; i += BLOCK, y += block_bytes(n_tokens))
-		for (int t = 0; t < n_tokens; t++)
-		{
-			int32_t		pairs[PAIRS];
-			__m512		v[4];
-			__m512		max = _mm512_setzero_ps();
-			__mmask16	is_nan = 0;
-			__m512		inverse;
-			float		largest, scale;
+	for (int u = 0; u < 4; u++)
+	{
+		v[u] = _mm512_loadu_ps(x + 16 * u);
+		max = _mm512_max_ps(max, _mm512_abs_ps(v[u]));
+		is_nan |= _mm512_cmp_ps_mask(v[u], v[u], _CMP_UNORD_Q);
+	}
+	largest = is_nan ? NAN : _mm512_reduce_max_ps(max);
+	/* a block of zeros, or so small that its inverse is none, counts as zeros */
+	inverse = _mm512_set1_ps(largest > MILLM_I16_TILE_VALUE * 0x1p-126f ? MILLM_I16_TILE_VALUE / largest : 0);
+	for (int h = 0; h < 2; h++)
+	{
+		__m256i		low = _mm512_cvtsepi32_epi16(_mm512_cvtps_epi32(_mm512_mul_ps(v[2 * h], inverse)));
+		__m256i		high = _mm512_cvtsepi32_epi16(_mm512_cvtps_epi32(_mm512_mul_ps(v[2 * h + 1], inverse)));
 
-			for (int u = 0; u < 4; u++)
-			{
-				v[u] = _mm512_loadu_ps(x + t * x_stride + i + 16 * u);
-				max = _mm512_max_ps(max, _mm512_abs_ps(v[u]));
-				is_nan |= _mm512_cmp_ps_mask(v[u], v[u], _CMP_UNORD_Q);
-			}
-			largest = is_nan ? NAN : _mm512_reduce_max_ps(max);
-			scale = largest / VALUE_MAX;
-			/* a block of zeros, or so small that its inverse is none, counts as zeros */
-			inverse = _mm512_set1_ps(largest > VALUE_MAX * 0x1p-126f ? VALUE_MAX / largest : 0);
-			for (int h = 0; h < 2; h++)
-			{
-				__m256i		low = _mm512_cvtsepi32_epi16(_mm512_cvtps_epi32(_mm512_mul_ps(v[2 * h], inverse)));
-				__m256i		high = _mm512_cvtsepi32_epi16(_mm512_cvtps_epi32(_mm512_mul_ps(v[2 * h + 1], inverse)));
-
-				_mm512_storeu_si512(pairs + 16 * h, _mm512_permutexvar_epi16(in_pairs, _mm512_inserti64x4(_mm512_castsi256_si512(low), high, 1)));
-			}
-			for (int p = 0; p < PAIRS; p++)
-				memcpy(y + 4 * (p * n_tokens + t), &pairs[p], 4);
-			memcpy(y + 4 * (PAIRS * n_tokens + t), &scale, 4);
-		}
+		_mm512_storeu_si512(pairs + 16 * h, _mm512_permutexvar_epi16(in_pairs, _mm512_inserti64x4(_mm512_castsi256_si512(low), high, 1)));
+	}
+	return largest / MILLM_I16_TILE_VALUE;
 }
 
-/* ---- the panel ---- */
+/* ---- weights ---- */
 
 /* 16 bytes of rows i, 4 + i, 8 + i and 12 + i. */
 INLINE __m512i
@@ -128,9 +113,8 @@ load_words(__m512i *word, const uint8_t *row, int64_t stride)
 	word[3] = _mm512_unpackhi_epi64(high01, high23);
 }
 
-/* A block of 16 rows: 32 vectors of pairs. */
 INLINE void
-unpack_4bit(__m512i *panel, const uint8_t *row, int64_t stride, __m512i codebook)
+unpack_4bit(__m512i *panel, const uint8_t *row, int64_t stride, const Codebook *codebook)
 {
 	for (int i = 0; i < 2; i++)
 	{
@@ -139,10 +123,10 @@ unpack_4bit(__m512i *panel, const uint8_t *row, int64_t stride, __m512i codebook
 		load_words(word, row + 16 * i, stride);
 		for (int k = 0; k < 4; k++, panel += 4)
 		{
-			_mm512_store_si512(panel, _mm512_permutexvar_epi16(word[k], codebook));
-			_mm512_store_si512(panel + 1, _mm512_permutexvar_epi16(_mm512_srli_epi16(word[k], 4), codebook));
-			_mm512_store_si512(panel + 2, _mm512_permutexvar_epi16(_mm512_srli_epi16(word[k], 8), codebook));
-			_mm512_store_si512(panel + 3, _mm512_permutexvar_epi16(_mm512_srli_epi16(word[k], 12), codebook));
+			_mm512_store_si512(panel, _mm512_permutexvar_epi16(word[k], *codebook));
+			_mm512_store_si512(panel + 1, _mm512_permutexvar_epi16(_mm512_srli_epi16(word[k], 4), *codebook));
+			_mm512_store_si512(panel + 2, _mm512_permutexvar_epi16(_mm512_srli_epi16(word[k], 8), *codebook));
+			_mm512_store_si512(panel + 3, _mm512_permutexvar_epi16(_mm512_srli_epi16(word[k], 12), *codebook));
 		}
 	}
 }
@@ -194,14 +178,14 @@ unpack_16bit(__m512i *panel, float *units, const uint8_t *row, int64_t stride, M
 	/* from a weight's exponent field to that of a unit */
 	const int	to_unit = dtype == MILLM_BF16 ? -11 : 101;
 	const __m512i no_sign = _mm512_set1_epi16(0x7FFF);
-	__m512i		word[PAIRS];
+	__m512i		word[32];
 	__m512i		max = _mm512_setzero_si512();
 	__m512i		exponent, unit;
 	__m512		magic;
 
-	for (int k = 0; k < PAIRS; k += 4)
+	for (int k = 0; k < 32; k += 4)
 		load_words(word + k, row + 4 * k, stride);
-	for (int k = 0; k < PAIRS; k++)
+	for (int k = 0; k < 32; k++)
 		max = _mm512_max_epu16(max, _mm512_and_si512(word[k], no_sign));
 	max = _mm512_max_epu16(max, _mm512_srli_epi32(max, 16));
 	exponent = _mm512_srli_epi32(_mm512_and_si512(max, _mm512_set1_epi32(0xFFFF)), (unsigned) exponent_at);
@@ -212,7 +196,7 @@ unpack_16bit(__m512i *panel, float *units, const uint8_t *row, int64_t stride, M
 	/* one that has none above all its weights, infinity or NaN among them, is NaN */
 	unit = _mm512_mask_mov_epi32(unit, _mm512_cmpgt_epi32_mask(exponent, _mm512_set1_epi32(dtype == MILLM_BF16 ? 242 : 30)), _mm512_set1_epi32(0x7FC00000));
 	_mm512_storeu_si512(units, unit);
-	for (int k = 0; k < PAIRS; k += 4, panel += 4)
+	for (int k = 0; k < 32; k += 4, panel += 4)
 		for (int j = 0; j < 2; j++)
 		{
 			__m512i		odd_low = _mm512_castps_si512(_mm512_add_ps(odd_floats(word[k + j], dtype), magic));
@@ -225,228 +209,9 @@ unpack_16bit(__m512i *panel, float *units, const uint8_t *row, int64_t stride, M
 		}
 }
 
-/*
- * Rows o .. o + n_rows of w, weights i .. i + depth.  Asks for as many bytes of the next 32 rows, in the order in which they lie: memory
- * sees one stream, not 32.
- */
-INLINE void
-fill_panel(Workspace *work, const MillmWeight *w, MillmDtype dtype, int64_t o, int n_rows, int64_t i, int depth, __m512i codebook, bool prefetch)
-{
-	const int	bytes_of_block = dtype == MILLM_4BIT ? BLOCK / 2 : dtype == MILLM_INT8 ? BLOCK : 2 * BLOCK;
-	const uint8_t *row = dtype == MILLM_4BIT ? nibble_row(w, o) : (const uint8_t *) millm_weight_row(w, o);
-	int64_t		stride = dtype == MILLM_4BIT ? w->n_in / 2 : dtype == MILLM_INT8 ? w->n_in : 2 * w->stride;
-	const char *ahead = (const char *) row + ROWS * stride + ROWS * i / BLOCK * bytes_of_block;
+#include "tiles.h"
 
-	row += i / BLOCK * bytes_of_block;
-	if (n_rows < ROWS)
-	{
-		memset(work->tail, 0, sizeof(work->tail));
-		for (int r = 0; r < n_rows; r++)
-			memcpy(work->tail[r], row + r * stride, (size_t) (depth / BLOCK * bytes_of_block));
-		row = work->tail[0];
-		stride = sizeof(work->tail[0]);
-	}
-	for (int v = 0; v < 2; v++)
-		for (int b = 0; b < depth / BLOCK; b++)
-		{
-			const uint8_t *p = row + v * 16 * stride + b * bytes_of_block;
-
-			for (int line = 0; prefetch && line < 16 * bytes_of_block; line += 64, ahead += 64)
-				_mm_prefetch(ahead, _MM_HINT_T1);
-			if (dtype == MILLM_4BIT)
-				unpack_4bit(work->panel[v] + b * PAIRS, p, stride, codebook);
-			else if (dtype == MILLM_INT8)
-				unpack_int8(work->panel[v] + b * PAIRS, p, stride);
-			else
-				unpack_16bit(work->panel[v] + b * PAIRS, work->scales[i / BLOCK + b] + 16 * v, p, stride, dtype);
-		}
-}
-
-/* work->scales of n_rows rows from o on, 0 for those that are not there. */
-INLINE void
-turn_scales(Workspace *work, const MillmWeight *w, int64_t o, int n_rows)
-{
-	const int64_t n_groups = w->n_in / BLOCK;
-	const int	at_once = (int) (MAX_GROUPS / n_groups);	/* rows that are decoded together */
-
-	for (int r = 0; r < ROWS; r++)
-	{
-		const int64_t at = r % at_once * n_groups;
-
-		if (r < n_rows && at == 0)
-			group_scales(work->row_scales, w, &work->planes, first_group(w, o + r), (n_rows - r < at_once ? n_rows - r : at_once) * n_groups);
-		for (int64_t g = 0; g < n_groups; g++)
-			work->scales[g][r] = r < n_rows ? work->row_scales[at + g] * (1 / CODEBOOK_MAX) : 0;
-	}
-}
-
-/* ---- products ---- */
-
-/*
- * sums [n_tokens, 32] += the panel's n_blocks blocks times x.  Few tokens keep n_parts sums each, so that no product waits for the one before.
- */
-INLINE void
-multiply(const Workspace *work, float *sums, MillmDtype dtype, const char *x, const float *scales, int n_blocks, int n_tokens, int n_parts)
-{
-	for (int b = 0; b < n_blocks; b++, x += block_bytes(n_tokens), scales += ROWS)
-	{
-		const int32_t *pairs = (const int32_t *) x;
-		const float *x_scale = (const float *) (x + PAIRS * 4 * n_tokens);
-		__m512i		acc[2][GROUP][4];
-
-		for (int v = 0; v < 2; v++)
-			for (int t = 0; t < n_tokens; t++)
-				for (int u = 0; u < n_parts; u++)
-					acc[v][t][u] = _mm512_setzero_si512();
-		for (int p = 0; p < PAIRS; p += n_parts)
-			for (int u = 0; u < n_parts; u++)
-			{
-				__m512i		w0 = _mm512_load_si512(&work->panel[0][b * PAIRS + p + u]),
-							w1 = _mm512_load_si512(&work->panel[1][b * PAIRS + p + u]);
-
-				for (int t = 0; t < n_tokens; t++)
-				{
-					__m512i		xt = _mm512_set1_epi32(pairs[(p + u) * n_tokens + t]);
-
-					add_products(&acc[0][t][u], w0, xt);
-					add_products(&acc[1][t][u], w1, xt);
-				}
-			}
-		for (int v = 0; v < 2; v++)
-			for (int t = 0; t < n_tokens; t++)
-			{
-				float	   *y = sums + t * ROWS + 16 * v;
-				__m512		f = _mm512_set1_ps(x_scale[t]);
-
-				for (int u = 1; u < n_parts; u++)
-					acc[v][t][0] = _mm512_add_epi32(acc[v][t][0], acc[v][t][u]);
-				if (dtype != MILLM_INT8)
-					f = _mm512_mul_ps(f, _mm512_loadu_ps(scales + 16 * v));
-				_mm512_store_ps(y, _mm512_fmadd_ps(_mm512_cvtepi32_ps(acc[v][t][0]), f, _mm512_load_ps(y)));
-			}
-	}
-}
-
-INLINE void
-multiply_group(const Workspace *work, float *sums, MillmDtype dtype, const char *x, const float *scales, int n_blocks, int n_tokens)
-{
-	switch (n_tokens)
-	{
-		case 1:
-			multiply(work, sums, dtype, x, scales, n_blocks, 1, 4);
-			break;
-		case 2:
-			multiply(work, sums, dtype, x, scales, n_blocks, 2, 4);
-			break;
-		case 3:
-			multiply(work, sums, dtype, x, scales, n_blocks, 3, 2);
-			break;
-		case 4:
-			multiply(work, sums, dtype, x, scales, n_blocks, 4, 2);
-			break;
-		case 5:
-			multiply(work, sums, dtype, x, scales, n_blocks, 5, 1);
-			break;
-		case 6:
-			multiply(work, sums, dtype, x, scales, n_blocks, 6, 1);
-			break;
-		case 7:
-			multiply(work, sums, dtype, x, scales, n_blocks, 7, 1);
-			break;
-		case 8:
-			multiply(work, sums, dtype, x, scales, n_blocks, 8, 1);
-			break;
-	}
-}
-
-/* y of n_tokens tokens from t on, outputs o .. o + n_rows. */
-INLINE void
-finish_panel(const MillmMatmul *m, MillmDtype dtype, const Workspace *work, int64_t t, int n_tokens, int64_t o, int n_rows)
-{
-	for (int r = 0; r < n_rows; r += 16)
-	{
-		const __mmask16 mask = first_lanes(n_rows - r);
-		const __m512 bias = m->bias ? _mm512_maskz_loadu_ps(mask, m->bias + o + r) : _mm512_setzero_ps();
-		__m512		scale = _mm512_set1_ps(1);
-
-		if (dtype == MILLM_INT8)
-		{
-			float		s[16];
-
-			for (int i = 0; i < 16; i++)
-				s[i] = r + i < n_rows ? int8_scale(m->w, o + r + i) : 0;
-			scale = _mm512_loadu_ps(s);
-		}
-		for (int j = 0; j < n_tokens; j++)
-		{
-			float	   *y = m->y + (t + j) * m->y_stride + o + r;
-			__m512		sum = _mm512_add_ps(_mm512_mul_ps(_mm512_load_ps(work->sums[j] + r), scale), bias);
-
-			if (m->accumulate)
-				sum = _mm512_add_ps(_mm512_maskz_loadu_ps(mask, y), sum);
-			_mm512_mask_storeu_ps(y, mask, sum);
-		}
-	}
-}
-
-INLINE int
-at_most(int64_t n, int limit)
-{
-	return n < limit ? (int) n : limit;
-}
-
-INLINE void
-matmul(const MillmMatmul *m, int64_t begin, int64_t end, MillmDtype dtype)
-{
-	const MillmWeight *w = m->w;
-	__m512i		codebook = _mm512_setzero_si512();
-	Workspace	work;
-
-	if (dtype == MILLM_4BIT)
-	{
-		int16_t		codes[32];
-
-		for (int i = 0; i < 32; i++)	/* twice, so that what lies above the nibble does not matter */
-			codes[i] = (int16_t) lrintf(w->codebook[i % 16] * CODEBOOK_MAX);
-		codebook = _mm512_loadu_si512(codes);
-		if (w->nested_block_size > 0)
-			split_map(&work.planes, w->nested_map);
-	}
-	for (int64_t t = 0; t < m->n_tokens; t += TOKENS)
-	{
-		const int	n_tokens = at_most(m->n_tokens - t, TOKENS);
-
-		for (int64_t o = begin; o < end; o += ROWS)
-		{
-			const int	n_rows = at_most(end - o, ROWS);
-
-			if (dtype == MILLM_4BIT)
-				turn_scales(&work, w, o, n_rows);
-			memset(work.sums, 0, sizeof(work.sums[0]) * (size_t) n_tokens);
-			for (int64_t i = 0; i < w->n_in; i += DEPTH)
-			{
-				const int	depth = at_most(w->n_in - i, DEPTH);
-
-				fill_panel(&work, w, dtype, o, n_rows, i, depth, codebook, t == 0);
-				for (int j = 0; j < n_tokens; j += GROUP)
-				{
-					const int	n_group = at_most(n_tokens - j, GROUP);
-					const char *x = (const char *) m->x + (t + j) * m->x_stride + i / BLOCK * block_bytes(n_group);
-
-					multiply_group(&work, work.sums[j], dtype, x, work.scales[i / BLOCK], depth / BLOCK, n_group);
-				}
-			}
-			finish_panel(m, dtype, &work, t, n_tokens, o, n_rows);
-		}
-	}
-}
-
-#define MATMUL(name, dtype) \
-static void matmul_##name(const MillmMatmul *m, int64_t begin, int64_t end) { matmul(m, begin, end, dtype); }
 MATMUL(f16, MILLM_F16)
-MATMUL(bf16, MILLM_BF16)
-MATMUL(4bit, MILLM_4BIT)
-MATMUL(int8, MILLM_INT8)
 
 void
 millm_kernels_avx512_tiles(MillmKernels *k)

@@ -18,6 +18,7 @@
 #include <stdbool.h>
 #include <stddef.h>
 #include <stdint.h>
+#include <string.h>
 
 #include "tensor.h"
 
@@ -39,8 +40,10 @@ extern unsigned millm_cpu_flags(void);
 /* Tokens of a group of MILLM_FORM_BF16_TILES; outputs that its matmuls compute together. */
 #define MILLM_TILE_TOKENS 16
 #define MILLM_TILE_OUTPUTS 32
-/* Tokens of a group of MILLM_FORM_I16_TILES. */
+/* Tokens of a group of MILLM_FORM_I16_TILES; the largest value, and 4-bit or 16-bit weight, in int16: 64 * 4095 * 8191 < 2^31. */
 #define MILLM_I16_TILE_TOKENS 8
+#define MILLM_I16_TILE_VALUE 8191.0f
+#define MILLM_I16_TILE_CODE 4095.0f
 
 /*
  * The form in which a matmul wants its activation.  F32 is the activation itself, rows as they lie;
@@ -64,7 +67,7 @@ typedef enum MillmForm
 	MILLM_FORM_BF16_TILES,
 	/*
 	 * int16 with a float32 scale for each 64 values, for weights whose rows are of such blocks; in groups of 8 tokens, of which the last has
-	 * what is left, T: for each block its 32 pairs [32, T, 2] in an order of the variant's, then the scales [T].
+	 * what is left, T: for each block its 32 pairs [32, T, 2], elements 1 5, 0 4, 3 7, 2 6 of each eight, then the scales [T].
 	 */
 	MILLM_FORM_I16_TILES,
 	MILLM_N_FORMS
@@ -188,6 +191,23 @@ static inline const char *
 millm_weight_row(const MillmWeight *w, int64_t i)
 {
 	return (const char *) w->data + millm_weight_bytes(w->dtype, i * w->stride);
+}
+
+/* Byte 0 of row o of a 4-bit weight whose rows begin with a byte. */
+static inline const uint8_t *
+millm_nibble_row(const MillmWeight *w, int64_t o)
+{
+	return (const uint8_t *) w->data + (w->first + o * w->n_in) / 2;
+}
+
+/* What the sums of row o of INT8 are multiplied by. */
+static inline float
+millm_int8_scale(const MillmWeight *w, int64_t o)
+{
+	float		scb;
+
+	memcpy(&scb, (const char *) w->scale + o * 4, 4);
+	return scb * 0.007874015718698502f;	/* 1 / 127, bitsandbytes' */
 }
 
 /*

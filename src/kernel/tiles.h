@@ -1,0 +1,299 @@
+/*
+ * tiles.h -- matmuls of MILLM_FORM_I16_TILES: weights of 4, 8 and 16 bits with activations of int16, for any number of tokens.  What
+ * avx2_tiles.c and avx512_tiles.c have in common; each defines its vectors and then includes it.
+ *
+ * A vector's lanes are outputs.  Weights of two vectors' rows are turned into a panel, whose vectors have two weights of each row as int16:
+ *   4BIT        from a codebook of 12 bits and a sign
+ *   INT8        as they are
+ *   BF16, F16   in units of a power of two, 2^-12 of the least above all 64 of a block: those of the upper five binades of bfloat16 are exact
+ * They are multiplied with two values of one token, which all lanes share; values have 13 bits and a sign, and a scale for each 64 of
+ * them.  So the products of a block of 64 add up exactly, below 2^31, and only then meet its scales, in float32: block by block, in the
+ * order of the row.  What is lost beside that is the rounding of a weight to at most 1.2e-4 of its block's largest (2.4e-4 where it
+ * had 16 bits) and of a value to 6.1e-5 of its block's: bfloat16 loses 2e-3 of every value.
+ *
+ * No sum depends on the range of outputs or on the other tokens: an answer's bits are the same in any company.
+ *
+ * To be defined before:
+ *   LANES, Ints, Floats, V(name)       of a vector, its types, and the intrinsic of that name: V(add_epi32)
+ *   TOKENS_AT_ONCE                     whose sums the registers hold
+ *   Codebook, ScaleTables              what a weight's codes, and its scales, are looked up in
+ *   load_codebook(b, codes [16]), load_scale_tables(t, w), decode_scales(s, t, w, o, n_rows)      s has room for 64 more
+ *   quantize_block(pairs, x)           64 values to 32 pairs, elements 1 5, 0 4, 3 7, 2 6 of each eight; returns the scale
+ *   unpack_4bit(panel, row, stride, codebook), unpack_int8(panel, row, stride), unpack_16bit(panel, units, row, stride, dtype)
+ *                                      64 weights of LANES rows to 32 vectors of such pairs
+ *   add_products(sums, a, b)           sums += products of pairs of int16
+ *   prefetch_line(p)
+ */
+#define BLOCK			64			/* values that share a scale */
+#define PAIRS			(BLOCK / 2)
+#define ROWS			(2 * LANES)	/* outputs of a panel */
+#define DEPTH			512			/* weights of a row that are in the panel at a time */
+#define TOKENS			256			/* that share one unpacking of the weights */
+#define GROUP			MILLM_I16_TILE_TOKENS
+#define MAX_GROUPS		1024		/* of 64 weights, in a row */
+
+typedef struct Workspace
+{
+	_Alignas(64) Ints panel[2][DEPTH / 2];	/* of the first and the second LANES rows: [block, pair] */
+	float		sums[TOKENS][ROWS];
+	float		scales[MAX_GROUPS][ROWS];	/* of blocks of weights, and of the codebook; not of INT8 */
+	float		row_scales[MAX_GROUPS + 64];
+	uint8_t		tail[ROWS][2 * DEPTH];	/* copies of the last rows, where there are too few */
+	ScaleTables tables;
+} Workspace;
+
+/* Bytes of a block of 64 values of n_tokens tokens: their pairs, then their scales. */
+INLINE int64_t
+block_bytes(int n_tokens)
+{
+	return (PAIRS * 4 + 4) * n_tokens;
+}
+
+static void
+pack_group(void *packed, const float *x, int64_t x_stride, int n_tokens, int64_t n)
+{
+	char	   *y = packed;
+
+	for (int64_t i = 0; i < n; i += BLOCK, y += block_bytes(n_tokens))
+		for (int t = 0; t < n_tokens; t++)
+		{
+			int32_t		pairs[PAIRS];
+			float		scale = quantize_block(pairs, x + t * x_stride + i);
+
+			for (int p = 0; p < PAIRS; p++)
+				memcpy(y + 4 * (p * n_tokens + t), &pairs[p], 4);
+			memcpy(y + 4 * (PAIRS * n_tokens + t), &scale, 4);
+		}
+}
+
+/*
+ * Rows o .. o + n_rows of w, weights i .. i + depth.  Asks for as many bytes of the rows that follow, in the order in which they lie: memory
+ * sees one stream, not ROWS.
+ */
+INLINE void
+fill_panel(Workspace *work, const MillmWeight *w, MillmDtype dtype, int64_t o, int n_rows, int64_t i, int depth, const Codebook *codebook, bool prefetch)
+{
+	const int	bytes_of_block = dtype == MILLM_4BIT ? BLOCK / 2 : dtype == MILLM_INT8 ? BLOCK : 2 * BLOCK;
+	const uint8_t *row = dtype == MILLM_4BIT ? millm_nibble_row(w, o) : (const uint8_t *) millm_weight_row(w, o);
+	int64_t		stride = dtype == MILLM_4BIT ? w->n_in / 2 : dtype == MILLM_INT8 ? w->n_in : 2 * w->stride;
+	const char *ahead = (const char *) row + ROWS * stride + ROWS * i / BLOCK * bytes_of_block;
+
+	row += i / BLOCK * bytes_of_block;
+	if (n_rows < ROWS)
+	{
+		memset(work->tail, 0, sizeof(work->tail));
+		for (int r = 0; r < n_rows; r++)
+			memcpy(work->tail[r], row + r * stride, (size_t) (depth / BLOCK * bytes_of_block));
+		row = work->tail[0];
+		stride = sizeof(work->tail[0]);
+	}
+	for (int v = 0; v < 2; v++)
+		for (int b = 0; b < depth / BLOCK; b++)
+		{
+			const uint8_t *p = row + v * LANES * stride + b * bytes_of_block;
+			Ints	   *panel = work->panel[v] + b * PAIRS;
+
+			for (int line = 0; prefetch && line < LANES * bytes_of_block; line += 64, ahead += 64)
+				prefetch_line(ahead);
+			if (dtype == MILLM_4BIT)
+				unpack_4bit(panel, p, stride, codebook);
+			else if (dtype == MILLM_INT8)
+				unpack_int8(panel, p, stride);
+			else
+				unpack_16bit(panel, work->scales[i / BLOCK + b] + LANES * v, p, stride, dtype);
+		}
+}
+
+/* work->scales of n_rows rows of 4 bits from o on, 0 for those that are not there. */
+INLINE void
+turn_scales(Workspace *work, const MillmWeight *w, int64_t o, int n_rows)
+{
+	const int64_t n_groups = w->n_in / BLOCK;
+	const int	at_once = (int) (MAX_GROUPS / n_groups);	/* rows that are decoded together */
+
+	for (int r = 0; r < ROWS; r++)
+	{
+		const int64_t at = r % at_once * n_groups;
+
+		if (r < n_rows && at == 0)
+			decode_scales(work->row_scales, &work->tables, w, o + r, n_rows - r < at_once ? n_rows - r : at_once);
+		for (int64_t g = 0; g < n_groups; g++)
+			work->scales[g][r] = r < n_rows ? work->row_scales[at + g] * (1 / MILLM_I16_TILE_CODE) : 0;
+	}
+}
+
+/*
+ * sums [n_tokens, ROWS] += the panel's n_blocks blocks times tokens first .. first + n_tokens of a group x of n_group.  Few tokens keep n_parts
+ * sums each, so that no product waits for the one before.
+ */
+INLINE void
+multiply(const Workspace *work, float *sums, MillmDtype dtype, const char *x, const float *scales, int n_blocks, int n_group, int first, int n_tokens, int n_parts)
+{
+	for (int b = 0; b < n_blocks; b++, x += block_bytes(n_group), scales += ROWS)
+	{
+		const int32_t *pairs = (const int32_t *) x + first;
+		const float *x_scale = (const float *) x + PAIRS * n_group + first;
+		Ints		acc[2][TOKENS_AT_ONCE][4];
+
+		for (int v = 0; v < 2; v++)
+			for (int t = 0; t < n_tokens; t++)
+				for (int u = 0; u < n_parts; u++)
+					acc[v][t][u] = V(set1_epi32) (0);
+		for (int p = 0; p < PAIRS; p += n_parts)
+			for (int u = 0; u < n_parts; u++)
+			{
+				Ints		w0 = work->panel[0][b * PAIRS + p + u],
+							w1 = work->panel[1][b * PAIRS + p + u];
+
+				for (int t = 0; t < n_tokens; t++)
+				{
+					Ints		xt = V(set1_epi32) (pairs[(p + u) * n_group + t]);
+
+					add_products(&acc[0][t][u], w0, xt);
+					add_products(&acc[1][t][u], w1, xt);
+				}
+			}
+		for (int v = 0; v < 2; v++)
+			for (int t = 0; t < n_tokens; t++)
+			{
+				float	   *y = sums + t * ROWS + LANES * v;
+				Floats		f = V(set1_ps) (x_scale[t]);
+
+				for (int u = 1; u < n_parts; u++)
+					acc[v][t][0] = V(add_epi32) (acc[v][t][0], acc[v][t][u]);
+				if (dtype != MILLM_INT8)
+					f = V(mul_ps) (f, V(loadu_ps) (scales + LANES * v));
+				V(storeu_ps) (y, V(fmadd_ps) (V(cvtepi32_ps) (acc[v][t][0]), f, V(loadu_ps) (y)));
+			}
+	}
+}
+
+INLINE void
+multiply_group(const Workspace *work, float *sums, MillmDtype dtype, const char *x, const float *scales, int n_blocks, int n_group)
+{
+	for (int first = 0; first < n_group; first += TOKENS_AT_ONCE)
+	{
+		float	   *y = sums + first * ROWS;
+
+		switch (n_group - first < TOKENS_AT_ONCE ? n_group - first : TOKENS_AT_ONCE)
+		{
+			case 1:
+				multiply(work, y, dtype, x, scales, n_blocks, n_group, first, 1, 4);
+				break;
+			case 2:
+				multiply(work, y, dtype, x, scales, n_blocks, n_group, first, 2, TOKENS_AT_ONCE / 2);
+				break;
+			case 3:
+				multiply(work, y, dtype, x, scales, n_blocks, n_group, first, 3, TOKENS_AT_ONCE / 4);
+				break;
+			case 4:
+				multiply(work, y, dtype, x, scales, n_blocks, n_group, first, 4, TOKENS_AT_ONCE / 4);
+				break;
+#if TOKENS_AT_ONCE > 4
+			case 5:
+				multiply(work, y, dtype, x, scales, n_blocks, n_group, first, 5, 1);
+				break;
+			case 6:
+				multiply(work, y, dtype, x, scales, n_blocks, n_group, first, 6, 1);
+				break;
+			case 7:
+				multiply(work, y, dtype, x, scales, n_blocks, n_group, first, 7, 1);
+				break;
+			case 8:
+				multiply(work, y, dtype, x, scales, n_blocks, n_group, first, 8, 1);
+				break;
+#endif
+		}
+	}
+}
+
+/* y of n_tokens tokens from t on, outputs o .. o + n_rows. */
+INLINE void
+finish_panel(const MillmMatmul *m, MillmDtype dtype, const Workspace *work, int64_t t, int n_tokens, int64_t o, int n_rows)
+{
+	float		scale[ROWS],
+				bias[ROWS];
+
+	for (int r = 0; r < n_rows; r++)
+	{
+		scale[r] = dtype == MILLM_INT8 ? millm_int8_scale(m->w, o + r) : 1;
+		bias[r] = m->bias ? m->bias[o + r] : 0;
+	}
+	for (int j = 0; j < n_tokens; j++)
+	{
+		const float *sums = work->sums[j];
+		float	   *y = m->y + (t + j) * m->y_stride + o;
+		int			r = 0;
+
+		for (; r + LANES <= n_rows; r += LANES)
+		{
+			Floats		sum = V(add_ps) (V(mul_ps) (V(loadu_ps) (sums + r), V(loadu_ps) (scale + r)), V(loadu_ps) (bias + r));
+
+			V(storeu_ps) (y + r, m->accumulate ? V(add_ps) (V(loadu_ps) (y + r), sum) : sum);
+		}
+		for (; r < n_rows; r++)
+		{
+			float		scaled = sums[r] * scale[r];
+			float		sum = scaled + bias[r];	/* not fused, as above */
+
+			y[r] = m->accumulate ? y[r] + sum : sum;
+		}
+	}
+}
+
+INLINE int
+at_most(int64_t n, int limit)
+{
+	return n < limit ? (int) n : limit;
+}
+
+INLINE void
+matmul(const MillmMatmul *m, int64_t begin, int64_t end, MillmDtype dtype)
+{
+	const MillmWeight *w = m->w;
+	Codebook	codebook;
+	Workspace	work;
+
+	if (dtype == MILLM_4BIT)
+	{
+		int16_t		codes[16];
+
+		for (int i = 0; i < 16; i++)
+			codes[i] = (int16_t) lrintf(w->codebook[i] * MILLM_I16_TILE_CODE);
+		load_codebook(&codebook, codes);
+		load_scale_tables(&work.tables, w);
+	}
+	for (int64_t t = 0; t < m->n_tokens; t += TOKENS)
+	{
+		const int	n_tokens = at_most(m->n_tokens - t, TOKENS);
+
+		for (int64_t o = begin; o < end; o += ROWS)
+		{
+			const int	n_rows = at_most(end - o, ROWS);
+
+			if (dtype == MILLM_4BIT)
+				turn_scales(&work, w, o, n_rows);
+			memset(work.sums, 0, sizeof(work.sums[0]) * (size_t) n_tokens);
+			for (int64_t i = 0; i < w->n_in; i += DEPTH)
+			{
+				const int	depth = at_most(w->n_in - i, DEPTH);
+
+				fill_panel(&work, w, dtype, o, n_rows, i, depth, &codebook, t == 0);
+				for (int j = 0; j < n_tokens; j += GROUP)
+				{
+					const int	n_group = at_most(n_tokens - j, GROUP);
+					const char *x = (const char *) m->x + (t + j) * m->x_stride + i / BLOCK * block_bytes(n_group);
+
+					multiply_group(&work, work.sums[j], dtype, x, work.scales[i / BLOCK], depth / BLOCK, n_group);
+				}
+			}
+			finish_panel(m, dtype, &work, t, n_tokens, o, n_rows);
+		}
+	}
+}
+
+#define MATMUL(name, dtype) \
+static void matmul_##name(const MillmMatmul *m, int64_t begin, int64_t end) { matmul(m, begin, end, dtype); }
+MATMUL(bf16, MILLM_BF16)
+MATMUL(4bit, MILLM_4BIT)
+MATMUL(int8, MILLM_INT8)
