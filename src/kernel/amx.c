@@ -363,7 +363,7 @@ best_form(const MillmWeight *w, int n_tokens)
 {
 	if (n_tokens >= MIN_TOKENS && !w->in_out && (w->dtype == MILLM_BF16 || w->dtype == MILLM_INT8 || (w->dtype == MILLM_4BIT && millm_is_blocky(w))))
 		return MILLM_FORM_BF16_TILES;
-	return millm_avx512_best_form(w, n_tokens);
+	return millm_avx512_best_form_slow_bf16(w, n_tokens);	/* whoever has AMX is Intel's */
 }
 
 void

@@ -485,27 +485,12 @@ is_fast_4bit(const MillmWeight *w)
 	return w->dtype == MILLM_4BIT && millm_is_blocky(w) && w->n_in / 64 <= MAX_GROUPS;
 }
 
-/* Can it be multiplied in tiles of int16? */
-INLINE bool
-has_i16_tiles(const MillmWeight *w)
-{
-	if (w->dtype == MILLM_INT8 || w->dtype == MILLM_BF16)
-		return !w->in_out && w->n_in % 64 == 0 && w->n_in / 64 <= MAX_GROUPS;
-	return is_fast_4bit(w);
-}
-
 static MillmForm
 best_form(const MillmWeight *w, int n_tokens)
 {
-	if (n_tokens >= MIN_TILES_TOKENS && has_i16_tiles(w))
+	if (n_tokens >= MIN_TILES_TOKENS && w->dtype != MILLM_F16 && millm_has_i16_tiles(w))
 		return MILLM_FORM_I16_TILES;
 	return is_fast_4bit(w) ? MILLM_FORM_I16_NIBBLES : MILLM_FORM_F32;
-}
-
-static MillmForm
-fixed_form(const MillmWeight *w)
-{
-	return (w->dtype == MILLM_4BIT || w->dtype == MILLM_INT8) && has_i16_tiles(w) ? MILLM_FORM_I16_TILES : MILLM_FORM_F32;
 }
 
 void
@@ -518,6 +503,5 @@ millm_kernels_avx2_quant(MillmKernels *k)
 	k->pack[MILLM_FORM_I16_NIBBLES] = pack_i16_nibbles;
 	millm_kernels_avx2_tiles(k);
 	k->best_form = best_form;
-	k->fixed_form = fixed_form;
 }
 #endif

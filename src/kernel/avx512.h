@@ -104,8 +104,8 @@ block_scale(const MillmWeight *w, int64_t block)
 extern void millm_avx512_f32_rows(const MillmMatmul *m, int64_t begin, int64_t end);
 extern void millm_avx512_bf16_form(const MillmMatmul *m, int64_t begin, int64_t end);
 
-/* The choice of form where there are AVX512-BF16 and VNNI. */
-extern MillmForm millm_avx512_best_form(const MillmWeight *w, int n_tokens);
+/* The choice of form where there are AVX512-BF16, slow, and VNNI. */
+extern MillmForm millm_avx512_best_form_slow_bf16(const MillmWeight *w, int n_tokens);
 
 /* The quantized formats' part of the table (avx512_quant.c). */
 extern void millm_kernels_avx512_quant(MillmKernels *k, unsigned cpu);

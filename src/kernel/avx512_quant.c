@@ -644,33 +644,18 @@ is_fast_4bit(const MillmWeight *w)
 	return w->dtype == MILLM_4BIT && millm_is_blocky(w) && w->n_in / 64 <= MAX_GROUPS;
 }
 
-/* Can it be multiplied in tiles of int16? */
-INLINE bool
-has_i16_tiles(const MillmWeight *w)
-{
-	if (w->dtype == MILLM_INT8 || w->dtype == MILLM_BF16 || w->dtype == MILLM_F16)
-		return !w->in_out && w->n_in % 64 == 0 && w->n_in / 64 <= MAX_GROUPS;
-	return is_fast_4bit(w);
-}
-
-static MillmForm
-fixed_form(const MillmWeight *w)
-{
-	return (w->dtype == MILLM_4BIT || w->dtype == MILLM_INT8) && has_i16_tiles(w) ? MILLM_FORM_I16_TILES : MILLM_FORM_F32;
-}
-
 static MillmForm
 best_form_without_bf16(const MillmWeight *w, int n_tokens)
 {
-	if (has_i16_tiles(w) && n_tokens >= (w->dtype == MILLM_4BIT ? MIN_4BIT_TILES_TOKENS : MIN_TILES_TOKENS))
+	if (millm_has_i16_tiles(w) && n_tokens >= (w->dtype == MILLM_4BIT ? MIN_4BIT_TILES_TOKENS : MIN_TILES_TOKENS))
 		return MILLM_FORM_I16_TILES;
 	if (w->dtype == MILLM_INT8)
 		return MILLM_FORM_I16;
 	return is_fast_4bit(w) ? MILLM_FORM_I16_NIBBLES : MILLM_FORM_F32;
 }
 
-MillmForm
-millm_avx512_best_form(const MillmWeight *w, int n_tokens)
+static MillmForm
+best_form(const MillmWeight *w, int n_tokens)
 {
 	if (w->dtype == MILLM_BF16)
 		return !w->in_out && n_tokens >= MIN_BF16_TOKENS ? MILLM_FORM_BF16 : MILLM_FORM_F32;
@@ -678,16 +663,18 @@ millm_avx512_best_form(const MillmWeight *w, int n_tokens)
 		return n_tokens >= MIN_MXFP4_TOKENS && fits_panel(w->n_in) ? MILLM_FORM_BF16 : MILLM_FORM_F32;
 	if (w->dtype == MILLM_INT8)
 		return n_tokens >= MIN_INT8_TOKENS && fits_panel(w->n_in) ? MILLM_FORM_BF16 : MILLM_FORM_I16;
+	if (is_fast_4bit(w) && n_tokens >= MIN_4BIT_TOKENS)
+		return fits_panel(w->n_in) ? MILLM_FORM_BF16_NIBBLES : MILLM_FORM_I16_TILES;
 	if (is_fast_4bit(w))
-		return n_tokens >= MIN_4BIT_TOKENS && fits_panel(w->n_in) ? MILLM_FORM_BF16_NIBBLES : MILLM_FORM_I16_NIBBLES;
-	return w->dtype == MILLM_F16 && n_tokens >= MIN_TILES_TOKENS && has_i16_tiles(w) ? MILLM_FORM_I16_TILES : MILLM_FORM_F32;
+		return MILLM_FORM_I16_NIBBLES;
+	return w->dtype == MILLM_F16 && n_tokens >= MIN_TILES_TOKENS && millm_has_i16_tiles(w) ? MILLM_FORM_I16_TILES : MILLM_FORM_F32;
 }
 
 /* Where products of bfloat16 are slow. */
-static MillmForm
-best_form_slow_bf16(const MillmWeight *w, int n_tokens)
+MillmForm
+millm_avx512_best_form_slow_bf16(const MillmWeight *w, int n_tokens)
 {
-	return has_i16_tiles(w) ? best_form_without_bf16(w, n_tokens) : millm_avx512_best_form(w, n_tokens);
+	return millm_has_i16_tiles(w) ? best_form_without_bf16(w, n_tokens) : best_form(w, n_tokens);
 }
 
 void
@@ -703,14 +690,13 @@ millm_kernels_avx512_quant(MillmKernels *k, unsigned cpu)
 	k->pack[MILLM_FORM_I16] = pack_i16;
 	millm_kernels_avx512_tiles(k);
 	k->best_form = best_form_without_bf16;
-	k->fixed_form = fixed_form;
 	if (cpu & MILLM_CPU_AVX512_BF16)
 	{
 		k->matmul[MILLM_FORM_BF16_NIBBLES][MILLM_4BIT][0] = matmul_bf16_nibbles;
 		k->pack[MILLM_FORM_BF16_NIBBLES] = pack_bf16_nibbles;
 		k->matmul[MILLM_FORM_BF16][MILLM_INT8][0] = matmul_int8_bf16_form;
 		k->matmul[MILLM_FORM_BF16][MILLM_MXFP4][0] = matmul_mxfp4_bf16_form;
-		k->best_form = cpu & MILLM_CPU_SLOW_BF16 ? best_form_slow_bf16 : millm_avx512_best_form;
+		k->best_form = cpu & MILLM_CPU_SLOW_BF16 ? millm_avx512_best_form_slow_bf16 : best_form;
 	}
 }
 #endif

@@ -221,5 +221,6 @@ millm_kernels_avx512_tiles(MillmKernels *k)
 	k->matmul[MILLM_FORM_I16_TILES][MILLM_4BIT][0] = matmul_4bit;
 	k->matmul[MILLM_FORM_I16_TILES][MILLM_INT8][0] = matmul_int8;
 	k->pack_group[MILLM_FORM_I16_TILES] = pack_group;
+	k->fixed_form = fixed_form;
 }
 #endif

@@ -40,8 +40,12 @@ extern unsigned millm_cpu_flags(void);
 /* Tokens of a group of MILLM_FORM_BF16_TILES; outputs that its matmuls compute together. */
 #define MILLM_TILE_TOKENS 16
 #define MILLM_TILE_OUTPUTS 32
-/* Tokens of a group of MILLM_FORM_I16_TILES; the largest value, and 4-bit or 16-bit weight, in int16: 64 * 4095 * 8191 < 2^31. */
+/*
+ * Of MILLM_FORM_I16_TILES: tokens of a group; blocks of 64 that a row may have; and the largest value, and 4-bit or 16-bit weight, in
+ * int16: 64 * 4095 * 8191 < 2^31.
+ */
 #define MILLM_I16_TILE_TOKENS 8
+#define MILLM_I16_TILE_BLOCKS 1024
 #define MILLM_I16_TILE_VALUE 8191.0f
 #define MILLM_I16_TILE_CODE 4095.0f
 
@@ -217,6 +221,15 @@ static inline bool
 millm_is_blocky(const MillmWeight *w)
 {
 	return w->n_in % 64 == 0 && w->first % 64 == 0 && w->block_size % 64 == 0;
+}
+
+/* Are its rows whole blocks of 64, as MILLM_FORM_I16_TILES wants them? */
+static inline bool
+millm_has_i16_tiles(const MillmWeight *w)
+{
+	const bool	is_whole = w->dtype == MILLM_4BIT ? millm_is_blocky(w) : w->dtype == MILLM_INT8 || w->dtype == MILLM_BF16 || w->dtype == MILLM_F16;
+
+	return is_whole && !w->in_out && w->n_in % 64 == 0 && w->n_in / 64 <= MILLM_I16_TILE_BLOCKS;
 }
 
 /*

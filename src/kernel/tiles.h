@@ -30,14 +30,13 @@
 #define DEPTH			512			/* weights of a row that are in the panel at a time */
 #define TOKENS			256			/* that share one unpacking of the weights */
 #define GROUP			MILLM_I16_TILE_TOKENS
-#define MAX_GROUPS		1024		/* of 64 weights, in a row */
 
 typedef struct Workspace
 {
 	_Alignas(64) Ints panel[2][DEPTH / 2];	/* of the first and the second LANES rows: [block, pair] */
 	float		sums[TOKENS][ROWS];
-	float		scales[MAX_GROUPS][ROWS];	/* of blocks of weights, and of the codebook; not of INT8 */
-	float		row_scales[MAX_GROUPS + 64];
+	float		scales[MILLM_I16_TILE_BLOCKS][ROWS];	/* of blocks of weights, and of the codebook; not of INT8 */
+	float		row_scales[MILLM_I16_TILE_BLOCKS + 64];
 	uint8_t		tail[ROWS][2 * DEPTH];	/* copies of the last rows, where there are too few */
 	ScaleTables tables;
 } Workspace;
@@ -109,7 +108,7 @@ INLINE void
 turn_scales(Workspace *work, const MillmWeight *w, int64_t o, int n_rows)
 {
 	const int64_t n_groups = w->n_in / BLOCK;
-	const int	at_once = (int) (MAX_GROUPS / n_groups);	/* rows that are decoded together */
+	const int	at_once = (int) (MILLM_I16_TILE_BLOCKS / n_groups);	/* rows that are decoded together */
 
 	for (int r = 0; r < ROWS; r++)
 	{
@@ -297,3 +296,10 @@ static void matmul_##name(const MillmMatmul *m, int64_t begin, int64_t end) { ma
 MATMUL(bf16, MILLM_BF16)
 MATMUL(4bit, MILLM_4BIT)
 MATMUL(int8, MILLM_INT8)
+
+/* Weights that were rounded before: 16-bit ones keep all their bits. */
+static MillmForm
+fixed_form(const MillmWeight *w)
+{
+	return (w->dtype == MILLM_4BIT || w->dtype == MILLM_INT8) && millm_has_i16_tiles(w) ? MILLM_FORM_I16_TILES : MILLM_FORM_F32;
+}

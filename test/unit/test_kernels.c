@@ -440,7 +440,7 @@ test_quantized(void **state)
 
 				if (!k[v].matmul[form][cases[i].dtype][0] || form == MILLM_FORM_BF16_TILES ||
 					((form == MILLM_FORM_I16_NIBBLES || form == MILLM_FORM_BF16_NIBBLES) && !millm_is_blocky(&shape)) ||
-					(form == MILLM_FORM_I16_TILES && k[v].fixed_form(&shape) != MILLM_FORM_I16_TILES))
+					(form == MILLM_FORM_I16_TILES && !millm_has_i16_tiles(&shape)))
 					continue;
 				for (size_t t = 0; t < sizeof(tokens) / sizeof(tokens[0]) - (cases[i].n_in > 600); t++)
 					one_quantized(&k[v], form, &cases[i], tokens[t], (i + t) % N_KINDS);
