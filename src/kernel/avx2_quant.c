@@ -321,39 +321,6 @@ matmul_int8(const MillmMatmul *m, int64_t begin, int64_t end)
 	}
 }
 
-/* y[n_in] = row o, of whole blocks. */
-static void
-row_to_f32(float *y, const MillmWeight *w, int64_t o)
-{
-	const __m256 low_values = _mm256_loadu_ps(w->codebook);
-	const __m256 high_values = _mm256_loadu_ps(w->codebook + 8);
-	const __m128i nibble = _mm_set1_epi8(0x0F);
-	const uint8_t *row = millm_nibble_row(w, o);
-	float		scales[MAX_GROUPS];
-
-	millm_avx2_row_scales(scales, w, o);
-	for (int64_t i = 0; i < w->n_in; i += 32)
-	{
-		__m128i		v = _mm_loadu_si128((const __m128i *) (row + i / 2));
-		__m128i		even = _mm_and_si128(_mm_srli_epi16(v, 4), nibble);
-		__m128i		odd = _mm_and_si128(v, nibble);
-		__m128i		index[2] = {_mm_unpacklo_epi8(even, odd), _mm_unpackhi_epi8(even, odd)};
-		__m256		scale = _mm256_set1_ps(scales[i / 64]);
-
-		if (i % 128 == 0)
-			prefetch_ahead(row + i / 2);
-		for (int u = 0; u < 4; u++)
-		{
-			__m256i		k = _mm256_cvtepu8_epi32(u % 2 ? _mm_srli_si128(index[u / 2], 8) : index[u / 2]);
-			/* bit 3 of the code, moved to the sign, chooses the half of the codebook */
-			__m256		value = _mm256_blendv_ps(_mm256_permutevar8x32_ps(low_values, k), _mm256_permutevar8x32_ps(high_values, k),
-												 _mm256_castsi256_ps(_mm256_slli_epi32(k, 28)));
-
-			_mm256_storeu_ps(y + i + 8 * u, _mm256_mul_ps(value, scale));
-		}
-	}
-}
-
 /* n floats at p, 8 at most: the others are zeros, and no memory is read. */
 INLINE __m256
 load_first(const float *p, int64_t n)
@@ -455,7 +422,6 @@ static void
 matmul_panels(const MillmMatmul *m, int64_t begin, int64_t end)
 {
 	const int64_t n = m->w->n_in;
-	const bool	is_fast = m->w->dtype == MILLM_4BIT && millm_is_blocky(m->w) && n / 64 <= MAX_GROUPS;
 	int64_t		n_rows = PANEL_BYTES / 4 / n;
 	_Alignas(64) float panel[PANEL_BYTES / 4];
 
@@ -471,10 +437,7 @@ matmul_panels(const MillmMatmul *m, int64_t begin, int64_t end)
 	{
 		n_rows = end - o < n_rows ? end - o : n_rows;
 		for (int64_t r = 0; r < n_rows; r++)
-			if (is_fast)
-				row_to_f32(panel + r * n, m->w, o + r);
-			else
-				millm_weight_decode(panel + r * n, m->w, o + r, 0, n);
+			millm_weight_decode(panel + r * n, m->w, o + r, 0, n);
 		panel_products(m, panel, o, n_rows);
 	}
 }
