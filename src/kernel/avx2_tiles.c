@@ -114,7 +114,6 @@ load_2_rows(const uint8_t *row, int64_t stride, int i)
 	return _mm256_inserti128_si256(_mm256_castsi128_si256(_mm_loadu_si128((const __m128i *) p)), _mm_loadu_si128((const __m128i *) (p + 4 * stride)), 1);
 }
 
-/* word[k] = the k-th 32 bits from there on of each of 8 rows, row r in lane r. */
 INLINE void
 load_words(__m256i *word, const uint8_t *row, int64_t stride)
 {

@@ -39,15 +39,15 @@ load_16(const char *p, int64_t i, MillmDtype dtype, __mmask16 mask)
 
 /* ---- float32 form ---- */
 
-/* n_rows x n_tokens dot products: at most 2 x 3, whose 24 vectors of sums fit the registers. */
+/* n_rows x n_tokens dot products: at most 2 x 3 or 1 x 6, whose 24 vectors of sums fit the registers. */
 INLINE void
 dot_tile(const MillmMatmul *m, int64_t t, int n_tokens, int64_t o, int n_rows, MillmDtype dtype, const Ahead *ahead)
 {
 	const int	bytes = dtype == MILLM_F32 ? 4 : 2;
 	const int64_t n = m->w->n_in;
 	const char *w[2];
-	const float *x[3];
-	__m512		acc[2][3][4];
+	const float *x[6];
+	__m512		acc[2][6][4];
 	int64_t		i = 0;
 
 	for (int r = 0; r < n_rows; r++)
@@ -98,35 +98,49 @@ dot_tile(const MillmMatmul *m, int64_t t, int n_tokens, int64_t o, int n_rows, M
 INLINE void
 dot_rows(const MillmMatmul *m, int64_t t, int n_tokens, int64_t begin, int64_t end, MillmDtype dtype, bool prefetch)
 {
-	const Ahead ahead = plan_ahead(m->w->stride * (dtype == MILLM_F32 ? 4 : 2), 2);
+	const int	n_rows = n_tokens <= 3 ? 2 : 1;
+	const Ahead ahead = plan_ahead(m->w->stride * (dtype == MILLM_F32 ? 4 : 2), n_rows);
 	int64_t		o = begin;
 
+	for (; n_rows == 1 && o < end; o++)
+		dot_tile(m, t, n_tokens, o, 1, dtype, prefetch ? &ahead : NULL);
 	for (; o + 2 <= end; o += 2)
 		dot_tile(m, t, n_tokens, o, 2, dtype, prefetch ? &ahead : NULL);
 	for (; o < end; o++)
 		dot_tile(m, t, n_tokens, o, 1, dtype, NULL);
 }
 
-/* w [n_out, n_in].  The range's rows pass once for each few tokens: they lie in the L2 cache then. */
+/* w [n_out, n_in].  The range's rows pass once for each few tokens: they lie in the L2 cache then.  Four to six tokens read them once. */
 INLINE void
 matmul_rows(const MillmMatmul *m, int64_t begin, int64_t end, MillmDtype dtype)
 {
 	int64_t		t = 0;
 
-	if (m->n_tokens == 1)
-		dot_rows(m, 0, 1, begin, end, dtype, true);
-	else if (m->n_tokens == 2)
-		dot_rows(m, 0, 2, begin, end, dtype, true);
-	else
+	switch (m->n_tokens)
 	{
-		dot_rows(m, 0, 3, begin, end, dtype, true);
-		for (t = 3; t + 3 <= m->n_tokens; t += 3)
-			dot_rows(m, t, 3, begin, end, dtype, false);
-		if (m->n_tokens - t == 2)
-			dot_rows(m, t, 2, begin, end, dtype, false);
-		else if (m->n_tokens - t == 1)
-			dot_rows(m, t, 1, begin, end, dtype, false);
+		case 1:
+			dot_rows(m, 0, 1, begin, end, dtype, true);
+			return;
+		case 2:
+			dot_rows(m, 0, 2, begin, end, dtype, true);
+			return;
+		case 4:
+			dot_rows(m, 0, 4, begin, end, dtype, true);
+			return;
+		case 5:
+			dot_rows(m, 0, 5, begin, end, dtype, true);
+			return;
+		case 6:
+			dot_rows(m, 0, 6, begin, end, dtype, true);
+			return;
 	}
+	dot_rows(m, 0, 3, begin, end, dtype, true);
+	for (t = 3; t + 3 <= m->n_tokens; t += 3)
+		dot_rows(m, t, 3, begin, end, dtype, false);
+	if (m->n_tokens - t == 2)
+		dot_rows(m, t, 2, begin, end, dtype, false);
+	else if (m->n_tokens - t == 1)
+		dot_rows(m, t, 1, begin, end, dtype, false);
 }
 
 /* n_vectors * 16 outputs of n_tokens tokens, at most 16 sums, the last vector masked: each weight row's piece is read once. */

@@ -28,8 +28,9 @@
 #define MIN_4BIT_TOKENS		12
 #define MIN_INT8_TOKENS		24
 /* And tiles of int16; measured on Emerald Rapids. */
-#define MIN_4BIT_TILES_TOKENS	6
-#define MIN_TILES_TOKENS	8
+#define MIN_4BIT_TILES_TOKENS	5
+#define MIN_INT8_TILES_TOKENS	16
+#define MIN_16BIT_TILES_TOKENS	8
 #define PANEL_BYTES			(128 * 1024)
 #define MAX_GROUPS			1024	/* of 64 weights, in a row of the fast paths */
 #define TOKENS				4		/* that share one unpacking of the weights */
@@ -647,7 +648,9 @@ is_fast_4bit(const MillmWeight *w)
 static MillmForm
 best_form_without_bf16(const MillmWeight *w, int n_tokens)
 {
-	if (millm_has_i16_tiles(w) && n_tokens >= (w->dtype == MILLM_4BIT ? MIN_4BIT_TILES_TOKENS : MIN_TILES_TOKENS))
+	const int	from = w->dtype == MILLM_4BIT ? MIN_4BIT_TILES_TOKENS : w->dtype == MILLM_INT8 ? MIN_INT8_TILES_TOKENS : MIN_16BIT_TILES_TOKENS;
+
+	if (millm_has_i16_tiles(w) && n_tokens >= from)
 		return MILLM_FORM_I16_TILES;
 	if (w->dtype == MILLM_INT8)
 		return MILLM_FORM_I16;
@@ -667,7 +670,7 @@ best_form(const MillmWeight *w, int n_tokens)
 		return fits_panel(w->n_in) ? MILLM_FORM_BF16_NIBBLES : MILLM_FORM_I16_TILES;
 	if (is_fast_4bit(w))
 		return MILLM_FORM_I16_NIBBLES;
-	return w->dtype == MILLM_F16 && n_tokens >= MIN_TILES_TOKENS && millm_has_i16_tiles(w) ? MILLM_FORM_I16_TILES : MILLM_FORM_F32;
+	return w->dtype == MILLM_F16 && n_tokens >= MIN_16BIT_TILES_TOKENS && millm_has_i16_tiles(w) ? MILLM_FORM_I16_TILES : MILLM_FORM_F32;
 }
 
 /* Where products of bfloat16 are slow. */

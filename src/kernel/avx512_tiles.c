@@ -94,7 +94,6 @@ load_4_rows(const uint8_t *row, int64_t stride, int i)
 	return _mm512_inserti32x4(v, _mm_loadu_si128((const __m128i *) (p + 12 * stride)), 3);
 }
 
-/* word[k] = the k-th 32 bits from there on of each of 16 rows, row r in lane r. */
 INLINE void
 load_words(__m512i *word, const uint8_t *row, int64_t stride)
 {

@@ -18,6 +18,7 @@
  *   TOKENS_AT_ONCE                     whose sums the registers hold
  *   Codebook, ScaleTables              what a weight's codes, and its scales, are looked up in
  *   load_codebook(b, codes [16]), load_scale_tables(t, w), decode_scales(s, t, w, o, n_rows)      s has room for 64 more
+ *   load_words(word, row, stride)      word[k] = the k-th 32 bits from there on of each of LANES rows, row r in lane r, k < 4
  *   quantize_block(pairs, x)           64 values to 32 pairs, elements 1 5, 0 4, 3 7, 2 6 of each eight; returns the scale
  *   unpack_4bit(panel, row, stride, codebook), unpack_int8(panel, row, stride), unpack_16bit(panel, units, row, stride, dtype)
  *                                      64 weights of LANES rows to 32 vectors of such pairs
@@ -36,10 +37,16 @@ typedef struct Workspace
 	_Alignas(64) Ints panel[2][DEPTH / 2];	/* of the first and the second LANES rows: [block, pair] */
 	float		sums[TOKENS][ROWS];
 	float		scales[MILLM_I16_TILE_BLOCKS][ROWS];	/* of blocks of weights, and of the codebook; not of INT8 */
-	float		row_scales[MILLM_I16_TILE_BLOCKS + 64];
+	float		row_scales[LANES * MILLM_I16_TILE_BLOCKS + 64];	/* [row, block] */
 	uint8_t		tail[ROWS][2 * DEPTH];	/* copies of the last rows, where there are too few */
 	ScaleTables tables;
 } Workspace;
+
+INLINE int
+at_most(int64_t n, int limit)
+{
+	return n < limit ? (int) n : limit;
+}
 
 /* Bytes of a block of 64 values of n_tokens tokens: their pairs, then their scales. */
 INLINE int64_t
@@ -108,16 +115,24 @@ INLINE void
 turn_scales(Workspace *work, const MillmWeight *w, int64_t o, int n_rows)
 {
 	const int64_t n_groups = w->n_in / BLOCK;
-	const int	at_once = (int) (MILLM_I16_TILE_BLOCKS / n_groups);	/* rows that are decoded together */
+	const Floats unit = V(set1_ps) (1 / MILLM_I16_TILE_CODE);
 
-	for (int r = 0; r < ROWS; r++)
+	for (int v = 0; v < 2; v++)
 	{
-		const int64_t at = r % at_once * n_groups;
+		const int	n = at_most(n_rows - LANES * v, LANES);
 
-		if (r < n_rows && at == 0)
-			decode_scales(work->row_scales, &work->tables, w, o + r, n_rows - r < at_once ? n_rows - r : at_once);
-		for (int64_t g = 0; g < n_groups; g++)
-			work->scales[g][r] = r < n_rows ? work->row_scales[at + g] * (1 / MILLM_I16_TILE_CODE) : 0;
+		if (n > 0)
+			decode_scales(work->row_scales, &work->tables, w, o + LANES * v, n);
+		for (int64_t i = n > 0 ? n * n_groups : 0; i < LANES * n_groups; i++)
+			work->row_scales[i] = 0;
+		for (int64_t g = 0; g < n_groups; g += 4)
+		{
+			Ints		turned[4];
+
+			load_words(turned, (const uint8_t *) (work->row_scales + g), n_groups * 4);
+			for (int k = 0; k < 4 && g + k < n_groups; k++)
+				V(storeu_ps) (work->scales[g + k] + LANES * v, V(mul_ps) ((Floats) turned[k], unit));
+		}
 	}
 }
 
@@ -238,12 +253,6 @@ finish_panel(const MillmMatmul *m, MillmDtype dtype, const Workspace *work, int6
 			y[r] = m->accumulate ? y[r] + sum : sum;
 		}
 	}
-}
-
-INLINE int
-at_most(int64_t n, int limit)
-{
-	return n < limit ? (int) n : limit;
 }
 
 INLINE void
