@@ -25,6 +25,7 @@
 #include "forward.h"
 #include "half.h"
 #include "kernel.h"
+#include "screen.h"
 #include "threads.h"
 
 _Static_assert(MILLM_KV_PAGE_TOKENS == MILLM_KERNEL_PAGE, "a KV page is as wide as the kernels think");
@@ -91,6 +92,7 @@ typedef struct CpuBackend
 	float	   *lower;			/* [vocab] */
 	float	   *heap;			/* [vocab / SHORTLIST_SHARE] */
 	int32_t    *ids;			/* the same */
+	float	   *wide_error;		/* [vocab]: of the screening copy with activations of int16; NULL: these kernels have none */
 } CpuBackend;
 
 static CpuBackend *
@@ -183,7 +185,7 @@ own_bytes(const MillmModel *model, const MillmBackendOptions *options)
 	int64_t		n = model->screen.codes.data ? model->head.n_out : 0;
 	int64_t		n_alibi = model->config.alibi_slopes ? model->config.n_heads * alibi_stride(model, options->n_pages) : 0;
 
-	return (n_alibi + (int64_t) options->max_tokens * model->config.rotary_dim * (model->config.local_rope.inv_freq ? 2 : 1) + n + 2 * (n / SHORTLIST_SHARE)) * (int64_t) sizeof(float);
+	return (n_alibi + (int64_t) options->max_tokens * model->config.rotary_dim * (model->config.local_rope.inv_freq ? 2 : 1) + 2 * n + 2 * (n / SHORTLIST_SHARE)) * (int64_t) sizeof(float);
 }
 
 /* Zeroed memory that is not touched before it is used. */
@@ -252,6 +254,7 @@ cpu_free(MillmBackend *be)
 	free(c->sine);
 	free(c->alibi);
 	free(c->frequencies);
+	free(c->wide_error);
 	free(c->lower);
 	free(c->heap);
 	free(c->ids);
@@ -375,6 +378,20 @@ pack_groups(void *arg, int64_t begin_group, int64_t end_group)
 	}
 }
 
+/* x->packed = the first n rows of x, n_columns of them, in that form, unless they are there. */
+static void
+pack(CpuBackend *c, MillmBuffer *x, MillmForm form, int64_t n_columns, int n)
+{
+	PackLoop	l = {&c->k, form, x, n_columns, n};
+	const int	width = millm_form_group(form);
+
+	if (x->form == form && x->n_packed == n)
+		return;
+	run_rows(c, pack_groups, &l, (n + width - 1) / width, n_columns * width);
+	x->form = form;
+	x->n_packed = n;
+}
+
 typedef struct MatmulLoop
 {
 	int			n_matmuls;
@@ -429,15 +446,8 @@ matmul(MillmBackend *be, const MillmProjection *p, int n_projections, MillmBuffe
 	for (int i = 0; i < n_projections && packed == MILLM_FORM_F32; i++)
 		packed = choose_form(c, p[i].w, n);
 	is_tiles = millm_form_group(packed) > 1;
-	if (packed != MILLM_FORM_F32 && (x->form != packed || x->n_packed != n))
-	{
-		PackLoop	pack = {&c->k, packed, x, p[0].w->n_in, n};
-		const int	width = millm_form_group(packed);
-
-		run_rows(c, pack_groups, &pack, (n + width - 1) / width, p[0].w->n_in * width);
-		x->form = packed;
-		x->n_packed = n;
-	}
+	if (packed != MILLM_FORM_F32)
+		pack(c, x, packed, p[0].w->n_in, n);
 	piece_bytes = bytes / (c->base.n_threads * (n == 1 ? LAST_PIECES : PIECES_PER_THREAD));
 	if (!is_tiles && piece_bytes > MAX_PANEL_BYTES)
 		piece_bytes = MAX_PANEL_BYTES;
@@ -499,13 +509,16 @@ screen_ids(void *arg, int64_t begin_id, int64_t end_id)
 		l->run(&l->m, l->ids[i], l->ids[i] + 1);
 }
 
-/* y (x w^T) in the exact form, whose rows have the same bits in any company. */
+/* n rows of x, from row t on, times w: in the exact form, whose rows have the same bits in any company, or as they are packed. */
 static ScreenLoop
-screen_loop(const CpuBackend *c, float *y, int64_t y_stride, const MillmWeight *w, const float *x, int n)
+screen_loop(const CpuBackend *c, float *y, int64_t y_stride, const MillmWeight *w, MillmForm form, MillmBuffer *x, int t, int n)
 {
+	const bool	is_exact = form == MILLM_FORM_F32;
+
 	return (ScreenLoop) {
-		.run = c->k.matmul[MILLM_FORM_F32][w->dtype][0],
-		.m = {.y = y, .y_stride = y_stride, .w = w, .form = MILLM_FORM_F32, .x = x, .x_stride = w->n_in * (int64_t) sizeof(float), .n_tokens = n},
+		.run = c->k.matmul[form][w->dtype][0],
+		.m = {.y = y, .y_stride = y_stride, .w = w, .form = form, .x = is_exact ? (const void *) row(x, t) : x->packed + t * x->packed_stride,
+			.x_stride = is_exact ? x->n_columns * (int64_t) sizeof(float) : x->packed_stride, .n_tokens = n},
 	};
 }
 
@@ -527,11 +540,15 @@ screened_matmul(MillmBackend *be, MillmBuffer *y, const MillmWeight *head, const
 	int			vocab = (int) head->n_out;
 	int64_t		n_read = 0;
 	int64_t		n_pieces;
-	ScreenLoop	l = screen_loop(c, y->data, y->n_columns, &screen->codes, x->data, n);
+	const MillmForm form = c->wide_error ? MILLM_FORM_I16 : MILLM_FORM_F32;
+	ScreenLoop	l;
 
 	if (n > MAX_SCREENED_ROWS || choose_form(c, head, n) != MILLM_FORM_F32)
 		return -1;
+	if (form != MILLM_FORM_F32)
+		pack(c, x, form, head->n_in, n);
 	y->n_packed = 0;
+	l = screen_loop(c, y->data, y->n_columns, &screen->codes, form, x, 0, n);
 	l.outputs = n == 1 ? vocab / (c->base.n_threads * LAST_PIECES) : MAX_PANEL_BYTES / head->n_in;
 	l.outputs = l.outputs / OUTPUT_GRANULE * OUTPUT_GRANULE + OUTPUT_GRANULE;
 	n_pieces = (vocab + l.outputs - 1) / l.outputs;
@@ -539,14 +556,18 @@ screened_matmul(MillmBackend *be, MillmBuffer *y, const MillmWeight *head, const
 	for (int t = 0; t < n; t++)
 	{
 		float	   *logits = row(y, t);
-		int			n_ids = millm_shortlist(c->ids, vocab / SHORTLIST_SHARE, logits, screen->error.data, vocab,
-											norm_above(row(x, t), head->n_in), &tops[t], c->lower, c->heap);
+		float		norm = norm_above(row(x, t), head->n_in);
+		int			n_ids;
 
+		if (form != MILLM_FORM_F32 && !(norm >= MILLM_SCREEN_SMALL))
+			return -1;
+		n_ids = millm_shortlist(c->ids, vocab / SHORTLIST_SHARE, logits, c->wide_error ? c->wide_error : screen->error.data, vocab, norm, &tops[t],
+								c->lower, c->heap);
 		if (n_ids < 0)
 			return -1;
 		for (int v = 0; v < vocab; v++)
 			logits[v] = -INFINITY;
-		l = screen_loop(c, logits, y->n_columns, head, row(x, t), 1);
+		l = screen_loop(c, logits, y->n_columns, head, MILLM_FORM_F32, x, t, 1);
 		l.ids = c->ids;
 		run_rows(c, screen_ids, &l, n_ids, head->n_in);
 		for (int i = 0; i < n_ids; i++)
@@ -996,6 +1017,8 @@ create(const MillmModel *model, const MillmBackendOptions *options, MillmBackend
 	{
 		size_t		n = (size_t) model->head.n_out;
 
+		if (c->k.matmul[MILLM_FORM_I16][MILLM_INT8][0] && (c->wide_error = malloc(n * sizeof(float))))
+			millm_screen_widen(c->wide_error, model->screen.error.data, model->screen.codes.scale, model->head.n_out, model->head.n_in);
 		c->lower = malloc(n * sizeof(float));
 		c->heap = malloc((n / SHORTLIST_SHARE + 1) * sizeof(float));
 		c->ids = malloc((n / SHORTLIST_SHARE + 1) * sizeof(int32_t));

@@ -16,6 +16,11 @@
  * 5. SLACK more roundings are granted than step 2 counts.  Few pay for this file's own float32: t is off by at most
  *    2 u |t|, and squares may underflow.  The others, more than 25 u (|z| + |y|), are left for the one who compares
  *    (engine/shortlist.c) and for what the sampler rounds.
+ * 6. In int16, h becomes k: steps of s = m / 32767, m being h's largest magnitude, no more than ||h||.  An element is off by s / 2, and by
+ *    the roundings of s, of its inverse and of their product with it, each at most u m: by less than m / 64200 in all.  So ||h - k|| <=
+ *    sqrt(n) ||h|| / 64200, and as no |d_i| is above max 128 / 127, |d . (h - k)| <= n max ||h|| / 63600.  Steps 1 and 2 then hold of k, and
+ *    ||k|| <= (1 + sqrt(n) / 64200) ||h||.  The sums of products are exact, and rounded no more often than in step 2.  m above
+ *    SMALL / sqrt(n) keeps s and its inverse normal.
  *
  * The sums of squares run in float32 with 16 lanes: the roots' relative error is below (n / 16 + 20) u / 2 < 2^-11.  INFLATE
  * is twice that, which also covers that the product error * ||h|| is rounded.
@@ -178,6 +183,20 @@ encode_row(const float *w, int64_t n, int8_t *codes, float *scale, float *error)
 	}
 	/* ||d|| <= ||w|| + ||w - d|| */
 	*error = round_up(((1 + g) * sqrt((double) sum_of(r2)) + 2 * g * sqrt((double) sum_of(t2))) * max / 127 * INFLATE);
+}
+
+void
+millm_screen_widen(float *wide, const float *error, const void *scale, int64_t n_rows, int64_t n_in)
+{
+	const double n = (double) n_in;
+
+	for (int64_t v = 0; v < n_rows; v++)
+	{
+		float		max;
+
+		memcpy(&max, (const char *) scale + v * 4, 4);
+		wide[v] = round_up(((double) error[v] + n * max / 63600) * (1 + sqrt(n) / 64200));
+	}
 }
 
 /* ---- the stream ---- */

@@ -21,6 +21,9 @@
  *
  * as long as ||h||_2 and error[v] * ||h||_2 are at most MILLM_SCREEN_HUGE: beyond it something could overflow.  The proof, and
  * what is left over for the one who compares, stand in screen.c.
+ *
+ * y may come from an h that was rounded to int16 in steps of 1 / 32767 of its largest value (MILLM_FORM_I16), if ||h||_2 is at least
+ * MILLM_SCREEN_SMALL and error is what millm_screen_widen() makes of it.
  */
 #ifndef MILLM_SCREEN_H
 #define MILLM_SCREEN_H
@@ -34,6 +37,7 @@
 #define MILLM_SCREEN_FILE	"millm_head_int8.safetensors"
 #define MILLM_SCREEN_TINY	0x1p-100f
 #define MILLM_SCREEN_HUGE	0x1p60f
+#define MILLM_SCREEN_SMALL	0x1p-90f
 
 /*
  * A head [n_rows, n_in] of F32, F16 or BF16, as it will lie in the model's file, on its way to its copy:
@@ -66,6 +70,9 @@ extern MillmCode millm_screen_finish(MillmScreenEncoder *enc, const void **tail,
 
 /* Bytes of the whole file; -1 for sizes that begin refuses. */
 extern int64_t millm_screen_file_bytes(int64_t n_rows, int64_t n_in);
+
+/* wide [n_rows] = error [n_rows] for vectors in int16; of a copy whose scales are scale [n_rows], stored floats.  wide may be error. */
+extern void millm_screen_widen(float *wide, const float *error, const void *scale, int64_t n_rows, int64_t n_in);
 
 /*
  * The fingerprint of a head that lies in memory: a hash of its dtype, its shape and 64 bytes of each row, at a place that

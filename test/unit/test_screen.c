@@ -210,16 +210,31 @@ multiply(const MillmKernels *k, float *y, const MillmWeight *w, const float *x)
 	k->matmul[MILLM_FORM_F32][w->dtype][0] (&m, 0, ROWS);
 }
 
+/* The same with x in int16, where there are such kernels and x is not too small for them. */
+static bool
+multiply_i16(const MillmKernels *k, float *y, const MillmWeight *w, const float *x)
+{
+	static _Alignas(64) char packed[2 * MAX_IN + 512];
+	MillmMatmul m = {.y = y, .y_stride = ROWS, .w = w, .form = MILLM_FORM_I16, .x = packed, .x_stride = sizeof(packed), .n_tokens = 1};
+
+	if (!k->matmul[MILLM_FORM_I16][MILLM_INT8][0] || !(norm_above(x, w->n_in) >= MILLM_SCREEN_SMALL))
+		return false;
+	k->pack[MILLM_FORM_I16](packed, x, w->n_in);
+	k->matmul[MILLM_FORM_I16][MILLM_INT8][0] (&m, 0, ROWS);
+	return true;
+}
+
 static Head the_head;			/* large */
 
 /* Every head of every dtype and several widths, every vector, every variant: work gets the exact logits z and the copy's y. */
 static void
-for_all(void (*work) (const Head *h, const float *x, const float *z, const float *y))
+for_all(void (*work) (const Head *h, const float *error, const float *x, const float *z, const float *y))
 {
 	static const int64_t widths[] = {1, 5, 64, 300};
 	static float x[MAX_IN];
 	float		z[ROWS],
-				y[ROWS];
+				y[ROWS],
+				wide[ROWS];
 
 	for (int kind = 0; kind < N_HEADS; kind++)
 		for (int dtype = 0; dtype < MILLM_N_FLOAT_DTYPES; dtype++)
@@ -239,7 +254,12 @@ for_all(void (*work) (const Head *h, const float *x, const float *z, const float
 							continue;
 						multiply(&k, z, &the_head.head, x);
 						multiply(&k, y, &the_head.codes, x);
-						work(&the_head, x, z, y);
+						work(&the_head, the_head.error, x, z, y);
+						if (multiply_i16(&k, y, &the_head.codes, x))
+						{
+							millm_screen_widen(wide, the_head.error, the_head.codes.scale, ROWS, the_head.n_in);
+							work(&the_head, wide, x, z, y);
+						}
 					}
 				}
 				unmake(&the_head);
@@ -249,15 +269,15 @@ for_all(void (*work) (const Head *h, const float *x, const float *z, const float
 static int	n_bounded;
 
 static void
-is_bounded(const Head *h, const float *x, const float *z, const float *y)
+is_bounded(const Head *h, const float *error, const float *x, const float *z, const float *y)
 {
 	float		norm = norm_above(x, h->n_in);
 
 	for (int v = 0; v < ROWS; v++)	/* 9 may be beyond float32 */
-		assert_true(v == 10 || v == 11 ? h->error[v] == INFINITY : v == 9 ? h->error[v] >= 0 : isfinite(h->error[v]));
+		assert_true(v == 10 || v == 11 ? error[v] == INFINITY : v == 9 ? error[v] >= 0 : isfinite(error[v]));
 	for (int v = 0; v < ROWS; v++)
 	{
-		double		e = (double) h->error[v] * norm + (double) MILLM_SCREEN_TINY;
+		double		e = (double) error[v] * norm + (double) MILLM_SCREEN_TINY;
 
 		if (!(norm <= MILLM_SCREEN_HUGE) || !(e <= (double) MILLM_SCREEN_HUGE))
 			continue;
@@ -283,7 +303,7 @@ static int	n_short,
 			n_long;
 
 static void
-same_choice(const Head *h, const float *x, const float *z, const float *y)
+same_choice(const Head *h, const float *error, const float *x, const float *z, const float *y)
 {
 	static const MillmSampling settings[] = {
 		{.temperature = 0, .top_p = 1, .repetition_penalty = 1},
@@ -316,7 +336,7 @@ same_choice(const Head *h, const float *x, const float *z, const float *y)
 		top = millm_sampler_needs(sampler);
 		assert_true(top.k > 0);
 		memcpy(ends, y, sizeof(ends));
-		n = millm_shortlist(ids, ROWS / 2, ends, h->error, ROWS, norm, &top, lower, heap);
+		n = millm_shortlist(ids, ROWS / 2, ends, error, ROWS, norm, &top, lower, heap);
 		for (int v = 0; v < ROWS; v++)
 			few[v] = -INFINITY;
 		for (int i = 0; i < n; i++)
