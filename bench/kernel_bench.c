@@ -142,8 +142,7 @@ bench_forms(const MillmKernels *k, MillmDtype dtype, int64_t n_in, const char *w
 	const int64_t row_bytes = millm_weight_bytes(dtype, n_in), n_out = FORMS_BYTES / row_bytes / 32 * 32;
 	const MillmWeight w = {.dtype = dtype, .n_out = n_out, .n_in = n_in, .stride = n_in, .data = data, .codebook = millm_nf4_codebook, .absmax = data,
 		.nested_absmax = data, .nested_map = (const float *) data, .block_size = 64, .nested_block_size = 256, .rounded = MILLM_BF16, .scale = data};
-	float	   *x = calloc((size_t) (n_in * n_tokens_most), sizeof(*x)),
-			   *y = calloc((size_t) (n_out * n_tokens_most), sizeof(*y));
+	float	   *y = calloc((size_t) (n_out * n_tokens_most), sizeof(*y));
 
 	printf("%s from memory, n_in %ld: GFLOP/s (GB/s of weights)\n  tokens", what, (long) n_in);
 	for (int form = 0; form < MILLM_N_FORMS; form++)
@@ -178,7 +177,6 @@ bench_forms(const MillmKernels *k, MillmDtype dtype, int64_t n_in, const char *w
 		}
 	}
 	printf("\n");
-	free(x);
 	free(y);
 }
 

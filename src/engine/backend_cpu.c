@@ -92,7 +92,7 @@ typedef struct CpuBackend
 	float	   *lower;			/* [vocab] */
 	float	   *heap;			/* [vocab / SHORTLIST_SHARE] */
 	int32_t    *ids;			/* the same */
-	float	   *wide_error;		/* [vocab]: of the screening copy with activations of int16; NULL: these kernels have none */
+	float	   *wide_error;		/* [vocab]: of the screening copy with activations of int16; NULL: they are not used */
 } CpuBackend;
 
 static CpuBackend *
@@ -442,9 +442,18 @@ matmul(MillmBackend *be, const MillmProjection *p, int n_projections, MillmBuffe
 		bytes += millm_weight_bytes(p[i].w->dtype, p[i].w->n_in * p[i].w->n_out);
 		work += p[i].w->n_in * p[i].w->n_out * n;
 	}
-	/* one packed form at a time: where the matmuls disagree, the later ones take the activation as it is */
-	for (int i = 0; i < n_projections && packed == MILLM_FORM_F32; i++)
-		packed = choose_form(c, p[i].w, n);
+	for (int i = 0; i < n_projections; i++)
+	{
+		const MillmForm form = choose_form(c, p[i].w, n);
+
+		if (packed != MILLM_FORM_F32 && form != MILLM_FORM_F32 && form != packed)
+		{						/* one packed form at a time */
+			for (int j = 0; j < n_projections; j++)
+				matmul(be, &p[j], 1, x, n);
+			return;
+		}
+		packed = packed == MILLM_FORM_F32 ? form : packed;
+	}
 	is_tiles = millm_form_group(packed) > 1;
 	if (packed != MILLM_FORM_F32)
 		pack(c, x, packed, p[0].w->n_in, n);
@@ -457,7 +466,7 @@ matmul(MillmBackend *be, const MillmProjection *p, int n_projections, MillmBuffe
 	for (int i = 0; i < n_projections; i++)
 	{
 		const MillmWeight *w = p[i].w;
-		MillmForm	form = choose_form(c, w, n) == packed ? packed : MILLM_FORM_F32;
+		MillmForm	form = choose_form(c, w, n);
 		int64_t		granule = w->in_out ? COLUMN_GRANULE : millm_form_group(form) > 1 ? MILLM_TILE_OUTPUTS : OUTPUT_GRANULE;
 		int64_t		outputs = piece_bytes / millm_weight_bytes(w->dtype, w->n_in) / granule * granule;
 

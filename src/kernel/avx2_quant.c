@@ -2,7 +2,7 @@
  * avx2_quant.c -- 4-bit and INT8 weights for AVX2.
  *
  * As avx512_quant.c, with vectors of half the size and vpshufb for look-ups: a few tokens multiply int16 by int16 (4BIT) or float32 by
- * float32 (INT8); for many tokens a panel of rows is dequantized to float32 and handed to the float kernels.
+ * float32 (INT8); many take tiles of int16 (avx2_tiles.c).  Of rows that are not whole blocks of 64 a panel is dequantized to float32.
  */
 #include "kernel.h"
 
@@ -16,7 +16,7 @@
 #define MIN_TILES_TOKENS	8
 #define PANEL_BYTES			(128 * 1024)
 #define TOKENS				4		/* that share one unpacking of 4-bit weights */
-#define PANEL_TOKENS		4		/* of 4-bit weights: a tile is 3 x 4 */
+#define PANEL_TOKENS		4		/* a tile is 3 x 4 */
 #define PANEL_ROWS			3
 #define MAX_PANEL_ROWS		48
 #define PANEL_DEPTH			512		/* 4 tokens of 2 KiB */

@@ -6,14 +6,14 @@
  *         vpdpwssd multiplies with activations of 16 bits, exactly: a lane sums 8 products, below 2^31.  Lanes 0..7 belong to one block
  *         of 64, lanes 8..15 to the next; their sums are scaled in float32.  Beside the codebook's 6e-5, what is lost is the rounding of an
  *         activation to 2^-16 of the row's largest: at most 9e-6 sqrt(n) of the product's size, less than bfloat16 loses.
- *   INT8  widened to 16 bits, times activations of 16 bits, exactly, in int32.  For deterministic answers and the screening copy of a
- *         head there is float32 too: nothing is rounded but sums.
+ *   INT8  widened to 16 bits, times activations of 16 bits, exactly, in int32.  With float32 activations, where nothing is rounded but sums,
+ *         for deterministic answers of rows that are not whole blocks of 64.
  *
  * Many tokens (bound by arithmetic): where products of bfloat16 are fast (Zen 4), a panel of a few rows is dequantized into the cache and handed
  * to the float kernels (4-bit values rounded as bitsandbytes does; int8 are exact in bfloat16).  Else, and for deterministic answers of
  * any number of tokens, tiles of int16 (avx512_tiles.c).
  *
- * Rows that are not whole blocks of 64 have float32 activations; 4-bit ones are left to AVX2's panels.
+ * 4-bit rows that are not whole blocks of 64 are left to AVX2's panels.
  */
 #include "kernel.h"
 

@@ -37,7 +37,7 @@ extern unsigned millm_cpu_flags(void);
 /* Positions of one KV page; the transposed K below makes it the width of a vector. */
 #define MILLM_KERNEL_PAGE 16
 
-/* Tokens of a group of MILLM_FORM_BF16_TILES; outputs that its matmuls compute together. */
+/* Tokens of a group of MILLM_FORM_BF16_TILES; outputs that matmuls of forms in groups compute together. */
 #define MILLM_TILE_TOKENS 16
 #define MILLM_TILE_OUTPUTS 32
 /*
@@ -123,7 +123,7 @@ typedef struct MillmKernels
 	const char *variant;		/* "ref", "avx2", "avx512", "amx" */
 	MillmDtype	kv_dtype;		/* MILLM_F32 in ref (exact), MILLM_F16 elsewhere */
 
-	/* [form][dtype][in_out]; NULL where best_form() never sends one */
+	/* [form][dtype][in_out]; never NULL for what best_form() and fixed_form() say */
 	MillmMatmulFn matmul[MILLM_N_FORMS][MILLM_N_WEIGHT_DTYPES][2];
 	MillmForm	(*best_form) (const MillmWeight *w, int n_tokens);
 	MillmForm	(*fixed_form) (const MillmWeight *w);	/* the best that any number of tokens may have */

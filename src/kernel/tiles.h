@@ -32,6 +32,9 @@
 #define TOKENS			256			/* that share one unpacking of the weights */
 #define GROUP			MILLM_I16_TILE_TOKENS
 
+_Static_assert(TOKENS % GROUP == 0 && DEPTH % BLOCK == 0 && MILLM_TILE_OUTPUTS % ROWS == 0, "blocks, groups and panels are whole");
+_Static_assert(TOKENS_AT_ONCE == 4 || TOKENS_AT_ONCE == 8, "multiply_group() knows these");
+
 typedef struct Workspace
 {
 	_Alignas(64) Ints panel[2][DEPTH / 2];	/* of the first and the second LANES rows: [block, pair] */
@@ -112,9 +115,9 @@ fill_panel(Workspace *work, const MillmWeight *w, MillmDtype dtype, int64_t o, i
 
 /* work->scales of n_rows rows of 4 bits from o on, 0 for those that are not there. */
 INLINE void
-turn_scales(Workspace *work, const MillmWeight *w, int64_t o, int n_rows)
+transpose_scales(Workspace *work, const MillmWeight *w, int64_t o, int n_rows)
 {
-	const int64_t n_groups = w->n_in / BLOCK;
+	const int64_t n_blocks = w->n_in / BLOCK;
 	const Floats unit = V(set1_ps) (1 / MILLM_I16_TILE_CODE);
 
 	for (int v = 0; v < 2; v++)
@@ -123,15 +126,15 @@ turn_scales(Workspace *work, const MillmWeight *w, int64_t o, int n_rows)
 
 		if (n > 0)
 			decode_scales(work->row_scales, &work->tables, w, o + LANES * v, n);
-		for (int64_t i = n > 0 ? n * n_groups : 0; i < LANES * n_groups; i++)
+		for (int64_t i = n > 0 ? n * n_blocks : 0; i < LANES * n_blocks; i++)
 			work->row_scales[i] = 0;
-		for (int64_t g = 0; g < n_groups; g += 4)
+		for (int64_t b = 0; b < n_blocks; b += 4)
 		{
-			Ints		turned[4];
+			Ints		transposed[4];
 
-			load_words(turned, (const uint8_t *) (work->row_scales + g), n_groups * 4);
-			for (int k = 0; k < 4 && g + k < n_groups; k++)
-				V(storeu_ps) (work->scales[g + k] + LANES * v, V(mul_ps) ((Floats) turned[k], unit));
+			load_words(transposed, (const uint8_t *) (work->row_scales + b), n_blocks * 4);
+			for (int k = 0; k < 4 && b + k < n_blocks; k++)
+				V(storeu_ps) (work->scales[b + k] + LANES * v, V(mul_ps) ((Floats) transposed[k], unit));
 		}
 	}
 }
@@ -230,7 +233,7 @@ finish_panel(const MillmMatmul *m, MillmDtype dtype, const Workspace *work, int6
 
 	for (int r = 0; r < n_rows; r++)
 	{
-		scale[r] = dtype == MILLM_INT8 ? millm_int8_scale(m->w, o + r) : 1;
+		scale[r] = (dtype == MILLM_INT8 ? millm_int8_scale(m->w, o + r) : 1) * (m->row_scale ? m->row_scale[o + r] : 1);
 		bias[r] = m->bias ? m->bias[o + r] : 0;
 	}
 	for (int j = 0; j < n_tokens; j++)
@@ -280,7 +283,7 @@ matmul(const MillmMatmul *m, int64_t begin, int64_t end, MillmDtype dtype)
 			const int	n_rows = at_most(end - o, ROWS);
 
 			if (dtype == MILLM_4BIT)
-				turn_scales(&work, w, o, n_rows);
+				transpose_scales(&work, w, o, n_rows);
 			memset(work.sums, 0, sizeof(work.sums[0]) * (size_t) n_tokens);
 			for (int64_t i = 0; i < w->n_in; i += DEPTH)
 			{

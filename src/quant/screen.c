@@ -20,7 +20,8 @@
  *    the roundings of s, of its inverse and of their product with it, each at most u m: by less than m / 64200 in all.  So ||h - k|| <=
  *    sqrt(n) ||h|| / 64200, and as no |d_i| is above max 128 / 127, |d . (h - k)| <= n max ||h|| / 63600.  Steps 1 and 2 then hold of k, and
  *    ||k|| <= (1 + sqrt(n) / 64200) ||h||.  The sums of products are exact, and rounded no more often than in step 2.  m above
- *    SMALL / sqrt(n) keeps s and its inverse normal.
+ *    SMALL / sqrt(n) keeps s and its inverse normal; where the product of s and the row's scale underflows, n sums of 127 * 32767 at most
+ *    times 2^-150 are below 2^-111.
  *
  * The sums of squares run in float32 with 16 lanes: the roots' relative error is below (n / 16 + 20) u / 2 < 2^-11.  INFLATE
  * is twice that, which also covers that the product error * ||h|| is rounded.

@@ -537,6 +537,43 @@ test_4bit_extremes(void **state)
 	free(x);
 }
 
+/* In tiles of int16 a weight of 16 bits that is not finite makes its output so, and no other; one without a unit above it NaN. */
+static void
+test_weights_not_finite(void **state)
+{
+	enum {N = 192, TOKENS = 3, ROWS = 35, BAD = 17};
+	static const uint16_t bad[2][3] = {{0x7C00, 0x7E01, 0xFC00}, {0x7F80, 0x7FC1, 0x7F00}};	/* F16: inf, NaN, -inf; BF16: inf, NaN, 2^127 */
+	const int64_t stride = millm_form_row_bytes(MILLM_FORM_I16_TILES, N);
+	static float x[TOKENS * N], y[TOKENS * ROWS];
+	static uint16_t w[ROWS * N];
+	MillmKernels k[4];
+	int			n = variants(k);
+
+	(void) state;
+	fill(x, TOKENS * N, ORDINARY);
+	for (int v = 0; v < n; v++)
+		for (int dtype = MILLM_F16; dtype <= MILLM_BF16; dtype++)
+			for (int i = 0; i < 3; i++)
+			{
+				char	   *packed = aligned_alloc(64, (size_t) stride * TOKENS);
+				const MillmWeight weight = {.dtype = dtype, .n_out = ROWS, .n_in = N, .stride = N, .data = w};
+				MillmMatmul m = {.y = y, .y_stride = ROWS, .w = &weight, .form = MILLM_FORM_I16_TILES, .x = packed, .x_stride = stride, .n_tokens = TOKENS};
+
+				for (int j = 0; j < ROWS * N; j++)
+					w[j] = dtype == MILLM_F16 ? millm_f32_to_f16(uniform()) : millm_f32_to_bf16(uniform());
+				w[BAD * N + 77] = bad[dtype == MILLM_BF16][i];
+				if (k[v].matmul[m.form][dtype][0])
+				{
+					pack(&k[v], m.form, packed, stride, x, N, TOKENS, N);
+					k[v].matmul[m.form][dtype][0] (&m, 0, ROWS);
+					for (int t = 0; t < TOKENS; t++)
+						for (int o = 0; o < ROWS; o++)
+							assert_int_equal(isfinite(y[t * ROWS + o]) != 0, o != BAD);
+				}
+				free(packed);
+			}
+}
+
 /* In tiles of int16 a value that is not finite is so in every output of its token, and of no other. */
 static void
 test_not_finite(void **state)
@@ -930,7 +967,7 @@ main(void)
 	const struct CMUnitTest tests[] = {
 		cmocka_unit_test(test_matmul),
 		cmocka_unit_test(test_quantized), cmocka_unit_test(test_int8_extremes), cmocka_unit_test(test_4bit_extremes),
-		cmocka_unit_test(test_not_finite),
+		cmocka_unit_test(test_not_finite), cmocka_unit_test(test_weights_not_finite),
 		cmocka_unit_test(test_mxfp4),
 		cmocka_unit_test(test_matmul_is_batch_invariant),
 		cmocka_unit_test(test_norms_and_activations),

@@ -151,8 +151,8 @@ fill(Head *h, int kind, MillmDtype dtype, int64_t n_in)
 					if (v > 0 && i == v % n_in && v % 3)
 						*w = nextafterf(*w, v % 3 == 1 ? 2 : -2);
 					break;
-				case TINY:		/* down to denormals, and rows whose scale would be one */
-					*w *= v % 2 ? 1e-37f : 1e-40f;
+				case TINY:		/* down to denormals, and rows whose scale would be one, or times that of a faint vector */
+					*w *= v % 2 ? 1e-37f : v % 4 ? 1e-28f : 1e-40f;
 					break;
 				case WIDE:		/* magnitudes of thirty powers of two in a row */
 					*w = ldexpf(*w, -(int) (30 * fabsf(uniform())));
@@ -172,7 +172,7 @@ fill(Head *h, int kind, MillmDtype dtype, int64_t n_in)
 		}
 }
 
-enum {PLAIN, LARGE, SMALL, ZERO, ONE_HOT, ALIGNED, OUTLIERS, BEYOND, N_VECTORS};
+enum {PLAIN, LARGE, SMALL, FAINT, ZERO, ONE_HOT, ALIGNED, OUTLIERS, BEYOND, N_VECTORS};
 
 static void
 fill_vector(float *x, const Head *h, int kind)
@@ -182,7 +182,7 @@ fill_vector(float *x, const Head *h, int kind)
 	for (int64_t i = 0; i < n; i++)
 	{
 		float		f = 3 * uniform();
-		const float scale[N_VECTORS] = {[PLAIN] = 1, [LARGE] = 1e14f, [SMALL] = 1e-40f, [OUTLIERS] = i % 50 ? 1 : 300, [BEYOND] = 1e30f};
+		const float scale[N_VECTORS] = {[PLAIN] = 1, [LARGE] = 1e14f, [SMALL] = 1e-40f, [FAINT] = 1e-26f, [OUTLIERS] = i % 50 ? 1 : 300, [BEYOND] = 1e30f};
 
 		x[i] = f * scale[kind];
 		if (kind == ONE_HOT)
