@@ -39,7 +39,7 @@ typedef struct Workspace
 {
 	_Alignas(64) Ints panel[2][DEPTH / 2];	/* of the first and the second LANES rows: [block, pair] */
 	float		sums[TOKENS][ROWS];
-	float		scales[MILLM_I16_TILE_BLOCKS][ROWS];	/* of blocks of weights, and of the codebook; not of INT8 */
+	float		scales[MILLM_I16_TILE_BLOCKS][ROWS];	/* of blocks of weights, and of the codebook; 1 for INT8 */
 	float		row_scales[LANES * MILLM_I16_TILE_BLOCKS + 64];	/* [row, block] */
 	uint8_t		tail[ROWS][2 * DEPTH];	/* copies of the last rows, where there are too few */
 	ScaleTables tables;
@@ -144,7 +144,7 @@ transpose_scales(Workspace *work, const MillmWeight *w, int64_t o, int n_rows)
  * sums each, so that no product waits for the one before.
  */
 INLINE void
-multiply(const Workspace *work, float *sums, MillmDtype dtype, const char *x, const float *scales, int n_blocks, int n_group, int first, int n_tokens, int n_parts)
+multiply(const Workspace *work, float *sums, const char *x, const float *scales, int n_blocks, int n_group, int first, int n_tokens, int n_parts)
 {
 	for (int b = 0; b < n_blocks; b++, x += block_bytes(n_group), scales += ROWS)
 	{
@@ -178,15 +178,15 @@ multiply(const Workspace *work, float *sums, MillmDtype dtype, const char *x, co
 
 				for (int u = 1; u < n_parts; u++)
 					acc[v][t][0] = V(add_epi32) (acc[v][t][0], acc[v][t][u]);
-				if (dtype != MILLM_INT8)
-					f = V(mul_ps) (f, V(loadu_ps) (scales + LANES * v));
+				f = V(mul_ps) (f, V(loadu_ps) (scales + LANES * v));
 				V(storeu_ps) (y, V(fmadd_ps) (V(cvtepi32_ps) (acc[v][t][0]), f, V(loadu_ps) (y)));
 			}
 	}
 }
 
-INLINE void
-multiply_group(const Workspace *work, float *sums, MillmDtype dtype, const char *x, const float *scales, int n_blocks, int n_group)
+/* One function for all dtypes: it is long, and compilers take their time. */
+static __attribute__((noinline)) void
+multiply_group(const Workspace *work, float *sums, const char *x, const float *scales, int n_blocks, int n_group)
 {
 	for (int first = 0; first < n_group; first += TOKENS_AT_ONCE)
 	{
@@ -195,29 +195,29 @@ multiply_group(const Workspace *work, float *sums, MillmDtype dtype, const char 
 		switch (n_group - first < TOKENS_AT_ONCE ? n_group - first : TOKENS_AT_ONCE)
 		{
 			case 1:
-				multiply(work, y, dtype, x, scales, n_blocks, n_group, first, 1, 4);
+				multiply(work, y, x, scales, n_blocks, n_group, first, 1, 4);
 				break;
 			case 2:
-				multiply(work, y, dtype, x, scales, n_blocks, n_group, first, 2, TOKENS_AT_ONCE / 2);
+				multiply(work, y, x, scales, n_blocks, n_group, first, 2, TOKENS_AT_ONCE / 2);
 				break;
 			case 3:
-				multiply(work, y, dtype, x, scales, n_blocks, n_group, first, 3, TOKENS_AT_ONCE / 4);
+				multiply(work, y, x, scales, n_blocks, n_group, first, 3, TOKENS_AT_ONCE / 4);
 				break;
 			case 4:
-				multiply(work, y, dtype, x, scales, n_blocks, n_group, first, 4, TOKENS_AT_ONCE / 4);
+				multiply(work, y, x, scales, n_blocks, n_group, first, 4, TOKENS_AT_ONCE / 4);
 				break;
 #if TOKENS_AT_ONCE > 4
 			case 5:
-				multiply(work, y, dtype, x, scales, n_blocks, n_group, first, 5, 1);
+				multiply(work, y, x, scales, n_blocks, n_group, first, 5, 1);
 				break;
 			case 6:
-				multiply(work, y, dtype, x, scales, n_blocks, n_group, first, 6, 1);
+				multiply(work, y, x, scales, n_blocks, n_group, first, 6, 1);
 				break;
 			case 7:
-				multiply(work, y, dtype, x, scales, n_blocks, n_group, first, 7, 1);
+				multiply(work, y, x, scales, n_blocks, n_group, first, 7, 1);
 				break;
 			case 8:
-				multiply(work, y, dtype, x, scales, n_blocks, n_group, first, 8, 1);
+				multiply(work, y, x, scales, n_blocks, n_group, first, 8, 1);
 				break;
 #endif
 		}
@@ -274,6 +274,9 @@ matmul(const MillmMatmul *m, int64_t begin, int64_t end, MillmDtype dtype)
 		load_codebook(&codebook, codes);
 		load_scale_tables(&work.tables, w);
 	}
+	for (int64_t b = 0; dtype == MILLM_INT8 && b < w->n_in / BLOCK; b++)
+		for (int r = 0; r < ROWS; r++)
+			work.scales[b][r] = 1;
 	for (int64_t t = 0; t < m->n_tokens; t += TOKENS)
 	{
 		const int	n_tokens = at_most(m->n_tokens - t, TOKENS);
@@ -295,7 +298,7 @@ matmul(const MillmMatmul *m, int64_t begin, int64_t end, MillmDtype dtype)
 					const int	n_group = at_most(n_tokens - j, GROUP);
 					const char *x = (const char *) m->x + (t + j) * m->x_stride + i / BLOCK * block_bytes(n_group);
 
-					multiply_group(&work, work.sums[j], dtype, x, work.scales[i / BLOCK], depth / BLOCK, n_group);
+					multiply_group(&work, work.sums[j], x, work.scales[i / BLOCK], depth / BLOCK, n_group);
 				}
 			}
 			finish_panel(m, dtype, &work, t, n_tokens, o, n_rows);
