@@ -21,7 +21,7 @@
 #define MAX_PANEL_ROWS		48
 #define PANEL_DEPTH			512		/* 4 tokens of 2 KiB */
 #define INT8_TOKENS			3		/* with 4 sums each, as the float32 kernel has */
-#define MAX_GROUPS			1024	/* of 64 weights, in a row of the fast path */
+#define MAX_GROUPS			MILLM_I16_TILE_BLOCKS	/* of 64 weights, in a row of the fast paths */
 #define I16_MAX				32767.0f
 #define CODEBOOK_MAX		8191.0f	/* 8 * 8191 * 32767 < 2^31 */
 
@@ -445,7 +445,7 @@ matmul_panels(const MillmMatmul *m, int64_t begin, int64_t end)
 INLINE bool
 is_fast_4bit(const MillmWeight *w)
 {
-	return w->dtype == MILLM_4BIT && millm_is_blocky(w) && w->n_in / 64 <= MAX_GROUPS;
+	return w->dtype == MILLM_4BIT && millm_has_i16_tiles(w);
 }
 
 static MillmForm

@@ -27,12 +27,6 @@ typedef struct ScaleTables
 } ScaleTables;
 
 INLINE void
-prefetch_line(const char *p)
-{
-	_mm_prefetch(p, _MM_HINT_T1);
-}
-
-INLINE void
 add_products(__m256i *sums, __m256i a, __m256i b)
 {
 	*sums = _mm256_add_epi32(*sums, _mm256_madd_epi16(a, b));
@@ -107,113 +101,59 @@ quantize_block(int32_t *pairs, const float *x)
 
 /* 16 bytes of rows i and 4 + i. */
 INLINE __m256i
-load_2_rows(const uint8_t *row, int64_t stride, int i)
+load_rows(const uint8_t *row, int64_t stride, int i)
 {
 	const uint8_t *p = row + i * stride;
 
 	return _mm256_inserti128_si256(_mm256_castsi128_si256(_mm_loadu_si128((const __m128i *) p)), _mm_loadu_si128((const __m128i *) (p + 4 * stride)), 1);
 }
 
+/* The 8 weights of each row in a word, as 4 vectors of pairs. */
 INLINE void
-load_words(__m256i *word, const uint8_t *row, int64_t stride)
-{
-	__m256i		v0 = load_2_rows(row, stride, 0),
-				v1 = load_2_rows(row, stride, 1),
-				v2 = load_2_rows(row, stride, 2),
-				v3 = load_2_rows(row, stride, 3);
-	__m256i		low01 = _mm256_unpacklo_epi32(v0, v1),
-				high01 = _mm256_unpackhi_epi32(v0, v1),
-				low23 = _mm256_unpacklo_epi32(v2, v3),
-				high23 = _mm256_unpackhi_epi32(v2, v3);
-
-	word[0] = _mm256_unpacklo_epi64(low01, low23);
-	word[1] = _mm256_unpackhi_epi64(low01, low23);
-	word[2] = _mm256_unpacklo_epi64(high01, high23);
-	word[3] = _mm256_unpackhi_epi64(high01, high23);
-}
-
-INLINE void
-unpack_4bit(__m256i *panel, const uint8_t *row, int64_t stride, const Codebook *codebook)
+pairs_4bit(__m256i *panel, __m256i word, const Codebook *codebook)
 {
 	const __m256i nibble = _mm256_set1_epi8(0x0F);
 	const __m256i low_byte = _mm256_set1_epi16(0xFF);
 
-	for (int i = 0; i < 2; i++)
+	for (int odd = 0; odd < 2; odd++)
 	{
-		__m256i		word[4];
+		/* nibbles 0 2 4 6, or 1 3 5 7, in their bytes: the low, and the high bytes of their codes */
+		__m256i		at = _mm256_and_si256(odd ? _mm256_srli_epi16(word, 4) : word, nibble);
+		__m256i		low = _mm256_shuffle_epi8(codebook->low, at);
+		__m256i		high = _mm256_shuffle_epi8(codebook->high, at);
 
-		load_words(word, row + 16 * i, stride);
-		for (int k = 0; k < 4; k++, panel += 4)
-			for (int odd = 0; odd < 2; odd++)
-			{
-				/* nibbles 0 2 4 6, or 1 3 5 7, in their bytes: the low, and the high bytes of their codes */
-				__m256i		at = _mm256_and_si256(odd ? _mm256_srli_epi16(word[k], 4) : word[k], nibble);
-				__m256i		low = _mm256_shuffle_epi8(codebook->low, at);
-				__m256i		high = _mm256_shuffle_epi8(codebook->high, at);
-
-				/* pairs of nibbles 0 4 and 2 6, or 1 5 and 3 7 */
-				panel[odd] = _mm256_or_si256(_mm256_and_si256(low, low_byte), _mm256_slli_epi16(high, 8));
-				panel[2 + odd] = _mm256_or_si256(_mm256_srli_epi16(low, 8), _mm256_andnot_si256(low_byte, high));
-			}
+		/* pairs of nibbles 0 4 and 2 6, or 1 5 and 3 7 */
+		panel[odd] = _mm256_or_si256(_mm256_and_si256(low, low_byte), _mm256_slli_epi16(high, 8));
+		panel[2 + odd] = _mm256_or_si256(_mm256_srli_epi16(low, 8), _mm256_andnot_si256(low_byte, high));
 	}
 }
 
-INLINE void
-unpack_int8(__m256i *panel, const uint8_t *row, int64_t stride)
+/* Even 16-bit elements of a, odd ones of b. */
+INLINE __m256i
+even_odd(__m256i a, __m256i b)
 {
-	for (int i = 0; i < 4; i++)
-	{
-		__m256i		word[4];
-
-		load_words(word, row + 16 * i, stride);
-		for (int k = 0; k < 4; k += 2, panel += 4)
-		{
-			/* bytes 0 1 4 5, and 2 3 6 7 */
-			__m256i		low = _mm256_blend_epi16(word[k], _mm256_slli_epi32(word[k + 1], 16), 0xAA);
-			__m256i		high = _mm256_blend_epi16(_mm256_srli_epi32(word[k], 16), word[k + 1], 0xAA);
-
-			panel[0] = _mm256_srai_epi16(low, 8);
-			panel[1] = _mm256_srai_epi16(_mm256_slli_epi16(low, 8), 8);
-			panel[2] = _mm256_srai_epi16(high, 8);
-			panel[3] = _mm256_srai_epi16(_mm256_slli_epi16(high, 8), 8);
-		}
-	}
+	return _mm256_blend_epi16(a, b, 0xAA);
 }
 
-/* As avx512_tiles.c's, of BF16. */
-INLINE void
-unpack_16bit(__m256i *panel, float *units, const uint8_t *row, int64_t stride, MillmDtype dtype)
+INLINE __m256i
+choose_greater(__m256i a, int32_t limit, __m256i if_greater, __m256i otherwise)
 {
-	const __m256i no_sign = _mm256_set1_epi16(0x7FFF);
-	const __m256i upper = _mm256_set1_epi32((int) 0xFFFF0000);
-	__m256i		word[32];
-	__m256i		max = _mm256_setzero_si256();
-	__m256i		exponent, unit, is_none;
-	__m256		magic;
+	return _mm256_blendv_epi8(otherwise, if_greater, _mm256_cmpgt_epi32(a, _mm256_set1_epi32(limit)));
+}
 
+/* The weights of even, and of odd number in words of two, as float32: of BF16. */
+INLINE __m256
+even_floats(__m256i word, MillmDtype dtype)
+{
 	(void) dtype;
-	for (int k = 0; k < 32; k += 4)
-		load_words(word + k, row + 4 * k, stride);
-	for (int k = 0; k < 32; k++)
-		max = _mm256_max_epu16(max, _mm256_and_si256(word[k], no_sign));
-	max = _mm256_max_epu16(max, _mm256_srli_epi32(max, 16));
-	exponent = _mm256_srli_epi32(_mm256_andnot_si256(upper, max), 7);
-	exponent = _mm256_max_epi32(exponent, _mm256_set1_epi32(12));
-	unit = _mm256_slli_epi32(_mm256_add_epi32(exponent, _mm256_set1_epi32(-11)), 23);
-	magic = _mm256_castsi256_ps(_mm256_add_epi32(unit, _mm256_set1_epi32((23 << 23) | 0x400000)));
-	is_none = _mm256_cmpgt_epi32(exponent, _mm256_set1_epi32(242));
-	_mm256_storeu_ps(units, _mm256_castsi256_ps(_mm256_blendv_epi8(unit, _mm256_set1_epi32(0x7FC00000), is_none)));
-	for (int k = 0; k < 32; k += 4, panel += 4)
-		for (int j = 0; j < 2; j++)
-		{
-			__m256		odd_low = _mm256_add_ps(_mm256_castsi256_ps(_mm256_and_si256(word[k + j], upper)), magic);
-			__m256		odd_high = _mm256_add_ps(_mm256_castsi256_ps(_mm256_and_si256(word[k + 2 + j], upper)), magic);
-			__m256		even_low = _mm256_add_ps(_mm256_castsi256_ps(_mm256_slli_epi32(word[k + j], 16)), magic);
-			__m256		even_high = _mm256_add_ps(_mm256_castsi256_ps(_mm256_slli_epi32(word[k + 2 + j], 16)), magic);
+	return _mm256_castsi256_ps(_mm256_slli_epi32(word, 16));
+}
 
-			panel[2 * j] = _mm256_blend_epi16(_mm256_castps_si256(odd_low), _mm256_slli_epi32(_mm256_castps_si256(odd_high), 16), 0xAA);
-			panel[2 * j + 1] = _mm256_blend_epi16(_mm256_castps_si256(even_low), _mm256_slli_epi32(_mm256_castps_si256(even_high), 16), 0xAA);
-		}
+INLINE __m256
+odd_floats(__m256i word, MillmDtype dtype)
+{
+	(void) dtype;
+	return _mm256_castsi256_ps(_mm256_and_si256(word, _mm256_set1_epi32((int) 0xFFFF0000)));
 }
 
 #include "tiles.h"

@@ -32,7 +32,7 @@
 #define MIN_INT8_TILES_TOKENS	16
 #define MIN_16BIT_TILES_TOKENS	8
 #define PANEL_BYTES			(128 * 1024)
-#define MAX_GROUPS			1024	/* of 64 weights, in a row of the fast paths */
+#define MAX_GROUPS			MILLM_I16_TILE_BLOCKS	/* of 64 weights, in a row of the fast paths */
 #define TOKENS				4		/* that share one unpacking of the weights */
 #define I16_ROWS			2		/* of INT8 that share one load of the activations */
 #define I16_MAX				32767.0f
@@ -642,7 +642,7 @@ fits_panel(int64_t n_in)
 INLINE bool
 is_fast_4bit(const MillmWeight *w)
 {
-	return w->dtype == MILLM_4BIT && millm_is_blocky(w) && w->n_in / 64 <= MAX_GROUPS;
+	return w->dtype == MILLM_4BIT && millm_has_i16_tiles(w);
 }
 
 static MillmForm

@@ -18,12 +18,13 @@
  *   TOKENS_AT_ONCE                     whose sums the registers hold
  *   Codebook, ScaleTables              what a weight's codes, and its scales, are looked up in
  *   load_codebook(b, codes [16]), load_scale_tables(t, w), decode_scales(s, t, w, o, n_rows)      s has room for 64 more
- *   load_words(word, row, stride)      word[k] = the k-th 32 bits from there on of each of LANES rows, row r in lane r, k < 4
  *   quantize_block(pairs, x)           64 values to 32 pairs, elements 1 5, 0 4, 3 7, 2 6 of each eight; returns the scale
- *   unpack_4bit(panel, row, stride, codebook), unpack_int8(panel, row, stride), unpack_16bit(panel, units, row, stride, dtype)
- *                                      64 weights of LANES rows to 32 vectors of such pairs
+ *   load_rows(row, stride, i)          16 bytes of rows i, 4 + i, 8 + i, ... of LANES
+ *   pairs_4bit(panel, word, codebook)  8 nibbles of each lane to 4 vectors of such pairs
+ *   even_floats(word, dtype), odd_floats(word, dtype)      the two 16-bit weights of each lane
+ *   even_odd(a, b)                     16-bit elements of even number from a, of odd from b
+ *   choose_greater(a, limit, if_greater, otherwise)        lane by lane of int32
  *   add_products(sums, a, b)           sums += products of pairs of int16
- *   prefetch_line(p)
  */
 #define BLOCK			64			/* values that share a scale */
 #define PAIRS			(BLOCK / 2)
@@ -75,6 +76,101 @@ pack_group(void *packed, const float *x, int64_t x_stride, int n_tokens, int64_t
 		}
 }
 
+/* word[k] = the k-th 32 bits from there on of each of LANES rows, row r in lane r, k < 4. */
+INLINE void
+load_words(Ints *word, const uint8_t *row, int64_t stride)
+{
+	Ints		v0 = load_rows(row, stride, 0),
+				v1 = load_rows(row, stride, 1),
+				v2 = load_rows(row, stride, 2),
+				v3 = load_rows(row, stride, 3);
+	Ints		low01 = V(unpacklo_epi32) (v0, v1),
+				high01 = V(unpackhi_epi32) (v0, v1),
+				low23 = V(unpacklo_epi32) (v2, v3),
+				high23 = V(unpackhi_epi32) (v2, v3);
+
+	word[0] = V(unpacklo_epi64) (low01, low23);
+	word[1] = V(unpackhi_epi64) (low01, low23);
+	word[2] = V(unpacklo_epi64) (high01, high23);
+	word[3] = V(unpackhi_epi64) (high01, high23);
+}
+
+/* A block of LANES rows: 32 vectors of pairs.  So, too, the two functions below. */
+INLINE void
+unpack_4bit(Ints *panel, const uint8_t *row, int64_t stride, const Codebook *codebook)
+{
+	for (int i = 0; i < 2; i++)
+	{
+		Ints		word[4];
+
+		load_words(word, row + 16 * i, stride);
+		for (int k = 0; k < 4; k++, panel += 4)
+			pairs_4bit(panel, word[k], codebook);
+	}
+}
+
+INLINE void
+unpack_int8(Ints *panel, const uint8_t *row, int64_t stride)
+{
+	for (int i = 0; i < 4; i++)
+	{
+		Ints		word[4];
+
+		load_words(word, row + 16 * i, stride);
+		for (int k = 0; k < 4; k += 2, panel += 4)
+		{
+			/* bytes 0 1 4 5, and 2 3 6 7 */
+			Ints		low = even_odd(word[k], V(slli_epi32) (word[k + 1], 16));
+			Ints		high = even_odd(V(srli_epi32) (word[k], 16), word[k + 1]);
+
+			panel[0] = V(srai_epi16) (low, 8);
+			panel[1] = V(srai_epi16) (V(slli_epi16) (low, 8), 8);
+			panel[2] = V(srai_epi16) (high, 8);
+			panel[3] = V(srai_epi16) (V(slli_epi16) (high, 8), 8);
+		}
+	}
+}
+
+/*
+ * Of BF16 or F16, and the rows' units.  Adding 1.5 * 2^23 units leaves a float's number of units, rounded to nearest even, in its low bits.
+ */
+INLINE void
+unpack_16bit(Ints *panel, float *units, const uint8_t *row, int64_t stride, MillmDtype dtype)
+{
+	const bool	is_bf16 = dtype == MILLM_BF16;
+	const Ints	no_sign = V(set1_epi32) (0x7FFF7FFF);
+	Ints		word[PAIRS];
+	Ints		max = V(set1_epi32) (0);
+	Ints		exponent, unit;
+	Floats		magic;
+
+	for (int k = 0; k < PAIRS; k += 4)
+		load_words(word + k, row + 4 * k, stride);
+	for (int k = 0; k < PAIRS; k++)
+		max = V(max_epu16) (max, word[k] & no_sign);
+	max = V(max_epu16) (max, V(srli_epi32) (max, 16));
+	exponent = V(srli_epi32) (max & V(set1_epi32) (0xFFFF), is_bf16 ? 7 : 10);
+	/* a block whose unit would be no normal number has the smallest that is one */
+	exponent = V(max_epi32) (exponent, V(set1_epi32) (is_bf16 ? 12 : 1));
+	/* from a weight's exponent field to that of a unit */
+	unit = V(slli_epi32) (V(add_epi32) (exponent, V(set1_epi32) (is_bf16 ? -11 : 101)), 23);
+	magic = (Floats) V(add_epi32) (unit, V(set1_epi32) ((23 << 23) | 0x400000));
+	/* one that has none above all its weights, infinity or NaN among them, is NaN */
+	unit = choose_greater(exponent, is_bf16 ? 242 : 30, V(set1_epi32) (0x7FC00000), unit);
+	V(storeu_ps) (units, (Floats) unit);
+	for (int k = 0; k < PAIRS; k += 4, panel += 4)
+		for (int j = 0; j < 2; j++)
+		{
+			Ints		odd_low = (Ints) V(add_ps) (odd_floats(word[k + j], dtype), magic);
+			Ints		odd_high = (Ints) V(add_ps) (odd_floats(word[k + 2 + j], dtype), magic);
+			Ints		even_low = (Ints) V(add_ps) (even_floats(word[k + j], dtype), magic);
+			Ints		even_high = (Ints) V(add_ps) (even_floats(word[k + 2 + j], dtype), magic);
+
+			panel[2 * j] = even_odd(odd_low, V(slli_epi32) (odd_high, 16));
+			panel[2 * j + 1] = even_odd(even_low, V(slli_epi32) (even_high, 16));
+		}
+}
+
 /*
  * Rows o .. o + n_rows of w, weights i .. i + depth.  Asks for as many bytes of the rows that follow, in the order in which they lie: memory
  * sees one stream, not ROWS.
@@ -103,7 +199,7 @@ fill_panel(Workspace *work, const MillmWeight *w, MillmDtype dtype, int64_t o, i
 			Ints	   *panel = work->panel[v] + b * PAIRS;
 
 			for (int line = 0; prefetch && line < LANES * bytes_of_block; line += 64, ahead += 64)
-				prefetch_line(ahead);
+				_mm_prefetch(ahead, _MM_HINT_T1);
 			if (dtype == MILLM_4BIT)
 				unpack_4bit(panel, p, stride, codebook);
 			else if (dtype == MILLM_INT8)
