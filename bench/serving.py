@@ -15,7 +15,7 @@ the first piece of text (millm) or the first token (llama.cpp).
 Then a stream beside a prompt of --long tokens: from one token to the next, alone and while the other is read.
 
 Then the shared instruction: --rows rows of --shared tokens that are the same and --own that are not, max_tokens 4, in one generate_rows(), with millm.prefix_cache
-on and off.
+on and off; with --deterministic, millm.deterministic is on for both, and every text must be the same.
 """
 import argparse
 import json
@@ -159,7 +159,8 @@ def share(cluster, name, a, rng):
     def tokens(text):
         return cluster.value("SELECT millm.count_tokens(%s)", text)
 
-    load(cluster, name, deterministic="off", prefix_cache="on")
+    deterministic = "on" if a.deterministic else "off"
+    load(cluster, name, deterministic=deterministic, prefix_cache="on")
     instruction = INSTRUCTION
     while tokens(instruction) < a.shared:
         instruction += INSTRUCTION
@@ -173,7 +174,7 @@ def share(cluster, name, a, rng):
             copy.write_row((i, f"{i}: " + " ".join(rng.choice(WORDS) for _ in range(a.own - 4))))
     results = {}
     for cache in "on", "off":
-        load(cluster, name, deterministic="off", prefix_cache=cache)
+        load(cluster, name, deterministic=deterministic, prefix_cache=cache)
         start = time.perf_counter()
         query = "SELECT id, " + "'" + instruction.replace("'", "''") + "' || body FROM note ORDER BY id"
         cluster.execute(f"CREATE TABLE answer_{cache} AS SELECT * FROM millm.generate_rows(%s, raw => true, temperature => 0, max_tokens => 4)", query)
@@ -183,7 +184,8 @@ def share(cluster, name, a, rng):
         results[cache] = {"seconds": round(seconds, 2), "prompt_tokens": prompt, "cached_tokens": cached}
     same = cluster.value('SELECT count(*) FROM answer_on JOIN answer_off USING (key) WHERE answer_on.text = answer_off.text')
     n_shared = tokens(instruction)
-    return results | {"rows": a.rows, "shared": n_shared, "same_texts": same, "ratio": round(results["off"]["seconds"] / results["on"]["seconds"], 2),
+    assert same == a.rows or not a.deterministic
+    return results | {"rows": a.rows, "shared": n_shared, "deterministic": a.deterministic, "same_texts": same, "ratio": round(results["off"]["seconds"] / results["on"]["seconds"], 2),
                       "cached_share": round(float(results["on"]["cached_tokens"]) / (n_shared * a.rows), 3)}
 
 
@@ -233,6 +235,7 @@ def main():
     p.add_argument("--rows", type=int, default=10000, help="of the shared instruction; 0: not that")
     p.add_argument("--shared", type=int, default=200)
     p.add_argument("--own", type=int, default=30)
+    p.add_argument("--deterministic", action="store_true", help="the rows with millm.deterministic on")
     p.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
     p.add_argument("--save", action="store_true", help="keep the figures in bench/results/")
     a = p.parse_args()

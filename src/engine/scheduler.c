@@ -5,9 +5,9 @@
  * prefill chunks, both in the order of the line.  Decode goes first because a reader who already sees words notices a pause.  A prompt of many
  * chunks shares them with those after it, which else would wait for the whole of it.
  * Prefill beside decode tokens may take as long as these take by themselves, so that a stream's reader waits for no token more than about twice as
- * long; where more prompts wait than sequences decode, as many times that, up to STEP_MS, or sessions that all ask for short answers would wait for
- * each other's prompts with a batch half empty.  Beside answers that are read as a whole it may always make steps of STEP_MS, which cost less a token; alone, it may fill the
- * batch.  Two things are measured: what steps take that carry decode tokens only, by their number, for which prefill pauses in one step
+ * long; where many prompts wait, as many times that, up to MANY_MS, or sessions that all ask for short answers would wait for each other's prompts
+ * with a batch half empty.  Beside answers that are read as a whole it may always make steps of STEP_MS, which cost less a token; alone, it may fill
+ * the batch.  Two things are measured: what steps take that carry decode tokens only, by their number, for which prefill pauses in one step
  * of DECODE_EVERY; and what a token of prefill adds, which grows with its position.
  *
  * Owns:     the order of the slots and the size of the next chunk.
@@ -36,7 +36,8 @@
 #include <string.h>
 
 #define MIN_PREFILL_MS	4.0		/* in a step, however fast its decode tokens are: nobody sees so short a pause */
-#define STEP_MS			50.0	/* in a step without a stream, or where many prompts wait */
+#define STEP_MS			50.0	/* in a step without a stream */
+#define MANY_MS			120.0	/* in a step for which many prompts wait: a reader sees no pause yet */
 #define DECODE_EVERY	16		/* steps beside which prefill runs before what they take without it is measured again */
 #define PREFILL_SHARE	0.9		/* of what decode tokens take: somewhat less, since it is not met exactly */
 #define FIRST_CHUNK		32		/* tokens, before anything is measured */
@@ -300,16 +301,16 @@ n_unread(const MillmScheduler *s)
 	return n;
 }
 
-/* What prefill may add to a step of n_decode decode tokens, in milliseconds. */
+/* What prefill may add to a step whose decode tokens take decode_ms, in milliseconds. */
 static double
-time_beside(const MillmScheduler *s, double decode_ms, int n_decode, bool has_stream)
+time_beside(const MillmScheduler *s, double decode_ms, bool has_stream)
 {
 	const double even = PREFILL_SHARE * decode_ms;
 	const double least = has_stream ? MIN_PREFILL_MS : STEP_MS;
-	const double most = even > STEP_MS ? even : STEP_MS;
-	const double share = even * n_unread(s) / n_decode;
+	const double most = even > MANY_MS ? even : MANY_MS;
+	const double all = even * n_unread(s);
 
-	return share > most ? most : share > even ? share : even > least ? even : least;
+	return all > most ? most : all > least ? all : least;
 }
 
 /* How many tokens of prefill go beside n_decode > 0 decode tokens, some of them of a stream or none. */
@@ -324,7 +325,7 @@ tokens_beside(MillmScheduler *s, int n_decode, bool has_stream)
 		return 0;				/* what these take is measured */
 	if (s->prefill_ms == 0)
 		return FIRST_CHUNK;
-	ms = time_beside(s, decode->ms * n_decode, n_decode, has_stream);
+	ms = time_beside(s, decode->ms * n_decode, has_stream);
 	s->saved_ms += ms;
 	if (ms < least_ms)
 		ms = has_stream && least_ms > STEP_MS ? STEP_MS : least_ms;
