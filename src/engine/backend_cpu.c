@@ -37,10 +37,10 @@ _Static_assert(MILLM_KV_PAGE_TOKENS == MILLM_KERNEL_PAGE, "a KV page is as wide 
  * begin large (millm_team_run()).
  */
 #define MIN_PIECE_BYTES		(32 * 1024)
-/* With many tokens the piece's weights are read again for each few of them: they must stay in the L2 cache.  Kernels of tiles see to it themselves. */
+/* With many tokens the piece's weights are read again for each few of them: they must stay in the L2 cache. */
 #define MAX_PANEL_BYTES		(128 * 1024)
 #define PIECES_PER_THREAD	2
-/* The last pieces are that part of a thread's share. */
+/* The last pieces are that part of a thread's share.  Those of kernels of tiles, for which a new piece costs next to nothing, are a tile's outputs. */
 #define LAST_PIECES			8
 /* Outputs of a piece: a multiple of every kernel's tile, but of those of forms in groups. */
 #define OUTPUT_GRANULE		16
@@ -425,6 +425,21 @@ choose_form(const CpuBackend *c, const MillmWeight *w, int n)
 	return c->deterministic ? c->k.fixed_form(w) : c->k.best_form(w, n);
 }
 
+/* Outputs of the smallest piece of a loop whose weights have so many bytes. */
+static int64_t
+piece_outputs(const CpuBackend *c, const MillmWeight *w, MillmForm form, int n, int64_t all_bytes)
+{
+	const int64_t granule = w->in_out ? COLUMN_GRANULE : OUTPUT_GRANULE;
+	int64_t		bytes = all_bytes / (c->base.n_threads * (n == 1 ? LAST_PIECES : PIECES_PER_THREAD));
+	int64_t		outputs;
+
+	if (millm_form_group(form) > 1)
+		return MILLM_TILE_OUTPUTS;
+	bytes = bytes > MAX_PANEL_BYTES ? MAX_PANEL_BYTES : bytes < MIN_PIECE_BYTES ? MIN_PIECE_BYTES : bytes;
+	outputs = bytes / millm_weight_bytes(w->dtype, w->n_in) / granule * granule;
+	return outputs < granule ? granule : outputs;
+}
+
 static void
 matmul(MillmBackend *be, const MillmProjection *p, int n_projections, MillmBuffer *x, int n)
 {
@@ -433,9 +448,8 @@ matmul(MillmBackend *be, const MillmProjection *p, int n_projections, MillmBuffe
 	MillmForm	packed = MILLM_FORM_F32;
 	int64_t		bytes = 0,
 				work = 0,
-				n_pieces = 0,
-				piece_bytes;
-	bool		is_tiles;
+				n_pieces = 0;
+	bool		reads_once = true;
 
 	for (int i = 0; i < n_projections; i++)
 	{
@@ -453,22 +467,14 @@ matmul(MillmBackend *be, const MillmProjection *p, int n_projections, MillmBuffe
 			return;
 		}
 		packed = packed == MILLM_FORM_F32 ? form : packed;
+		reads_once &= n == 1 || millm_form_group(form) > 1;
 	}
-	is_tiles = millm_form_group(packed) > 1;
 	if (packed != MILLM_FORM_F32)
 		pack(c, x, packed, p[0].w->n_in, n);
-	piece_bytes = bytes / (c->base.n_threads * (n == 1 ? LAST_PIECES : PIECES_PER_THREAD));
-	if (!is_tiles && piece_bytes > MAX_PANEL_BYTES)
-		piece_bytes = MAX_PANEL_BYTES;
-	if (piece_bytes < MIN_PIECE_BYTES)
-		piece_bytes = MIN_PIECE_BYTES;
-
 	for (int i = 0; i < n_projections; i++)
 	{
 		const MillmWeight *w = p[i].w;
-		MillmForm	form = choose_form(c, w, n);
-		int64_t		granule = w->in_out ? COLUMN_GRANULE : millm_form_group(form) > 1 ? MILLM_TILE_OUTPUTS : OUTPUT_GRANULE;
-		int64_t		outputs = piece_bytes / millm_weight_bytes(w->dtype, w->n_in) / granule * granule;
+		const MillmForm form = choose_form(c, w, n);
 
 		l.run[i] = c->k.matmul[form][w->dtype][w->in_out];
 		l.m[i] = (MillmMatmul) {
@@ -482,12 +488,12 @@ matmul(MillmBackend *be, const MillmProjection *p, int n_projections, MillmBuffe
 			.x_stride = form == MILLM_FORM_F32 ? x->n_columns * (int64_t) sizeof(float) : x->packed_stride,
 			.n_tokens = n,
 		};
-		l.outputs[i] = outputs < granule ? granule : outputs;
+		l.outputs[i] = piece_outputs(c, w, form, n, bytes);
 		n_pieces += (w->n_out + l.outputs[i] - 1) / l.outputs[i];
 		l.end_piece[i] = n_pieces;
 		p[i].y->n_packed = 0;
 	}
-	millm_team_run(c->team, matmul_pieces, &l, n_pieces, work < MIN_PARALLEL_WORK ? n_pieces : 1, n > 1 ? 1 : n_pieces);
+	millm_team_run(c->team, matmul_pieces, &l, n_pieces, work < MIN_PARALLEL_WORK ? n_pieces : 1, reads_once ? n_pieces : 1);
 }
 
 /* ---- the head through its screening copy ---- */

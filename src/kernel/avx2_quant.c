@@ -451,7 +451,7 @@ is_fast_4bit(const MillmWeight *w)
 static MillmForm
 best_form(const MillmWeight *w, int n_tokens)
 {
-	if (n_tokens >= MIN_TILES_TOKENS && w->dtype != MILLM_F16 && millm_has_i16_tiles(w))
+	if (n_tokens >= MIN_TILES_TOKENS && millm_has_i16_tiles(w))
 		return MILLM_FORM_I16_TILES;
 	return is_fast_4bit(w) ? MILLM_FORM_I16_NIBBLES : MILLM_FORM_F32;
 }

@@ -141,19 +141,26 @@ choose_greater(__m256i a, int32_t limit, __m256i if_greater, __m256i otherwise)
 	return _mm256_blendv_epi8(otherwise, if_greater, _mm256_cmpgt_epi32(a, _mm256_set1_epi32(limit)));
 }
 
-/* The weights of even, and of odd number in words of two, as float32: of BF16. */
+/* F16 in the low halves of words, as float32. */
+INLINE __m256
+low_halves(__m256i word)
+{
+	__m256i		packed = _mm256_permute4x64_epi64(_mm256_packus_epi32(word, word), 0x08);
+
+	return _mm256_cvtph_ps(_mm256_castsi256_si128(packed));
+}
+
+/* The weights of even, and of odd number in words of two, as float32. */
 INLINE __m256
 even_floats(__m256i word, MillmDtype dtype)
 {
-	(void) dtype;
-	return _mm256_castsi256_ps(_mm256_slli_epi32(word, 16));
+	return dtype == MILLM_BF16 ? _mm256_castsi256_ps(_mm256_slli_epi32(word, 16)) : low_halves(_mm256_and_si256(word, _mm256_set1_epi32(0xFFFF)));
 }
 
 INLINE __m256
 odd_floats(__m256i word, MillmDtype dtype)
 {
-	(void) dtype;
-	return _mm256_castsi256_ps(_mm256_and_si256(word, _mm256_set1_epi32((int) 0xFFFF0000)));
+	return dtype == MILLM_BF16 ? _mm256_castsi256_ps(_mm256_and_si256(word, _mm256_set1_epi32((int) 0xFFFF0000))) : low_halves(_mm256_srli_epi32(word, 16));
 }
 
 #include "tiles.h"
@@ -161,10 +168,6 @@ odd_floats(__m256i word, MillmDtype dtype)
 void
 millm_kernels_avx2_tiles(MillmKernels *k)
 {
-	k->matmul[MILLM_FORM_I16_TILES][MILLM_BF16][0] = matmul_bf16;
-	k->matmul[MILLM_FORM_I16_TILES][MILLM_4BIT][0] = matmul_4bit;
-	k->matmul[MILLM_FORM_I16_TILES][MILLM_INT8][0] = matmul_int8;
-	k->pack_group[MILLM_FORM_I16_TILES] = pack_group;
-	k->fixed_form = fixed_form;
+	set_kernels(k);
 }
 #endif

@@ -123,6 +123,7 @@ i16_tile(const MillmMatmul *m, int64_t t, int n_tokens, int64_t o, int n_rows, _
 	for (int64_t i = 0; i < n; i += 128)
 	{
 		__m512i		q[2][4];
+		__m512i		a[TOKENS][2];
 		__m512		scale[2];
 
 		for (int r = 0; r < n_rows; r++)
@@ -136,19 +137,21 @@ i16_tile(const MillmMatmul *m, int64_t t, int n_tokens, int64_t o, int n_rows, _
 			q[r][3] = _mm512_permutexvar_epi16(_mm512_srli_epi16(v, 12), codebook);
 			scale[r] = pair(scales + (i + r * n) / 64);
 		}
+		/* all sums turn by turn: no product waits for the one before */
 		for (int j = 0; j < n_tokens; j++)
-		{
-			const __m512i *xj = (const __m512i *) (x + j * m->x_stride + i * 2);
-
 			for (int r = 0; r < n_rows; r++)
+				a[j][r] = _mm512_setzero_si512();
+		for (int k = 0; k < 4; k++)
+			for (int j = 0; j < n_tokens; j++)
 			{
-				__m512i		a = _mm512_setzero_si512();
+				__m512i		xj = _mm512_load_si512(x + j * m->x_stride + i * 2 + 64 * k);
 
-				for (int k = 0; k < 4; k++)
-					add_products(&a, q[r][k], xj[k]);
-				acc[j][r] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(a), scale[r], acc[j][r]);
+				for (int r = 0; r < n_rows; r++)
+					add_products(&a[j][r], q[r][k], xj);
 			}
-		}
+		for (int j = 0; j < n_tokens; j++)
+			for (int r = 0; r < n_rows; r++)
+				acc[j][r] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(a[j][r]), scale[r], acc[j][r]);
 	}
 	for (int j = 0; j < n_tokens; j++)
 		for (int r = 0; r < n_rows; r++)

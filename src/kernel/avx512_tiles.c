@@ -127,16 +127,9 @@ odd_floats(__m512i word, MillmDtype dtype)
 
 #include "tiles.h"
 
-MATMUL(f16, MILLM_F16)
-
 void
 millm_kernels_avx512_tiles(MillmKernels *k)
 {
-	k->matmul[MILLM_FORM_I16_TILES][MILLM_F16][0] = matmul_f16;
-	k->matmul[MILLM_FORM_I16_TILES][MILLM_BF16][0] = matmul_bf16;
-	k->matmul[MILLM_FORM_I16_TILES][MILLM_4BIT][0] = matmul_4bit;
-	k->matmul[MILLM_FORM_I16_TILES][MILLM_INT8][0] = matmul_int8;
-	k->pack_group[MILLM_FORM_I16_TILES] = pack_group;
-	k->fixed_form = fixed_form;
+	set_kernels(k);
 }
 #endif

@@ -404,6 +404,7 @@ matmul(const MillmMatmul *m, int64_t begin, int64_t end, MillmDtype dtype)
 
 #define MATMUL(name, dtype) \
 static void matmul_##name(const MillmMatmul *m, int64_t begin, int64_t end) { matmul(m, begin, end, dtype); }
+MATMUL(f16, MILLM_F16)
 MATMUL(bf16, MILLM_BF16)
 MATMUL(4bit, MILLM_4BIT)
 MATMUL(int8, MILLM_INT8)
@@ -413,4 +414,15 @@ static MillmForm
 fixed_form(const MillmWeight *w)
 {
 	return (w->dtype == MILLM_4BIT || w->dtype == MILLM_INT8) && millm_has_i16_tiles(w) ? MILLM_FORM_I16_TILES : MILLM_FORM_F32;
+}
+
+static void
+set_kernels(MillmKernels *k)
+{
+	k->matmul[MILLM_FORM_I16_TILES][MILLM_F16][0] = matmul_f16;
+	k->matmul[MILLM_FORM_I16_TILES][MILLM_BF16][0] = matmul_bf16;
+	k->matmul[MILLM_FORM_I16_TILES][MILLM_4BIT][0] = matmul_4bit;
+	k->matmul[MILLM_FORM_I16_TILES][MILLM_INT8][0] = matmul_int8;
+	k->pack_group[MILLM_FORM_I16_TILES] = pack_group;
+	k->fixed_form = fixed_form;
 }
