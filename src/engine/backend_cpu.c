@@ -33,15 +33,13 @@ _Static_assert(MILLM_KV_PAGE_TOKENS == MILLM_KERNEL_PAGE, "a KV page is as wide 
 /* Loops with less work than this, in multiply-adds or the like, are not worth waking anybody for. */
 #define MIN_PARALLEL_WORK	(32 * 1024)
 /*
- * The smallest piece of a matmul: each is a new read, and costs a few hundred nanoseconds until the prefetches are ahead.  A single token's
- * begin large (millm_team_run()).
+ * The pieces of a matmul.  A thread takes many that follow each other, and towards the end single ones (millm_team_run()), since each that does not follow
+ * the one before is a new read: it costs a few hundred nanoseconds until the prefetches are ahead.  With several tokens a piece's weights may be
+ * read again for each few of them, and must stay in the L2 cache.  Kernels of tiles see to that themselves: theirs are a tile's outputs.
  */
 #define MIN_PIECE_BYTES		(32 * 1024)
-/* With many tokens the piece's weights are read again for each few of them: they must stay in the L2 cache. */
-#define MAX_PANEL_BYTES		(128 * 1024)
-#define PIECES_PER_THREAD	2
-/* The last pieces are that part of a thread's share.  Those of kernels of tiles, for which a new piece costs next to nothing, are a tile's outputs. */
-#define LAST_PIECES			8
+#define MAX_PIECE_BYTES		(128 * 1024)
+#define PIECES_PER_THREAD	8
 /* Outputs of a piece: a multiple of every kernel's tile, but of those of forms in groups. */
 #define OUTPUT_GRANULE		16
 #define COLUMN_GRANULE		256
@@ -401,6 +399,13 @@ typedef struct MatmulLoop
 	int64_t		end_piece[MILLM_MAX_PROJECTIONS];	/* pieces of the matmuls up to this one */
 } MatmulLoop;
 
+/* Pieces that follow each other may be computed as one. */
+static bool
+is_one_read(const MillmMatmul *m)
+{
+	return m->n_tokens == 1 || millm_form_group(m->form) > 1;
+}
+
 static void
 matmul_pieces(void *arg, int64_t begin_piece, int64_t end_piece)
 {
@@ -413,9 +418,14 @@ matmul_pieces(void *arg, int64_t begin_piece, int64_t end_piece)
 		int64_t		to = end_piece < l->end_piece[i] ? end_piece : l->end_piece[i];
 		int64_t		n_out = l->m[i].w->n_out;
 
-		if (from < to)
-			l->run[i] (&l->m[i], (from - first) * l->outputs[i],
-					   (to - first) * l->outputs[i] < n_out ? (to - first) * l->outputs[i] : n_out);
+		while (from < to)
+		{
+			const int64_t next = is_one_read(&l->m[i]) ? to : from + 1;
+			const int64_t end = (next - first) * l->outputs[i];
+
+			l->run[i] (&l->m[i], (from - first) * l->outputs[i], end < n_out ? end : n_out);
+			from = next;
+		}
 	}
 }
 
@@ -425,17 +435,17 @@ choose_form(const CpuBackend *c, const MillmWeight *w, int n)
 	return c->deterministic ? c->k.fixed_form(w) : c->k.best_form(w, n);
 }
 
-/* Outputs of the smallest piece of a loop whose weights have so many bytes. */
+/* Outputs of a piece of a loop whose weights have so many bytes. */
 static int64_t
-piece_outputs(const CpuBackend *c, const MillmWeight *w, MillmForm form, int n, int64_t all_bytes)
+piece_outputs(const CpuBackend *c, const MillmWeight *w, MillmForm form, int64_t all_bytes)
 {
 	const int64_t granule = w->in_out ? COLUMN_GRANULE : OUTPUT_GRANULE;
-	int64_t		bytes = all_bytes / (c->base.n_threads * (n == 1 ? LAST_PIECES : PIECES_PER_THREAD));
+	int64_t		bytes = all_bytes / (c->base.n_threads * PIECES_PER_THREAD);
 	int64_t		outputs;
 
 	if (millm_form_group(form) > 1)
 		return MILLM_TILE_OUTPUTS;
-	bytes = bytes > MAX_PANEL_BYTES ? MAX_PANEL_BYTES : bytes < MIN_PIECE_BYTES ? MIN_PIECE_BYTES : bytes;
+	bytes = bytes > MAX_PIECE_BYTES ? MAX_PIECE_BYTES : bytes < MIN_PIECE_BYTES ? MIN_PIECE_BYTES : bytes;
 	outputs = bytes / millm_weight_bytes(w->dtype, w->n_in) / granule * granule;
 	return outputs < granule ? granule : outputs;
 }
@@ -449,7 +459,6 @@ matmul(MillmBackend *be, const MillmProjection *p, int n_projections, MillmBuffe
 	int64_t		bytes = 0,
 				work = 0,
 				n_pieces = 0;
-	bool		reads_once = true;
 
 	for (int i = 0; i < n_projections; i++)
 	{
@@ -467,7 +476,6 @@ matmul(MillmBackend *be, const MillmProjection *p, int n_projections, MillmBuffe
 			return;
 		}
 		packed = packed == MILLM_FORM_F32 ? form : packed;
-		reads_once &= n == 1 || millm_form_group(form) > 1;
 	}
 	if (packed != MILLM_FORM_F32)
 		pack(c, x, packed, p[0].w->n_in, n);
@@ -488,12 +496,12 @@ matmul(MillmBackend *be, const MillmProjection *p, int n_projections, MillmBuffe
 			.x_stride = form == MILLM_FORM_F32 ? x->n_columns * (int64_t) sizeof(float) : x->packed_stride,
 			.n_tokens = n,
 		};
-		l.outputs[i] = piece_outputs(c, w, form, n, bytes);
+		l.outputs[i] = piece_outputs(c, w, form, bytes);
 		n_pieces += (w->n_out + l.outputs[i] - 1) / l.outputs[i];
 		l.end_piece[i] = n_pieces;
 		p[i].y->n_packed = 0;
 	}
-	millm_team_run(c->team, matmul_pieces, &l, n_pieces, work < MIN_PARALLEL_WORK ? n_pieces : 1, reads_once ? n_pieces : 1);
+	millm_team_run(c->team, matmul_pieces, &l, n_pieces, work < MIN_PARALLEL_WORK ? n_pieces : 1, n_pieces);
 }
 
 /* ---- the head through its screening copy ---- */
@@ -502,18 +510,8 @@ typedef struct ScreenLoop
 {
 	MillmMatmulFn run;
 	MillmMatmul m;
-	int64_t		outputs;		/* of a piece */
-	const int32_t *ids;			/* the outputs; NULL: all */
+	const int32_t *ids;			/* of outputs */
 } ScreenLoop;
-
-static void
-screen_pieces(void *arg, int64_t begin_piece, int64_t end_piece)
-{
-	ScreenLoop *l = arg;
-	int64_t		end = end_piece * l->outputs;
-
-	l->run(&l->m, begin_piece * l->outputs, end < l->m.w->n_out ? end : l->m.w->n_out);
-}
 
 static void
 screen_ids(void *arg, int64_t begin_id, int64_t end_id)
@@ -554,8 +552,10 @@ screened_matmul(MillmBackend *be, MillmBuffer *y, const MillmWeight *head, const
 	CpuBackend *c = cpu(be);
 	int			vocab = (int) head->n_out;
 	int64_t		n_read = 0;
-	int64_t		n_pieces;
 	const MillmForm form = c->wide_error ? MILLM_FORM_I16 : MILLM_FORM_F32;
+	const int64_t outputs = piece_outputs(c, &screen->codes, form, head->n_in * vocab);
+	const int64_t n_pieces = (vocab + outputs - 1) / outputs;
+	MatmulLoop	copy;
 	ScreenLoop	l;
 
 	if (n > MAX_SCREENED_ROWS || choose_form(c, head, n) != MILLM_FORM_F32)
@@ -564,10 +564,8 @@ screened_matmul(MillmBackend *be, MillmBuffer *y, const MillmWeight *head, const
 		pack(c, x, form, head->n_in, n);
 	y->n_packed = 0;
 	l = screen_loop(c, y->data, y->n_columns, &screen->codes, form, x, 0, n);
-	l.outputs = n == 1 ? vocab / (c->base.n_threads * LAST_PIECES) : MAX_PANEL_BYTES / head->n_in;
-	l.outputs = l.outputs / OUTPUT_GRANULE * OUTPUT_GRANULE + OUTPUT_GRANULE;
-	n_pieces = (vocab + l.outputs - 1) / l.outputs;
-	millm_team_run(c->team, screen_pieces, &l, n_pieces, vocab * head->n_in * n < MIN_PARALLEL_WORK ? n_pieces : 1, n > 1 ? 1 : n_pieces);
+	copy = (MatmulLoop) {.n_matmuls = 1, .run = {l.run}, .m = {l.m}, .outputs = {outputs}, .end_piece = {n_pieces}};
+	millm_team_run(c->team, matmul_pieces, &copy, n_pieces, vocab * head->n_in * n < MIN_PARALLEL_WORK ? n_pieces : 1, n_pieces);
 	for (int t = 0; t < n; t++)
 	{
 		float	   *logits = row(y, t);
