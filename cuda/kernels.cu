@@ -2,7 +2,8 @@
  * kernels.cu -- the operations of the CUDA backend but attention (attention.cu), on the device.  kernels.h has their meaning.
  *
  * Arithmetic is float32.  Sums run in an order that the shapes alone decide.  What decides the value of a weight is written with
- * roundings of its own (mul(), add()), so that no compiler fuses it: a quantized weight has the same bits on every backend.
+ * roundings of its own (mul(), add()), so that no compiler fuses it: a quantized weight has the same bits on every backend, but where scales multiply sums
+ * (few_tile()).
  */
 #include "parts.cuh"
 
@@ -39,17 +40,11 @@ matmul_any(MillmCudaMatmul m)
 }
 
 /*
- * Few tokens: a warp for FEW_ROWS rows of weights, which are read once, 16 bytes a lane, for all of them.  Decode is bound by that read: FEW_LOADS chunks
- * of each row are asked for before the first is looked at, and what is read of x serves all rows.  A lane sums its chunks of a row in their order,
- * whatever T is.  Several products of the same rows of x stand side by side: a block is of one of them.
+ * Few tokens.  Several products of the same rows of x stand side by side: a block is of one of them.
  *
- *   T       the tokens, at most; rows past n compute the last one again, as those of weights past n_out do
- *   blocks  [the sum of ceil(n_out / (FEW_WARPS * FEW_ROWS))], threads FEW_WARPS * WARP
+ *   T       the tokens, at most
+ *   blocks  [the sum of ceil(n_out / FEW_OUTPUTS)], threads FEW_THREADS
  */
-#define FEW_WARPS 4
-#define FEW_ROWS 2
-#define FEW_LOADS 2
-
 struct FewMatmuls
 {
 	MillmCudaMatmul m[MILLM_CUDA_MATMULS];
@@ -57,100 +52,14 @@ struct FewMatmuls
 };
 
 template <int DTYPE, int T>
-static __global__ void __launch_bounds__(FEW_WARPS * WARP, 1)
+static __global__ void __launch_bounds__(FEW_THREADS, FEW_BLOCKS(T))
 matmul_few(const __grid_constant__ FewMatmuls all)
 {
-	const int	SIZE = Chunk<DTYPE>::SIZE;
-	SHARED(float, codebook, 16);
 	const int	which = (blockIdx.x >= all.first_block[1]) + (blockIdx.x >= all.first_block[2]);
 	const MillmCudaMatmul &m = all.m[which];
-	const int	lane = (int) threadIdx.x % WARP;
-	const int64_t o0 = ((int64_t) (blockIdx.x - all.first_block[which]) * FEW_WARPS + threadIdx.x / WARP) * FEW_ROWS;
-	int64_t		o[FEW_ROWS];
-	float		sum[FEW_ROWS][T];
 
-	share_codebook<DTYPE>(codebook, m.w);
-	if (o0 >= m.w.n_out)
-		return;
-#pragma unroll
-	for (int r = 0; r < FEW_ROWS; r++)
-	{
-		o[r] = o0 + r < m.w.n_out ? o0 + r : m.w.n_out - 1;
-#pragma unroll
-		for (int t = 0; t < T; t++)
-			sum[r][t] = 0;
-	}
-	for (int64_t i0 = (int64_t) lane * SIZE; i0 < m.w.n_in; i0 += FEW_LOADS * WARP * SIZE)
-	{
-		uint4		stored[FEW_LOADS][FEW_ROWS];
-		float		scale[FEW_LOADS][FEW_ROWS];
-
-#pragma unroll
-		for (int j = 0; j < FEW_LOADS * FEW_ROWS; j++)
-		{
-			const int64_t i = i0 + j / FEW_ROWS * WARP * SIZE;
-
-			stored[j / FEW_ROWS][j % FEW_ROWS] = stored_chunk<DTYPE>(m.w, o[j % FEW_ROWS], i < m.w.n_in ? i : i0);
-		}
-#pragma unroll
-		for (int j = 0; j < FEW_LOADS * FEW_ROWS; j++)
-		{
-			const int64_t i = i0 + j / FEW_ROWS * WARP * SIZE;
-
-			scale[j / FEW_ROWS][j % FEW_ROWS] = chunk_scale<DTYPE>(m.w, o[j % FEW_ROWS], i < m.w.n_in ? i : i0);
-		}
-#pragma unroll
-		for (int j = 0; j < FEW_LOADS; j++)
-		{
-			const int64_t i = i0 + j * WARP * SIZE;
-			const int	n_left = m.w.n_in - i < SIZE ? (int) (m.w.n_in - i) : SIZE;
-			float		v[FEW_ROWS][SIZE];
-
-			if (n_left <= 0)
-				break;
-#pragma unroll
-			for (int r = 0; r < FEW_ROWS; r++)
-				decode_chunk<DTYPE>(v[r], stored[j][r], scale[j][r], codebook, m.w.rounded);
-#pragma unroll
-			for (int t = 0; t < T; t++)
-			{
-				const float *x = m.x.data + (t < m.n ? t : m.n - 1) * m.x.stride + i;
-
-				if (n_left == SIZE)
-#pragma unroll
-					for (int k = 0; k < SIZE; k += 4)
-					{
-						const float4 f = *(const float4 *) (x + k);
-
-#pragma unroll
-						for (int r = 0; r < FEW_ROWS; r++)
-						{
-							sum[r][t] = fmaf(v[r][k], f.x, sum[r][t]);
-							sum[r][t] = fmaf(v[r][k + 1], f.y, sum[r][t]);
-							sum[r][t] = fmaf(v[r][k + 2], f.z, sum[r][t]);
-							sum[r][t] = fmaf(v[r][k + 3], f.w, sum[r][t]);
-						}
-					}
-				else
-#pragma unroll
-					for (int k = 0; k < SIZE; k++)	/* unrolled, or v leaves the registers */
-						if (k < n_left)
-#pragma unroll
-							for (int r = 0; r < FEW_ROWS; r++)
-								sum[r][t] = fmaf(v[r][k], x[k], sum[r][t]);
-			}
-		}
-	}
-#pragma unroll
-	for (int r = 0; r < FEW_ROWS; r++)
-#pragma unroll
-		for (int t = 0; t < T; t++)
-		{
-			const float s = warp_sum(sum[r][t]);
-
-			if (lane == 0 && t < m.n && o0 + r < m.w.n_out)
-				finish(m, t, o[r], s);
-		}
+	few_tile<DTYPE, T>(m.w, (int64_t) (blockIdx.x - all.first_block[which]) * FEW_OUTPUTS, m.n, [&] (int t) { return m.x.data + t * m.x.stride; },
+					   [&] (int t, int64_t o, float sum) { finish(m, t, o, sum); });
 }
 
 /*
@@ -256,12 +165,12 @@ launch_few(const MillmCudaMatmul *m, int n_matmuls, MillmCudaQueue *queue)
 		if (i < n_matmuls)
 		{
 			all.m[i] = m[i];
-			n_blocks += (unsigned) ((m[i].w.n_out + FEW_WARPS * FEW_ROWS - 1) / (FEW_WARPS * FEW_ROWS));
+			n_blocks += (unsigned) ((m[i].w.n_out + FEW_OUTPUTS - 1) / FEW_OUTPUTS);
 		}
 	}
 	all.first_block[MILLM_CUDA_MATMULS] = n_blocks;
 	return launch(m->n == 1 ? matmul_few<DTYPE, 1> : m->n == 2 ? matmul_few<DTYPE, 2> : m->n <= 4 ? matmul_few<DTYPE, 4> :
-				  matmul_few<DTYPE, MILLM_CUDA_FEW_ROWS>, dim3(n_blocks), FEW_WARPS * WARP, queue, all);
+				  matmul_few<DTYPE, MILLM_CUDA_FEW_ROWS>, dim3(n_blocks), FEW_THREADS, queue, all);
 }
 
 template <int DTYPE>

@@ -132,82 +132,31 @@ finish(const MillmCudaExpertMatmul &m, const MillmCudaExpert &expert, int entry,
 }
 
 /*
- * A warp for each row of an expert's weights, which is read once, 16 bytes a lane, for all entries of a tile.  A lane sums its chunks in their order,
- * whatever T is.
+ * A tile of an expert's few entries.
  *
  *   T       entries of a tile, at most
- *   blocks  [ceil(n_out / FEW_WARPS), n_tiles], threads FEW_WARPS * WARP
+ *   blocks  [ceil(n_out / FEW_OUTPUTS), n_tiles], threads FEW_THREADS
  */
-#define FEW_WARPS 4
 template <int DTYPE, int T>
-static __global__ void
+static __global__ void __launch_bounds__(FEW_THREADS, FEW_BLOCKS(T))
 experts_few(MillmCudaExpertMatmul m)
 {
-	const int	SIZE = Chunk<DTYPE>::SIZE;
-	SHARED(float, codebook, 16);
 	const MillmCudaTile tile = m.tiles[blockIdx.y];
 	const MillmCudaExpert expert = m.experts[tile.expert];
-	const int	lane = (int) threadIdx.x % WARP;
-	const int64_t o = (int64_t) blockIdx.x * FEW_WARPS + threadIdx.x / WARP;
-	const float *x[T];
-	float		sum[T];
 
-	if (tile.n == 0)
-		return;
-	share_codebook<DTYPE>(codebook, expert.w);
-	if (o >= m.n_out)
-		return;
-#pragma unroll
-	for (int t = 0; t < T; t++)
-	{
-		x[t] = row_of_entry(m, m.entries[tile.first + (t < tile.n ? t : 0)]);
-		sum[t] = 0;
-	}
-	for (int64_t i = (int64_t) lane * SIZE; i < expert.w.n_in; i += WARP * SIZE)
-	{
-		const int	n_left = expert.w.n_in - i < SIZE ? (int) (expert.w.n_in - i) : SIZE;
-		float		v[SIZE];
-
-		load_chunk<DTYPE>(v, expert.w, codebook, o, i);
-#pragma unroll
-		for (int t = 0; t < T; t++)
-			if (t >= tile.n)
-				continue;
-			else if (n_left == SIZE)
-#pragma unroll
-				for (int k = 0; k < SIZE; k += 4)
-				{
-					const float4 f = *(const float4 *) (x[t] + i + k);
-
-					sum[t] = fmaf(v[k], f.x, sum[t]);
-					sum[t] = fmaf(v[k + 1], f.y, sum[t]);
-					sum[t] = fmaf(v[k + 2], f.z, sum[t]);
-					sum[t] = fmaf(v[k + 3], f.w, sum[t]);
-				}
-			else
-#pragma unroll
-				for (int k = 0; k < SIZE; k++)	/* unrolled, or v leaves the registers */
-					if (k < n_left)
-						sum[t] = fmaf(v[k], x[t][i + k], sum[t]);
-	}
-#pragma unroll
-	for (int t = 0; t < T; t++)
-	{
-		const float s = warp_sum(sum[t]);
-
-		if (lane == 0 && t < tile.n)
-			finish(m, expert, m.entries[tile.first + t], o, s);
-	}
+	if (tile.n > 0)
+		few_tile<DTYPE, T>(expert.w, (int64_t) blockIdx.x * FEW_OUTPUTS, tile.n, [&] (int t) { return row_of_entry(m, m.entries[tile.first + t]); },
+						   [&] (int t, int64_t o, float sum) { finish(m, expert, m.entries[tile.first + t], o, sum); });
 }
 
 template <int DTYPE>
 static cudaError_t
 launch_few(const MillmCudaExpertMatmul *m, MillmCudaQueue *queue)
 {
-	const dim3	blocks((unsigned) ((m->n_out + FEW_WARPS - 1) / FEW_WARPS), (unsigned) m->n_tiles);
+	const dim3	blocks((unsigned) ((m->n_out + FEW_OUTPUTS - 1) / FEW_OUTPUTS), (unsigned) m->n_tiles);
 
 	return launch(m->tile_entries == 1 ? experts_few<DTYPE, 1> : m->tile_entries == 2 ? experts_few<DTYPE, 2> : m->tile_entries == 4 ? experts_few<DTYPE, 4> :
-				  experts_few<DTYPE, MILLM_CUDA_FEW_ROWS>, blocks, FEW_WARPS * WARP, queue, *m);
+				  experts_few<DTYPE, MILLM_CUDA_FEW_ROWS>, blocks, FEW_THREADS, queue, *m);
 }
 
 /* A tile on tensor cores.  blocks [ceil(n_out / TILE), n_tiles], threads TENSOR_THREADS */

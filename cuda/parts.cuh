@@ -260,6 +260,188 @@ launch_elements(void (*kernel) (Parameters...), int64_t n_columns, int n, MillmC
 	return launch(kernel, dim3((unsigned) ((n_columns + BLOCK - 1) / BLOCK), (unsigned) n), BLOCK, queue, arguments...);
 }
 
+/* ---- a product with few rows ---- */
+
+#define FEW_WARPS 4
+#define FEW_ROWS 4				/* of weights, a warp */
+#define FEW_OUTPUTS (FEW_WARPS * FEW_ROWS)
+#define FEW_THREADS (FEW_WARPS * WARP)
+/* of them on a multiprocessor, by the rows of x: registers for that many, and none spills (sm_75 to sm_120); all their loads are in flight together */
+#define FEW_BLOCKS(T) ((T) <= 2 ? 4 : (T) <= 4 ? 3 : 2)
+#define FEW_X_BYTES 32768		/* of activations in shared memory, but for padding */
+
+/* The entry of a table of 16 floats that a nibble of word names. */
+static inline __device__ float
+look_up(const float *table, uint32_t word, int shift)
+{
+	const uint32_t at = (shift < 2 ? word << 2 : word >> (shift - 2)) & 60;
+
+	return *(const float *) ((const char *) table + at);
+}
+
+/* v = weights 4 k .. 4 k + 3 of a chunk, without their scale.  table is from share_table(). */
+template <int DTYPE>
+static inline __device__ void
+four_weights(float *v, uint4 u, int k, const float *table)
+{
+	const uint32_t word[4] = {u.x, u.y, u.z, u.w};
+
+#pragma unroll
+	for (int j = 0; j < 4; j++)
+		if (DTYPE == MILLM_4BIT)
+			v[j] = look_up(table, word[k / 2], k % 2 * 16 + j / 2 * 8 + (j % 2 == 0 ? 4 : 0));
+		else if (DTYPE == MILLM_MXFP4)
+			v[j] = look_up(table, word[k / 2], k % 2 * 16 + j * 4);
+		else if (DTYPE == MILLM_INT8)	/* a byte plus 128 at the end of 2^23: conversions are four times as slow */
+			v[j] = as_float(0x4B000000 | ((word[k] ^ 0x80808080) >> j * 8 & 255)) - 8388736.0f;
+		else if (DTYPE == MILLM_F32)
+			v[j] = as_float(word[j]);
+		else if (DTYPE == MILLM_F16)
+			v[j] = from_f16((uint16_t) (word[2 * k + j / 2] >> j % 2 * 16));
+		else
+			v[j] = bf16_bits(word[2 * k + j / 2] >> j % 2 * 16 & 0xffff);
+}
+
+/* What the nibbles of a weight stand for.  Of a whole block. */
+template <int DTYPE>
+static inline __device__ void
+share_table(float *shared, const MillmCudaWeight &w)
+{
+	if ((DTYPE == MILLM_4BIT || DTYPE == MILLM_MXFP4) && threadIdx.x < 16)
+		shared[threadIdx.x] = DTYPE == MILLM_4BIT ? w.codebook[threadIdx.x] : mxfp4_twice(threadIdx.x);
+}
+
+/*
+ * n <= T rows of activations x FEW_OUTPUTS outputs of w from o0 on, in float32.  Decode is bound by reading the weights: a warp reads FEW_ROWS of their
+ * rows once, 16 bytes a lane, LOADS chunks of each asked for before the first is looked at.  Instructions are few, too: activations lie in shared memory in
+ * the order in which lanes read them, four at a time, for all rows of a warp, and a chunk's scale multiplies its sum, so 4-bit weights are not rounded.  A lane
+ * sums its chunks of a row in their order, whatever T is.  Of a whole block of FEW_THREADS, w has_chunks.
+ *
+ *   row_of(t)      where the activations of row t begin
+ *   put(t, o, sum) takes the product of row t and output o
+ */
+template <int DTYPE, int T, class Row, class Put>
+static inline __device__ void
+few_tile(const MillmCudaWeight &w, int64_t o0, int n, Row row_of, Put put)
+{
+	const int	SIZE = Chunk<DTYPE>::SIZE;
+	const int	LOADS = T * 2 * WARP * SIZE * (int) sizeof(float) <= FEW_X_BYTES ? 2 : 1;
+	const int	COLUMNS = LOADS * WARP * SIZE;
+	const int	PITCH = WARP + 1;	/* those who write neighbours of a row do not wait for each other */
+	const bool	HAS_SCALES = DTYPE == MILLM_4BIT || DTYPE == MILLM_MXFP4;
+	SHARED(float, table, 16);
+	SHARED(float4, xs, T * COLUMNS / 4 / WARP * PITCH);	/* [T, LOADS, SIZE / 4, PITCH]: four columns of a lane's chunk */
+	const int	lane = (int) threadIdx.x % WARP;
+	int64_t		o[FEW_ROWS];
+	float		sum[FEW_ROWS][T];
+
+	share_table<DTYPE>(table, w);
+#pragma unroll
+	for (int r = 0; r < FEW_ROWS; r++)
+	{
+		o[r] = o0 + (int) threadIdx.x / WARP * FEW_ROWS + r;
+		o[r] = o[r] < w.n_out ? o[r] : w.n_out - 1;
+#pragma unroll
+		for (int t = 0; t < T; t++)
+			sum[r][t] = 0;
+	}
+	for (int64_t i0 = 0; i0 < w.n_in; i0 += COLUMNS)
+	{
+		uint4		stored[LOADS][FEW_ROWS];
+		float		scale[LOADS][FEW_ROWS];
+
+#pragma unroll
+		for (int j = 0; j < LOADS * FEW_ROWS; j++)
+		{
+			const int64_t i = i0 + (j / FEW_ROWS * WARP + lane) * SIZE;	/* past the end activations are zeros: any chunk will do */
+
+			stored[j / FEW_ROWS][j % FEW_ROWS] = stored_chunk<DTYPE>(w, o[j % FEW_ROWS], i < w.n_in ? i : i0);
+		}
+#pragma unroll
+		for (int j = 0; j < LOADS * FEW_ROWS && HAS_SCALES; j++)
+		{
+			const int64_t i = i0 + (j / FEW_ROWS * WARP + lane) * SIZE;
+
+			scale[j / FEW_ROWS][j % FEW_ROWS] = chunk_scale<DTYPE>(w, o[j % FEW_ROWS], i < w.n_in ? i : i0);
+		}
+		__syncthreads();		/* the last slice has been read */
+		for (int c = (int) threadIdx.x; c < T * COLUMNS / 4; c += FEW_THREADS)
+		{
+			const int	t = c / (COLUMNS / 4);
+			const int	column = c % (COLUMNS / 4) * 4;
+			const int64_t i = i0 + column;
+			float4		f = {0, 0, 0, 0};
+
+			if (t < n && i < w.n_in)
+			{
+				const float *x = row_of(t) + i;
+
+				if (w.n_in - i >= 4)
+					f = *(const float4 *) x;
+				else
+				{
+					f.x = x[0];
+					f.y = w.n_in - i > 1 ? x[1] : 0;
+					f.z = w.n_in - i > 2 ? x[2] : 0;
+				}
+			}
+			xs[((t * LOADS + column / (WARP * SIZE)) * (SIZE / 4) + column % SIZE / 4) * PITCH + column % (WARP * SIZE) / SIZE] = f;
+		}
+		__syncthreads();
+#pragma unroll
+		for (int j = 0; j < LOADS; j++)
+		{
+			float		part[FEW_ROWS][T];
+
+#pragma unroll
+			for (int r = 0; r < FEW_ROWS; r++)
+#pragma unroll
+				for (int t = 0; t < T; t++)
+					part[r][t] = HAS_SCALES ? 0 : sum[r][t];
+#pragma unroll
+			for (int k = 0; k < SIZE / 4; k++)
+			{
+				float4		x[T];
+
+#pragma unroll
+				for (int t = 0; t < T; t++)
+					x[t] = xs[((t * LOADS + j) * (SIZE / 4) + k) * PITCH + lane];
+#pragma unroll
+				for (int r = 0; r < FEW_ROWS; r++)
+				{
+					float		v[4];
+
+					four_weights<DTYPE>(v, stored[j][r], k, table);
+#pragma unroll
+					for (int t = 0; t < T; t++)
+					{
+						part[r][t] = fmaf(v[0], x[t].x, part[r][t]);
+						part[r][t] = fmaf(v[1], x[t].y, part[r][t]);
+						part[r][t] = fmaf(v[2], x[t].z, part[r][t]);
+						part[r][t] = fmaf(v[3], x[t].w, part[r][t]);
+					}
+				}
+			}
+#pragma unroll
+			for (int r = 0; r < FEW_ROWS; r++)
+#pragma unroll
+				for (int t = 0; t < T; t++)
+					sum[r][t] = HAS_SCALES ? fmaf(part[r][t], scale[j][r], sum[r][t]) : part[r][t];
+		}
+	}
+#pragma unroll
+	for (int r = 0; r < FEW_ROWS; r++)
+#pragma unroll
+		for (int t = 0; t < T; t++)
+		{
+			const float s = warp_sum(sum[r][t]);
+			const int64_t row = o0 + (int) threadIdx.x / WARP * FEW_ROWS + r;
+
+			if (lane == 0 && t < n && row < w.n_out)
+				put(t, row, DTYPE == MILLM_INT8 ? s * mul(((const float *) w.scale)[row], 0.007874015718698502f) : s);
+		}
+}
+
 /* ---- a tile of a product ---- */
 
 #define TILE 64					/* tokens, and outputs */
