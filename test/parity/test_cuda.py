@@ -18,6 +18,8 @@ BNB = ROOT / ".fixtures" / "tiny-bnb"
 TOLERANCE_BF16 = 3e-2
 # Few are in float32; keys and values are float16, those of the obvious kernels float32.  Measured: at most 1.3e-3, of gpt_oss-mxfp4.
 TOLERANCE = 5e-3
+# 4-bit weights are not rounded there, which bitsandbytes, and the CPU's ref, round to the model's 16 bits: 2^-9 of each.  Measured: at most 8e-3, of nf4-bias.
+TOLERANCE_UNROUNDED = 2e-2
 # A model that is stored in float32 is computed in it, keys and values too.  Measured: at most 1.9e-6, of gemma3-capped.
 TOLERANCE_F32 = 1e-4
 
@@ -50,14 +52,18 @@ def stored_in_f32(model):
     return all(dtypes(path) == {"F32"} for path in model.glob("*.safetensors"))
 
 
+def few_rows_tolerance(model):
+    quantization = json.loads((model / "config.json").read_text()).get("quantization_config") or {}
+    return TOLERANCE_F32 if stored_in_f32(model) else TOLERANCE_UNROUNDED if quantization.get("load_in_4bit") else TOLERANCE
+
+
 @pytest.mark.parametrize("model", MODELS, ids=lambda p: f"{p.parent.name}/{p.name}")
 def test_family(model, tmp_path):
     """A prompt in chunks of many rows and of few; windows of the tiny models end within it."""
     ids = some_ids(model, 24)
     ref = engine_logits(model, ids, tmp_path)
-    in_f32 = stored_in_f32(model)
-    assert error(cuda_logits(model, ids, tmp_path, "--chunk", "13"), ref) <= (TOLERANCE_F32 if in_f32 else TOLERANCE_BF16)
-    assert error(cuda_logits(model, ids, tmp_path, "--chunk", "7"), ref) <= (TOLERANCE_F32 if in_f32 else TOLERANCE)
+    assert error(cuda_logits(model, ids, tmp_path, "--chunk", "13"), ref) <= (TOLERANCE_F32 if stored_in_f32(model) else TOLERANCE_BF16)
+    assert error(cuda_logits(model, ids, tmp_path, "--chunk", "7"), ref) <= few_rows_tolerance(model)
 
 
 @pytest.mark.parametrize("model", [p for p in SOME if p.name != "phi3-long"], ids=lambda p: p.name)  # which knows 64 positions
@@ -71,9 +77,8 @@ def test_many_rows(model, tmp_path):
 def test_plain_kernels(model, tmp_path):
     ids = some_ids(model, 20)
     plain = cuda_logits(model, ids, tmp_path, "--kernels", "ref")
-    in_f32 = stored_in_f32(model)
-    assert error(cuda_logits(model, ids, tmp_path), plain) <= (TOLERANCE_F32 if in_f32 else TOLERANCE_BF16)
-    assert error(cuda_logits(model, ids, tmp_path, "--chunk", "3"), plain) <= (TOLERANCE_F32 if in_f32 else TOLERANCE)
+    assert error(cuda_logits(model, ids, tmp_path), plain) <= (TOLERANCE_F32 if stored_in_f32(model) else TOLERANCE_BF16)
+    assert error(cuda_logits(model, ids, tmp_path, "--chunk", "3"), plain) <= few_rows_tolerance(model)
 
 
 def test_device_fails():
