@@ -77,14 +77,14 @@ matmul_many(MillmCudaMatmul m)
 	const int	PITCH = TILE + 4;	/* rows 16 bytes apart from a multiple of the banks */
 	SHARED(float, ws, SLICE * PITCH);	/* [SLICE, TILE] */
 	SHARED(float, xs, SLICE * PITCH);
-	SHARED(float, codebook, 16);
+	SHARED(float, table, 16);
 	const int64_t o0 = (int64_t) blockIdx.x * TILE;
 	const int	t0 = (int) blockIdx.y * TILE;
 	const int	column = (int) threadIdx.x % 16 * 4;	/* of this thread's outputs in the tile */
 	const int	row = (int) threadIdx.x / 16 * 4;	/* and its tokens */
 	float		sum[4][4];
 
-	share_codebook<DTYPE>(codebook, m.w);
+	share_table<DTYPE>(table, m.w);
 	for (int j = 0; j < 16; j++)
 		sum[j / 4][j % 4] = 0;
 	for (int64_t i0 = 0; i0 < m.w.n_in; i0 += SLICE)
@@ -96,7 +96,7 @@ matmul_many(MillmCudaMatmul m)
 			float		v[SIZE];
 
 			if (o0 + o < m.w.n_out && i0 + i < m.w.n_in)
-				load_chunk<DTYPE>(v, m.w, codebook, o0 + o, i0 + i);
+				load_chunk<DTYPE>(v, m.w, table, o0 + o, i0 + i);
 			else
 				for (int k = 0; k < SIZE; k++)
 					v[k] = 0;
@@ -229,14 +229,14 @@ static __global__ void
 decode(uint16_t *to, int64_t pitch, MillmCudaWeight w, int64_t o0)
 {
 	const int	SIZE = Chunk<DTYPE>::SIZE;
-	SHARED(float, codebook, 16);
+	SHARED(float, table, 16);
 	const int64_t i = element_index() * SIZE;
 	float		v[SIZE];
 
-	share_codebook<DTYPE>(codebook, w);
+	share_table<DTYPE>(table, w);
 	if (i >= w.n_in)
 		return;
-	load_chunk<DTYPE>(v, w, codebook, o0 + blockIdx.y, i);
+	load_chunk<DTYPE>(v, w, table, o0 + blockIdx.y, i);
 #pragma unroll
 	for (int k = 0; k < SIZE; k += 8)
 	{

@@ -148,6 +148,8 @@ mxfp4_half_scale(uint8_t e)
 	return e < 2 ? as_float(1u << (21 + e)) : as_float((uint32_t) (e - 1) << 23);
 }
 
+#define INT8_UNIT 0.007874015718698502f	/* 1 / 127, as bitsandbytes has it */
+
 /* w[o, i], of any weight: what the chunks below are measured by. */
 static inline __device__ float
 element(const MillmCudaWeight &w, int64_t o, int64_t i)
@@ -163,7 +165,7 @@ element(const MillmCudaWeight &w, int64_t o, int64_t i)
 		case MILLM_BF16:
 			return bf16_bits(((const uint16_t *) row)[i]);
 		case MILLM_INT8:
-			return mul(mul((float) ((const int8_t *) row)[i], ((const float *) w.scale)[o]), 0.007874015718698502f);
+			return mul(mul((float) ((const int8_t *) row)[i], ((const float *) w.scale)[o]), INT8_UNIT);
 		case MILLM_MXFP4:
 			return mxfp4_twice(((const uint8_t *) row)[i / 2] >> (i % 2 == 0 ? 0 : 4) & 15) *
 				mxfp4_half_scale(((const uint8_t *) w.scale)[o * (w.n_in / 32) + i / 32]);
@@ -177,16 +179,25 @@ element(const MillmCudaWeight &w, int64_t o, int64_t i)
 	}
 }
 
-/* 4BIT's codebook where lanes that want different entries do not wait for each other: 16 floats in 16 banks.  Of a whole block. */
+/* What the nibbles of a weight stand for, where lanes that want different ones do not wait for each other: 16 floats in 16 banks.  Of a whole block. */
 template <int DTYPE>
 static inline __device__ void
-share_codebook(float *shared, const MillmCudaWeight &w)
+share_table(float *shared, const MillmCudaWeight &w)
 {
-	if (DTYPE != MILLM_4BIT)
+	if (DTYPE != MILLM_4BIT && DTYPE != MILLM_MXFP4)
 		return;
 	if (threadIdx.x < 16)
-		shared[threadIdx.x] = w.codebook[threadIdx.x];
+		shared[threadIdx.x] = DTYPE == MILLM_4BIT ? w.codebook[threadIdx.x] : mxfp4_twice(threadIdx.x);
 	__syncthreads();
+}
+
+/* The entry of such a table that a nibble of word names. */
+static inline __device__ float
+look_up(const float *table, uint32_t word, int shift)
+{
+	const uint32_t at = (shift < 2 ? word << 2 : word >> (shift - 2)) & 60;
+
+	return *(const float *) ((const char *) table + at);
 }
 
 /* Weights in 16 bytes. */
@@ -214,36 +225,53 @@ chunk_scale(const MillmCudaWeight &w, int64_t o, int64_t i)
 		DTYPE == MILLM_INT8 ? ((const float *) w.scale)[o] : 1;
 }
 
-/* v = the SIZE weights of such a chunk; past the end of the row they are zeros (F32, F16, BF16, INT8; rows of the others end with a chunk).
-   codebook is 4BIT's, from share_codebook(). */
+/* v = weights 4 k .. 4 k + 3 of a chunk, without their scale.  table is from share_table(). */
 template <int DTYPE>
 static inline __device__ void
-decode_chunk(float *v, uint4 u, float scale, const float *codebook, MillmDtype rounded)
+four_weights(float *v, uint4 u, int k, const float *table)
 {
 	const uint32_t word[4] = {u.x, u.y, u.z, u.w};
 
 #pragma unroll
+	for (int j = 0; j < 4; j++)
+		if (DTYPE == MILLM_4BIT)
+			v[j] = look_up(table, word[k / 2], k % 2 * 16 + j / 2 * 8 + (j % 2 == 0 ? 4 : 0));
+		else if (DTYPE == MILLM_MXFP4)
+			v[j] = look_up(table, word[k / 2], k % 2 * 16 + j * 4);
+		else if (DTYPE == MILLM_INT8)	/* a byte plus 128 at the end of 2^23: conversions are four times as slow */
+			v[j] = as_float(0x4B000000 | ((word[k] ^ 0x80808080) >> j * 8 & 255)) - 8388736.0f;
+		else if (DTYPE == MILLM_F32)
+			v[j] = as_float(word[j]);
+		else if (DTYPE == MILLM_F16)
+			v[j] = from_f16((uint16_t) (word[2 * k + j / 2] >> j % 2 * 16));
+		else
+			v[j] = bf16_bits(word[2 * k + j / 2] >> j % 2 * 16 & 0xffff);
+}
+
+/* v = the SIZE weights of such a chunk; past the end of the row they are zeros (F32, F16, BF16, INT8; rows of the others end with a chunk). */
+template <int DTYPE>
+static inline __device__ void
+decode_chunk(float *v, uint4 u, float scale, const float *table, MillmDtype rounded)
+{
+#pragma unroll
+	for (int k = 0; k < Chunk<DTYPE>::SIZE / 4; k++)
+		four_weights<DTYPE>(v + 4 * k, u, k, table);
+#pragma unroll
 	for (int k = 0; k < Chunk<DTYPE>::SIZE; k++)
 		if (DTYPE == MILLM_4BIT)
-			v[k] = round_to(mul(codebook[word[k / 8 % 4] >> (k % 8 / 2 * 8 + (k % 2 == 0 ? 4 : 0)) & 15], scale), rounded);
+			v[k] = round_to(mul(v[k], scale), rounded);
 		else if (DTYPE == MILLM_MXFP4)
-			v[k] = mxfp4_twice(word[k / 8 % 4] >> k % 8 * 4 & 15) * scale;
+			v[k] *= scale;
 		else if (DTYPE == MILLM_INT8)
-			v[k] = mul(mul((float) (int8_t) (word[k / 4 % 4] >> k % 4 * 8 & 255), scale), 0.007874015718698502f);
-		else if (DTYPE == MILLM_F32)
-			v[k] = as_float(word[k % 4]);
-		else if (DTYPE == MILLM_F16)
-			v[k] = from_f16((uint16_t) (word[k / 2 % 4] >> k % 2 * 16));
-		else
-			v[k] = bf16_bits(word[k / 2 % 4] >> k % 2 * 16 & 0xffff);
+			v[k] = mul(mul(v[k], scale), INT8_UNIT);
 }
 
 /* v = w[o, i .. i + SIZE) */
 template <int DTYPE>
 static inline __device__ void
-load_chunk(float *v, const MillmCudaWeight &w, const float *codebook, int64_t o, int64_t i)
+load_chunk(float *v, const MillmCudaWeight &w, const float *table, int64_t o, int64_t i)
 {
-	decode_chunk<DTYPE>(v, stored_chunk<DTYPE>(w, o, i), chunk_scale<DTYPE>(w, o, i), codebook, w.rounded);
+	decode_chunk<DTYPE>(v, stored_chunk<DTYPE>(w, o, i), chunk_scale<DTYPE>(w, o, i), table, w.rounded);
 }
 
 /* Kernels over elements: thread (x, t) of blocks [ceil(columns / BLOCK), n] has element i of row t. */
@@ -269,47 +297,6 @@ launch_elements(void (*kernel) (Parameters...), int64_t n_columns, int n, MillmC
 /* of them on a multiprocessor, by the rows of x: registers for that many, and none spills (sm_75 to sm_120); all their loads are in flight together */
 #define FEW_BLOCKS(T) ((T) <= 2 ? 4 : (T) <= 4 ? 3 : 2)
 #define FEW_X_BYTES 32768		/* of activations in shared memory, but for padding */
-
-/* The entry of a table of 16 floats that a nibble of word names. */
-static inline __device__ float
-look_up(const float *table, uint32_t word, int shift)
-{
-	const uint32_t at = (shift < 2 ? word << 2 : word >> (shift - 2)) & 60;
-
-	return *(const float *) ((const char *) table + at);
-}
-
-/* v = weights 4 k .. 4 k + 3 of a chunk, without their scale.  table is from share_table(). */
-template <int DTYPE>
-static inline __device__ void
-four_weights(float *v, uint4 u, int k, const float *table)
-{
-	const uint32_t word[4] = {u.x, u.y, u.z, u.w};
-
-#pragma unroll
-	for (int j = 0; j < 4; j++)
-		if (DTYPE == MILLM_4BIT)
-			v[j] = look_up(table, word[k / 2], k % 2 * 16 + j / 2 * 8 + (j % 2 == 0 ? 4 : 0));
-		else if (DTYPE == MILLM_MXFP4)
-			v[j] = look_up(table, word[k / 2], k % 2 * 16 + j * 4);
-		else if (DTYPE == MILLM_INT8)	/* a byte plus 128 at the end of 2^23: conversions are four times as slow */
-			v[j] = as_float(0x4B000000 | ((word[k] ^ 0x80808080) >> j * 8 & 255)) - 8388736.0f;
-		else if (DTYPE == MILLM_F32)
-			v[j] = as_float(word[j]);
-		else if (DTYPE == MILLM_F16)
-			v[j] = from_f16((uint16_t) (word[2 * k + j / 2] >> j % 2 * 16));
-		else
-			v[j] = bf16_bits(word[2 * k + j / 2] >> j % 2 * 16 & 0xffff);
-}
-
-/* What the nibbles of a weight stand for.  Of a whole block. */
-template <int DTYPE>
-static inline __device__ void
-share_table(float *shared, const MillmCudaWeight &w)
-{
-	if ((DTYPE == MILLM_4BIT || DTYPE == MILLM_MXFP4) && threadIdx.x < 16)
-		shared[threadIdx.x] = DTYPE == MILLM_4BIT ? w.codebook[threadIdx.x] : mxfp4_twice(threadIdx.x);
-}
 
 /*
  * n <= T rows of activations x FEW_OUTPUTS outputs of w from o0 on, in float32.  Decode is bound by reading the weights: a warp reads FEW_ROWS of their
@@ -438,7 +425,7 @@ few_tile(const MillmCudaWeight &w, int64_t o0, int n, Row row_of, Put put)
 			const int64_t row = o0 + (int) threadIdx.x / WARP * FEW_ROWS + r;
 
 			if (lane == 0 && t < n && row < w.n_out)
-				put(t, row, DTYPE == MILLM_INT8 ? s * mul(((const float *) w.scale)[row], 0.007874015718698502f) : s);
+				put(t, row, DTYPE == MILLM_INT8 ? s * mul(((const float *) w.scale)[row], INT8_UNIT) : s);
 		}
 }
 
@@ -467,14 +454,14 @@ tensor_tile(const MillmCudaWeight &weight, int64_t o0, int n, Row row_of, Put pu
 	SHARED(bf16, ws, TILE * PITCH);	/* [TILE outputs, SLICE] */
 	SHARED(bf16, xs, TILE * PITCH);	/* [TILE tokens, SLICE] */
 	SHARED(float, ys, TILE * Y_PITCH);	/* [TILE tokens, TILE outputs] */
-	SHARED(float, codebook, 16);
+	SHARED(float, table, 16);
 	const int	row = (int) threadIdx.x / WARP / 2 * 32;	/* of this warp's tokens in the tile */
 	const int	column = (int) threadIdx.x / WARP % 2 * 32;	/* and its outputs */
 	wmma::fragment<wmma::matrix_a, 16, 16, 16, bf16, wmma::row_major> x[2];
 	wmma::fragment<wmma::matrix_b, 16, 16, 16, bf16, wmma::col_major> w[2];
 	wmma::fragment<wmma::accumulator, 16, 16, 16, float> sum[2][2];
 
-	share_codebook<DTYPE>(codebook, weight);
+	share_table<DTYPE>(table, weight);
 #pragma unroll
 	for (int j = 0; j < 4; j++)
 		wmma::fill_fragment(sum[j / 2][j % 2], 0.0f);
@@ -487,7 +474,7 @@ tensor_tile(const MillmCudaWeight &weight, int64_t o0, int n, Row row_of, Put pu
 			float		v[SIZE];
 
 			if (o0 + o < weight.n_out && i0 + i < weight.n_in)
-				load_chunk<DTYPE>(v, weight, codebook, o0 + o, i0 + i);
+				load_chunk<DTYPE>(v, weight, table, o0 + o, i0 + i);
 			else
 				for (int k = 0; k < SIZE; k++)
 					v[k] = 0;
