@@ -65,6 +65,8 @@ class Session:
         if self.db.status != pq.ConnStatus.OK:
             raise ConnectionError(self.db.error_message.decode())
         self.pid = self.db.backend_pid
+        self.timeout = None         # as set here
+        self.fences = 0
 
     def send(self, sql, args=()):
         self.db.send_query_params(sql.encode(), [None if a is None else str(a).encode() for a in args])
@@ -105,10 +107,28 @@ class Session:
         return [None if r is None else r.decode() for r in rows]
 
     def set_timeout(self, ms):
-        """The timeout that still counts may end this statement, too."""
-        while self.db.exec_(f"SET statement_timeout = {ms}".encode()).status != pq.ExecStatus.COMMAND_OK:
-            if self.db.status != pq.ConnStatus.OK:
-                raise ConnectionError(self.db.error_message.decode())
+        """Set statement_timeout; an old one has no effect any more, however late it fires.
+
+        PostgreSQL (15 at least) reports a timeout that fires in the last microseconds of a statement when it next looks, which may be in the
+        next one, whatever that one's own timeout is: once in a million statements, on a busy machine.  Hence the fence between them."""
+        if ms == self.timeout:
+            return
+        while not self.succeeds("SET statement_timeout = 0"):
+            pass
+        self.fences += 1
+        while not self.succeeds(f"SELECT {self.fences}", str(self.fences)):
+            pass
+        if ms > 0 and not self.succeeds(f"SET statement_timeout = {ms}"):
+            raise RuntimeError(f"SET statement_timeout = {ms}: {self.db.error_message.decode()}")
+        self.timeout = ms
+
+    def succeeds(self, sql, answer=None):
+        result = self.db.exec_(sql.encode())
+        if self.db.status != pq.ConnStatus.OK:
+            raise ConnectionError(self.db.error_message.decode())
+        if answer is not None:
+            return result.status == pq.ExecStatus.TUPLES_OK and result.get_value(0, 0) == answer.encode()
+        return result.status == pq.ExecStatus.COMMAND_OK
 
     def vanish(self):
         s = socket.socket(fileno=os.dup(self.db.socket))
