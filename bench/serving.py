@@ -5,11 +5,12 @@ soon as it has its answer:
 
     millm                   in so many PostgreSQL sessions, through complete_stream(): all of it is measured, SQL and rows included
     millm, one session      the same requests of one session, one after the other
+    millm, one, screened    the same with the screening copy of the LM head, which a step of so few sequences reads in the head's place
     millm, deterministic    with millm.deterministic on
     llama.cpp               the same token ids in as many slots of one context (peer_serving.py); no server around it
     llama.cpp, one slot     a plain loop over one session's requests
 
-Rounds are interleaved, medians are printed.  Tokens are those that were generated, the end token included.  Time to the first token is from asking to
+All others compute every row's logits, as llama.cpp does: their model lies there without the screening copy.  Rounds are interleaved, medians are printed.  Tokens are those that were generated, the end token included.  Time to the first token is from asking to
 the first piece of text (millm) or the first token (llama.cpp).
 
 Then a stream beside a prompt of --long tokens: from one token to the next, alone and while the other is read.
@@ -43,6 +44,7 @@ VENV = Path(os.environ.get("MILLM_BENCH_VENV", ROOT / "build/bench-venv"))
 COUNT, LONG_TOKENS = "Count: 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12,", 6000     # asked beside a long prompt, and the most it may answer
 WAIT_S = 600        # for anything from any session
 PEER = {"BF16": "BF16", "Q8": "Q8_0", "Q4": "Q4_0"}
+SCREENING_COPY = "millm_head_int8.safetensors"
 COMPLETE = b"SELECT millm.complete_stream($1, max_tokens => $2::int, temperature => 0)"
 WORDS = "river stone market garden winter letter engine silver window yellow forest signal bridge kitchen planet doctor summer number paper music".split()
 INSTRUCTION = "You are given a short note. Say in one word whether it is about nature, about work or about the house, and do not explain. "
@@ -53,16 +55,17 @@ def sh(*args):
 
 
 def quantized(source, format):
-    """millm's model in that format, where the server can read it."""
-    made = source if format == "BF16" else MODELS / f"{source.name}-{format}"
+    """The model as a download in that format leaves it, where the server can read it; and the same without its screening copy."""
+    made = MODELS / f"{source.name}-{format}"
     if not (made / "config.json").exists():
         MODELS.mkdir(parents=True, exist_ok=True)
-        sh(ROOT / "build/millm-hub", "quantize", source, "--quantization", format, "--output", made)
-    out = WORK / made.name
-    shutil.copytree(made, out)
-    for path in [out, *out.rglob("*")]:
+        sh(ROOT / "build/millm-hub", "quantize", source, "--quantization", {"BF16": "FP16"}.get(format, format), "--output", made)
+    screened, full = WORK / f"{made.name}-screened", WORK / made.name
+    shutil.copytree(made, screened)
+    shutil.copytree(made, full, ignore=shutil.ignore_patterns(SCREENING_COPY))
+    for path in [p for out in (screened, full) for p in (out, *out.rglob("*"))]:
         path.chmod(0o755 if path.is_dir() else 0o644)
-    return out
+    return screened, full
 
 
 def peer(source, format):
@@ -240,11 +243,11 @@ def main():
     p.add_argument("--save", action="store_true", help="keep the figures in bench/results/")
     a = p.parse_args()
     rng = random.Random(1)
-    directory = quantized(a.model.resolve(), a.format)
+    directories = quantized(a.model.resolve(), a.format)
     python, gguf = peer(a.model.resolve(), a.format)
     cluster = Cluster("cluster", **{"millm.max_sequences": a.sessions, "millm.threads": a.threads})
     try:
-        result = measure(a, cluster, directory, python, gguf, rng)
+        result = measure(a, cluster, *directories, python, gguf, rng)
     finally:
         cluster.stop()
     if a.save:
@@ -252,9 +255,10 @@ def main():
         path.write_text(json.dumps(result, indent=1) + "\n")
 
 
-def measure(a, cluster, directory, python, gguf, rng):
+def measure(a, cluster, screened, directory, python, gguf, rng):
     name = directory.name
-    cluster.execute("SELECT millm.register_local(%s, name => %s)", str(directory), name)
+    for d in directory, screened:
+        cluster.execute("SELECT millm.register_local(%s, name => %s)", str(d), d.name)
     load(cluster, name, deterministic="off")
     # no two begin alike, so that nothing is shared
     prompts = [[f"{i * a.requests + k} " + " ".join(rng.choice(WORDS) for _ in range(a.prompt - 4)) for k in range(a.requests)] for i in range(a.sessions)]
@@ -269,12 +273,13 @@ def measure(a, cluster, directory, python, gguf, rng):
             f.flush()
             return json.loads(sh(python, ROOT / "bench/peer_serving.py", gguf, f.name))
 
-    def millm(sessions, deterministic="off"):
-        load(cluster, name, deterministic=deterministic)
+    def millm(sessions, deterministic="off", model=name):
+        load(cluster, model, deterministic=deterministic)
         serve(cluster, [s[:1] for s in sessions], a.tokens)     # warm
         return serve(cluster, sessions, a.tokens)
 
-    contestants = {"millm": lambda: millm(prompts), "millm, one session": lambda: millm(prompts[:1]), "millm, deterministic": lambda: millm(prompts, "on"),
+    contestants = {"millm": lambda: millm(prompts), "millm, one session": lambda: millm(prompts[:1]),
+                   "millm, one, screened": lambda: millm(prompts[:1], model=screened.name), "millm, deterministic": lambda: millm(prompts, "on"),
                    "llama.cpp": lambda: run_peer(ids), "llama.cpp, one slot": lambda: run_peer(ids[:1])}
     rounds = {who: [] for who in contestants}
     for _ in range(a.rounds):

@@ -2,8 +2,8 @@
  * job.c -- validate, download, inspect.
  *
  * A download, in order: info and tree at one commit; config.json, so that an architecture we cannot run is refused before any weight
- * moves; the choice of files; room on the disk; the files, small ones first, weights through the sink that gives them their form; the meta
- * file, last.  A PyTorch checkpoint, whose directory is at its end, is fetched whole, converted through that sink, and removed.  A directory of this machine goes the same way, read instead of fetched.
+ * moves; the choice of files; room on the disk; the files, small ones first, weights through the sink that gives them their form; the
+ * screening copy of a head that came as it is; the meta file, last.  A PyTorch checkpoint, whose directory is at its end, is fetched whole, converted through that sink, and removed.  A directory of this machine goes the same way, read instead of fetched.
  */
 #include "job.h"
 
@@ -17,6 +17,7 @@
 
 #include "clock.h"
 #include "convert.h"
+#include "head_copy.h"
 #include "hfcache.h"
 #include "plan.h"
 #include "screen.h"
@@ -401,6 +402,8 @@ millm_job_download(const MillmJobSpec *spec, atomic_bool *stop, atomic_bool *kee
 		rc = millm_recast_create(store, p.target, &p.config, p.config_json, &recast, err);
 	/* before the meta file says that all is well: does the engine really find its place for every tensor? */
 	if (rc == MILLM_OK && (rc = fetch_all(&p, store, recast, &m, stop, err)) == MILLM_OK && (rc = millm_model_open(millm_store_path(store), &model, err)) == MILLM_OK)
+		rc = millm_head_copy_make(store, model, stop, err);
+	if (rc == MILLM_OK)
 		rc = atomic_load(stop) ? millm_fail(err, MILLM_E_CANCELED, "the download was canceled") : write_meta(store, &p, &disk_bytes, err);
 	millm_recast_free(recast);
 	if (rc == MILLM_OK)

@@ -352,8 +352,10 @@ millm_plan_disk_bytes(const MillmPlan *p, MillmRecastTarget target)
 		{n_all, q, h}, {2 * n_all, kv, h}, {n_all, h, q}, {n_mlps * (c->mlp_gated ? 2 : 1), ffn, h}, {n_mlps, h, ffn},
 		{2 * n_experts, size, h}, {n_experts, h, size}, {2 * n_mixtures, shared, h}, {n_mixtures, h, shared},
 	};
+	const int64_t screen = millm_config_can_screen(c) ? millm_screen_file_bytes(c->vocab_size, c->embedding_size) : 0;
 	int64_t		bytes = p->choice.total_bytes - (p->is_f32 ? millm_plan_weights_bytes(p) / 2 : 0), linear = 0, quantized = 0;
 
+	bytes += screen > 0 ? screen : 0;
 	if (target == MILLM_RECAST_16BIT || c->has_fused_experts)
 		return bytes;
 	for (size_t i = 0; i < sizeof(linears) / sizeof(linears[0]); i++)
@@ -363,7 +365,7 @@ millm_plan_disk_bytes(const MillmPlan *p, MillmRecastTarget target)
 			quantized += linears[i].n * quantized_bytes(target, linears[i].n_out, linears[i].n_in);
 		}
 	if (linear < bytes)			/* else the config and the files are of different models: the engine will say so */
-		bytes += quantized - linear + millm_screen_file_bytes(c->vocab_size, h);
+		bytes += quantized - linear;
 	return bytes;
 }
 

@@ -27,9 +27,9 @@
 #include "arch.h"
 #include "arith.h"
 #include "half.h"
+#include "head_copy.h"
 #include "quant.h"
 #include "safetensors.h"
-#include "screen.h"
 #include "shown.h"
 #include "version.h"
 
@@ -100,8 +100,7 @@ struct MillmRecast
 	uint64_t	in_item;		/* bytes of it taken */
 	/* its work */
 	MillmQuantEncoder *encoder;
-	MillmScreenEncoder *screen;
-	int			screen_fd;
+	MillmHeadCopy *head_copy;	/* of the item that is the head */
 	uint8_t		carry[4];		/* of an F32 that was cut */
 	size_t		n_carry;
 	uint8_t    *whole;			/* a tensor that is to be turned */
@@ -266,7 +265,7 @@ plan_item(MillmRecast *r, const MillmStTensor *t, Item *item, MillmError *err)
 		item->dtype = r->dtype16;
 		r->has_converted = true;
 	}
-	item->is_head = r->target != MILLM_RECAST_16BIT && is_tapped(r, t->name) && is_matrix && is_16bit(item->dtype);
+	item->is_head = is_tapped(r, t->name) && is_matrix && is_16bit(item->dtype);
 	if (r->target == MILLM_RECAST_16BIT || !millm_quant_is_quantized(t->name, t->n_dims) || millm_arch_is_foreign(r->arch, t->name))
 	{
 		item->n_outputs = 1;
@@ -440,48 +439,17 @@ reset(MillmRecast *r)
 	free(r->whole);
 	millm_st_close(r->st);
 	millm_quant_free(r->encoder);
-	millm_screen_free(r->screen);
-	if (r->screen_fd >= 0)
-		close(r->screen_fd);
+	millm_head_copy_free(r->head_copy);
 	r->items = NULL;
 	r->outputs = NULL;
 	r->order = NULL;
 	r->head = r->whole = NULL;
 	r->st = NULL;
 	r->encoder = NULL;
-	r->screen = NULL;
-	r->screen_fd = -1;
+	r->head_copy = NULL;
 	r->n_items = r->n_outputs = r->head_bytes = r->head_have = r->current = r->n_carry = r->n_buffered = 0;
 	r->at = 0;
 	r->in_item = r->written = 0;
-}
-
-/* --- The screening copy of the LM head ------------------------------------------------------------------ */
-
-static MillmCode
-screen_put(MillmRecast *r, const void *data, size_t len, MillmError *err)
-{
-	off_t		at = lseek(r->screen_fd, 0, SEEK_END);
-
-	return at < 0 ? millm_store_error(err, "write", MILLM_SCREEN_FILE) : write_at(r->screen_fd, data, len, (uint64_t) at, MILLM_SCREEN_FILE, err);
-}
-
-#define SCREEN_PARTIAL ".partial-" MILLM_SCREEN_FILE
-
-static MillmCode
-screen_begin(MillmRecast *r, const Item *item, MillmError *err)
-{
-	const void *header;
-	size_t		n;
-	MillmCode	rc;
-
-	r->screen_fd = openat(millm_store_dir(r->store), SCREEN_PARTIAL, O_RDWR | O_CREAT | O_TRUNC | O_NOFOLLOW | O_CLOEXEC, 0600);
-	if (r->screen_fd < 0)
-		return millm_store_error(err, "create", MILLM_SCREEN_FILE);
-	if ((rc = millm_screen_begin(item->dtype, item->tensor->dims[0], item->tensor->dims[1], &r->screen, err)) != MILLM_OK)
-		return rc;
-	header = millm_screen_header(r->screen, &n);
-	return screen_put(r, header, n, err);
 }
 
 static bool
@@ -497,38 +465,6 @@ need_encoded(MillmRecast *r, size_t n)
 		r->encoded_size = n;
 	}
 	return true;
-}
-
-static MillmCode
-screen_push(MillmRecast *r, const void *data, size_t len, MillmError *err)
-{
-	size_t		n = millm_screen_push_writes(r->screen, len);
-	MillmCode	rc;
-
-	if (!need_encoded(r, n))
-		return no_memory(err);
-	if ((rc = millm_screen_push(r->screen, data, len, (int8_t *) r->encoded, err)) != MILLM_OK)
-		return rc;
-	return screen_put(r, r->encoded, n, err);
-}
-
-static MillmCode
-screen_end(MillmRecast *r, MillmError *err)
-{
-	int			dir = millm_store_dir(r->store);
-	const void *tail;
-	size_t		n;
-	MillmCode	rc;
-
-	if ((rc = millm_screen_finish(r->screen, &tail, &n, err)) != MILLM_OK || (rc = screen_put(r, tail, n, err)) != MILLM_OK)
-		return rc;
-	millm_screen_free(r->screen);
-	r->screen = NULL;
-	if (fsync(r->screen_fd) != 0 || renameat(dir, SCREEN_PARTIAL, dir, MILLM_SCREEN_FILE) != 0)
-		rc = millm_store_error(err, "write", MILLM_SCREEN_FILE);
-	close(r->screen_fd);
-	r->screen_fd = -1;
-	return rc;
 }
 
 /* --- One tensor ------------------------------------------------------------------------------------------ */
@@ -586,7 +522,7 @@ take_typed(MillmRecast *r, const Item *item, const uint8_t *p, size_t len, Millm
 		r->written += n;
 		return rc;
 	}
-	if (r->screen && (rc = screen_push(r, p, len, err)) != MILLM_OK)
+	if (r->head_copy && (rc = millm_head_copy_push(r->head_copy, p, len, err)) != MILLM_OK)
 		return rc;
 	rc = put(r, r->outputs[item->first_output].offset + r->written, p, len, err);
 	r->written += len;
@@ -653,7 +589,7 @@ begin_item(MillmRecast *r, const Item *item, MillmError *err)
 		rc = MILLM_E_INSUFFICIENT_MEMORY;
 	}
 	if (rc == MILLM_OK && item->is_head)
-		rc = screen_begin(r, item, err);
+		rc = millm_head_copy_begin(r->store, item->dtype, dims[0], dims[1], &r->head_copy, err);
 	return rc;
 }
 
@@ -691,8 +627,10 @@ end_item(MillmRecast *r, Item *item, MillmError *err)
 		return rc;
 	free(r->whole);
 	r->whole = NULL;
-	if (r->screen && (rc = screen_end(r, err)) != MILLM_OK)
+	if (r->head_copy && (rc = millm_head_copy_end(r->head_copy, err)) != MILLM_OK)
 		return rc;
+	millm_head_copy_free(r->head_copy);
+	r->head_copy = NULL;
 	if (item->kind != QUANTIZE)
 		return MILLM_OK;
 	if ((rc = millm_quant_finish(r->encoder, &parts, &n, err)) != MILLM_OK)
@@ -1063,7 +1001,7 @@ millm_recast_create(MillmStore *store, MillmRecastTarget target, const MillmConf
 	r->store = store;
 	r->target = target;
 	r->config_json = config_json;
-	r->fd = r->screen_fd = -1;
+	r->fd = -1;
 	r->dtype16 = millm_config_dtype(config_json) == MILLM_F16 ? MILLM_F16 : MILLM_BF16;
 	r->arch = arch;
 	r->in_out = arch->in_out;

@@ -1221,8 +1221,8 @@ millm_model_weights_bytes_as(const MillmModel *m, const char *quantization)
 			bytes += mlp_bytes(&l->experts[e], quantization);
 		bytes += mlp_bytes(&l->shared, quantization) + router_bytes(&l->router) + router_bytes(&l->shared_router);
 	}
-	bytes -= m->screen.codes.data && screen > 0 ? screen : 0;
-	bytes += strcmp(quantization, "FP16") != 0 && screen > 0 ? screen : 0;
+	if (!m->screen.codes.data && screen > 0)
+		bytes += screen;
 	return bytes;
 }
 

@@ -60,6 +60,14 @@ map_now(const void *p, size_t n)
 #endif
 }
 
+bool
+millm_screening_is_possible(const MillmModel *m)
+{
+	const MillmWeight *head = &m->head;
+
+	return millm_config_can_screen(&m->config) && head->data && head->dtype < MILLM_N_FLOAT_DTYPES && !head->in_out && head->stride == head->n_in && !m->head_bias.data;
+}
+
 /* NULL, or why the file cannot be used. */
 static const char *
 bind(MillmModel *m, const MillmSafetensors *st)
@@ -72,8 +80,8 @@ bind(MillmModel *m, const MillmSafetensors *st)
 	const MillmStTensor *print = find(st, "fingerprint", MILLM_I64, 1, 1, 0);
 	int64_t		fingerprint;
 
-	if (head->dtype >= MILLM_N_FLOAT_DTYPES || head->in_out || head->stride != head->n_in || m->head_bias.data)
-		return "the model's head is not a plain matrix of floats";
+	if (!millm_screening_is_possible(m))
+		return "the model's head is not a plain matrix of floats, or something is done to its logits";
 	if (millm_st_n_tensors(st) != 4 || !codes || !scale || !error || !print)
 		return "it does not hold what it should";
 	memcpy(&fingerprint, print->data, sizeof(fingerprint));

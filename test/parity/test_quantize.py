@@ -288,6 +288,18 @@ def test_killed_and_resumed(hub, tmp_path, smol, quantization, at):  # noqa: F81
     assert (d / "millm_head_int8.safetensors").read_bytes() == (smol / quantization / "millm_head_int8.safetensors").read_bytes()
 
 
+def test_16_bits_keep_the_files_and_get_a_copy(hub, tmp_path, serve, smol):  # noqa: F811
+    """FP16: the published bytes, and the screening copy that Q4 has, whose head is the same."""
+    faults(hub)
+    size = serve("validate", repo_id=SMOL, endpoint=hub.endpoint, quantization="FP16").result()["disk_bytes"]
+    done = serve("download", **job(hub, tmp_path, "FP16")).result()
+    d = tmp_path / "huggingface/smol--FP16"
+    copy = (d / "millm_head_int8.safetensors").read_bytes()
+    assert copy == (smol / "Q4/millm_head_int8.safetensors").read_bytes()
+    assert (d / "model.safetensors").read_bytes() == (SOURCE / "model.safetensors").read_bytes()
+    assert done["disk_bytes"] == size
+
+
 def test_wrong_content(hub, tmp_path, serve, smol):  # noqa: F811
     from engine_client import HelperError
 
