@@ -35,11 +35,11 @@
 #include <stdlib.h>
 #include <string.h>
 
-#define MIN_PREFILL_MS	4.0		/* in a step, however fast its decode tokens are: nobody sees so short a pause */
+#define MIN_PREFILL_MS	3.0		/* in a step, however fast its decode tokens are: nobody sees so short a pause */
 #define STEP_MS			50.0	/* in a step without a stream */
 #define MANY_MS			120.0	/* in a step for which many prompts wait: a reader sees no pause yet */
 #define DECODE_EVERY	16		/* steps beside which prefill runs before what they take without it is measured again */
-#define PREFILL_SHARE	0.9		/* of what decode tokens take: somewhat less, since it is not met exactly */
+#define PREFILL_SHARE	0.85		/* of what decode tokens take: somewhat less, since it is not met exactly */
 #define FIRST_CHUNK		32		/* tokens, before anything is measured */
 /*
  * Tokens of a chunk.  Smaller ones pay once more for what a chunk has to read, the weights and the KV cache of all that is before it: a stream gets
