@@ -10,8 +10,9 @@ soon as it has its answer:
     llama.cpp               the same token ids in as many slots of one context (peer_serving.py); no server around it
     llama.cpp, one slot     a plain loop over one session's requests
 
-All others compute every row's logits, as llama.cpp does: their model lies there without the screening copy.  Rounds are interleaved, medians are printed.  Tokens are those that were generated, the end token included.  Time to the first token is from asking to
-the first piece of text (millm) or the first token (llama.cpp).
+All others compute every row's logits, as llama.cpp does: their model lies there without the screening copy.  Rounds are interleaved, medians are
+printed.  Tokens are those that were generated, the end token included.  Time to the first token is from asking to the first piece of text (millm) or
+the first token (llama.cpp).
 
 Then a stream beside a prompt of --long tokens: from one token to the next, alone and while the other is read.
 

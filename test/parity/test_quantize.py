@@ -16,7 +16,7 @@ import torch
 from bitsandbytes.nn import Linear4bit, Linear8bitLt
 from conftest import FIXTURES
 from safetensors.torch import load_file, save_file
-from test_hub_client import MILLM_HUB, SMOL, UUID, faults, hub, serve  # noqa: F401
+from test_hub_client import MILLM_HUB, SCREENING_COPY, SMOL, UUID, faults, hub, serve  # noqa: F401
 from transformers import AutoModelForCausalLM
 
 SOURCE = FIXTURES / "SmolLM2-135M-Instruct"
@@ -285,7 +285,7 @@ def test_killed_and_resumed(hub, tmp_path, smol, quantization, at):  # noqa: F81
     ours, direct = load_file(d / "model.safetensors"), load_file(smol / quantization / "model.safetensors")
     assert ours.keys() == direct.keys() and all(torch.equal(ours[k], direct[k]) for k in ours)
     assert not [p.name for p in d.iterdir() if p.name.startswith(".partial")]
-    assert (d / "millm_head_int8.safetensors").read_bytes() == (smol / quantization / "millm_head_int8.safetensors").read_bytes()
+    assert (d / SCREENING_COPY).read_bytes() == (smol / quantization / SCREENING_COPY).read_bytes()
 
 
 def test_16_bits_keep_the_files_and_get_a_copy(hub, tmp_path, serve, smol):  # noqa: F811
@@ -294,8 +294,8 @@ def test_16_bits_keep_the_files_and_get_a_copy(hub, tmp_path, serve, smol):  # n
     size = serve("validate", repo_id=SMOL, endpoint=hub.endpoint, quantization="FP16").result()["disk_bytes"]
     done = serve("download", **job(hub, tmp_path, "FP16")).result()
     d = tmp_path / "huggingface/smol--FP16"
-    copy = (d / "millm_head_int8.safetensors").read_bytes()
-    assert copy == (smol / "Q4/millm_head_int8.safetensors").read_bytes()
+    copy = (d / SCREENING_COPY).read_bytes()
+    assert copy == (smol / "Q4" / SCREENING_COPY).read_bytes()
     assert (d / "model.safetensors").read_bytes() == (SOURCE / "model.safetensors").read_bytes()
     assert done["disk_bytes"] == size
 

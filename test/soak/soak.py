@@ -13,6 +13,7 @@ its time.  Anything else is a failure; the report counts and quotes them, and th
 """
 import argparse
 import collections
+import itertools
 import json
 import os
 import platform
@@ -42,6 +43,7 @@ LONG_CONTEXT = 1024
 MODELS = [LONG, "tiny-bnb/nf4-wide", "tiny/gemma3", "tiny/llama-bf16", "tiny/qwen2_moe", "tiny-bnb/int8", "tiny/mixtral-sliding", "tiny/gemma2", "tiny/gpt2",
           "tiny/gpt_oss-mxfp4"]
 MAX_FAILURES = 20       # the end
+MAX_ATTEMPTS = 20       # of what only a late timeout can refuse
 STUCK = 60              # seconds after which a request that should take milliseconds counts as stuck
 MAX_GROWTH_KB = 8192    # of private memory between two rests of one process; what a leaking request loses, a thousand times
 PREFIXES = ["", "", "Classify what follows as good or bad, in one word, and say nothing else: ", "Summarize: "]
@@ -66,7 +68,7 @@ class Session:
             raise ConnectionError(self.db.error_message.decode())
         self.pid = self.db.backend_pid
         self.timeout = None         # as set here
-        self.fences = 0
+        self.fences = itertools.count()
 
     def send(self, sql, args=()):
         self.db.send_query_params(sql.encode(), [None if a is None else str(a).encode() for a in args])
@@ -113,21 +115,29 @@ class Session:
         next one, whatever that one's own timeout is: once in a million statements, on a busy machine.  Hence the fence between them."""
         if ms == self.timeout:
             return
-        while not self.succeeds("SET statement_timeout = 0"):
-            pass
-        self.fences += 1
-        while not self.succeeds(f"SELECT {self.fences}", str(self.fences)):
-            pass
-        if ms > 0 and not self.succeeds(f"SET statement_timeout = {ms}"):
-            raise RuntimeError(f"SET statement_timeout = {ms}: {self.db.error_message.decode()}")
+        self.insist(lambda: self.succeeds("SET statement_timeout = 0"))
+        self.insist(lambda: self.succeeds(f"SELECT {next(self.fences)}"))
+        if ms > 0:
+            self.insist(lambda: self.succeeds(f"SET statement_timeout = {ms}"))
         self.timeout = ms
 
-    def succeeds(self, sql, answer=None):
+    def insist(self, attempt):
+        for _ in range(MAX_ATTEMPTS):
+            if attempt():
+                return
+            # an error that came while nothing was asked was taken for this answer, which still comes: libpq drops what it reads now
+            time.sleep(0.05)
+            self.db.consume_input()
+            self.db.is_busy()
+        raise RuntimeError(f"a statement was refused {MAX_ATTEMPTS} times: {self.db.error_message.decode()}")
+
+    def succeeds(self, sql):
+        """SET, or SELECT of a number."""
         result = self.db.exec_(sql.encode())
         if self.db.status != pq.ConnStatus.OK:
             raise ConnectionError(self.db.error_message.decode())
-        if answer is not None:
-            return result.status == pq.ExecStatus.TUPLES_OK and result.get_value(0, 0) == answer.encode()
+        if sql.startswith("SELECT"):
+            return result.status == pq.ExecStatus.TUPLES_OK and result.get_value(0, 0) == sql.split()[1].encode()
         return result.status == pq.ExecStatus.COMMAND_OK
 
     def vanish(self):
