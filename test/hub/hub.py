@@ -41,7 +41,7 @@ KINDS = {"truncate": BODY, "reset": BODY, "stall": BODY, "ignore_range": BODY, "
          "absolute": RESOLVE,
          "loop": HUB, "elsewhere": HUB, "html": set(PLACES), "close": set(PLACES)}
 FIELDS = {"repo": str, "file": str, "method": str, "where": str, "times": int, "every": int, "status": int, "code": (str, type(None)), "message": str, "retry_after": int,
-          "delay": (int, float), "bytes_per_second": (int, float), "kind": str, "after": int, "seconds": (int, float)}
+          "delay": (int, float), "bytes_per_second": (int, float), "kind": str, "after": int, "at": int, "seconds": (int, float)}
 
 
 def complaint(fault):
@@ -57,8 +57,8 @@ def complaint(fault):
         return f"there is no place {fault['where']}"
     if (kind := fault.get("kind")) is not None and kind not in KINDS:
         return f"there is no kind {kind}"
-    if kind in ("truncate", "reset", "stall") and "after" not in fault:
-        return f"{kind} needs `after`, in bytes"
+    if kind in ("truncate", "reset", "stall") and ("after" in fault) == ("at" in fault):
+        return f"{kind} needs `after` or `at`, in bytes"
     if fault.get("every", 1) < 1:
         return "every must be positive"
     if fault.get("bytes_per_second", 1) <= 0 or not 0 <= fault.get("delay", 0) <= 30 or not 0 <= fault.get("seconds", 0) <= 3600:
@@ -597,7 +597,9 @@ class Handler(BaseHTTPRequestHandler):
         self.end_answer(200)
         if self.command == "HEAD":
             return
-        stop = min(end, start + fault["after"]) if kind in ("truncate", "reset", "stall") else end
+        stop = end
+        if kind in ("truncate", "reset", "stall"):
+            stop = min(end, max(start, fault["at"]) if "at" in fault else start + fault["after"])
         self.send_range(blob, start, stop, fault)
         if kind == "truncate":
             self.close_connection = True

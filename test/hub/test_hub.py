@@ -133,6 +133,18 @@ def test_resumes(hub, tmp_path, kind, calls):
     assert any(r["range"] for r in hub.log if r["port"] == "cdn")
 
 
+def test_stalls_at_a_byte(hub):
+    """Whatever the parts: no byte of the file from there on."""
+    path, at = "millm-test/tiny-llama/resolve/main/model.safetensors", 5000
+    faults(hub, {"where": "cdn", "kind": "stall", "at": at, "seconds": 60})
+    for start in (0, 4000, at + 1):
+        request = urllib.request.Request(f"{hub.endpoint}/{path}", headers={"Range": f"bytes={start}-"})
+        with urllib.request.urlopen(request, timeout=1) as answer:
+            assert len(answer.read(max(0, at - start))) == max(0, at - start)
+            with pytest.raises(TimeoutError):
+                answer.read(1)
+
+
 def test_wrong_size_is_noticed(hub, tmp_path):
     faults(hub, {"repo": "millm-test/tiny-llama", "where": "resolve", "kind": "wrong_size", "file": ".safetensors"})
     assert "OSError" in error_of(hub, tmp_path, "millm-test/tiny-llama")
@@ -155,7 +167,7 @@ def test_throttle(hub, tmp_path):
     assert time.monotonic() - start > 1.5  # two, less what may be made up for
 
 
-@pytest.mark.parametrize("fault", [{"kind": "trunctate"}, {"kind": "truncate"}, {"where": "moon"}, {"after": "x"}, {"bytes_per_second": 0}, {"often": 1}, 3])
+@pytest.mark.parametrize("fault", [{"kind": "trunctate"}, {"kind": "truncate"}, {"kind": "stall", "at": 1, "after": 1}, {"where": "moon"}, {"after": "x"}, {"bytes_per_second": 0}, {"often": 1}, 3])
 def test_impossible_faults_are_refused(hub, fault):
     with pytest.raises(urllib.error.HTTPError, match="400"):
         faults(hub, fault)
