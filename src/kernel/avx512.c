@@ -286,21 +286,6 @@ pack_bf16(void *packed, const float *x, int64_t n)
 	}
 }
 
-/* The sums of four vectors, one each. */
-INLINE __m128
-sum_of_4(__m512 a, __m512 b, __m512 c, __m512 d)
-{
-	/* halves, then quarters: lanes (a | b), (c | d) */
-	__m512		ab = _mm512_add_ps(_mm512_shuffle_f32x4(a, b, 0x44), _mm512_shuffle_f32x4(a, b, 0xEE));
-	__m512		cd = _mm512_add_ps(_mm512_shuffle_f32x4(c, d, 0x44), _mm512_shuffle_f32x4(c, d, 0xEE));
-	__m512		abcd = _mm512_add_ps(_mm512_shuffle_f32x4(ab, cd, 0x88), _mm512_shuffle_f32x4(ab, cd, 0xDD));
-
-	/* abcd has one quarter of 4 partial sums for each of a, b, c, d */
-	abcd = _mm512_add_ps(abcd, _mm512_permute_ps(abcd, 0x4E));
-	abcd = _mm512_add_ps(abcd, _mm512_permute_ps(abcd, 0xB1));
-	return _mm512_castps512_ps128(_mm512_maskz_compress_ps(0x1111, abcd));
-}
-
 INLINE float
 sum_of_1(__m512 a)				/* the same bits as among four */
 {

@@ -2,10 +2,11 @@
  * avx512_quant.c -- 4-bit and INT8 weights for AVX-512.
  *
  * A few tokens (memory-bound): weights are read once, as they lie, and unpacked in registers.
- *   4BIT  64 bytes are 128 weights.  Each of the four nibbles of a 16-bit word selects from a codebook of int16 (13 bits and a sign), and
- *         vpdpwssd multiplies with activations of 16 bits, exactly: a lane sums 8 products, below 2^31.  Lanes 0..7 belong to one block
- *         of 64, lanes 8..15 to the next; their sums are scaled in float32.  Beside the codebook's 6e-5, what is lost is the rounding of an
- *         activation to 2^-16 of the row's largest: at most 9e-6 sqrt(n) of the product's size, less than bfloat16 loses.
+ *   4BIT  128 bytes are 256 weights.  Each nibble selects the two bytes of an int16 (12 bits and a sign) from a codebook, and vpdpwssd
+ *         multiplies with activations of 16 bits, exactly: a lane sums 16 products, below 2^31, of one block of 64; the sums are scaled
+ *         in float32.  Beside the codebook's 1.2e-4, what is lost is the rounding of an activation to 2^-16 of the row's largest: at most
+ *         9e-6 sqrt(n) of the product's size, less than bfloat16 loses.  (vpermw would select int16 at once, but Intel's cores make two
+ *         operations of it, one for each of the ports that the products need: 40 cycles for 256 weights and 4 tokens, so 36.)
  *   INT8  widened to 16 bits, times activations of 16 bits, exactly, in int32.  With float32 activations, where nothing is rounded but sums,
  *         for deterministic answers of rows that are not whole blocks of 64.
  *
@@ -36,13 +37,20 @@
 #define TOKENS				4		/* that share one unpacking of the weights */
 #define I16_ROWS			2		/* of INT8 that share one load of the activations */
 #define I16_MAX				32767.0f
-#define CODEBOOK_MAX		8191.0f	/* 8 * 8191 * 32767 < 2^31 */
+#define CODEBOOK_MAX		4095.0f	/* 16 * 4095 * 32767 < 2^31 */
 
 /* Two floats, each for eight lanes. */
 INLINE __m512
 pair(const float *s)
 {
 	return _mm512_mask_broadcastss_ps(_mm512_set1_ps(s[0]), 0xFF00, _mm_load_ss(s + 1));
+}
+
+/* Four floats, each for four lanes. */
+INLINE __m512
+four(const float *s)
+{
+	return _mm512_permutevar_ps(_mm512_broadcast_f32x4(_mm_loadu_ps(s)), _mm512_set_epi32(3, 3, 3, 3, 2, 2, 2, 2, 1, 1, 1, 1, 0, 0, 0, 0));
 }
 
 /* 128 weights' nibbles of a row of n weights, from weight i on: at its end there may be only 64. */
@@ -81,81 +89,179 @@ pack_i16(void *packed, const float *x, int64_t n)
 /* ---- 4BIT, few tokens ---- */
 
 /*
- * Which of the 128 values stand where: plane k, word j is what nibble k (from the low end) of word j of the weights is multiplied by.
- * Nibbles 0..3 of a little-endian word are elements 1, 0, 3, 2 of its four.
+ * The nibbles of 128 bytes of weights (256) come out of two vectors, which have the first and the second 16 bytes of each block of 64; those
+ * left at the end of a row, out of one of 64 bytes or, half empty, of 32.  Values come in planes of 32 as long as a vector, four for each
+ * vector of nibbles: what the low nibbles of the first 8 bytes of its quarters are multiplied by, of their last 8, and the same of the high
+ * nibbles.  The high nibble of a byte is the earlier element.
  */
+#define WIDE	256
+
+/* Four planes out of the values of 64 bytes: of each quarter's 32, the first at q + quarter * stride. */
+INLINE void
+put_planes(int16_t *planes, const int16_t *q, int stride)
+{
+	const __m512i even = _mm512_set_epi16(62, 60, 58, 56, 54, 52, 50, 48, 46, 44, 42, 40, 38, 36, 34, 32, 30, 28, 26, 24, 22, 20, 18, 16, 14, 12, 10, 8, 6, 4, 2, 0);
+	const __m512i odd = _mm512_or_si512(even, _mm512_set1_epi16(1));
+
+	for (int g = 0; g < 2; g++, q += 16, planes += 32)
+	{
+		__m512i		v[2];
+
+		for (int i = 0; i < 2; i++)
+			v[i] = _mm512_inserti64x4(_mm512_castsi256_si512(_mm256_loadu_si256((const __m256i *) (q + 2 * i * stride))),
+									  _mm256_loadu_si256((const __m256i *) (q + (2 * i + 1) * stride)), 1);
+		_mm512_storeu_si512(planes, _mm512_permutex2var_epi16(v[0], odd, v[1]));
+		_mm512_storeu_si512(planes + 64, _mm512_permutex2var_epi16(v[0], even, v[1]));
+	}
+}
+
 static void
 pack_i16_nibbles(void *packed, const float *x, int64_t n)
 {
 	const int64_t padded = (n + 127) / 128 * 128;
 	int16_t    *y = packed;
+	int16_t		q[WIDE];
+	int64_t		i = 0;
 
 	pack_i16(packed, x, n);
 	*(float *) (y + padded) /= CODEBOOK_MAX;
-	for (int64_t i = 0; i < padded; i += 128, y += 128)
+	for (; i + WIDE <= n; i += WIDE)
 	{
-		int16_t		q[128];
-
-		memcpy(q, y, sizeof(q));
-		for (int j = 0; j < 32; j++)
-		{
-			y[j] = q[4 * j + 1];
-			y[32 + j] = q[4 * j];
-			y[64 + j] = q[4 * j + 3];
-			y[96 + j] = q[4 * j + 2];
-		}
+		memcpy(q, y + i, sizeof(q));
+		put_planes(y + i, q, 64);
+		put_planes(y + i + 128, q + 32, 64);
+	}
+	for (; i < padded; i += 128)
+	{
+		memcpy(q, y + i, 128 * sizeof(*q));
+		put_planes(y + i, q, 32);
 	}
 }
 
-/* n_rows (1 or 2) rows, whose scales are scales[n_rows][n_in / 64] and one more that is finite, times n_tokens. */
-INLINE void
-i16_tile(const MillmMatmul *m, int64_t t, int n_tokens, int64_t o, int n_rows, __m512i codebook, const float *scales, const Ahead *ahead)
+/* For each value of a nibble, whatever the two bits above it: the low and the high bytes of its int16. */
+typedef struct ByteCodebook
 {
-	const int64_t n = m->w->n_in;
-	const int64_t padded = (n + 127) / 128 * 128;
-	const char *x = (const char *) m->x + t * m->x_stride;
-	const uint8_t *row = millm_nibble_row(m->w, o);
-	__m512		acc[TOKENS][2];
+	__m512i		low, high;
+} ByteCodebook;
 
-	for (int j = 0; j < n_tokens; j++)
-		for (int r = 0; r < n_rows; r++)
-			acc[j][r] = _mm512_setzero_ps();
-	for (int64_t i = 0; i < n; i += 128)
+INLINE ByteCodebook
+byte_codebook(const float *codebook)
+{
+	const __m512i codes = _mm512_cvtps_epi32(_mm512_mul_ps(_mm512_loadu_ps(codebook), _mm512_set1_ps(CODEBOOK_MAX)));
+
+	return (ByteCodebook) {_mm512_broadcast_i32x4(_mm512_cvtepi32_epi8(codes)),
+		_mm512_broadcast_i32x4(_mm512_cvtepi32_epi8(_mm512_srli_epi32(codes, 8)))};
+}
+
+/* Rows of weights times tokens. */
+typedef struct I16Tile
+{
+	const char *x;				/* the first token's */
+	int64_t		x_stride;
+	const uint8_t *row;			/* the first */
+	int64_t		row_bytes;		/* to the next */
+	const float *scales;		/* [n_rows][n_in / 64], and one more that is finite */
+	const ByteCodebook *codebook;
+	const Ahead *ahead;
+} I16Tile;
+
+/* sums[n_tokens][n_rows] += what the low nibbles of each row's bytes select, times the values of two planes. */
+INLINE void
+add_nibbles(const I16Tile *t, const __m512i *bytes, const char *planes, int n_tokens, int n_rows, __m512i *sums)
+{
+	__m512i		q[2][2];
+
+	for (int r = 0; r < n_rows; r++)
 	{
-		__m512i		q[2][4];
-		__m512i		a[TOKENS][2];
-		__m512		scale[2];
+		__m512i		low = _mm512_permutexvar_epi8(bytes[r], t->codebook->low);
+		__m512i		high = _mm512_permutexvar_epi8(bytes[r], t->codebook->high);
 
-		for (int r = 0; r < n_rows; r++)
+		q[0][r] = _mm512_unpacklo_epi8(low, high);
+		q[1][r] = _mm512_unpackhi_epi8(low, high);
+	}
+	for (int p = 0; p < 2; p++)
+		for (int j = 0; j < n_tokens; j++)
 		{
-			__m512i		v = load_nibbles(row + r * n / 2, i, n);
+			__m512i		xj = _mm512_load_si512(planes + 64 * p + j * t->x_stride);
 
-			prefetch_tile(ahead, (const char *) row + r * n / 2, i / 2);
-			q[r][0] = _mm512_permutexvar_epi16(v, codebook);
-			q[r][1] = _mm512_permutexvar_epi16(_mm512_srli_epi16(v, 4), codebook);
-			q[r][2] = _mm512_permutexvar_epi16(_mm512_srli_epi16(v, 8), codebook);
-			q[r][3] = _mm512_permutexvar_epi16(_mm512_srli_epi16(v, 12), codebook);
-			scale[r] = pair(scales + (i + r * n) / 64);
+			for (int r = 0; r < n_rows; r++)
+				add_products(&sums[j * n_rows + r], q[p][r], xj);
 		}
-		/* all sums turn by turn: no product waits for the one before */
-		for (int j = 0; j < n_tokens; j++)
-			for (int r = 0; r < n_rows; r++)
-				a[j][r] = _mm512_setzero_si512();
-		for (int k = 0; k < 4; k++)
-			for (int j = 0; j < n_tokens; j++)
-			{
-				__m512i		xj = _mm512_load_si512(x + j * m->x_stride + i * 2 + 64 * k);
+}
 
-				for (int r = 0; r < n_rows; r++)
-					add_products(&a[j][r], q[r][k], xj);
-			}
-		for (int j = 0; j < n_tokens; j++)
-			for (int r = 0; r < n_rows; r++)
-				acc[j][r] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(a[j][r]), scale[r], acc[j][r]);
+/* The n (256, 128 or 64) weights from i on: acc[n_tokens][n_rows] += scaled sums. */
+INLINE void
+i16_step(const I16Tile *t, int64_t i, int n, int n_tokens, int n_rows, __m512 *acc)
+{
+	const char *planes = t->x + i * 2;
+	__m512i		bytes[2][2];	/* [vector][row] */
+	__m512i		sums[2 * TOKENS];
+	__m512		scale[2];
+
+	for (int r = 0; r < n_rows; r++)
+	{
+		const uint8_t *row = t->row + r * t->row_bytes;
+		const float *s = t->scales + i / 64 + r * (t->row_bytes / 32);
+
+		prefetch_tile(t->ahead, (const char *) row, i / 2);
+		if (n == WIDE)
+		{
+			__m512i		a = _mm512_loadu_si512(row + i / 2),
+						b = _mm512_loadu_si512(row + i / 2 + 64);
+
+			prefetch_tile(t->ahead, (const char *) row, i / 2 + 64);
+			bytes[0][r] = _mm512_shuffle_i32x4(a, b, 0x88);
+			bytes[1][r] = _mm512_shuffle_i32x4(a, b, 0xDD);
+		}
+		else
+			bytes[0][r] = load_nibbles(row, i, i + n);
+		scale[r] = n == WIDE ? four(s) : pair(s);
+	}
+	/* all sums turn by turn: no product waits for the one before */
+	for (int j = 0; j < n_tokens * n_rows; j++)
+		sums[j] = _mm512_setzero_si512();
+	for (int v = 0; v < (n == WIDE ? 2 : 1); v++)
+	{
+		add_nibbles(t, bytes[v], planes + 256 * v, n_tokens, n_rows, sums);
+		for (int r = 0; r < n_rows; r++)
+			bytes[v][r] = _mm512_srli_epi16(bytes[v][r], 4);
+		add_nibbles(t, bytes[v], planes + 256 * v + 128, n_tokens, n_rows, sums);
 	}
 	for (int j = 0; j < n_tokens; j++)
 		for (int r = 0; r < n_rows; r++)
-			finish(m, t + j, o + r, _mm512_reduce_add_ps(acc[j][r]) * *(const float *) (x + j * m->x_stride + padded * 2));
+			acc[j * n_rows + r] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(sums[j * n_rows + r]), scale[r], acc[j * n_rows + r]);
+}
+
+/* n_rows (1 or 2) rows from o on, times n_tokens. */
+INLINE void
+i16_tile(const MillmMatmul *m, int64_t t, int n_tokens, int64_t o, int n_rows, const ByteCodebook *codebook, const float *scales, const Ahead *ahead)
+{
+	const int64_t n = m->w->n_in;
+	const int64_t padded = (n + 127) / 128 * 128;
+	const I16Tile tile = {(const char *) m->x + t * m->x_stride, m->x_stride, millm_nibble_row(m->w, o), n / 2, scales, codebook, ahead};
+	const int	n_sums = n_tokens * n_rows;
+	__m512		acc[2 * TOKENS];
+	float		sums[2 * TOKENS];
+	int64_t		i = 0;
+
+	for (int j = 0; j < n_sums; j++)
+		acc[j] = _mm512_setzero_ps();
+	for (; i + WIDE <= n; i += WIDE)
+		i16_step(&tile, i, WIDE, n_tokens, n_rows, acc);
+	if (i + 128 <= n)
+	{
+		i16_step(&tile, i, 128, n_tokens, n_rows, acc);
+		i += 128;
+	}
+	if (i < n)
+		i16_step(&tile, i, 64, n_tokens, n_rows, acc);
+	/* unrolled, or what is summed lies in memory */
+#pragma GCC unroll 2
+	for (int j = 0; j < n_sums; j += 4)
+		_mm_storeu_ps(sums + j, sum_of_4(acc[j], acc[j + 1 < n_sums ? j + 1 : j], acc[j + 2 < n_sums ? j + 2 : j], acc[j + 3 < n_sums ? j + 3 : j]));
+	for (int j = 0; j < n_tokens; j++)
+		for (int r = 0; r < n_rows; r++)
+			finish(m, t + j, o + r, sums[j * n_rows + r] * *(const float *) (tile.x + j * m->x_stride + padded * 2));
 }
 
 INLINE void
@@ -166,13 +272,9 @@ i16_rows(const MillmMatmul *m, int64_t t, int n_tokens, int64_t begin, int64_t e
 	const int64_t n_groups = w->n_in / 64;
 	int64_t		n_rows = MAX_GROUPS / n_groups;	/* whose scales are decoded together */
 	float		scales[MAX_GROUPS + 64];
-	int16_t		codes[32];
+	const ByteCodebook codebook = byte_codebook(w->codebook);
 	MapPlanes	planes;
-	__m512i		codebook;
 
-	for (int i = 0; i < 32; i++)	/* twice, so that what lies above the nibble does not matter */
-		codes[i] = (int16_t) lrintf(w->codebook[i % 16] * CODEBOOK_MAX);
-	codebook = _mm512_loadu_si512(codes);
 	if (w->nested_block_size > 0)
 		split_map(&planes, w->nested_map);
 	for (int64_t o = begin; o < end; o += n_rows)
@@ -183,9 +285,9 @@ i16_rows(const MillmMatmul *m, int64_t t, int n_tokens, int64_t begin, int64_t e
 		group_scales(scales, w, &planes, first_group(w, o), n_rows * n_groups);
 		scales[n_rows * n_groups] = 0;
 		for (; r + 2 <= n_rows; r += 2)
-			i16_tile(m, t, n_tokens, o + r, 2, codebook, scales + r * n_groups, &ahead);
+			i16_tile(m, t, n_tokens, o + r, 2, &codebook, scales + r * n_groups, &ahead);
 		if (r < n_rows)
-			i16_tile(m, t, n_tokens, o + r, 1, codebook, scales + r * n_groups, &ahead);
+			i16_tile(m, t, n_tokens, o + r, 1, &codebook, scales + r * n_groups, &ahead);
 	}
 }
 
