@@ -77,8 +77,11 @@ millm_head_copy_push(MillmHeadCopy *c, const void *bytes, size_t n, MillmError *
 		c->codes = grown;
 		c->codes_size = n_codes;
 	}
-	rc = millm_screen_push(c->encoder, bytes, n, c->codes, err);
-	return rc == MILLM_OK ? put(c, c->codes, n_codes, err) : rc;
+	if ((rc = millm_screen_push(c->encoder, bytes, n, c->codes, err)) != MILLM_OK || (rc = put(c, c->codes, n_codes, err)) != MILLM_OK)
+		return rc;
+	/* the disk works along, so that end has little left to wait for */
+	(void) sync_file_range(fileno(c->file), 0, 0, SYNC_FILE_RANGE_WRITE);
+	return MILLM_OK;
 }
 
 MillmCode

@@ -136,7 +136,29 @@ sum_of(const float *lanes)
 	return sum;
 }
 
-static void
+INLINED void
+encode_lanes(const float *w, float inverse, float *t2, float *r2, int8_t *codes)
+{
+	float		shifted[LANES];
+	uint32_t	bits[LANES];
+
+	for (int l = 0; l < LANES; l++)
+	{
+		const float t = w[l] * inverse;
+		float		r;
+
+		/* 1.5 * 2^23 pushes the fraction out, rounding to nearest even; the low bits then are the integer */
+		shifted[l] = t + 0x1.8p23f;
+		r = t - (shifted[l] - 0x1.8p23f);	/* exact */
+		t2[l] += t * t;
+		r2[l] += r * r;
+	}
+	memcpy(bits, shifted, sizeof(bits));
+	for (int l = 0; l < LANES; l++)
+		codes[l] = (int8_t) (uint8_t) bits[l];
+}
+
+INLINED void
 encode_row(const float *w, int64_t n, int8_t *codes, float *scale, float *error)
 {
 	float		t2[LANES] = {0},	/* of t, the row in steps */
@@ -145,6 +167,7 @@ encode_row(const float *w, int64_t n, int8_t *codes, float *scale, float *error)
 	float		max,
 				inverse;
 	double		g = (double) (n + 4 + SLACK) * 0x1p-24;
+	int64_t		i = 0;
 
 	g /= 1 - g;
 	memcpy(&max, &bits, 4);
@@ -157,30 +180,16 @@ encode_row(const float *w, int64_t n, int8_t *codes, float *scale, float *error)
 	}
 	*scale = max;
 	inverse = 127.0f / max;
-	for (int64_t i = 0; i < n; i += LANES)
+	for (; i + LANES <= n; i += LANES)
+		encode_lanes(w + i, inverse, t2, r2, codes + i);
+	if (i < n)
 	{
-		int			n_lanes = n - i < LANES ? (int) (n - i) : LANES;
-		float		t[LANES] = {0};
+		float		rest[LANES] = {0};
+		int8_t		rest_codes[LANES];
 
-		memcpy(t, w + i, sizeof(float) * (size_t) n_lanes);
-		for (int l = 0; l < LANES; l++)
-		{
-			float		shifted;
-			float		q;
-			float		r;
-			int32_t		code;
-
-			t[l] *= inverse;
-			/* 1.5 * 2^23 pushes the fraction out, rounding to nearest even; the low bits then are the integer */
-			shifted = t[l] + 0x1.8p23f;
-			q = shifted - 0x1.8p23f;
-			r = t[l] - q;		/* exact */
-			t2[l] += t[l] * t[l];
-			r2[l] += r * r;
-			memcpy(&code, &shifted, 4);
-			if (l < n_lanes)
-				codes[i + l] = (int8_t) (uint8_t) (uint32_t) code;
-		}
+		memcpy(rest, w + i, sizeof(float) * (size_t) (n - i));
+		encode_lanes(rest, inverse, t2, r2, rest_codes);
+		memcpy(codes + i, rest_codes, (size_t) (n - i));
 	}
 	/* ||d|| <= ||w|| + ||w - d|| */
 	*error = round_up(((1 + g) * sqrt((double) sum_of(r2)) + 2 * g * sqrt((double) sum_of(t2))) * max / 127 * INFLATE);
@@ -298,14 +307,33 @@ millm_screen_push_writes(const MillmScreenEncoder *enc, size_t n_bytes)
 	return (enc->n_carried + (n_bytes < left ? n_bytes : (size_t) left)) / enc->row_bytes * (size_t) enc->n_in;
 }
 
+/* values [n_in]: room for the row in float32. */
+INLINED void
+encode(float *values, const unsigned char *row, MillmDtype dtype, int64_t n_in, int8_t *codes, float *scale, float *error)
+{
+	widen(values, row, dtype, (size_t) n_in);
+	encode_row(values, n_in, codes, scale, error);
+}
+
+static void
+encode_portable(float *values, const unsigned char *row, MillmDtype dtype, int64_t n_in, int8_t *codes, float *scale, float *error)
+{
+	encode(values, row, dtype, n_in, codes, scale, error);
+}
+
+AVX2 static void
+encode_avx2(float *values, const unsigned char *row, MillmDtype dtype, int64_t n_in, int8_t *codes, float *scale, float *error)
+{
+	encode(values, row, dtype, n_in, codes, scale, error);
+}
+
 static void
 take_row(MillmScreenEncoder *enc, const unsigned char *row, int8_t *codes)
 {
 	float		scale,
 				error;
 
-	widen(enc->values, row, enc->dtype, (size_t) enc->n_in);
-	encode_row(enc->values, enc->n_in, codes, &scale, &error);
+	(HAS_AVX2 ? encode_avx2 : encode_portable) (enc->values, row, enc->dtype, enc->n_in, codes, &scale, &error);
 	memcpy(enc->tail + 4 * enc->n_rows_done, &scale, 4);
 	memcpy(enc->tail + 4 * (enc->n_rows + enc->n_rows_done), &error, 4);
 	enc->fingerprint = print_row(enc->fingerprint, enc->n_rows_done, row, enc->row_bytes);
