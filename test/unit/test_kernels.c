@@ -320,6 +320,7 @@ one_quantized(const MillmKernels *k, MillmForm form, const QuantCase *c, int n_t
 		.x = form == MILLM_FORM_F32 ? (char *) (x + 1) : packed, .x_stride = form == MILLM_FORM_F32 ? n * 4 : packed_stride};
 	int64_t		cut = c->n_out / 3;
 	const bool	is_i16 = form == MILLM_FORM_I16 || form == MILLM_FORM_I16_NIBBLES;
+	const double codebook_max = strcmp(k->variant, "avx2") == 0 ? 8191 : 4095;	/* of MILLM_FORM_I16_NIBBLES, as int16 */
 
 	make_quantized(&q, c);
 	m.w = &q.w;
@@ -349,7 +350,7 @@ one_quantized(const MillmKernels *k, MillmForm form, const QuantCase *c, int n_t
 				sum += p;
 				absolute += fabs(p);
 			}
-			/* half a unit of the int16 activation, and of the int16 codebook, AVX-512's, which has the fewer bits */
+			/* half a unit of the int16 activation, and of the int16 codebook */
 			if (is_i16)
 			{
 				const float largest = largest_of(xt, n);
@@ -359,7 +360,7 @@ one_quantized(const MillmKernels *k, MillmForm form, const QuantCase *c, int n_t
 			}
 			for (int64_t i = 0; i < n && form == MILLM_FORM_I16_NIBBLES; i += 64)
 				for (int64_t j = i; j < i + 64; j++)
-					tolerance += 0.6 / 4095 * largest_of(row + i, 64) * fabsf(xt[j]);
+					tolerance += 0.6 / codebook_max * largest_of(row + i, 64) * fabsf(xt[j]);
 			for (int64_t i = 0; i < n && form == MILLM_FORM_I16_TILES; i += 64)
 				tolerance += tiles_tolerance(&q.w, o, i, xt + i);
 			/* what the judge itself rounds to, and the fast paths need not */
