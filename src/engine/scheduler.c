@@ -5,7 +5,7 @@
  * prefill chunks, both in the order of the line.  Decode goes first because a reader who already sees words notices a pause.  A prompt of many
  * chunks shares them with those after it, which else would wait for the whole of it.
  * Prefill beside decode tokens may take as long as these take by themselves, so that a stream's reader waits for no token more than about twice as
- * long; where many prompts wait, as many times that, up to MANY_MS, or sessions that all ask for short answers would wait for each other's prompts
+ * long; where many prompts wait, as many times that, up to MANY_SHARE, or sessions that all ask for short answers would wait for each other's prompts
  * with a batch half empty.  Beside answers that are read as a whole it may always make steps of STEP_MS, which cost less a token; alone, it may fill
  * the batch.  Two things are measured: what steps take that carry decode tokens only, by their number, for which prefill pauses in one step
  * of DECODE_EVERY; and what a token of prefill adds, which grows with its position.
@@ -37,9 +37,10 @@
 
 #define MIN_PREFILL_MS	3.0		/* in a step, however fast its decode tokens are: nobody sees so short a pause */
 #define STEP_MS			50.0	/* in a step without a stream */
-#define MANY_MS			120.0	/* in a step for which many prompts wait: a reader sees no pause yet */
-#define DECODE_EVERY	16		/* steps beside which prefill runs before what they take without it is measured again */
+#define DECODE_EVERY	32		/* steps beside which prefill runs before what they take without it is measured again */
+#define FIRST_MIXED		16		/* the same, where it never was and nobody reads a stream */
 #define PREFILL_SHARE	0.85		/* of what decode tokens take: somewhat less, since it is not met exactly */
+#define MANY_SHARE		2.5		/* of that at most, where many prompts wait: what begins together ends and comes again together */
 #define FIRST_CHUNK		32		/* tokens, before anything is measured */
 /*
  * Tokens of a chunk.  Smaller ones pay once more for what a chunk has to read, the weights and the KV cache of all that is before it: a stream gets
@@ -48,6 +49,7 @@
 #define MIN_CHUNK		8
 /* A measure counts for at most so much more or less than the one before: a step may have taken long for a reason that is not ours. */
 #define MAX_CHANGE		1.25
+#define BOTH_CHANGE		0.3		/* of that, where decode tokens and prefill were measured together */
 
 /* Steps of decode tokens only, of which there were [2^i, 2^(i+1)). */
 #define DECODE_CLASSES	16
@@ -307,7 +309,7 @@ time_beside(const MillmScheduler *s, double decode_ms, bool has_stream)
 {
 	const double even = PREFILL_SHARE * decode_ms;
 	const double least = has_stream ? MIN_PREFILL_MS : STEP_MS;
-	const double most = even > MANY_MS ? even : MANY_MS;
+	const double most = MANY_SHARE * decode_ms > STEP_MS ? MANY_SHARE * decode_ms : STEP_MS;
 	const double all = even * n_unread(s);
 
 	return all > most ? most : all > least ? all : least;
@@ -321,7 +323,7 @@ tokens_beside(MillmScheduler *s, int n_decode, bool has_stream)
 	const double least_ms = MIN_CHUNK * s->prefill_ms;
 	double		ms;
 
-	if (decode->n_mixed >= (has_stream && decode->ms == 0 ? 0 : DECODE_EVERY))
+	if (decode->n_mixed >= (decode->ms > 0 ? DECODE_EVERY : has_stream ? 0 : FIRST_MIXED))
 		return 0;				/* what these take is measured */
 	if (s->prefill_ms == 0)
 		return FIRST_CHUNK;
@@ -396,6 +398,13 @@ follow(double before, double now)
 	return now > before * MAX_CHANGE ? before * MAX_CHANGE : now < before / MAX_CHANGE ? before / MAX_CHANGE : now;
 }
 
+/* A few tokens at the end of a prompt cost more each, and say nothing of a chunk. */
+static bool
+is_whole_chunk(const MillmScheduler *s, int n_prefill)
+{
+	return 2 * n_prefill >= s->chunk;
+}
+
 void
 millm_sched_done(MillmScheduler *s, const MillmPlanItem *items, int n, double ms)
 {
@@ -410,22 +419,32 @@ millm_sched_done(MillmScheduler *s, const MillmPlanItem *items, int n, double ms
 		else
 			n_decode++;
 	}
-	if (n_decode > 0)
+	if (n_decode > 0 && n_prefill > 0)
+	{
+		DecodeCost *decode = decode_cost(s, n_decode);
+		const double decode_ms = decode->ms * n_decode;
+
+		decode->n_mixed++;
+		if (decode_ms == 0)
+			return;
+		if (s->prefill_ms == 0)
+			s->prefill_ms = follow(0, (ms - decode_ms) / n_prefill);
+		else if (is_whole_chunk(s, n_prefill))
+		{
+			/* which of the two took longer nobody knows: where the machine is slower for a while, both did, and the chunk remains as it is */
+			const double change = 1 + BOTH_CHANGE * (follow(1, ms / (decode_ms + s->prefill_ms * n_prefill)) - 1);
+
+			decode->ms *= change;
+			s->prefill_ms *= change;
+		}
+	}
+	else if (n_decode > 0)
 	{
 		DecodeCost *decode = decode_cost(s, n_decode);
 
-		if (n_prefill == 0)
-		{
-			decode->ms = follow(decode->ms, ms / n_decode);
-			decode->n_mixed = 0;
-			return;
-		}
-		decode->n_mixed++;
-		if (decode->ms == 0)
-			return;
-		ms -= decode->ms * n_decode;
+		decode->ms = follow(decode->ms, ms / n_decode);
+		decode->n_mixed = 0;
 	}
-	/* a few tokens at the end of a prompt cost more each, and say nothing of a whole chunk */
-	if (n_prefill > 0 && (2 * n_prefill >= s->chunk || ms / n_prefill < s->prefill_ms || s->prefill_ms == 0))
+	else if (n_prefill > 0 && (is_whole_chunk(s, n_prefill) || ms / n_prefill < s->prefill_ms))
 		s->prefill_ms = follow(s->prefill_ms, ms / n_prefill);
 }
