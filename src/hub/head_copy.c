@@ -8,8 +8,10 @@
 #include <fcntl.h>
 #include <stdio.h>
 #include <stdlib.h>
+#include <string.h>
 #include <unistd.h>
 
+#include "arch.h"
 #include "screen.h"
 #include "screening.h"
 
@@ -24,6 +26,27 @@ struct MillmHeadCopy
 	int8_t	   *codes;			/* [codes_size] */
 	size_t		codes_size;
 };
+
+/* Is it the weight of prefix + module? */
+static bool
+is_weight_of(const char *name, const char *prefix, const char *module)
+{
+	const size_t n = strlen(prefix), m = strlen(module);
+
+	return strncmp(name, prefix, n) == 0 && strncmp(name + n, module, m) == 0 && strcmp(name + n + m, ".weight") == 0;
+}
+
+bool
+millm_head_copy_is_of(const MillmConfig *config, const char *name)
+{
+	const MillmArch *arch = config->arch;
+
+	if (!millm_config_can_screen(config))
+		return false;
+	if (!config->tied)
+		return is_weight_of(name, "", arch->head);
+	return is_weight_of(name, arch->prefix, arch->embedding) || (arch->other_prefix && is_weight_of(name, arch->other_prefix, arch->embedding));
+}
 
 static MillmCode
 put(MillmHeadCopy *c, const void *data, size_t n, MillmError *err)

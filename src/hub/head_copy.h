@@ -9,6 +9,9 @@
 #include "model.h"
 #include "store.h"
 
+/* Is a tensor of that name, in a model of this config, what its copy is made of? */
+extern bool millm_head_copy_is_of(const MillmConfig *config, const char *name);
+
 /*
  * A copy in work.  The store, which must outlive it, has the file once end succeeds; until then an older one stays.
  *

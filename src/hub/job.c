@@ -2,8 +2,8 @@
  * job.c -- validate, download, inspect.
  *
  * A download, in order: info and tree at one commit; config.json, so that an architecture we cannot run is refused before any weight
- * moves; the choice of files; room on the disk; the files, small ones first, weights through the sink that gives them their form; the
- * screening copy of a head that came as it is; the meta file, last.  A PyTorch checkpoint, whose directory is at its end, is fetched whole, converted through that sink, and removed.  A directory of this machine goes the same way, read instead of fetched.
+ * moves; the choice of files; room on the disk; the files, small ones first, weights through the sink that gives them their form, or the one that
+ * makes the screening copy of a head that keeps its own; that copy, where it could not be made so; the meta file, last.  A PyTorch checkpoint, whose directory is at its end, is fetched whole, converted through that sink, and removed.  A directory of this machine goes the same way, read instead of fetched.
  */
 #include "job.h"
 
@@ -18,6 +18,7 @@
 #include "clock.h"
 #include "convert.h"
 #include "head_copy.h"
+#include "head_tap.h"
 #include "hfcache.h"
 #include "plan.h"
 #include "screen.h"
@@ -256,7 +257,7 @@ take_cached(const MillmPlan *p, const MillmHubFile *f, MillmStore *store, bool i
 	return rc;
 }
 
-/* Bring one file into the sink, which is the store's own when is_plain: from this machine if it is here, else from the Hub. */
+/* Bring one file into the sink, which keeps it as it is when is_plain: from this machine if it is here, else from the Hub. */
 static MillmCode
 bring(MillmPlan *p, const MillmHubFile *f, MillmStore *store, bool is_plain, MillmSink *sink, Meter *m, atomic_bool *stop, MillmError *err)
 {
@@ -322,8 +323,9 @@ fetch_bin(MillmPlan *p, size_t i, MillmStore *store, MillmRecast *recast, Meter 
 	return rc;
 }
 
+/* The weights go through recast, or, where they keep their form and it is NULL, through tap. */
 static MillmCode
-fetch_all(MillmPlan *p, MillmStore *store, MillmRecast *recast, Meter *m, atomic_bool *stop, MillmError *err)
+fetch_all(MillmPlan *p, MillmStore *store, MillmRecast *recast, MillmHeadTap *tap, Meter *m, atomic_bool *stop, MillmError *err)
 {
 	const MillmHubFile *weights[MILLM_HUB_MAX_FILES];
 	size_t		n_weights = 0;
@@ -338,7 +340,7 @@ fetch_all(MillmPlan *p, MillmStore *store, MillmRecast *recast, Meter *m, atomic
 	{
 		const MillmHubFile *f = p->choice.files[i];
 		const bool	is_recast = recast && millm_is_weights(f);
-		MillmSink  *sink = is_recast ? millm_recast_sink(recast) : millm_store_sink(store);
+		MillmSink  *sink = is_recast ? millm_recast_sink(recast) : millm_is_weights(f) ? millm_head_tap_sink(tap) : millm_store_sink(store);
 
 		m->progress.file = f->path;
 		report(m, i == 0);
@@ -391,21 +393,23 @@ millm_job_download(const MillmJobSpec *spec, atomic_bool *stop, atomic_bool *kee
 	MillmPlan	p = {0};
 	MillmStore *store = NULL;
 	MillmRecast *recast = NULL;
+	MillmHeadTap *tap = NULL;
 	MillmModel *model = NULL;
 	Meter		m = {.report = report_fn, .arg = arg, .progress = {.stage = "resolving", .file = "", .bytes_per_second = -1}};
 	int64_t		disk_bytes = 0;
 	MillmCode	rc;
 
 	report(&m, true);
-	if ((rc = millm_plan_make(spec, patient, 0, stop, &p, err)) == MILLM_OK && (rc = millm_store_open(spec->cache_dir, spec->directory, spec->model_uuid, spec->owner_id, spec->cluster, &store, err)) == MILLM_OK &&
-		p.is_recast)
-		rc = millm_recast_create(store, p.target, &p.config, p.config_json, &recast, err);
+	if ((rc = millm_plan_make(spec, patient, 0, stop, &p, err)) == MILLM_OK && (rc = millm_store_open(spec->cache_dir, spec->directory, spec->model_uuid, spec->owner_id, spec->cluster, &store, err)) == MILLM_OK)
+		rc = p.is_recast ? millm_recast_create(store, p.target, &p.config, p.config_json, &recast, err) :
+			millm_head_tap_create(store, &p.config, millm_store_sink(store), &tap, err);
 	/* before the meta file says that all is well: does the engine really find its place for every tensor? */
-	if (rc == MILLM_OK && (rc = fetch_all(&p, store, recast, &m, stop, err)) == MILLM_OK && (rc = millm_model_open(millm_store_path(store), &model, err)) == MILLM_OK)
+	if (rc == MILLM_OK && (rc = fetch_all(&p, store, recast, tap, &m, stop, err)) == MILLM_OK && (rc = millm_model_open(millm_store_path(store), &model, err)) == MILLM_OK)
 		rc = millm_head_copy_make(store, model, stop, err);
 	if (rc == MILLM_OK)
 		rc = atomic_load(stop) ? millm_fail(err, MILLM_E_CANCELED, "the download was canceled") : write_meta(store, &p, &disk_bytes, err);
 	millm_recast_free(recast);
+	millm_head_tap_free(tap);
 	if (rc == MILLM_OK)
 		*out = json_pack("{s:o, s:I, s:s, s:s, s:s, s:I, s:o, s:O, s:s, s:I}", "commit", maybe_text(p.repo->commit), "bytes", (json_int_t) m.fetched,
 						 "path", millm_store_path(store), "model_type", p.config.model_type, "architecture", p.config.architecture,

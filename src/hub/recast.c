@@ -28,6 +28,7 @@
 #include "arith.h"
 #include "half.h"
 #include "head_copy.h"
+#include "header.h"
 #include "quant.h"
 #include "safetensors.h"
 #include "shown.h"
@@ -70,6 +71,7 @@ struct MillmRecast
 	MillmStore *store;
 	MillmSink	sink;
 	MillmRecastTarget target;
+	const MillmConfig *config;
 	const json_t *config_json;
 	MillmDtype	dtype16;		/* what F32 becomes */
 	const MillmArch *arch;
@@ -77,16 +79,13 @@ struct MillmRecast
 	char		head_name[128];	/* module of the LM head */
 	char		project_in[128], project_out[128];	/* modules outside of the blocks that the family may have; or "" */
 	bool		has_experts;
-	char		tapped[2][160];	/* tensor that the screening copy is made from, in both spellings */
 	bool		has_converted;
 
 	/* the file in work */
 	const MillmHubFile *file;
 	char		partial[MILLM_STORE_MAX_NAME];
 	int			fd;
-	uint8_t    *head;			/* of the source: 8 bytes and the header */
-	size_t		head_bytes;		/* known once 8 are there */
-	size_t		head_have;
+	MillmHeader header;			/* of the source */
 	MillmSafetensors *st;
 	Item	   *items;
 	size_t		n_items;
@@ -242,12 +241,6 @@ is_16bit(MillmDtype dtype)
 	return dtype == MILLM_F16 || dtype == MILLM_BF16;
 }
 
-static bool
-is_tapped(const MillmRecast *r, const char *name)
-{
-	return strcmp(name, r->tapped[0]) == 0 || strcmp(name, r->tapped[1]) == 0;
-}
-
 static MillmCode
 plan_item(MillmRecast *r, const MillmStTensor *t, Item *item, MillmError *err)
 {
@@ -265,7 +258,7 @@ plan_item(MillmRecast *r, const MillmStTensor *t, Item *item, MillmError *err)
 		item->dtype = r->dtype16;
 		r->has_converted = true;
 	}
-	item->is_head = is_tapped(r, t->name) && is_matrix && is_16bit(item->dtype);
+	item->is_head = millm_head_copy_is_of(r->config, t->name) && is_matrix && is_16bit(item->dtype);
 	if (r->target == MILLM_RECAST_16BIT || !millm_quant_is_quantized(t->name, t->n_dims) || millm_arch_is_foreign(r->arch, t->name))
 	{
 		item->n_outputs = 1;
@@ -403,7 +396,7 @@ make_plan(MillmRecast *r, MillmError *err)
 	size_t		n, len;
 	MillmCode	rc;
 
-	if ((rc = millm_st_parse_head(r->head, r->head_have, (uint64_t) r->file->size, r->file->path, &r->st, err)) != MILLM_OK)
+	if ((rc = millm_st_parse_head(r->header.bytes, r->header.have, (uint64_t) r->file->size, r->file->path, &r->st, err)) != MILLM_OK)
 		return rc;
 	n = millm_st_n_tensors(r->st);
 	if (!(r->items = calloc(n + 1, sizeof(*r->items))))
@@ -435,7 +428,7 @@ reset(MillmRecast *r)
 	free(r->items);
 	free(r->outputs);
 	free(r->order);
-	free(r->head);
+	millm_header_free(&r->header);
 	free(r->whole);
 	millm_st_close(r->st);
 	millm_quant_free(r->encoder);
@@ -443,11 +436,11 @@ reset(MillmRecast *r)
 	r->items = NULL;
 	r->outputs = NULL;
 	r->order = NULL;
-	r->head = r->whole = NULL;
+	r->whole = NULL;
 	r->st = NULL;
 	r->encoder = NULL;
 	r->head_copy = NULL;
-	r->n_items = r->n_outputs = r->head_bytes = r->head_have = r->current = r->n_carry = r->n_buffered = 0;
+	r->n_items = r->n_outputs = r->current = r->n_carry = r->n_buffered = 0;
 	r->at = 0;
 	r->in_item = r->written = 0;
 }
@@ -647,37 +640,6 @@ end_item(MillmRecast *r, Item *item, MillmError *err)
 
 /* --- The sink ---------------------------------------------------------------------------------------------- */
 
-/* Take up to len bytes of the header; *n of them. */
-static MillmCode
-take_head(MillmRecast *r, const uint8_t *p, size_t len, size_t *n, MillmError *err)
-{
-	size_t		want = r->head_bytes == 0 ? 8 : r->head_bytes;
-	uint8_t    *grown;
-
-	*n = want - r->head_have < len ? want - r->head_have : len;
-	if (!(grown = realloc(r->head, want)))
-		return no_memory(err);
-	r->head = grown;
-	memcpy(r->head + r->head_have, p, *n);
-	r->head_have += *n;
-	if (r->head_have < want)
-		return MILLM_OK;
-	if (r->head_bytes == 0)
-	{
-		uint64_t	claimed = millm_get_le64(r->head);
-
-		if (claimed == 0 || claimed > MILLM_ST_HEADER_MAX || claimed > (uint64_t) r->file->size - 8)
-		{
-			millm_fail(err, MILLM_E_INVALID_MODEL_FILE, "invalid safetensors file \"%s\"", r->file->path);
-			millm_detail(err, "The header claims %" PRIu64 " bytes of a file of %" PRId64 ".", claimed, r->file->size);
-			return MILLM_E_INVALID_MODEL_FILE;
-		}
-		r->head_bytes = 8 + (size_t) claimed;
-		return MILLM_OK;
-	}
-	return make_plan(r, err);
-}
-
 static MillmCode
 sink_write(void *arg, const void *data, size_t len, MillmError *err)
 {
@@ -693,7 +655,8 @@ sink_write(void *arg, const void *data, size_t len, MillmError *err)
 		{
 			if (len == 0)
 				break;
-			rc = take_head(r, p, len, &n, err);
+			if ((rc = millm_header_take(&r->header, r->file, p, len, &n, err)) == MILLM_OK && millm_header_wants(&r->header) == 0)
+				rc = make_plan(r, err);
 		}
 		else
 		{
@@ -731,7 +694,7 @@ sink_until_checkpoint(void *arg)
 	MillmRecast *r = arg;
 
 	if (!r->st)
-		return (int64_t) ((r->head_bytes == 0 ? 8 : r->head_bytes) - r->head_have);
+		return (int64_t) millm_header_wants(&r->header);
 	if (r->current == r->n_items)
 		return INT64_MAX;
 	return (int64_t) (r->items[r->current].tensor->bytes - r->in_item);
@@ -793,7 +756,7 @@ sink_checkpoint(void *arg, const MillmHash *hash, MillmError *err)
 	if ((rc = flush(r, err)) == MILLM_OK && fdatasync(r->fd) != 0)
 		rc = millm_store_error(err, "sync", r->file->path);
 	if (rc == MILLM_OK && faccessat(millm_store_dir(r->store), head, F_OK, AT_SYMLINK_NOFOLLOW) != 0)
-		rc = put_beside(r, ".head", r->head, r->head_have, err);
+		rc = put_beside(r, ".head", r->header.bytes, r->header.have, err);
 	if (rc != MILLM_OK)
 	{
 		json_decref(states);
@@ -852,10 +815,10 @@ resume(MillmRecast *r, MillmHash *hash)
 
 	free(state_text);
 	good = version && form && hash_state && strcmp(version, MILLM_VERSION) == 0 && strcmp(form, target_name(r)) == 0 &&
-		(r->head = read_beside(r, ".head", 8 + MILLM_ST_HEADER_MAX, &len)) && len >= 8;
+		(r->header.bytes = read_beside(r, ".head", 8 + MILLM_ST_HEADER_MAX, &len)) && len >= 8;
 	if (good)
 	{
-		r->head_have = r->head_bytes = len;
+		r->header.have = r->header.size = len;
 		r->at = (int64_t) len;
 		good = make_plan(r, NULL) == MILLM_OK && json_array_size(states) <= r->n_items;
 	}
@@ -1000,6 +963,7 @@ millm_recast_create(MillmStore *store, MillmRecastTarget target, const MillmConf
 	}
 	r->store = store;
 	r->target = target;
+	r->config = config;
 	r->config_json = config_json;
 	r->fd = -1;
 	r->dtype16 = millm_config_dtype(config_json) == MILLM_F16 ? MILLM_F16 : MILLM_BF16;
@@ -1012,15 +976,6 @@ millm_recast_create(MillmStore *store, MillmRecastTarget target, const MillmConf
 		snprintf(r->project_in, sizeof(r->project_in), "%s%s", arch->prefix, arch->project_in);
 		snprintf(r->project_out, sizeof(r->project_out), "%s%s", arch->prefix, arch->project_out);
 	}
-	if (millm_config_can_screen(config) && config->tied)
-	{
-		const char *prefixes[] = {arch->prefix, arch->other_prefix ? arch->other_prefix : arch->prefix};
-
-		for (int i = 0; i < 2; i++)
-			snprintf(r->tapped[i], sizeof(r->tapped[i]), "%s%s.weight", prefixes[i], arch->embedding);
-	}
-	else if (millm_config_can_screen(config))
-		snprintf(r->tapped[0], sizeof(r->tapped[0]), "%s.weight", arch->head);
 	*out = r;
 	return MILLM_OK;
 }

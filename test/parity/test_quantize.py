@@ -300,6 +300,29 @@ def test_16_bits_keep_the_files_and_get_a_copy(hub, tmp_path, serve, smol):  # n
     assert done["disk_bytes"] == size
 
 
+def test_16_bits_killed_and_resumed(hub, tmp_path, smol):  # noqa: F811
+    """The head goes by in two attempts: the copy is then made from the file."""
+    size = (SOURCE / "model.safetensors").stat().st_size
+    faults(hub, {"repo": SMOL, "where": "cdn", "bytes_per_second": 150_000_000})
+    command = list(map(str, [MILLM_HUB, "download", SMOL, "--endpoint", hub.endpoint, "--quantization", "FP16", "--cache-dir", tmp_path]))
+    d = tmp_path / "huggingface" / (SMOL.replace("/", "--") + "--FP16")
+    p = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    end = time.monotonic() + 60
+    while time.monotonic() < end and p.poll() is None and sum(f.stat().st_size for f in d.glob(".partial-*-model.safetensors")) < size // 10:
+        time.sleep(0.002)
+    p.send_signal(signal.SIGKILL)
+    p.wait()
+    assert not (d / SCREENING_COPY).exists() and not (d / "model.safetensors").exists()
+    hub.log.clear()
+    faults(hub)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert min(int(r["range"].split("=")[1].split("-")[0]) for r in hub.log if r["port"] == "cdn" and r["range"]) > 0, "it started over"
+    assert (d / "model.safetensors").read_bytes() == (SOURCE / "model.safetensors").read_bytes()
+    assert (d / SCREENING_COPY).read_bytes() == (smol / "Q4" / SCREENING_COPY).read_bytes()
+    assert not [p.name for p in d.iterdir() if p.name.startswith(".partial")]
+
+
 def test_wrong_content(hub, tmp_path, serve, smol):  # noqa: F811
     from engine_client import HelperError
 
