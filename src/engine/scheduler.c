@@ -39,7 +39,7 @@
 #define STEP_MS			50.0	/* in a step without a stream */
 #define DECODE_EVERY	32		/* steps beside which prefill runs before what they take without it is measured again */
 #define FIRST_MIXED		16		/* the same, where it never was and nobody reads a stream */
-#define PREFILL_SHARE	0.85		/* of what decode tokens take: somewhat less, since it is not met exactly */
+#define PREFILL_SHARE	0.8		/* of what decode tokens take: less, since they take longer when prefill has had the caches */
 #define MANY_SHARE		2.5		/* of that at most, where many prompts wait: what begins together ends and comes again together */
 #define FIRST_CHUNK		32		/* tokens, before anything is measured */
 /*
