@@ -315,9 +315,9 @@ time_beside(const MillmScheduler *s, double decode_ms, bool has_stream)
 	return all > most ? most : all > least ? all : least;
 }
 
-/* How many tokens of prefill go beside n_decode > 0 decode tokens, some of them of a stream or none. */
+/* How many tokens of prefill, at most so many, go beside n_decode > 0 decode tokens, some of them of a stream or none. */
 static int
-tokens_beside(MillmScheduler *s, int n_decode, bool has_stream)
+tokens_beside(MillmScheduler *s, int n_decode, bool has_stream, int most)
 {
 	DecodeCost *decode = decode_cost(s, n_decode);
 	const double least_ms = MIN_CHUNK * s->prefill_ms;
@@ -326,7 +326,7 @@ tokens_beside(MillmScheduler *s, int n_decode, bool has_stream)
 	if (decode->n_mixed >= (decode->ms > 0 ? DECODE_EVERY : has_stream ? 0 : FIRST_MIXED))
 		return 0;				/* what these take is measured */
 	if (s->prefill_ms == 0)
-		return FIRST_CHUNK;
+		return FIRST_CHUNK < most ? FIRST_CHUNK : most;
 	ms = time_beside(s, decode->ms * n_decode, has_stream);
 	s->saved_ms += ms;
 	if (ms < least_ms)
@@ -336,15 +336,18 @@ tokens_beside(MillmScheduler *s, int n_decode, bool has_stream)
 	if (has_stream && s->saved_ms < ms)
 		return 0;				/* the next step has more time for it */
 	s->saved_ms = has_stream ? s->saved_ms - ms : 0;
-	return ms / s->prefill_ms < s->max_batch_tokens ? (int) (ms / s->prefill_ms) : s->max_batch_tokens;
+	return ms / s->prefill_ms < most ? (int) (ms / s->prefill_ms) : most;
 }
 
-/* The slot's next chunk; returns its tokens.  A prompt that takes more than a step leaves half of the room to those after it. */
+/*
+ * The slot's next chunk in a step with room for so many more tokens, and for some extra ones to bring a prompt to its end; returns its tokens.
+ * A prompt that takes more than a step leaves half of the room to those after it.
+ */
 static int
-plan_prefill(const MillmScheduler *s, MillmSlot *slot, int budget, MillmPlanItem *item)
+plan_prefill(const MillmScheduler *s, MillmSlot *slot, int room, int extra, MillmPlanItem *item)
 {
-	const int	room = owed(slot) > s->max_batch_tokens ? (budget + 1) / 2 : budget;
-	const int	n = owed(slot) < room ? owed(slot) : room;
+	const int	chunk = owed(slot) > s->max_batch_tokens ? (room + 1) / 2 : room;
+	const int	n = owed(slot) <= room + extra ? owed(slot) : chunk;
 
 	*item = (MillmPlanItem) {slot, n};
 	return n;
@@ -356,6 +359,7 @@ millm_sched_plan(MillmScheduler *s, MillmPlanItem *items)
 	int			n_items = 0;
 	int			n_decode;
 	int			budget;
+	int			extra;			/* tokens to end another prompt with, rather than let it wait for the next step */
 	bool		has_stream = false;
 	MillmSlot  *admitted;
 
@@ -370,13 +374,14 @@ millm_sched_plan(MillmScheduler *s, MillmPlanItem *items)
 	}
 	n_decode = n_items;
 	budget = s->max_batch_tokens - n_decode;
-	s->chunk = n_decode > 0 ? tokens_beside(s, n_decode, has_stream) : budget;
-	budget = s->chunk < budget ? s->chunk : budget;
+	s->chunk = n_decode > 0 ? tokens_beside(s, n_decode, has_stream, budget) : budget;
+	extra = s->chunk / 3 < budget - s->chunk ? s->chunk / 3 : budget - s->chunk;
+	budget = s->chunk;
 	for (int i = 0; i < s->n_running && budget > 0; i++)
 		if (!s->slots[i]->is_paused && owed(s->slots[i]) > 1)
-			budget -= plan_prefill(s, s->slots[i], budget, &items[n_items++]);
+			budget -= plan_prefill(s, s->slots[i], budget, budget < s->chunk ? extra : 0, &items[n_items++]);
 	while (budget > 0 && (admitted = admit(s)) != NULL)
-		budget -= plan_prefill(s, admitted, budget, &items[n_items++]);
+		budget -= plan_prefill(s, admitted, budget, budget < s->chunk ? extra : 0, &items[n_items++]);
 	/* what nobody took of the halves */
 	for (int i = n_decode; i < n_items && budget > 0; i++)
 	{
@@ -445,6 +450,6 @@ millm_sched_done(MillmScheduler *s, const MillmPlanItem *items, int n, double ms
 		decode->ms = follow(decode->ms, ms / n_decode);
 		decode->n_mixed = 0;
 	}
-	else if (n_prefill > 0 && (is_whole_chunk(s, n_prefill) || ms / n_prefill < s->prefill_ms))
+	else if (n_prefill > 0 && (is_whole_chunk(s, n_prefill) || s->prefill_ms == 0 || ms / n_prefill < s->prefill_ms))
 		s->prefill_ms = follow(s->prefill_ms, ms / n_prefill);
 }

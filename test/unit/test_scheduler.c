@@ -680,6 +680,43 @@ long_prompt_shares(void **state)
 	millm_sched_free(s);
 }
 
+/* Prompts that share a step: the last of them is not cut for a few tokens, but never is the batch larger than it may be. */
+static void
+last_prompt_is_whole(void **state)
+{
+	static const struct
+	{
+		int			second, max_batch, expected;	/* tokens */
+	}			cases[] = {{25, 512, 25}, {36, 512, 36}, {37, 512, 20}, {36, 60, 20}, {25, 60, 25}};
+
+	(void) state;
+	for (size_t i = 0; i < sizeof(cases) / sizeof(*cases); i++)
+	{
+		Pool		pool;
+		MillmScheduler *s = create(&pool, 100000, 4, 4, cases[i].max_batch);
+		Seq			a = {.slot.n_tokens = 30, .goal = 1000000};
+		Seq			b = {.slot.n_tokens = 30, .goal = 31};
+		Seq			c = {.slot.n_tokens = cases[i].second, .goal = 100};
+		MillmPlanItem items[4];
+		int			n;
+
+		/* a prefill token takes 1 ms, a decode token 20: beside it there is room for 50 */
+		millm_sched_add(s, &a.slot);
+		millm_sched_done(s, items, millm_sched_plan(s, items), 30);
+		a.slot.n_tokens++;
+		millm_sched_done(s, items, millm_sched_plan(s, items), 20);
+		a.slot.n_tokens++;
+		millm_sched_add(s, &b.slot);
+		millm_sched_add(s, &c.slot);
+		n = millm_sched_plan(s, items);
+		check_plan(items, n, cases[i].max_batch);
+		assert_int_equal(n, 3);
+		assert_int_equal(items[1].n_tokens, 30);
+		assert_int_equal(items[2].n_tokens, cases[i].expected);
+		millm_sched_free(s);
+	}
+}
+
 static int
 by_size(const void *a, const void *b)
 {
@@ -796,7 +833,7 @@ main(void)
 		cmocka_unit_test(no_overtaking), cmocka_unit_test(preempts_the_youngest), cmocka_unit_test(shared_beginning), cmocka_unit_test(storm),
 		cmocka_unit_test(roles_take_turns), cmocka_unit_test(nobody_has_a_turn_twice), cmocka_unit_test(bounded_waiting),
 		cmocka_unit_test(chunk_follows_time), cmocka_unit_test(small_chunks_do_not_pay),
-		cmocka_unit_test(long_prompt_shares), cmocka_unit_test(many_sessions),
+		cmocka_unit_test(long_prompt_shares), cmocka_unit_test(last_prompt_is_whole), cmocka_unit_test(many_sessions),
 	};
 
 	return cmocka_run_group_tests(tests, NULL, NULL);
