@@ -5,10 +5,11 @@
  * prefill chunks, both in the order of the line.  Decode goes first because a reader who already sees words notices a pause.  A prompt of many
  * chunks shares them with those after it, which else would wait for the whole of it.
  * Prefill beside decode tokens may take as long as these take by themselves, so that a stream's reader waits for no token more than about twice as
- * long; where many prompts wait, as many times that, up to MANY_SHARE, or sessions that all ask for short answers would wait for each other's prompts
+ * long; where many prompts wait, as many times that, up to MANY_SHARE of it, or sessions that all ask for short answers would wait for each other's prompts
  * with a batch half empty.  Beside answers that are read as a whole it may always make steps of STEP_MS, which cost less a token; alone, it may fill
  * the batch.  Two things are measured: what steps take that carry decode tokens only, by their number, for which prefill pauses in one step
- * of DECODE_EVERY; and what a token of prefill adds, which grows with its position.
+ * of DECODE_EVERY; and what a token of prefill adds, which grows with its position.  A step that carries both says only whether the machine is slower or faster
+ * than it was, which changes both.
  *
  * Owns:     the order of the slots and the size of the next chunk.
  * Borrows:  the slots (embedded in their owner), KV pages through MillmSchedPages.
