@@ -100,7 +100,7 @@ millm_head_copy_push(MillmHeadCopy *c, const void *bytes, size_t n, MillmError *
 		c->codes = grown;
 		c->codes_size = n_codes;
 	}
-	if ((rc = millm_screen_push(c->encoder, bytes, n, c->codes, err)) != MILLM_OK || (rc = put(c, c->codes, n_codes, err)) != MILLM_OK)
+	if ((rc = millm_screen_push(c->encoder, bytes, n, c->codes, err)) != MILLM_OK || n_codes == 0 || (rc = put(c, c->codes, n_codes, err)) != MILLM_OK)
 		return rc;
 	/* the disk works along, so that end has little left to wait for */
 	(void) sync_file_range(fileno(c->file), 0, 0, SYNC_FILE_RANGE_WRITE);

@@ -831,7 +831,8 @@ resume(MillmRecast *r, MillmHash *hash)
 		if (varies(r, item, item->first_output + (size_t) item->n_outputs - 1))
 			good = text && strlen(text) <= r->outputs[item->first_output + (size_t) item->n_outputs - 1].bytes && (item->state = strdup(text));
 	}
-	good = good && r->at == offset && millm_hash_restore(hash, hash_state);
+	/* an empty tensor is taken with the one before it, so nobody stops in front of it */
+	good = good && r->at == offset && (r->current == r->n_items || r->items[r->current].tensor->bytes > 0) && millm_hash_restore(hash, hash_state);
 	json_decref(state);
 	if (!good)
 		reset(r);
