@@ -341,14 +341,15 @@ tokens_beside(MillmScheduler *s, int n_decode, bool has_stream, int most)
 }
 
 /*
- * The slot's next chunk in a step with room for so many more tokens, and for some extra ones to bring a prompt to its end; returns its tokens.
- * A prompt that takes more than a step leaves half of the room to those after it.
+ * The slot's next chunk in a step with room for so many more tokens, and, if it is not the step's first, for some extra ones to bring its prompt to an
+ * end; returns its tokens.  A prompt that takes more than a step leaves half of the room to those after it.
  */
 static int
 plan_prefill(const MillmScheduler *s, MillmSlot *slot, int room, int extra, MillmPlanItem *item)
 {
 	const int	chunk = owed(slot) > s->max_batch_tokens ? (room + 1) / 2 : room;
-	const int	n = owed(slot) <= room + extra ? owed(slot) : chunk;
+	const int	limit = room < s->chunk ? room + extra : room;
+	const int	n = owed(slot) <= limit ? owed(slot) : chunk;
 
 	*item = (MillmPlanItem) {slot, n};
 	return n;
@@ -380,9 +381,9 @@ millm_sched_plan(MillmScheduler *s, MillmPlanItem *items)
 	budget = s->chunk;
 	for (int i = 0; i < s->n_running && budget > 0; i++)
 		if (!s->slots[i]->is_paused && owed(s->slots[i]) > 1)
-			budget -= plan_prefill(s, s->slots[i], budget, budget < s->chunk ? extra : 0, &items[n_items++]);
+			budget -= plan_prefill(s, s->slots[i], budget, extra, &items[n_items++]);
 	while (budget > 0 && (admitted = admit(s)) != NULL)
-		budget -= plan_prefill(s, admitted, budget, budget < s->chunk ? extra : 0, &items[n_items++]);
+		budget -= plan_prefill(s, admitted, budget, extra, &items[n_items++]);
 	/* what nobody took of the halves */
 	for (int i = n_decode; i < n_items && budget > 0; i++)
 	{

@@ -74,11 +74,8 @@ struct MillmRecast
 	const MillmConfig *config;
 	const json_t *config_json;
 	MillmDtype	dtype16;		/* what F32 becomes */
-	const MillmArch *arch;
-	bool		in_out;			/* the family stores its Linears [in, out] */
-	char		head_name[128];	/* module of the LM head */
+	const MillmArch *arch;		/* config's */
 	char		project_in[128], project_out[128];	/* modules outside of the blocks that the family may have; or "" */
-	bool		has_experts;
 	bool		has_converted;
 
 	/* the file in work */
@@ -273,7 +270,7 @@ plan_item(MillmRecast *r, const MillmStTensor *t, Item *item, MillmError *err)
 		return MILLM_E_UNSUPPORTED;
 	}
 	item->kind = QUANTIZE;
-	item->is_turned = r->in_out;
+	item->is_turned = r->arch->in_out;
 	if ((rc = millm_quant_layout(format(r), item->dtype, t->dims[item->is_turned], t->dims[!item->is_turned], parts, &n_parts, err)) != MILLM_OK)
 		return rc;
 	item->n_outputs = n_parts;
@@ -969,9 +966,6 @@ millm_recast_create(MillmStore *store, MillmRecastTarget target, const MillmConf
 	r->fd = -1;
 	r->dtype16 = millm_config_dtype(config_json) == MILLM_F16 ? MILLM_F16 : MILLM_BF16;
 	r->arch = arch;
-	r->in_out = arch->in_out;
-	r->has_experts = config->n_experts > 0;
-	snprintf(r->head_name, sizeof(r->head_name), "%s", arch->head);
 	if (config->embedding_size != config->hidden_size)
 	{
 		snprintf(r->project_in, sizeof(r->project_in), "%s%s", arch->prefix, arch->project_in);
@@ -1066,7 +1060,7 @@ MillmCode
 millm_recast_complete(MillmRecast *r, const MillmHubFile *const *files, size_t n, MillmError *err)
 {
 	json_t	   *config = json_deep_copy(r->config_json);
-	const char *skip[3 + MILLM_QUANT_N_ROUTERS + 2 * 3] = {r->head_name};
+	const char *skip[3 + MILLM_QUANT_N_ROUTERS + 2 * 3] = {r->arch->head};
 	char		foreign[2 * 3][64];
 	int			n_skip = 1;
 	const char *dtype = r->dtype16 == MILLM_F16 ? "float16" : "bfloat16";
@@ -1079,7 +1073,7 @@ millm_recast_complete(MillmRecast *r, const MillmHubFile *const *files, size_t n
 		skip[n_skip++] = r->project_in;
 		skip[n_skip++] = r->project_out;
 	}
-	for (int i = 0; r->has_experts && i < MILLM_QUANT_N_ROUTERS; i++)
+	for (int i = 0; r->config->n_experts > 0 && i < MILLM_QUANT_N_ROUTERS; i++)
 		skip[n_skip++] = millm_quant_routers()[i];
 	/* module names, without the dot: transformers 5 wants them from their begin on, in either spelling */
 	for (int i = 0; i < 3 && r->arch->foreign[i]; i++)

@@ -1,5 +1,4 @@
 /* test_head_tap.c -- the screening copy of a head that goes by, in whatever pieces: the one that is made from the file; none where it does not come whole. */
-#include <fcntl.h>
 #include <setjmp.h>
 #include <stdarg.h>
 #include <stdbool.h>
