@@ -11,6 +11,7 @@
 static __global__ void
 split_qkv(MillmCudaAttention a, MillmRows q, MillmRows k, MillmRows v, MillmRows qkv)
 {
+	after_previous();
 	const int64_t i = element_index();
 	const int64_t group = (int64_t) (a.n_heads / a.n_kv_heads) * a.head_dim;
 	const int64_t width = group + 2 * a.head_dim;
@@ -81,6 +82,7 @@ template <class T>
 static __global__ void
 rope_and_store(MillmCudaAttention a, MillmRows q, MillmRows k, MillmRows v)
 {
+	after_previous();
 	const int	t = (int) blockIdx.x;
 	const int64_t position = a.positions[t];
 	float	   *q_row = q.data + t * q.stride;
@@ -153,6 +155,7 @@ template <class T, int DIMS>
 static __global__ void
 attend(MillmCudaAttention a, MillmRows y, MillmRows q)
 {
+	after_previous();
 	SHARED(float, maxima, ATTENTION_WARPS);
 	SHARED(float, sums, ATTENTION_WARPS);
 	SHARED(float, values, ATTENTION_WARPS * DIMS * WARP);
@@ -335,6 +338,7 @@ template <class T, int LANES, int H>
 static __global__ void __launch_bounds__(SPLIT_WARPS * WARP, 1)
 attend_split(const __grid_constant__ MillmCudaAttention a, float *partials, int n_splits, MillmRows q)
 {
+	after_previous();
 	const int	DIMS = 8 * LANES;
 	const int	KEYS = WARP / LANES;	/* of a load */
 	const int	STEP = SPLIT_LOADS * KEYS;	/* of a warp; divides a page */
@@ -533,6 +537,7 @@ attend_split(const __grid_constant__ MillmCudaAttention a, float *partials, int 
 static __global__ void
 combine(const __grid_constant__ MillmCudaAttention a, MillmRows y, float *partials, int n_splits)
 {
+	after_previous();
 	SHARED(float, maxima, MILLM_CUDA_SPLITS);
 	SHARED(float, shares, MILLM_CUDA_SPLITS);
 	const int	h = (int) blockIdx.x;
@@ -615,6 +620,7 @@ template <int DIMS, int VALUES, int WARPS>
 static __global__ void __launch_bounds__(WARPS * WARP, 1)
 attend_tile(const __grid_constant__ MillmCudaAttention a, MillmRows y, MillmRows q, int n)
 {
+	after_previous();
 	const int	ROWS = 16 * WARPS;
 	const int	PITCH = DIMS + 8;	/* of float16: rows 16 bytes apart from a multiple of the banks */
 	const int	S_PITCH = TILE_KEYS + 4;

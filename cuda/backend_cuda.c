@@ -69,6 +69,7 @@ typedef struct CudaBackend
 	MillmBuffer *buffers;
 	bool		is_plain;		/* the obvious kernels only */
 	bool		has_tensor_cores;	/* of bfloat16 */
+	bool		overlaps;		/* a kernel may begin before the one in front of it has ended */
 	bool		deterministic;
 	/* KV */
 	char	   *kv;				/* [n_pages, page_bytes] */
@@ -927,7 +928,7 @@ create_memory(CudaBackend *c, const MillmBackendOptions *options, MillmError *er
 	if (status != cudaSuccess)
 		return millm_cuda_failed(status, "the page tables", parcel, err);
 	if ((rc = millm_cuda_fetch_create(config->vocab_size, options->max_tokens, c->stream, &c->fetch, err)) != MILLM_OK ||
-		(rc = millm_cuda_queue_create(options->max_tokens, c->stream, &c->queue, err)) != MILLM_OK)
+		(rc = millm_cuda_queue_create(options->max_tokens, c->overlaps, c->stream, &c->queue, err)) != MILLM_OK)
 		return rc;
 	if (c->has_tensor_cores && wants_blas(c->model, options) &&
 		(rc = millm_cuda_blas_create(widest_row(c->model), options->max_tokens, c->stream, &c->blas, err)) != MILLM_OK)
@@ -995,6 +996,8 @@ millm_cuda_create(const MillmModel *model, const MillmBackendOptions *options, M
 	if (status == cudaSuccess)
 		status = cudaDeviceGetAttribute(&capability, cudaDevAttrComputeCapabilityMajor, options->ordinal);
 	c->has_tensor_cores = status == cudaSuccess && capability >= 8;
+	if (status == cudaSuccess)
+		status = millm_cuda_can_overlap(&c->overlaps);
 	if (status == cudaSuccess)
 		status = cudaStreamCreateWithFlags(&c->stream, cudaStreamNonBlocking);
 	if (status != cudaSuccess)

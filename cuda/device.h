@@ -18,12 +18,39 @@ typedef __half f16;
 
 #define SHARED(type, name, n) __shared__ __align__(32) type name[n]	/* as matrices of warps want it */
 
+/* overlaps: it may begin while the kernel in front of it runs, and calls after_previous(). */
 template <class... Parameters, class... Arguments>
 static cudaError_t
-start_kernel(void (*kernel) (Parameters...), dim3 blocks, int threads, cudaStream_t stream, Arguments... arguments)
+start_kernel(void (*kernel) (Parameters...), dim3 blocks, int threads, bool overlaps, cudaStream_t stream, Arguments... arguments)
 {
-	kernel<<<blocks, threads, 0, stream>>>(arguments...);
-	return cudaGetLastError();
+	cudaLaunchAttribute attribute = {};
+	cudaLaunchConfig_t config = {};
+
+	attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+	attribute.val.programmaticStreamSerializationAllowed = 1;
+	config.gridDim = blocks;
+	config.blockDim = dim3((unsigned) threads);
+	config.stream = stream;
+	config.attrs = &attribute;
+	config.numAttrs = overlaps;
+	(void) cudaLaunchKernelEx(&config, kernel, arguments...);
+	return cudaGetLastError();	/* the launch's, or one that nobody has asked for */
+}
+
+/*
+ * What a kernel of a step calls first, in every thread, before any return and before it reads or writes what another kernel writes or reads.
+ *
+ * From compute capability 9.0 on it may have begun while the one in front of it runs.  Here it waits until that one has ended and what it wrote can be seen;
+ * those before it have ended, too, since it has waited likewise: a kernel that ends without waiting would break that.  Only then may the next one begin: its
+ * blocks are there when this one's leave room, and no third kernel's are.  After a copy, or a kernel that knows nothing of this, nothing begins early.
+ */
+static inline __device__ void
+after_previous()
+{
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+	cudaGridDependencySynchronize();
+	cudaTriggerProgrammaticLaunchCompletion();
+#endif
 }
 
 static __device__ float mul(float a, float b) { return __fmul_rn(a, b); }	/* rounded, never fused */

@@ -27,6 +27,7 @@ finish(const MillmCudaMatmul &m, int t, int64_t o, float sum)
 static __global__ void
 matmul_any(MillmCudaMatmul m)
 {
+	after_previous();
 	const int64_t o = blockIdx.x;
 	const int	t = (int) blockIdx.y;
 	const float *x = m.x.data + t * m.x.stride;
@@ -55,6 +56,7 @@ template <int DTYPE, int T>
 static __global__ void __launch_bounds__(FEW_THREADS, FEW_BLOCKS(T))
 matmul_few(const __grid_constant__ FewMatmuls all)
 {
+	after_previous();
 	const int	which = (blockIdx.x >= all.first_block[1]) + (blockIdx.x >= all.first_block[2]);
 	const MillmCudaMatmul &m = all.m[which];
 
@@ -73,6 +75,7 @@ template <int DTYPE>
 static __global__ void
 matmul_many(MillmCudaMatmul m)
 {
+	after_previous();
 	const int	SIZE = Chunk<DTYPE>::SIZE;
 	const int	PITCH = TILE + 4;	/* rows 16 bytes apart from a multiple of the banks */
 	SHARED(float, ws, SLICE * PITCH);	/* [SLICE, TILE] */
@@ -140,6 +143,7 @@ template <int DTYPE>
 static __global__ void
 matmul_tensor(MillmCudaMatmul m)
 {
+	after_previous();
 	const int	t0 = (int) blockIdx.y * TILE;
 
 	tensor_tile<DTYPE>(m.w, (int64_t) blockIdx.x * TILE, m.n - t0, [&] (int t) { return m.x.data + (t0 + t) * m.x.stride; },
@@ -228,6 +232,7 @@ template <int DTYPE>
 static __global__ void
 decode(uint16_t *to, int64_t pitch, MillmCudaWeight w, int64_t o0)
 {
+	after_previous();
 	const int	SIZE = Chunk<DTYPE>::SIZE;
 	SHARED(float, table, 16);
 	const int64_t i = element_index() * SIZE;
@@ -272,6 +277,7 @@ millm_cuda_decode(void *to, int64_t pitch, const MillmCudaWeight *w, int64_t o0,
 static __global__ void
 round_rows(uint16_t *to, int64_t pitch, MillmRows x, int64_t n_columns)
 {
+	after_previous();
 	const int64_t i = element_index();
 
 	if (i < n_columns)
@@ -287,6 +293,7 @@ millm_cuda_round_rows(void *to, int64_t pitch, MillmRows x, int64_t n_columns, i
 static __global__ void
 embed(MillmRows y, MillmCudaWeight table, const int32_t *rows, bool add)
 {
+	after_previous();
 	const int64_t i = element_index();
 	float	   *to = y.data + blockIdx.y * y.stride + i;
 
@@ -304,6 +311,7 @@ millm_cuda_embed(MillmRows y, const MillmCudaWeight *table, const int32_t *rows,
 static __global__ void
 norm(MillmCudaNorm l)
 {
+	after_previous();
 	SHARED(float, partial, BLOCK / WARP);
 	const int64_t part = blockIdx.x;
 	const float *x = l.x.data + blockIdx.y * l.x.stride + part * l.n_columns;
@@ -343,6 +351,7 @@ millm_cuda_norm(const MillmCudaNorm *l, int n, MillmCudaQueue *queue)
 static __global__ void
 activate(MillmRows y, MillmAct act, MillmRows x, MillmRows up, int64_t n_columns)
 {
+	after_previous();
 	const int64_t i = element_index();
 	const float *in = x.data + blockIdx.y * x.stride;
 	float		v,
@@ -377,6 +386,7 @@ activate(MillmRows y, MillmAct act, MillmRows x, MillmRows up, int64_t n_columns
 static __global__ void
 activate_pairs(MillmRows y, MillmRows x, int64_t n_columns)
 {
+	after_previous();
 	const float alpha = 1.702f,
 				limit = 7;
 
@@ -410,6 +420,7 @@ millm_cuda_activation(MillmRows y, MillmAct act, MillmRows x, MillmRows up, int6
 static __global__ void
 scale_rows(MillmRows x, float by, int64_t n_columns)
 {
+	after_previous();
 	const int64_t i = element_index();
 
 	if (i < n_columns)
@@ -425,6 +436,7 @@ millm_cuda_scale(MillmRows x, float by, int64_t n_columns, int n, MillmCudaQueue
 static __global__ void
 cap_rows(MillmRows x, float cap, int64_t n_columns)
 {
+	after_previous();
 	const int64_t i = element_index();
 
 	if (i < n_columns)
@@ -440,6 +452,7 @@ millm_cuda_softcap(MillmRows x, float cap, int64_t n_columns, int n, MillmCudaQu
 static __global__ void
 add_rows(MillmRows y, MillmRows x, const int32_t *rows, const float *weights, float scale, int64_t n_columns)
 {
+	after_previous();
 	const int64_t i = element_index();
 	const int64_t row = rows ? rows[blockIdx.y] : blockIdx.y;
 
@@ -456,6 +469,7 @@ millm_cuda_add_rows(MillmRows y, MillmRows x, const int32_t *rows, const float *
 static __global__ void
 select_rows(MillmRows y, MillmRows x, const int32_t *rows, int64_t n_columns)
 {
+	after_previous();
 	const int64_t i = element_index();
 
 	if (i < n_columns)
@@ -471,6 +485,7 @@ millm_cuda_select(MillmRows y, MillmRows x, const int32_t *rows, int64_t n_colum
 static __global__ void
 find_not_finite(int *first, MillmRows x, int place, int64_t n_columns)
 {
+	after_previous();
 	const int64_t i = element_index();
 
 	if (i < n_columns && !(fabsf(x.data[blockIdx.y * x.stride + i]) <= 3.402823466e38f))
@@ -488,6 +503,7 @@ millm_cuda_find_not_finite(int *first, MillmRows x, int place, int64_t n_columns
 static __global__ void
 take(float *values, MillmRows y, const int32_t *rows, const int32_t *ids, int n)
 {
+	after_previous();
 	const int64_t i = element_index();
 
 	if (i < n)
@@ -524,6 +540,7 @@ load_logits(const float *row, int64_t g, int64_t n_columns)
 static __global__ void
 group_maxima(float *maxima, MillmRows y, int64_t n_columns)
 {
+	after_previous();
 	const int64_t n_groups = (n_columns + MILLM_CUDA_GROUP - 1) / MILLM_CUDA_GROUP;
 	const int64_t g = (int64_t) blockIdx.x * (BLOCK / WARP) + threadIdx.x / WARP;
 	float4		f;
@@ -562,6 +579,7 @@ unordered(uint32_t u)
 static __global__ void
 pick(MillmCudaPicks *picks, const float *maxima, MillmRows y, const MillmCudaTop *tops, int64_t n_columns)
 {
+	after_previous();
 	SHARED(uint32_t, keys, MILLM_CUDA_MAX_GROUPS);
 	SHARED(float, partial, BLOCK / WARP);
 	SHARED(int, n_picked, 1);
@@ -632,6 +650,19 @@ millm_cuda_pick(MillmCudaPicks *picks, float *maxima, MillmRows y, const MillmCu
 	return status == cudaSuccess ? launch(pick, dim3((unsigned) n), BLOCK, queue, picks, maxima, y, tops, n_columns) : status;
 }
 
+/* ---- launches ---- */
+
+/* All kernels are compiled for the same devices: one tells it of all. */
+cudaError_t
+millm_cuda_can_overlap(bool *can)
+{
+	cudaFuncAttributes of_kernel;
+	const cudaError_t status = cudaFuncGetAttributes(&of_kernel, (const void *) scale_rows);
+
+	*can = status == cudaSuccess && of_kernel.ptxVersion >= 90;
+	return status;
+}
+
 /* ---- loading ---- */
 
 #define SQUARE 32				/* elements of a side, of what a block transposes */
@@ -659,9 +690,9 @@ millm_cuda_transpose(char *to, int64_t pitch, const char *from, int64_t n_in, in
 {
 	const dim3	blocks((unsigned) ((n_in + SQUARE - 1) / SQUARE), (unsigned) ((n_out + SQUARE - 1) / SQUARE));
 
-	return element == 4 ? start_kernel(transpose<uint32_t>, blocks, BLOCK, stream, to, pitch, (const uint32_t *) from, n_in, n_out) :
-		element == 2 ? start_kernel(transpose<uint16_t>, blocks, BLOCK, stream, to, pitch, (const uint16_t *) from, n_in, n_out) :
-		start_kernel(transpose<uint8_t>, blocks, BLOCK, stream, to, pitch, (const uint8_t *) from, n_in, n_out);
+	return element == 4 ? start_kernel(transpose<uint32_t>, blocks, BLOCK, false, stream, to, pitch, (const uint32_t *) from, n_in, n_out) :
+		element == 2 ? start_kernel(transpose<uint16_t>, blocks, BLOCK, false, stream, to, pitch, (const uint16_t *) from, n_in, n_out) :
+		start_kernel(transpose<uint8_t>, blocks, BLOCK, false, stream, to, pitch, (const uint8_t *) from, n_in, n_out);
 }
 
 /* ---- faults, for tests ---- */
@@ -681,6 +712,6 @@ violate(int *nowhere)
 cudaError_t
 millm_cuda_violate(cudaStream_t stream)
 {
-	return start_kernel(violate, dim3(1), WARP, stream, (int *) 16);
+	return start_kernel(violate, dim3(1), WARP, false, stream, (int *) 16);
 }
 #endif

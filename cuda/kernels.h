@@ -227,6 +227,12 @@ extern cudaError_t millm_cuda_take(float *values, MillmRows y, const int32_t *ro
 extern cudaError_t millm_cuda_pick(MillmCudaPicks *picks, float *maxima, MillmRows y, const MillmCudaTop *tops, int64_t n_columns, int n,
 								   MillmCudaQueue *queue);
 
+/*
+ * Do the kernels that this device runs wait for those in front of them (after_previous())?  A device that can let them begin early may run what was compiled for
+ * an older one, without the wait.
+ */
+extern cudaError_t millm_cuda_can_overlap(bool *can);
+
 #ifdef MILLM_FAULTS
 extern cudaError_t millm_cuda_violate(cudaStream_t stream);	/* writes to memory that is nobody's */
 #endif

@@ -23,6 +23,7 @@ warp_max(float v)
 static __global__ void
 route(MillmCudaMixture m, MillmRows scores)
 {
+	after_previous();
 	const float *row = scores.data + blockIdx.x * scores.stride;
 	int32_t    *chosen = m.chosen + (int64_t) blockIdx.x * m.k;
 	float	   *shares = m.shares + (int64_t) blockIdx.x * m.k;
@@ -79,6 +80,7 @@ millm_cuda_route(const MillmCudaMixture *m, MillmRows scores, MillmCudaQueue *qu
 static __global__ void
 sort_entries(MillmCudaMixture m)
 {
+	after_previous();
 	SHARED(int, counts, MILLM_MAX_EXPERTS);
 	SHARED(int, next, MILLM_MAX_EXPERTS);	/* place of the next entry */
 	const int	n_entries = m.n * m.k;
@@ -141,6 +143,7 @@ template <int DTYPE, int T>
 static __global__ void __launch_bounds__(FEW_THREADS, FEW_BLOCKS(T))
 experts_few(MillmCudaExpertMatmul m)
 {
+	after_previous();
 	const MillmCudaTile tile = m.tiles[blockIdx.y];
 	const MillmCudaExpert expert = m.experts[tile.expert];
 
@@ -164,6 +167,7 @@ template <int DTYPE>
 static __global__ void
 experts_tensor(MillmCudaExpertMatmul m)
 {
+	after_previous();
 	static_assert(TILE == MILLM_CUDA_MANY_ENTRIES, "a tile of entries is a tile of the product");
 	const MillmCudaTile tile = m.tiles[blockIdx.y];
 	const MillmCudaExpert expert = m.experts[tile.expert];
@@ -204,6 +208,7 @@ millm_cuda_experts_tensor(const MillmCudaExpertMatmul *m, MillmCudaQueue *queue)
 static __global__ void
 add_entries(MillmCudaMixture m, MillmRows y, MillmRows x, int64_t n_columns)
 {
+	after_previous();
 	const int64_t i = element_index();
 	const int64_t first = (int64_t) blockIdx.y * m.k;
 	float	   *to = y.data + blockIdx.y * y.stride + i;
@@ -226,6 +231,7 @@ millm_cuda_add_entries(const MillmCudaMixture *m, MillmRows y, MillmRows x, int6
 static __global__ void
 add_gated(MillmRows y, MillmRows x, MillmRows scores, int64_t n_columns)
 {
+	after_previous();
 	const int64_t i = element_index();
 
 	if (i < n_columns)

@@ -43,20 +43,20 @@ place_of(size_t k, const size_t *sizes)
 
 template <class... Parameters, size_t... I>
 static cudaError_t
-start_packed(const void *packed, cudaStream_t stream, std::index_sequence<I...>)
+start_packed(const void *packed, bool overlaps, cudaStream_t stream, std::index_sequence<I...>)
 {
 	const Launch *l = (const Launch *) packed;
 	const size_t sizes[] = {sizeof(Parameters)...};
 
-	return start_kernel((void (*) (Parameters...)) l->kernel, dim3(l->blocks[0], l->blocks[1], l->blocks[2]), l->threads, stream,
+	return start_kernel((void (*) (Parameters...)) l->kernel, dim3(l->blocks[0], l->blocks[1], l->blocks[2]), l->threads, overlaps, stream,
 						*(const Parameters *) ((const char *) packed + place_of(I, sizes))...);
 }
 
 template <class... Parameters>
 static cudaError_t
-start(const void *packed, cudaStream_t stream)
+start(const void *packed, bool overlaps, cudaStream_t stream)
 {
-	return start_packed<Parameters...>(packed, stream, std::index_sequence_for<Parameters...>());
+	return start_packed<Parameters...>(packed, overlaps, stream, std::index_sequence_for<Parameters...>());
 }
 
 template <class Parameter>

@@ -40,6 +40,7 @@ typedef struct Graph
 struct MillmCudaQueue
 {
 	cudaStream_t stream;
+	bool		overlaps;
 	bool		keeps;
 	char	   *list;
 	size_t		used,
@@ -70,7 +71,7 @@ millm_cuda_queue_bytes(int max_tokens)
 }
 
 MillmCode
-millm_cuda_queue_create(int max_tokens, cudaStream_t stream, MillmCudaQueue **out, MillmError *err)
+millm_cuda_queue_create(int max_tokens, bool overlaps, cudaStream_t stream, MillmCudaQueue **out, MillmError *err)
 {
 	static const char what[] = "the queue";
 	MillmCudaQueue *q = calloc(1, sizeof(*q));
@@ -80,6 +81,7 @@ millm_cuda_queue_create(int max_tokens, cudaStream_t stream, MillmCudaQueue **ou
 	if (!q)
 		return millm_fail(err, MILLM_E_INSUFFICIENT_MEMORY, "out of memory");
 	q->stream = stream;
+	q->overlaps = overlaps;
 	q->room = millm_cuda_queue_bytes(max_tokens);
 	status = cudaMallocHost((void **) &q->host, q->room);
 	rc = status == cudaSuccess ? millm_cuda_allocate(&q->device, (int64_t) q->room, what, stream, err) : millm_cuda_failed(status, what, (int64_t) q->room, err);
@@ -132,7 +134,7 @@ start_all(MillmCudaQueue *q)
 	{
 		const Head *head = (const Head *) (q->list + at);
 
-		status = head->start(head + 1, q->stream);
+		status = head->start(head + 1, q->overlaps, q->stream);
 		at += sizeof(*head) + head->bytes;
 	}
 	return status;
@@ -259,7 +261,7 @@ millm_cuda_queue(MillmCudaQueue *q, MillmCudaStart start, const void *launch, si
 	{
 		q->n_launched++;
 		q->n_started++;
-		return start(launch, q->stream);
+		return start(launch, q->overlaps, q->stream);
 	}
 	head = (Head *) (q->list + q->used);
 	*head = (Head) {start, rounded};

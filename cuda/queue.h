@@ -24,17 +24,20 @@ extern "C" {
 #endif
 
 typedef struct MillmCudaQueue MillmCudaQueue;
-typedef cudaError_t (*MillmCudaStart) (const void *launch, cudaStream_t stream);
+typedef cudaError_t (*MillmCudaStart) (const void *launch, bool overlaps, cudaStream_t stream);
 
 /* Bytes on the device, where steps of so many tokens bring numbers along. */
 extern size_t millm_cuda_queue_bytes(int max_tokens);
-/* The stream is borrowed.  INSUFFICIENT_MEMORY, INTERNAL as millm_cuda_allocate() says them; *out is untouched then. */
-extern MillmCode millm_cuda_queue_create(int max_tokens, cudaStream_t stream, MillmCudaQueue **out, MillmError *err);
+/*
+ * overlaps: a launch may begin before the one in front of it has ended (millm_cuda_can_overlap()).  The stream is borrowed.
+ * INSUFFICIENT_MEMORY, INTERNAL as millm_cuda_allocate() says them; *out is untouched then.
+ */
+extern MillmCode millm_cuda_queue_create(int max_tokens, bool overlaps, cudaStream_t stream, MillmCudaQueue **out, MillmError *err);
 extern void millm_cuda_queue_free(MillmCudaQueue *q);	/* NULL is fine */
 
 /* A new step, while the stream is idle: are its launches kept? */
 extern void millm_cuda_queue_begin(MillmCudaQueue *q, bool keeps);
-/* The next launch: start(launch [bytes], stream), now or at the flush. */
+/* The next launch: start(launch [bytes], overlaps, stream), now or at the flush. */
 extern cudaError_t millm_cuda_queue(MillmCudaQueue *q, MillmCudaStart start, const void *launch, size_t bytes);
 /* bytes of the host, for the next launch, of at most two such: where on the device they will be.  In the same order of calls it is the same place. */
 extern cudaError_t millm_cuda_queue_bring(MillmCudaQueue *q, const void *data, size_t bytes, const void **on_device);

@@ -19,7 +19,7 @@
 #define STACK_BYTES (128 << 10)
 #define SHARED_BYTES (48 << 10)	/* what a block has without asking */
 
-MillmEmulated millm_emulated = {(size_t) 8 << 30, 0, 0, 0, 0, 0, (size_t) 1 << 30, -1, -1, 9, 0};
+MillmEmulated millm_emulated = {(size_t) 8 << 30, 0, 0, 0, 0, 0, (size_t) 1 << 30, -1, -1, 9, 0, 0};
 
 /* In a module that is opened: what its process was told. */
 static const bool is_told = [] {
@@ -40,6 +40,7 @@ struct Fiber
 	int			turn;			/* of the two places that it brings its values to */
 	float		brought[2];
 	size_t		shared_used;
+	bool		is_after;		/* it has called after_previous() */
 };
 
 static Fiber fibers[MAX_THREADS];
@@ -47,6 +48,7 @@ static Fiber *current;
 static void *scheduler_sp;
 static void (*thread_function) (void *arg);
 static void *thread_arg;
+static bool overlaps_now;		/* the kernel that runs */
 alignas(64) static char shared_memory[SHARED_BYTES];
 
 [[noreturn]] void
@@ -109,6 +111,8 @@ fiber_main()
 	__sanitizer_finish_switch_fiber(NULL, &scheduler_bottom, &scheduler_size);
 #endif
 	thread_function(thread_arg);
+	if (overlaps_now && !current->is_after)
+		emulated_complain("a thread of a kernel that may begin early returns without after_previous()");
 	wait_as(DONE);
 	emulated_complain("a thread that has returned runs again");
 }
@@ -131,6 +135,7 @@ begin_fiber(Fiber *f)
 	f->state = READY;
 	f->shared_used = 0;
 	f->turn = 0;
+	f->is_after = false;
 }
 
 static void
@@ -212,6 +217,12 @@ emulated_warp()
 {
 	wait_as(AT_WARP);
 	return (current - fibers) % WARP == 0;
+}
+
+void
+after_previous()
+{
+	current->is_after = true;
 }
 
 void
@@ -321,6 +332,7 @@ struct Captured
 	void		(*thread) (void *arg);
 	dim3		blocks;
 	int			n_threads;
+	bool		overlaps;
 	Captured   *next;
 	alignas(16) char arg[1024];
 };
@@ -343,7 +355,7 @@ not_captured(const char *call)
 }
 
 cudaError_t
-emulated_run(void (*thread) (void *arg), void *arg, size_t arg_bytes, dim3 blocks, int n_threads)
+emulated_run(void (*thread) (void *arg), void *arg, size_t arg_bytes, dim3 blocks, int n_threads, bool overlaps)
 {
 	if (capturing)
 	{
@@ -354,6 +366,7 @@ emulated_run(void (*thread) (void *arg), void *arg, size_t arg_bytes, dim3 block
 		launch->thread = thread;
 		launch->blocks = blocks;
 		launch->n_threads = n_threads;
+		launch->overlaps = overlaps;
 		memcpy(launch->arg, arg, arg_bytes);
 		*(capturing->last ? &capturing->last->next : &capturing->first) = launch;
 		capturing->last = launch;
@@ -368,6 +381,8 @@ emulated_run(void (*thread) (void *arg), void *arg, size_t arg_bytes, dim3 block
 		emulated_complain("a block that is not of whole warps");
 	thread_function = thread;
 	thread_arg = arg;
+	overlaps_now = overlaps;
+	millm_emulated.n_overlapping += overlaps;
 	emulated_block_size = dim3((unsigned) n_threads);
 	emulated_grid_size = blocks;
 	for (unsigned y = 0; y < blocks.y; y++)
@@ -389,6 +404,13 @@ cudaError_t
 cudaDeviceGetAttribute(int *value, cudaDeviceAttr, int)
 {
 	*value = millm_emulated.capability;
+	return answer();
+}
+
+cudaError_t
+cudaFuncGetAttributes(cudaFuncAttributes *attributes, const void *)
+{
+	attributes->ptxVersion = millm_emulated.capability * 10;
 	return answer();
 }
 
@@ -707,7 +729,7 @@ cudaGraphLaunch(cudaGraphExec_t exec, cudaStream_t)
 	millm_emulated.n_graph_launches++;
 	for (Captured *launch = ((cudaGraph_t) exec)->first; launch; launch = launch->next)
 	{
-		const cudaError_t status = emulated_run(launch->thread, launch->arg, sizeof(launch->arg), launch->blocks, launch->n_threads);
+		const cudaError_t status = emulated_run(launch->thread, launch->arg, sizeof(launch->arg), launch->blocks, launch->n_threads, launch->overlaps);
 
 		if (status != cudaSuccess)
 			return status;

@@ -47,16 +47,18 @@ static inline int atomicAdd(int *p, int v) { const int was = *p; *p += v; return
 extern float __shfl_xor_sync(unsigned mask, float v, int by);
 /* The whole warp comes here before it goes on; true: this is its first lane. */
 extern bool emulated_warp();
+/* No kernel begins before the one in front of it has ended; but one that could may not return from a thread that has not called this. */
+extern void after_previous();
 /* Run it, or record it for a graph: with the values that the parameters have now. */
-extern cudaError_t emulated_run(void (*thread) (void *arg), void *arg, size_t arg_bytes, dim3 blocks, int n_threads);
+extern cudaError_t emulated_run(void (*thread) (void *arg), void *arg, size_t arg_bytes, dim3 blocks, int n_threads, bool overlaps);
 
 template <class... Parameters, class... Arguments>
 static cudaError_t
-start_kernel(void (*kernel) (Parameters...), dim3 blocks, int threads, cudaStream_t, Arguments... arguments)
+start_kernel(void (*kernel) (Parameters...), dim3 blocks, int threads, bool overlaps, cudaStream_t, Arguments... arguments)
 {
 	auto		thread = [=] { kernel(arguments...); };
 
-	return emulated_run([] (void *arg) { (*(decltype(thread) *) arg)(); }, &thread, sizeof(thread), blocks, threads);
+	return emulated_run([] (void *arg) { (*(decltype(thread) *) arg)(); }, &thread, sizeof(thread), blocks, threads, overlaps);
 }
 
 #define HAS_TENSOR_CORES

@@ -25,9 +25,11 @@ typedef enum cudaMemcpyKind {cudaMemcpyHostToDevice, cudaMemcpyDeviceToHost, cud
 enum {cudaHostRegisterDefault = 0};
 enum {cudaStreamNonBlocking = 1, cudaEventDisableTiming = 2};
 typedef enum cudaDeviceAttr {cudaDevAttrComputeCapabilityMajor = 75} cudaDeviceAttr;
+typedef struct cudaFuncAttributes {int ptxVersion;} cudaFuncAttributes;
 
 extern cudaError_t cudaSetDevice(int device);
 extern cudaError_t cudaDeviceGetAttribute(int *value, cudaDeviceAttr attribute, int device);
+extern cudaError_t cudaFuncGetAttributes(cudaFuncAttributes *attributes, const void *kernel);
 extern cudaError_t cudaMemGetInfo(size_t *free_bytes, size_t *total_bytes);
 extern cudaError_t cudaStreamCreateWithFlags(cudaStream_t *stream, unsigned flags);
 extern cudaError_t cudaStreamDestroy(cudaStream_t stream);
@@ -68,8 +70,9 @@ typedef struct MillmEmulated
 	size_t		pinned_limit;	/* a page-locked allocation of more is refused */
 	int			allocations_left;	/* after so many more, memory is out; < 0: never */
 	int			calls_left;		/* after so many more, every call says cudaErrorIllegalAddress; < 0: never */
-	int			capability;		/* the major number */
+	int			capability;		/* the major number, of the device and of what its kernels were compiled for */
 	int			backwards;		/* threads of a block take their turns from the last to the first: a race shows as other bits */
+	int			n_overlapping;	/* launches so far that could begin before the one in front has ended */
 } MillmEmulated;
 extern MillmEmulated millm_emulated;
 /* Is every byte of every allocation zero? */

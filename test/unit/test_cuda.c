@@ -517,7 +517,7 @@ test_blas_tiles(void **state)
 		r.layer.q = s.w;
 		assert_int_equal(millm_cuda_weights_create(&r.model, &(MillmUploadOptions) {0}, &weights, &err), MILLM_OK);
 		assert_int_equal(millm_cuda_blas_create(n_in, AT_ONCE, NULL, &blas, &err), MILLM_OK);
-		assert_int_equal(millm_cuda_queue_create(N, NULL, &queue, &err), MILLM_OK);
+		assert_int_equal(millm_cuda_queue_create(N, true, NULL, &queue, &err), MILLM_OK);
 		assert_int_equal(cudaMalloc((void **) &y, (size_t) (N * stride) * sizeof(float)), cudaSuccess);
 		for (int64_t k = 0; k < N * stride; k++)
 			y[k] = 1;
@@ -1199,6 +1199,31 @@ test_graphs(void **state)
 	decode_close(&r);
 }
 
+/* Every launch of a step, one by one and in a graph, may begin early where its kernel waits for the one in front of it, and none where it was compiled without. */
+static void
+test_overlap(void **state)
+{
+	const int32_t zero[] = {0};
+	const int32_t *tables[] = {zero};
+
+	(void) state;
+	for (millm_emulated.capability = 8; millm_emulated.capability <= 12; millm_emulated.capability++)
+	{
+		Rig			r;
+		MillmBuffer *b[2][4];
+		int			before;
+
+		decode_rig(&r, b);
+		before = millm_emulated.n_overlapping;
+		for (int step = 0; step < 3; step++)
+			decode(&r, 1, b[1], zero, zero, tables, 1);
+		assert_true(r.be[1]->counts(r.be[1]).n_kernels > 3 * 8);
+		assert_int_equal(millm_emulated.n_overlapping - before, millm_emulated.capability >= 9 ? r.be[1]->counts(r.be[1]).n_kernels : 0);
+		decode_close(&r);
+	}
+	millm_emulated.capability = 9;
+}
+
 /* A list that differs in one value is another; there are no more than so many graphs; and where there is no memory for one, there is none. */
 static void
 test_graphs_differ(void **state)
@@ -1261,7 +1286,7 @@ run_routes(int n_experts, int k, bool sums_to_one, int n, int tile_entries, bool
 	if (has_nan)
 		scores[n * n_experts - 1] = NAN;
 	millm_route(&r, scores, sums_to_one, n);
-	assert_int_equal(millm_cuda_queue_create(n, NULL, &queue, &err), MILLM_OK);
+	assert_int_equal(millm_cuda_queue_create(n, true, NULL, &queue, &err), MILLM_OK);
 	memset(tiles, 0x55, sizeof(tiles));
 	assert_int_equal(millm_cuda_route(&m, (MillmRows) {scores, n_experts}, queue), cudaSuccess);
 	assert_int_equal(millm_cuda_sort_entries(&m, queue), cudaSuccess);
@@ -1937,7 +1962,7 @@ main(int argc, char **argv)
 	const struct CMUnitTest tests[] = {
 		cmocka_unit_test(test_matmul), cmocka_unit_test(test_matmul_old_device), cmocka_unit_test(test_matmul_others), cmocka_unit_test(test_projections), cmocka_unit_test(test_blas_tiles),
 		cmocka_unit_test(test_company), cmocka_unit_test(test_attention), cmocka_unit_test(test_splits),
-		cmocka_unit_test(test_rows), cmocka_unit_test(test_fetch), cmocka_unit_test(test_graphs), cmocka_unit_test(test_graphs_differ),
+		cmocka_unit_test(test_rows), cmocka_unit_test(test_fetch), cmocka_unit_test(test_graphs), cmocka_unit_test(test_graphs_differ), cmocka_unit_test(test_overlap),
 		cmocka_unit_test(test_routes), cmocka_unit_test(test_mixture), cmocka_unit_test(test_mixture_graphs), cmocka_unit_test(test_mixture_refused), cmocka_unit_test(test_mixture_memory),
 		cmocka_unit_test(test_backwards), cmocka_unit_test(test_out_of_memory), cmocka_unit_test(test_fault), cmocka_unit_test(test_prediction),
 		cmocka_unit_test(test_cleared), cmocka_unit_test(test_upload),
