@@ -42,7 +42,8 @@ start_kernel(void (*kernel) (Parameters...), dim3 blocks, int threads, bool over
  *
  * From compute capability 9.0 on it may have begun while the one in front of it runs.  Here it waits until that one has ended and what it wrote can be seen;
  * those before it have ended, too, since it has waited likewise: a kernel that ends without waiting would break that.  Only then may the next one begin: its
- * blocks are there when this one's leave room, and no third kernel's are.  After a copy, or a kernel that knows nothing of this, nothing begins early.
+ * blocks are there when this one's leave room, and no third kernel's are.  After a copy none begins early; behind a kernel that lets nothing begin, a library's,
+ * it is when the blocks of that one are done, and what they wrote is still waited for.
  */
 static inline __device__ void
 after_previous()
