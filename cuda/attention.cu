@@ -535,7 +535,7 @@ attend_split(const __grid_constant__ MillmCudaAttention a, float *partials, int 
 /* The splits of a row's head, and its sink, in their order.  blocks [n_heads, n], threads COMBINE_THREADS */
 #define COMBINE_THREADS 128		/* at least MILLM_CUDA_SPLITS */
 static __global__ void
-combine(const __grid_constant__ MillmCudaAttention a, MillmRows y, float *partials, int n_splits)
+combine(const __grid_constant__ MillmCudaAttention a, MillmRows y, MillmCudaFragments f, float *partials, int n_splits)
 {
 	after_previous();
 	SHARED(float, maxima, MILLM_CUDA_SPLITS);
@@ -569,7 +569,10 @@ combine(const __grid_constant__ MillmCudaAttention a, MillmRows y, float *partia
 #pragma unroll 8
 		for (int k = 0; k < n; k++)
 			v = fmaf(part[k * pitch + MILLM_CUDA_PARTIAL + d], shares[k], v);
-		y.data[t * y.stride + (int64_t) h * a.head_dim + d] = v / sum;
+		v /= sum;
+		y.data[t * y.stride + (int64_t) h * a.head_dim + d] = v;
+		if (f.data)
+			keep(f, t, (int64_t) h * a.head_dim + d, v);
 	}
 }
 
@@ -594,12 +597,13 @@ launch_split(const MillmCudaAttention *a, float *partials, int n_splits, MillmRo
 }
 
 cudaError_t
-millm_cuda_attention_split(const MillmCudaAttention *a, MillmRows y, MillmRows q, float *partials, int n_splits, int n, MillmCudaQueue *queue)
+millm_cuda_attention_split(const MillmCudaAttention *a, MillmRows y, const MillmCudaFragments *f, MillmRows q, float *partials, int n_splits, int n,
+						   MillmCudaQueue *queue)
 {
 	const cudaError_t status = a->kv_dtype == MILLM_F32 ? launch_split<float>(a, partials, n_splits, q, n, queue) :
 		launch_split<uint16_t>(a, partials, n_splits, q, n, queue);
 
-	return status == cudaSuccess ? launch(combine, dim3((unsigned) a->n_heads, (unsigned) n), COMBINE_THREADS, queue, *a, y, partials, n_splits) : status;
+	return status == cudaSuccess ? launch(combine, dim3((unsigned) a->n_heads, (unsigned) n), COMBINE_THREADS, queue, *a, y, *f, partials, n_splits) : status;
 }
 
 /* ---- many rows of a sequence ---- */

@@ -94,6 +94,12 @@ typedef struct CudaBackend
 	bool		is_idle;		/* no copy to or from what is page-locked is under way */
 	float	   *partials;		/* [n_partials]: of attention, a split of a row's keys each */
 	int64_t		n_partials;
+	uint16_t   *fragments;		/* of rows of up to widest values; NULL: our kernels for few rows do not want them */
+	int64_t		widest;
+	float	   *product_partials;	/* [MILLM_CUDA_SKINNY_PARTIALS]; NULL: deterministic */
+	const MillmBuffer *kept;	/* whose rows the fragments are; NULL: nobody's */
+	int			n_kept;			/* rows of it */
+	int64_t		n_kept_blocks;
 	MillmCudaFetch *fetch;
 	MillmCudaBlas *blas;		/* NULL: our own kernels only */
 	MillmCudaExperts *experts;	/* NULL: the model has none, or for the obvious kernels */
@@ -253,12 +259,27 @@ wants_blas(const MillmModel *model, const MillmBackendOptions *o)
 	return !are_plain(o->kernels) && !o->deterministic && o->max_tokens > KEPT_ROWS && kv_dtype(model, o->kernels) != MILLM_F32 && millm_cuda_blas_is_there();
 }
 
+/* Fragments of the rows of a product on our tensor kernels */
+static int64_t
+fragment_bytes(const MillmModel *model, const MillmBackendOptions *o)
+{
+	return are_plain(o->kernels) ? 0 : millm_cuda_fragment_bytes(widest_row(model), MILLM_CUDA_FRAGMENT_ROWS, o->deterministic);
+}
+
+/* And the parts of their sums */
+static int64_t
+product_partials_bytes(const MillmBackendOptions *o)
+{
+	return are_plain(o->kernels) || o->deterministic ? 0 : MILLM_CUDA_SKINNY_PARTIALS * (int64_t) sizeof(float);
+}
+
 /* On a device without tensor cores for bfloat16 a little less. */
 int64_t
 millm_cuda_own_bytes(const MillmModel *model, const MillmBackendOptions *o)
 {
 	return parcel_bytes(model, o->max_tokens, o->n_groups, o->max_entries) + (int64_t) millm_cuda_queue_bytes(o->max_tokens) +
-		n_partials(model, o) * (int64_t) sizeof(float) + millm_cuda_fetch_bytes(model->config.vocab_size, o->max_tokens) +
+		n_partials(model, o) * (int64_t) sizeof(float) + fragment_bytes(model, o) + product_partials_bytes(o) +
+		millm_cuda_fetch_bytes(model->config.vocab_size, o->max_tokens) +
 		(are_plain(o->kernels) ? 0 : millm_cuda_experts_bytes(model, o->max_tokens)) +
 		(wants_blas(model, o) ? millm_cuda_blas_bytes(widest_row(model), o->max_tokens) : 0);
 }
@@ -390,6 +411,8 @@ cuda_free(MillmBackend *be)
 	(void) cudaFree(c->parcel.device);
 	(void) cudaFree(c->bad_place);
 	(void) cudaFree(c->partials);
+	(void) cudaFree(c->fragments);
+	(void) cudaFree(c->product_partials);
 	(void) cudaFreeHost(c->arrived_place);
 	(void) cudaFreeHost(c->parcel.host);
 	millm_cuda_fetch_free(c->fetch);
@@ -523,6 +546,7 @@ begin(MillmBackend *be, const int32_t *positions, const int32_t *planned_lengths
 		CHECK(cudaStreamSynchronize(c->stream));
 	c->is_idle = false;
 	c->fetched = NULL;
+	c->kept = NULL;
 #ifdef MILLM_FAULTS
 	if (millm_fault_is_due("illegal_address"))
 		CHECK(millm_cuda_violate(c->stream));
@@ -588,13 +612,49 @@ vector_of(CudaBackend *c, const float *data)
 	host->fault(&err);
 }
 
+/* Where an operation leaves the fragments of n rows of so many values: nowhere, if the products of such rows want none. */
+static MillmCudaFragments
+fragments_of(const CudaBackend *c, int64_t n_columns, int n)
+{
+	const bool	are_wanted = n <= MILLM_CUDA_FRAGMENT_ROWS && n_columns % 64 == 0 && n_columns <= c->widest;
+
+	return (MillmCudaFragments) {
+		.data = are_wanted ? c->fragments : NULL,
+		.n_blocks = n_columns / 64,
+		.has_low = c->deterministic || n <= MILLM_CUDA_SKINNY_ROWS,
+	};
+}
+
+/* Rows of y are others now. */
+static void
+changed(CudaBackend *c, const MillmBuffer *y)
+{
+	if (c->kept == y)
+		c->kept = NULL;
+}
+
+/* An operation wrote n rows of y, and the fragments of them. */
+static void
+wrote(CudaBackend *c, MillmBuffer *y, const MillmCudaFragments *f, int n)
+{
+	y->n_written = n;
+	changed(c, y);
+	if (!f->data)
+		return;
+	c->kept = y;
+	c->n_kept = n;
+	c->n_kept_blocks = f->n_blocks;
+}
+
+static const MillmCudaFragments no_fragments;
+
 static void
 embed(MillmBackend *be, MillmBuffer *y, const MillmWeight *table, const int32_t *rows, bool add, int n)
 {
 	CudaBackend *c = cuda(be);
 
 	CHECK(millm_cuda_embed(y->rows, weight_of(c, table), bring(c, rows, n), add, n, c->queue));
-	y->n_written = n;
+	wrote(c, y, &no_fragments, n);
 }
 
 static void
@@ -610,13 +670,14 @@ norm(MillmBackend *be, MillmBuffer *y, MillmBuffer *x, MillmNorm kind, const Mil
 		.bias = kind == MILLM_NORM_LAYER ? vector_of(c, bias->data) : NULL,
 		.weight_stride = weight->n > n_columns ? n_columns : 0,
 		.bias_stride = bias->n > n_columns ? n_columns : 0,
+		.fragments = n_parts == 1 ? fragments_of(c, n_columns, n) : no_fragments,
 		.eps = eps,
 		.n_parts = n_parts,
 		.n_columns = n_columns,
 	};
 
 	CHECK(millm_cuda_norm(&l, n, c->queue));
-	y->n_written = n;
+	wrote(c, y, &l.fragments, n);
 }
 
 /* All of these products of few rows, which have chunks: MILLM_CUDA_FEW_ROWS rows in a launch, and weights of one format. */
@@ -643,6 +704,47 @@ multiply_few(CudaBackend *c, const MillmCudaMatmul *m, int n_matmuls)
 	}
 }
 
+/* All of these products of x on tensor cores, which can be multiplied so: weights of one format in a launch. */
+static void
+multiply_skinny(CudaBackend *c, const MillmCudaMatmul *m, int n_matmuls, const MillmBuffer *x)
+{
+	const int64_t n_in = m->w.n_in;
+
+	for (int t0 = 0; t0 < m->n; t0 += MILLM_CUDA_FRAGMENT_ROWS)
+	{
+		const int	n = m->n - t0 < MILLM_CUDA_FRAGMENT_ROWS ? m->n - t0 : MILLM_CUDA_FRAGMENT_ROWS;
+		const MillmCudaFragments all = fragments_of(c, n_in, n);
+		const int	together = all.has_low ? MILLM_CUDA_SKINNY_ROWS : MILLM_CUDA_FRAGMENT_ROWS;
+
+		if (c->kept != x || c->n_kept != m->n || c->n_kept_blocks != all.n_blocks)
+		{
+			CHECK(millm_cuda_to_fragments(&all, millm_rows_from(m->x, t0), n_in, n, c->queue));
+			c->kept = n == m->n ? x : NULL;
+			c->n_kept = n;
+			c->n_kept_blocks = all.n_blocks;
+		}
+		for (int i = 0, end; i < n_matmuls; i = end)
+		{
+			for (end = i + 1; end < n_matmuls && m[end].w.dtype == m[i].w.dtype;)
+				end++;
+			for (int t = 0; t < n; t += together)
+			{
+				MillmCudaMatmul some[MILLM_MAX_PROJECTIONS];
+				MillmCudaFragments f = all;
+
+				f.data += millm_cuda_fragment_bytes(n_in, t, all.has_low) / (int64_t) sizeof(*f.data);
+				for (int j = i; j < end; j++)
+				{
+					some[j] = m[j];
+					some[j].y = millm_rows_from(m[j].y, t0 + t);
+					some[j].n = n - t < together ? n - t : together;
+				}
+				CHECK(millm_cuda_matmul_skinny(some + i, end - i, &f, c->product_partials, c->queue));
+			}
+		}
+	}
+}
+
 /* One product, of rows that are not few for our tuned kernels, or by the obvious one */
 static void
 multiply(CudaBackend *c, const MillmCudaMatmul *m)
@@ -665,8 +767,10 @@ matmul(MillmBackend *be, const MillmProjection *p, int n_projections, MillmBuffe
 {
 	_Static_assert(MILLM_MAX_PROJECTIONS == MILLM_CUDA_MATMULS, "projections of one input are one launch");
 	CudaBackend *c = cuda(be);
-	MillmCudaMatmul few[MILLM_MAX_PROJECTIONS];
-	int			n_few = 0;
+	MillmCudaMatmul few[MILLM_MAX_PROJECTIONS],
+				skinny[MILLM_MAX_PROJECTIONS];
+	int			n_few = 0,
+				n_skinny = 0;
 
 	for (int i = 0; i < n_projections; i++)
 	{
@@ -678,14 +782,19 @@ matmul(MillmBackend *be, const MillmProjection *p, int n_projections, MillmBuffe
 			.x = x->rows,
 			.n = n,
 		};
-		p[i].y->n_written = n;
-		if (!c->is_plain && m.w.has_chunks && (n <= MILLM_CUDA_FEW_ROWS || c->deterministic))
+		if (c->fragments && (n <= MILLM_CUDA_FRAGMENT_ROWS || c->deterministic) && millm_cuda_is_skinny(&m.w))
+			skinny[n_skinny++] = m;
+		else if (!c->is_plain && m.w.has_chunks && (n <= MILLM_CUDA_FEW_ROWS || c->deterministic))
 			few[n_few++] = m;
 		else
 			multiply(c, &m);
 	}
 	if (n_few > 0)
 		multiply_few(c, few, n_few);
+	if (n_skinny > 0)
+		multiply_skinny(c, skinny, n_skinny, x);
+	for (int i = 0; i < n_projections; i++)
+		wrote(c, p[i].y, &no_fragments, n);
 }
 
 static MillmCudaAttention
@@ -724,7 +833,9 @@ split_qkv(MillmBackend *be, const MillmAttention *a, MillmBuffer *q, MillmBuffer
 	const MillmCudaAttention d = attention_of(c, a);
 
 	CHECK(millm_cuda_split_qkv(&d, q->rows, k->rows, v->rows, qkv->rows, n, c->queue));
-	q->n_written = k->n_written = v->n_written = n;
+	wrote(c, q, &no_fragments, n);
+	wrote(c, k, &no_fragments, n);
+	wrote(c, v, &no_fragments, n);
 }
 
 static void
@@ -734,6 +845,8 @@ rope_and_store(MillmBackend *be, const MillmAttention *a, MillmBuffer *q, MillmB
 	const MillmCudaAttention d = attention_of(c, a);
 
 	CHECK(millm_cuda_rope_and_store(&d, q->rows, k->rows, v->rows, n, c->queue));
+	changed(c, q);
+	changed(c, k);
 }
 
 static MillmCudaAttention
@@ -746,11 +859,14 @@ attention_from(MillmCudaAttention a, int t)
 
 /*
  * The rows [t, n), as many in a launch as there is room for partial softmaxes.  The number of splits of a launch is a power of two, so that a
- * sequence that grows has a graph for long.
+ * sequence that grows has a graph for long.  True: one launch had all rows, and left the fragments of y.
  */
-static void
-attend_one_by_one(CudaBackend *c, MillmCudaAttention a, MillmRows y, MillmRows q, int t, int n)
+static bool
+attend_one_by_one(CudaBackend *c, MillmCudaAttention a, MillmRows y, const MillmCudaFragments *f, MillmRows q, int t, int n)
 {
+	const int	begin = t;
+	bool		has_all = false;
+
 	const int64_t of_split = (int64_t) a.n_heads * (MILLM_CUDA_PARTIAL + a.head_dim);
 	const int32_t *positions = (const int32_t *) c->parcel.host;
 
@@ -770,13 +886,16 @@ attend_one_by_one(CudaBackend *c, MillmCudaAttention a, MillmRows y, MillmRows q
 				break;
 			n_splits = needed;
 		}
-		CHECK(millm_cuda_attention_split(&some, millm_rows_from(y, t), millm_rows_from(q, t), c->partials, n_splits, end - t, c->queue));
+		has_all = t == begin && end == n;
+		CHECK(millm_cuda_attention_split(&some, millm_rows_from(y, t), has_all ? f : &no_fragments, millm_rows_from(q, t), c->partials, n_splits, end - t,
+										 c->queue));
 	}
+	return has_all;
 }
 
-/* Pieces of prompts by tiles, where a row's bits may depend on its company; what lies between them one by one. */
-static void
-attend(CudaBackend *c, MillmCudaAttention a, int group, MillmRows y, MillmRows q, int n)
+/* Pieces of prompts by tiles, where a row's bits may depend on its company; what lies between them one by one.  True: f has the fragments of y. */
+static bool
+attend(CudaBackend *c, MillmCudaAttention a, int group, MillmRows y, const MillmCudaFragments *f, MillmRows q, int n)
 {
 	const bool	has_tiles = !c->deterministic && c->kv_dtype == MILLM_F16;
 	int			t = 0;			/* rows before it are done */
@@ -788,11 +907,11 @@ attend(CudaBackend *c, MillmCudaAttention a, int group, MillmRows y, MillmRows q
 		end = end_of_table(c->pages + group, c->n_groups, begin, n);
 		if (end - begin < TILED_ROWS)
 			continue;
-		attend_one_by_one(c, a, y, q, t, begin);
+		(void) attend_one_by_one(c, a, y, &no_fragments, q, t, begin);
 		CHECK(millm_cuda_attention_tile(&some, millm_rows_from(y, begin), millm_rows_from(q, begin), end - begin, c->queue));
 		t = end;
 	}
-	attend_one_by_one(c, a, y, q, t, n);
+	return attend_one_by_one(c, a, y, t == 0 ? f : &no_fragments, q, t, n) && t == 0;
 }
 
 static void
@@ -800,39 +919,46 @@ attention(MillmBackend *be, const MillmAttention *a, MillmBuffer *y, MillmBuffer
 {
 	CudaBackend *c = cuda(be);
 	const MillmCudaAttention d = attention_of(c, a);
+	const MillmCudaFragments f = fragments_of(c, (int64_t) a->n_heads * a->head_dim, n);
+	bool		has_fragments = false;
 
 	if (c->is_plain || !is_chunked(a->head_dim))
 		CHECK(millm_cuda_attention_any(&d, y->rows, q->rows, n, c->queue));
 	else
-		attend(c, d, a->page_group, y->rows, q->rows, n);
-	y->n_written = n;
+		has_fragments = attend(c, d, a->page_group, y->rows, &f, q->rows, n);
+	wrote(c, y, has_fragments ? &f : &no_fragments, n);
 }
 
 static void
 activation(MillmBackend *be, MillmBuffer *y, MillmAct act, MillmBuffer *x, MillmBuffer *up, int64_t n_columns, int n)
 {
 	const MillmRows none = {NULL, 0};
+	CudaBackend *c = cuda(be);
+	const MillmCudaFragments f = fragments_of(c, n_columns, n);
 
-	CHECK(millm_cuda_activation(y->rows, act, x->rows, up ? up->rows : none, n_columns, n, cuda(be)->queue));
-	y->n_written = n;
+	CHECK(millm_cuda_activation(y->rows, &f, act, x->rows, up ? up->rows : none, n_columns, n, c->queue));
+	wrote(c, y, &f, n);
 }
 
 static void
 add(MillmBackend *be, MillmBuffer *y, MillmBuffer *x, float scale, int n)
 {
 	CHECK(millm_cuda_add_rows(y->rows, x->rows, NULL, NULL, scale, y->n_columns, n, cuda(be)->queue));
+	changed(cuda(be), y);
 }
 
 static void
 scale(MillmBackend *be, MillmBuffer *x, float by, int n)
 {
 	CHECK(millm_cuda_scale(x->rows, by, x->n_columns, n, cuda(be)->queue));
+	changed(cuda(be), x);
 }
 
 static void
 softcap(MillmBackend *be, MillmBuffer *x, float cap, int n)
 {
 	CHECK(millm_cuda_softcap(x->rows, cap, x->n_columns, n, cuda(be)->queue));
+	changed(cuda(be), x);
 }
 
 static void
@@ -843,12 +969,14 @@ add_rows(MillmBackend *be, MillmBuffer *y, MillmBuffer *x, const int32_t *rows, 
 	const int32_t *to = bring(c, rows, n);
 
 	CHECK(millm_cuda_add_rows(y->rows, x->rows, to, bring(c, weights, n), 1, y->n_columns, n, c->queue));
+	changed(c, y);
 }
 
 static void
 add_gated(MillmBackend *be, MillmBuffer *y, MillmBuffer *x, MillmBuffer *scores, int n)
 {
 	CHECK(millm_cuda_add_gated(y->rows, x->rows, scores->rows, y->n_columns, n, cuda(be)->queue));
+	changed(cuda(be), y);
 }
 
 static bool
@@ -859,6 +987,7 @@ mixture(MillmBackend *be, const MillmLayer *layer, MillmBuffer *y, MillmBuffer *
 	if (!millm_cuda_experts_can(c->experts, layer))
 		return false;
 	CHECK(millm_cuda_experts_add(c->experts, layer, y->rows, x->rows, scores->rows, n, c->queue));
+	changed(c, y);
 	return true;
 }
 
@@ -868,7 +997,7 @@ select_rows(MillmBackend *be, MillmBuffer *y, MillmBuffer *x, const int32_t *row
 	CudaBackend *c = cuda(be);
 
 	CHECK(millm_cuda_select(y->rows, x->rows, bring(c, rows, n), x->n_columns, n, c->queue));
-	y->n_written = n;
+	wrote(c, y, &no_fragments, n);
 }
 
 static void
@@ -940,6 +1069,14 @@ create_memory(CudaBackend *c, const MillmBackendOptions *options, MillmError *er
 	if (c->n_partials > 0 &&
 		(rc = millm_cuda_allocate(&c->partials, c->n_partials * (int64_t) sizeof(*c->partials), "the workspace", c->stream, err)) != MILLM_OK)
 		return rc;
+	if (c->has_tensor_cores && !c->is_plain)
+	{
+		c->widest = widest_row(c->model);
+		if ((rc = millm_cuda_allocate(&c->fragments, fragment_bytes(c->model, options), "the workspace", c->stream, err)) != MILLM_OK ||
+			(!c->deterministic &&
+			 (rc = millm_cuda_allocate(&c->product_partials, product_partials_bytes(options), "the workspace", c->stream, err)) != MILLM_OK))
+			return rc;
+	}
 	return millm_cuda_allocate(&c->kv, (int64_t) kv_bytes, "the KV cache", c->stream, err);
 }
 
@@ -948,7 +1085,7 @@ millm_cuda_create(const MillmModel *model, const MillmBackendOptions *options, M
 {
 	CudaBackend *c;
 	cudaError_t status;
-	int			capability;		/* its major number */
+	int			capability = 0;
 	MillmCode	rc;
 
 	if (!are_kernels(options->kernels))
@@ -994,10 +1131,9 @@ millm_cuda_create(const MillmModel *model, const MillmBackendOptions *options, M
 	};
 	status = cudaSetDevice(options->ordinal);
 	if (status == cudaSuccess)
-		status = cudaDeviceGetAttribute(&capability, cudaDevAttrComputeCapabilityMajor, options->ordinal);
-	c->has_tensor_cores = status == cudaSuccess && capability >= 8;
-	if (status == cudaSuccess)
-		status = millm_cuda_can_overlap(&c->overlaps);
+		status = millm_cuda_compiled_for(&capability);
+	c->has_tensor_cores = capability >= 80;
+	c->overlaps = capability >= 90;
 	if (status == cudaSuccess)
 		status = cudaStreamCreateWithFlags(&c->stream, cudaStreamNonBlocking);
 	if (status != cudaSuccess)

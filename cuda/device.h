@@ -64,4 +64,15 @@ static __device__ f16 as_f16(float f) { return __float2half_rn(f); }
 static __device__ bf16 as_bf16(float f) { return __float2bfloat16_rn(f); }
 static __device__ uint16_t to_bf16(float f) { return __bfloat16_as_ushort(__float2bfloat16_rn(f)); }
 
+/* c [16, 8] += a [16, 16] b [16, 8] of bfloat16, each lane's parts of them: mma.m16n8k16 */
+static inline __device__ void
+mma_16x8x16(float *c, const uint32_t *a, const uint32_t *b)
+{
+#ifdef HAS_TENSOR_CORES
+	asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+		: "+f" (c[0]), "+f" (c[1]), "+f" (c[2]), "+f" (c[3])
+		: "r" (a[0]), "r" (a[1]), "r" (a[2]), "r" (a[3]), "r" (b[0]), "r" (b[1]));
+#endif
+}
+
 #endif

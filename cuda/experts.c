@@ -284,6 +284,7 @@ add_some(MillmCudaExperts *e, const Layer *l, MillmRows y, MillmRows x, MillmRow
 	const MillmConfig *config = e->config;
 	const MillmMlp *mlp = &l->layer->experts[0];
 	const bool	has_gate = l->experts[GATE];
+	const MillmCudaFragments no_fragments = {0};
 	const MillmRows none = {NULL, 0};
 	MillmCudaMixture m = e->mixture;
 	cudaError_t status;
@@ -302,7 +303,7 @@ add_some(MillmCudaExperts *e, const Layer *l, MillmRows y, MillmRows x, MillmRow
 	if (status == cudaSuccess)
 		status = multiply(l, GATE, e->gate, x, &m, queue);
 	if (status == cudaSuccess)
-		status = millm_cuda_activation(e->up, config->act, has_gate ? e->gate : e->up, has_gate ? e->up : none, mlp->down.n_in, n * m.k, queue);
+		status = millm_cuda_activation(e->up, &no_fragments, config->act, has_gate ? e->gate : e->up, has_gate ? e->up : none, mlp->down.n_in, n * m.k, queue);
 	if (status == cudaSuccess)
 		status = multiply(l, DOWN, e->answer, e->up, &m, queue);
 	return status == cudaSuccess ? millm_cuda_add_entries(&m, y, e->answer, mlp->down.n_out, queue) : status;

@@ -338,7 +338,11 @@ norm(MillmCudaNorm l)
 
 		if (weight)
 			v *= weight[i];
-		y[i] = bias ? v + bias[i] : v;
+		if (bias)
+			v += bias[i];
+		y[i] = v;
+		if (l.fragments.data)
+			keep(l.fragments, (int) blockIdx.y, i, v);
 	}
 }
 
@@ -349,7 +353,7 @@ millm_cuda_norm(const MillmCudaNorm *l, int n, MillmCudaQueue *queue)
 }
 
 static __global__ void
-activate(MillmRows y, MillmAct act, MillmRows x, MillmRows up, int64_t n_columns)
+activate(MillmRows y, MillmCudaFragments f_y, MillmAct act, MillmRows x, MillmRows up, int64_t n_columns)
 {
 	after_previous();
 	const int64_t i = element_index();
@@ -380,11 +384,13 @@ activate(MillmRows y, MillmAct act, MillmRows x, MillmRows up, int64_t n_columns
 			break;
 	}
 	y.data[blockIdx.y * y.stride + i] = f;
+	if (f_y.data)
+		keep(f_y, (int) blockIdx.y, i, f);
 }
 
 /* y may be x, so that a row is one block's and read before it is written, piece by piece: y[i] lies before x[2 i].  blocks [1, n], threads BLOCK */
 static __global__ void
-activate_pairs(MillmRows y, MillmRows x, int64_t n_columns)
+activate_pairs(MillmRows y, MillmCudaFragments f_y, MillmRows x, int64_t n_columns)
 {
 	after_previous();
 	const float alpha = 1.702f,
@@ -404,17 +410,23 @@ activate_pairs(MillmRows y, MillmRows x, int64_t n_columns)
 		}
 		__syncthreads();
 		if (i < n_columns)
-			y.data[blockIdx.y * y.stride + i] = (up + 1) * gate / (1 + expf(-alpha * gate));
+		{
+			const float f = (up + 1) * gate / (1 + expf(-alpha * gate));
+
+			y.data[blockIdx.y * y.stride + i] = f;
+			if (f_y.data)
+				keep(f_y, (int) blockIdx.y, i, f);
+		}
 		__syncthreads();
 	}
 }
 
 cudaError_t
-millm_cuda_activation(MillmRows y, MillmAct act, MillmRows x, MillmRows up, int64_t n_columns, int n, MillmCudaQueue *queue)
+millm_cuda_activation(MillmRows y, const MillmCudaFragments *f, MillmAct act, MillmRows x, MillmRows up, int64_t n_columns, int n, MillmCudaQueue *queue)
 {
 	if (act == MILLM_ACT_SWIGLU_PAIRS)
-		return launch(activate_pairs, dim3(1, (unsigned) n), BLOCK, queue, y, x, n_columns);
-	return launch_elements(activate, n_columns, n, queue, y, act, x, up, n_columns);
+		return launch(activate_pairs, dim3(1, (unsigned) n), BLOCK, queue, y, *f, x, n_columns);
+	return launch_elements(activate, n_columns, n, queue, y, *f, act, x, up, n_columns);
 }
 
 static __global__ void
@@ -654,12 +666,12 @@ millm_cuda_pick(MillmCudaPicks *picks, float *maxima, MillmRows y, const MillmCu
 
 /* All kernels are compiled for the same devices: one tells it of all. */
 cudaError_t
-millm_cuda_can_overlap(bool *can)
+millm_cuda_compiled_for(int *capability)
 {
 	cudaFuncAttributes of_kernel;
 	const cudaError_t status = cudaFuncGetAttributes(&of_kernel, (const void *) scale_rows);
 
-	*can = status == cudaSuccess && of_kernel.ptxVersion >= 90;
+	*capability = status == cudaSuccess ? of_kernel.ptxVersion : 0;
 	return status;
 }
 

@@ -91,6 +91,39 @@ extern cudaError_t millm_cuda_matmul_many(const MillmCudaMatmul *m, MillmCudaQue
 extern cudaError_t millm_cuda_matmul_tensor(const MillmCudaMatmul *m, MillmCudaQueue *queue);
 extern cudaError_t millm_cuda_matmul_any(const MillmCudaMatmul *m, MillmCudaQueue *queue);	/* the obvious one, of all weights */
 
+/*
+ * Rows of activations as the tensor core wants them (product.cu): bfloat16 in the order of fragments.  A row has a column; with has_low two, of which the second is what
+ * rounding took from the first, so that their sum is the row to 2^-17.  For each 8 columns and 64 values of each of them: 2 x 32 lanes x 8 values.
+ */
+typedef struct MillmCudaFragments
+{
+	uint16_t   *data;			/* 16-byte aligned; NULL: none are wanted */
+	int64_t		n_blocks;		/* of 64 values */
+	int64_t		has_low;
+} MillmCudaFragments;
+
+#define MILLM_CUDA_FRAGMENT_ROWS 64	/* at a time */
+#define MILLM_CUDA_SKINNY_ROWS 8	/* of those with has_low */
+#define MILLM_CUDA_SKINNY_BLOCKS 128	/* that a product of many columns has, if its weights are enough for that many */
+#define MILLM_CUDA_SKINNY_PARTIALS (MILLM_CUDA_SKINNY_BLOCKS * 128 * MILLM_CUDA_FRAGMENT_ROWS)	/* floats */
+
+/* Bytes of the fragments of so many rows of up to n_values. */
+static inline int64_t
+millm_cuda_fragment_bytes(int64_t n_values, int n_rows, bool has_low)
+{
+	return ((has_low ? 2 : 1) * (int64_t) n_rows + 7) / 8 * 8 * ((n_values + 63) / 64 * 64) * 2;
+}
+
+/* Can the weight be multiplied so?  All but odd shapes of BF16, INT8 and 4BIT can. */
+extern bool millm_cuda_is_skinny(const MillmCudaWeight *w);
+/*
+ * Products of one x, which is read from its fragments f, with weights of one format: 64 rows at most, with has_low 8, where a row's bits do not depend on its company.  partials:
+ * floats, [MILLM_CUDA_SKINNY_PARTIALS]; not of has_low.  Compute capability 8.0.
+ */
+extern cudaError_t millm_cuda_matmul_skinny(const MillmCudaMatmul *m, int n_matmuls, const MillmCudaFragments *f, float *partials, MillmCudaQueue *queue);
+/* f = x [n, n_columns], which is a multiple of 64; norms, activations and attention write them beside their results where these say so */
+extern cudaError_t millm_cuda_to_fragments(const MillmCudaFragments *f, MillmRows x, int64_t n_columns, int n, MillmCudaQueue *queue);
+
 /* to [n_rows, pitch], bfloat16 = rows o0 .. o0 + n_rows of w, which has_chunks; pitch is a multiple of 32, and what is past n_in may be anything */
 extern cudaError_t millm_cuda_decode(void *to, int64_t pitch, const MillmCudaWeight *w, int64_t o0, int64_t n_rows, MillmCudaQueue *queue);
 /* to [n, pitch], bfloat16 = x [n, n_columns] */
@@ -106,6 +139,7 @@ typedef struct MillmCudaNorm
 	int64_t		weight_stride, bias_stride;	/* from part to part; 0: one for all */
 	int64_t		n_parts;
 	int64_t		n_columns;
+	MillmCudaFragments fragments;	/* y's; of one part */
 	MillmNorm	kind;
 	float		eps;
 } MillmCudaNorm;
@@ -178,14 +212,15 @@ millm_cuda_splits(int64_t position, int64_t window)
 	return (int) (position / span - first / span) + 1;
 }
 
-/* partials: floats of [n, n_heads, n_splits, MILLM_CUDA_PARTIAL + head_dim]; n_splits: at least each row's.  They are 16-byte aligned. */
-extern cudaError_t millm_cuda_attention_split(const MillmCudaAttention *a, MillmRows y, MillmRows q, float *partials, int n_splits, int n,
-											  MillmCudaQueue *queue);
+/* f: y's.  partials: floats of [n, n_heads, n_splits, MILLM_CUDA_PARTIAL + head_dim]; n_splits: at least each row's.  They are 16-byte aligned. */
+extern cudaError_t millm_cuda_attention_split(const MillmCudaAttention *a, MillmRows y, const MillmCudaFragments *f, MillmRows q, float *partials, int n_splits,
+											  int n, MillmCudaQueue *queue);
 /* The same for n rows of one sequence, of positions that follow each other, on tensor cores: q is rounded to float16, which keys and values are. */
 extern cudaError_t millm_cuda_attention_tile(const MillmCudaAttention *a, MillmRows y, MillmRows q, int n, MillmCudaQueue *queue);
 
-/* up.data NULL: none */
-extern cudaError_t millm_cuda_activation(MillmRows y, MillmAct act, MillmRows x, MillmRows up, int64_t n_columns, int n, MillmCudaQueue *queue);
+/* f: y's; up.data NULL: none */
+extern cudaError_t millm_cuda_activation(MillmRows y, const MillmCudaFragments *f, MillmAct act, MillmRows x, MillmRows up, int64_t n_columns, int n,
+										 MillmCudaQueue *queue);
 extern cudaError_t millm_cuda_scale(MillmRows x, float by, int64_t n_columns, int n, MillmCudaQueue *queue);
 extern cudaError_t millm_cuda_softcap(MillmRows x, float cap, int64_t n_columns, int n, MillmCudaQueue *queue);
 /* y[rows[t]] += scale weights[t] x[t]; rows NULL: t, weights NULL: 1 */
@@ -228,10 +263,10 @@ extern cudaError_t millm_cuda_pick(MillmCudaPicks *picks, float *maxima, MillmRo
 								   MillmCudaQueue *queue);
 
 /*
- * Do the kernels that this device runs wait for those in front of them (after_previous())?  A device that can let them begin early may run what was compiled for
- * an older one, without the wait.
+ * Ten times the compute capability that the kernels which this device runs were compiled for: a newer device may run those of an older one, which have no tensor cores
+ * below 80, and do not wait for those in front of them below 90 (after_previous()).
  */
-extern cudaError_t millm_cuda_can_overlap(bool *can);
+extern cudaError_t millm_cuda_compiled_for(int *capability);
 
 #ifdef MILLM_FAULTS
 extern cudaError_t millm_cuda_violate(cudaStream_t stream);	/* writes to memory that is nobody's */

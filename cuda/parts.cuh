@@ -288,6 +288,19 @@ launch_elements(void (*kernel) (Parameters...), int64_t n_columns, int n, MillmC
 	return launch(kernel, dim3((unsigned) ((n_columns + BLOCK - 1) / BLOCK), (unsigned) n), BLOCK, queue, arguments...);
 }
 
+/* Value i of row t is v, in fragments, too. */
+static inline __device__ void
+keep(const MillmCudaFragments &f, int t, int64_t i, float v)
+{
+	const uint16_t high = to_bf16(v);
+	const int	column = f.has_low ? 2 * t : t;
+	uint16_t   *to = f.data + (column / 8 * f.n_blocks + i / 64) * 512 + i % 16 / 8 * 256 + column % 8 * 32 + i % 64 / 16 * 8 + i % 8;
+
+	*to = high;
+	if (f.has_low)
+		to[32] = to_bf16(v - bf16_bits(high));	/* the next column, which is even here, or this would be another tile's */
+}
+
 /* ---- a product with few rows ---- */
 
 #define FEW_WARPS 4

@@ -234,7 +234,13 @@ __syncthreads()
 float
 __shfl_xor_sync(unsigned mask, float v, int by)
 {
-	const Fiber *other = &fibers[(current - fibers) ^ by];
+	return __shfl_sync(mask, v, (int) (current - fibers) % WARP ^ by);
+}
+
+float
+__shfl_sync(unsigned mask, float v, int lane)
+{
+	const Fiber *other = &fibers[(current - fibers) / WARP * WARP + lane];
 	const int	turn = current->turn;
 
 	if (mask != 0xffffffffu)
@@ -397,13 +403,6 @@ emulated_run(void (*thread) (void *arg), void *arg, size_t arg_bytes, dim3 block
 cudaError_t
 cudaSetDevice(int)
 {
-	return answer();
-}
-
-cudaError_t
-cudaDeviceGetAttribute(int *value, cudaDeviceAttr, int)
-{
-	*value = millm_emulated.capability;
 	return answer();
 }
 

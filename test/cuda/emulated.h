@@ -21,6 +21,7 @@
 #define __launch_bounds__(...)
 #define SHARED(type, name, n) type *const name = (type *) emulated_shared(sizeof(type) * (n))
 
+struct alignas(8) uint2 { uint32_t x, y; };
 struct alignas(16) uint4 { uint32_t x, y, z, w; };
 struct alignas(16) float4 { float x, y, z, w; };
 struct dim3
@@ -45,6 +46,8 @@ static inline void atomicMin(int *p, int v) { *p = v < *p ? v : *p; }
 static inline int atomicAdd(int *p, int v) { const int was = *p; *p += v; return was; }
 /* The value that the lane `lane ^ by` of this warp brings to the same call. */
 extern float __shfl_xor_sync(unsigned mask, float v, int by);
+/* The value that the lane `lane` of this warp brings. */
+extern float __shfl_sync(unsigned mask, float v, int lane);
 /* The whole warp comes here before it goes on; true: this is its first lane. */
 extern bool emulated_warp();
 /* No kernel begins before the one in front of it has ended; but one that could may not return from a thread that has not called this. */
@@ -173,5 +176,31 @@ static inline uint16_t to_f16(float f) { return millm_f32_to_f16(f); }
 static inline f16 as_f16(float f) { return {millm_f32_to_f16(f)}; }
 static inline bf16 as_bf16(float f) { return {millm_f32_to_bf16(f)}; }
 static inline uint16_t to_bf16(float f) { return millm_f32_to_bf16(f); }
+
+/*
+ * c [16, 8] += a [16, 16] b [16, 8] of bfloat16.  Lane 4 g + q has of a rows g and g + 8, columns 2q, 2q + 1, and these plus 8; of b the same columns of row g; of c
+ * rows g and g + 8, columns 2q and 2q + 1 (PTX ISA, "Matrix Fragments for mma.m16n8k16").
+ */
+static inline void
+mma_16x8x16(float *c, const uint32_t *a, const uint32_t *b)
+{
+	static float whole_a[16][16],
+				whole_b[8][16];
+	const int	g = (int) emulated_place.thread.x % 32 / 4,
+				q = (int) emulated_place.thread.x % 4;
+
+	for (int k = 0; k < 4; k++)
+		for (int j = 0; j < 2; j++)
+		{
+			whole_a[g + k % 2 * 8][2 * q + k / 2 * 8 + j] = millm_bf16_to_f32((uint16_t) (a[k] >> 16 * j));
+			if (k < 2)
+				whole_b[g][2 * q + k * 8 + j] = millm_bf16_to_f32((uint16_t) (b[k] >> 16 * j));
+		}
+	emulated_warp();
+	for (int k = 0; k < 4; k++)
+		for (int i = 0; i < 16; i++)
+			c[k] += whole_a[g + k / 2 * 8][i] * whole_b[2 * q + k % 2][i];
+	emulated_warp();
+}
 
 #endif

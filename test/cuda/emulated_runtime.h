@@ -24,11 +24,9 @@ typedef enum cudaStreamCaptureMode {cudaStreamCaptureModeThreadLocal = 1} cudaSt
 typedef enum cudaMemcpyKind {cudaMemcpyHostToDevice, cudaMemcpyDeviceToHost, cudaMemcpyDeviceToDevice} cudaMemcpyKind;
 enum {cudaHostRegisterDefault = 0};
 enum {cudaStreamNonBlocking = 1, cudaEventDisableTiming = 2};
-typedef enum cudaDeviceAttr {cudaDevAttrComputeCapabilityMajor = 75} cudaDeviceAttr;
 typedef struct cudaFuncAttributes {int ptxVersion;} cudaFuncAttributes;
 
 extern cudaError_t cudaSetDevice(int device);
-extern cudaError_t cudaDeviceGetAttribute(int *value, cudaDeviceAttr attribute, int device);
 extern cudaError_t cudaFuncGetAttributes(cudaFuncAttributes *attributes, const void *kernel);
 extern cudaError_t cudaMemGetInfo(size_t *free_bytes, size_t *total_bytes);
 extern cudaError_t cudaStreamCreateWithFlags(cudaStream_t *stream, unsigned flags);
