@@ -7,9 +7,9 @@
  * Prefill beside decode tokens may take as long as these take by themselves, so that a stream's reader waits for no token more than about twice as
  * long; where many prompts wait, as many times that, up to MANY_SHARE of it, or sessions that all ask for short answers would wait for each other's prompts
  * with a batch half empty.  Beside answers that are read as a whole it may always make steps of STEP_MS, which cost less a token; alone, it may fill
- * the batch.  Two things are measured: what steps take that carry decode tokens only, by their number, for which prefill pauses in one step
- * of DECODE_EVERY; and what a token of prefill adds, which grows with its position.  A step that carries both says only whether the machine is slower or faster
- * than it was, which changes both.
+ * the batch, but admits FIRST_STREAMS streams at most.  Two things are measured: what steps take that carry decode tokens only, by their number, for which
+ * prefill pauses in one step of DECODE_EVERY; and what a token of prefill adds, which grows with its position.  A step that carries both says only whether
+ * the machine is slower or faster than it was, which changes both.
  *
  * Owns:     the order of the slots and the size of the next chunk.
  * Borrows:  the slots (embedded in their owner), KV pages through MillmSchedPages.
@@ -43,6 +43,7 @@
 #define PREFILL_SHARE	0.8		/* of what decode tokens take: less, since they take longer when prefill has had the caches */
 #define MANY_SHARE		2.5		/* of that at most, where many prompts wait: what begins together ends and comes again together */
 #define FIRST_CHUNK		32		/* tokens, before anything is measured */
+#define FIRST_STREAMS	4		/* admitted to a step without decode tokens: the others come a few at a time, and so do their next requests */
 /*
  * Tokens of a chunk.  Smaller ones pay once more for what a chunk has to read, the weights and the KV cache of all that is before it: a stream gets
  * a longer step now and then instead, of STEP_MS more at most, and in the mean waits no longer.
@@ -362,6 +363,7 @@ millm_sched_plan(MillmScheduler *s, MillmPlanItem *items)
 	int			n_decode;
 	int			budget;
 	int			extra;			/* tokens to end another prompt with, rather than let it wait for the next step */
+	int			n_streams = 0;	/* admitted */
 	bool		has_stream = false;
 	MillmSlot  *admitted;
 
@@ -382,8 +384,11 @@ millm_sched_plan(MillmScheduler *s, MillmPlanItem *items)
 	for (int i = 0; i < s->n_running && budget > 0; i++)
 		if (!s->slots[i]->is_paused && owed(s->slots[i]) > 1)
 			budget -= plan_prefill(s, s->slots[i], budget, extra, &items[n_items++]);
-	while (budget > 0 && (admitted = admit(s)) != NULL)
+	while (budget > 0 && (n_decode > 0 || n_streams < FIRST_STREAMS) && (admitted = admit(s)) != NULL)
+	{
 		budget -= plan_prefill(s, admitted, budget, extra, &items[n_items++]);
+		n_streams += admitted->is_stream;
+	}
 	/* what nobody took of the halves */
 	for (int i = n_decode; i < n_items && budget > 0; i++)
 	{

@@ -717,6 +717,29 @@ last_prompt_is_whole(void **state)
 	}
 }
 
+/* Where nobody decodes yet, a few streams begin together and the others after them; answers that are read as a whole fill the batch. */
+static void
+few_streams_begin(void **state)
+{
+	(void) state;
+	for (int is_stream = 0; is_stream < 2; is_stream++)
+	{
+		Pool		pool;
+		MillmScheduler *s = create(&pool, 100000, 8, 8, 64);
+		Seq			q[8] = {0};
+		MillmPlanItem items[8];
+
+		for (int i = 0; i < 8; i++)
+		{
+			q[i] = (Seq) {.slot = {.n_tokens = 8, .is_stream = is_stream}, .goal = 100};
+			assert_true(millm_sched_add(s, &q[i].slot));
+		}
+		assert_int_equal(millm_sched_plan(s, items), is_stream ? 4 : 8);
+		check_plan(items, is_stream ? 4 : 8, 64);
+		millm_sched_free(s);
+	}
+}
+
 static int
 by_size(const void *a, const void *b)
 {
@@ -734,11 +757,11 @@ typedef struct Served
 } Served;
 
 /*
- * Sessions that begin at once and ask for short answers, each the next one when it has the last, on a machine that is noisy and where a step has a cost
- * of its own.
+ * Sessions that begin at once, or all but the first while its first step runs, and ask for short answers, each the next one when it has the last, on a
+ * machine that is noisy and where a step has a cost of its own.
  */
 static void
-serve(Served *served, int n_requests, uint32_t random)
+serve(Served *served, int n_requests, bool at_once, uint32_t random)
 {
 	enum {SESSIONS = 32, PROMPT = 30, TOKENS = 24};
 	const double decode_ms = 1,
@@ -754,9 +777,8 @@ serve(Served *served, int n_requests, uint32_t random)
 	for (int i = 0; i < SESSIONS; i++)
 	{
 		seq[i] = (Seq) {.slot = {.n_tokens = PROMPT, .is_stream = true}, .goal = PROMPT + TOKENS, .number = i};
-		has_come[i] = i == 0;
+		has_come[i] = (at_once || i == 0) && millm_sched_add(s, &seq[i].slot);
 	}
-	millm_sched_add(s, &seq[0].slot);
 	for (; served->n < n; served->n_steps++)
 	{
 		MillmPlanItem items[SESSIONS];
@@ -768,7 +790,7 @@ serve(Served *served, int n_requests, uint32_t random)
 
 		check_plan(items, n_items, 512);
 		assert_true(n_items > 0);
-		/* who comes while a step runs, be it the first one of all, takes part in the next */
+		/* who comes while a step runs takes part in the next */
 		for (int i = 0; i < SESSIONS; i++)
 			if (!has_come[i])
 				has_come[i] = millm_sched_add(s, &seq[i].slot);
@@ -814,15 +836,19 @@ many_sessions(void **state)
 {
 	enum {RUNS = 4, REQUESTS = 32 * 100};
 	static double first[RUNS * REQUESTS];
-	Served		served = {.first = first};
 
 	(void) state;
-	for (uint32_t run = 1; run <= RUNS; run++)
-		serve(&served, REQUESTS, run);
-	assert_true(served.ms < 1.1 * served.least_ms);
-	qsort(first, RUNS * REQUESTS, sizeof(first[0]), by_size);
-	assert_true(first[RUNS * REQUESTS * 99 / 100] <= 3 * first[RUNS * REQUESTS / 2]);
-	assert_true(served.n_late < served.n_steps / 20);
+	for (int at_once = 0; at_once < 2; at_once++)
+	{
+		Served		served = {.first = first};
+
+		for (uint32_t run = 1; run <= RUNS; run++)
+			serve(&served, REQUESTS, at_once, run);
+		assert_true(served.ms < 1.1 * served.least_ms);
+		qsort(first, RUNS * REQUESTS, sizeof(first[0]), by_size);
+		assert_true(first[RUNS * REQUESTS * 99 / 100] <= 3 * first[RUNS * REQUESTS / 2]);
+		assert_true(served.n_late < served.n_steps / 20);
+	}
 }
 
 int
@@ -833,7 +859,8 @@ main(void)
 		cmocka_unit_test(no_overtaking), cmocka_unit_test(preempts_the_youngest), cmocka_unit_test(shared_beginning), cmocka_unit_test(storm),
 		cmocka_unit_test(roles_take_turns), cmocka_unit_test(nobody_has_a_turn_twice), cmocka_unit_test(bounded_waiting),
 		cmocka_unit_test(chunk_follows_time), cmocka_unit_test(small_chunks_do_not_pay),
-		cmocka_unit_test(long_prompt_shares), cmocka_unit_test(last_prompt_is_whole), cmocka_unit_test(many_sessions),
+		cmocka_unit_test(long_prompt_shares), cmocka_unit_test(last_prompt_is_whole),
+		cmocka_unit_test(few_streams_begin), cmocka_unit_test(many_sessions),
 	};
 
 	return cmocka_run_group_tests(tests, NULL, NULL);
