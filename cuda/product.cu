@@ -22,7 +22,7 @@ struct Skinny
 	MillmCudaMatmul m[MILLM_CUDA_MATMULS];
 	unsigned	first_block[MILLM_CUDA_MATMULS + 1];	/* of each; those that are not there begin past the last block */
 	MillmCudaFragments x;
-	float	   *partials;		/* [splits, n, blocks x the outputs of one]; NULL: there is one split */
+	int64_t		split_pitch;	/* floats between the results of two splits */
 };
 
 /* Which of the products this block is of */
@@ -30,16 +30,6 @@ static __device__ int
 which_of(const Skinny &p)
 {
 	return (blockIdx.x >= p.first_block[1]) + (blockIdx.x >= p.first_block[2]);
-}
-
-static __device__ void
-finish(const MillmCudaMatmul &m, int t, int64_t o, float sum)
-{
-	float	   *y = m.y.data + t * m.y.stride + o;
-
-	if (m.bias)
-		sum += m.bias[o];
-	*y = m.accumulate ? *y + sum : sum;
 }
 
 /*
@@ -80,7 +70,7 @@ load_part(uint32_t *words, const char *from)
 }
 
 /* Two of a word's bytes, which are integers, as bfloat16 */
-static __device__ uint32_t
+[[maybe_unused]] static __device__ uint32_t
 two_integers(uint32_t word, int shift)
 {
 	const float low = as_float(0x4B000000 | ((word ^ 0x80808080) >> shift & 255)) - 8388736.0f;	/* the byte plus 128 at the end of 2^23 */
@@ -95,7 +85,7 @@ two_integers(uint32_t word, int shift)
  */
 #define PAIRS (256 * WARP)
 
-static __device__ void
+[[maybe_unused]] static __device__ void
 share_pairs(uint32_t *pairs, const float *codebook)
 {
 	const int	warp = (int) threadIdx.x / WARP;	/* its bytes have one of two upper halves */
@@ -112,7 +102,7 @@ share_pairs(uint32_t *pairs, const float *codebook)
 	}
 }
 
-static __device__ uint32_t
+[[maybe_unused]] static __device__ uint32_t
 look_up_pair(const uint32_t *pairs, uint32_t word, int byte)
 {
 	const uint32_t at = ((byte == 0 ? word << 7 : word >> (8 * byte - 7)) & 0x7f80) | threadIdx.x % WARP * 4;
@@ -140,7 +130,7 @@ struct StoredScale
 	float		absmax;
 };
 
-static __device__ StoredScale
+[[maybe_unused]] static __device__ StoredScale
 load_scale(const MillmCudaWeight &w, uint32_t block)
 {
 	const uint32_t at = block >> (w.block_shift - 6);	/* BLOCK_COLUMNS is 2^6 */
@@ -150,42 +140,42 @@ load_scale(const MillmCudaWeight &w, uint32_t block)
 	return {((const uint8_t *) w.absmax)[at], w.nested_absmax[at >> w.nested_shift]};
 }
 
-/* What a lane holds of a step: its parts of STEP blocks of columns, for HEIGHT rows of fragments, and of one of these blocks the scales. */
+/*
+ * What a lane holds of a step: its parts of STEP blocks of columns, for HEIGHT rows of fragments, and a quarter of its quad's scales: those of the lane's rows in fragment
+ * q / STEP and block q % STEP.
+ */
 template <int DTYPE, int HEIGHT>
 struct Stored
 {
-	static const int STEP = (DTYPE == MILLM_4BIT ? 4 : 2) / HEIGHT / (DTYPE == MILLM_BF16 && HEIGHT == 1 ? 2 : 1);
+	static const int STEP = (DTYPE == MILLM_4BIT ? 4 : 2) / HEIGHT;
 
 	uint32_t	words[STEP][HEIGHT][2][Part<DTYPE>::WORDS];
-	StoredScale scale[HEIGHT][2];
+	StoredScale scale[2];
 };
 
-/* The blocks from `block` on, of rows whose first one is begin: as many as the row has, and the last one again for those that it has not. */
+/* The parts of a block, of the rows whose first ones these are. */
 template <int DTYPE, int HEIGHT>
 static __device__ void
-load_step(Stored<DTYPE, HEIGHT> &s, const MillmCudaWeight &w, const uint32_t (*begin)[2], int block, int n_blocks)
+load_block(Stored<DTYPE, HEIGHT> &s, int b, const MillmCudaWeight &w, const uint32_t (*row)[2], int block)
 {
-	const int	STEP = Stored<DTYPE, HEIGHT>::STEP;
 	const int	BYTES = Part<DTYPE>::BYTES;
-	const int	of_lane = block + (int) threadIdx.x % STEP;
 
 #pragma unroll
 	for (int h = 0; h < 2 * HEIGHT; h++)
-	{
-		const uint32_t row = begin[h / 2][h % 2];
-		const char *from = (const char *) w.data + (int64_t) (row + block) * BYTES + threadIdx.x % 4 * (BYTES / 4);
+		load_part<DTYPE>(s.words[b][h / 2][h % 2], (const char *) w.data + (int64_t) (row[h / 2][h % 2] + block) * BYTES + threadIdx.x % 4 * (BYTES / 4));
+}
 
-		if (block + STEP <= n_blocks)
+template <int DTYPE, int HEIGHT>
+static __device__ void
+load_scales(Stored<DTYPE, HEIGHT> &s, const MillmCudaWeight &w, const uint32_t (*row)[2], int block, int last)
+{
+	const int	STEP = Stored<DTYPE, HEIGHT>::STEP;
+	const int	q = (int) threadIdx.x % 4;
+	const int	of_lane = block + q % STEP;
+
 #pragma unroll
-			for (int b = 0; b < STEP; b++)
-				load_part<DTYPE>(s.words[b][h / 2][h % 2], from + b * BYTES);
-		else
-#pragma unroll
-			for (int b = 0; b < STEP; b++)
-				load_part<DTYPE>(s.words[b][h / 2][h % 2], from + (block + b < n_blocks ? b : n_blocks - 1 - block) * BYTES);
-		if (DTYPE == MILLM_4BIT)
-			s.scale[h / 2][h % 2] = load_scale(w, row + (of_lane < n_blocks ? of_lane : n_blocks - 1));
-	}
+	for (int half = 0; half < 2 && DTYPE == MILLM_4BIT; half++)
+		s.scale[half] = load_scale(w, (q < STEP ? row[0][half] : row[HEIGHT - 1][half]) + (of_lane < last ? of_lane : last));
 }
 
 /*
@@ -214,12 +204,14 @@ matmul_skinny(const __grid_constant__ Skinny p)
 	const int	out_warp = (int) threadIdx.x / WARP % OUT_WARPS;
 	const int	k_warp = (int) threadIdx.x / WARP / OUT_WARPS;
 	const int	n_blocks = (int) (m.w.n_in / BLOCK_COLUMNS);
+	const int	last = n_blocks - 1;
 	const int	stride = (int) gridDim.y * K_WARPS * STEP;
 	const uint4 *x = (const uint4 *) p.x.data;
-	const int	n_columns = p.x.has_low ? 2 * m.n : m.n;
+	const bool	has_low = TILES <= 2 && p.x.has_low;	/* of more rows nobody has */
+	const int	n_columns = has_low ? 2 * m.n : m.n;
 	int			block = ((int) blockIdx.y * K_WARPS + k_warp) * STEP;
-	uint32_t	begin[HEIGHT][2];	/* the first blocks of the lane's rows of w */
-	Stored<DTYPE, HEIGHT> next;
+	uint32_t	first[HEIGHT][2];	/* blocks of the lane's rows of w */
+	Stored<DTYPE, HEIGHT> stored;	/* each part of the next step takes the place of one that has become fragments */
 	float		sum[HEIGHT][TILES][4] = {};
 	float	   *others = (float *) shared;
 
@@ -228,10 +220,20 @@ matmul_skinny(const __grid_constant__ Skinny p)
 	{
 		const int64_t o = o_block + (out_warp * HEIGHT + h / 2) * M + h % 2 * 8 + lane / 4;
 
-		begin[h / 2][h % 2] = (uint32_t) (m.w.first / BLOCK_COLUMNS + (o < m.w.n_out ? o : m.w.n_out - 1) * n_blocks);
+		first[h / 2][h % 2] = (uint32_t) (m.w.first / BLOCK_COLUMNS + (o < m.w.n_out ? o : m.w.n_out - 1) * n_blocks);
 	}
-	if (block < n_blocks)
-		load_step<DTYPE, HEIGHT>(next, m.w, begin, block, n_blocks);
+	auto		load_x = [&] (uint4 *to, int tile, int b) {
+		const uint4 *from = x + ((tile * n_blocks + b) * 2) * WARP + lane;
+		const bool	is_there = tile * N + lane / 4 < n_columns;
+
+		to[0] = is_there ? from[0] : uint4();
+		to[1] = is_there ? from[WARP] : uint4();
+	};
+
+	load_scales<DTYPE, HEIGHT>(stored, m.w, first, block, last);
+#pragma unroll
+	for (int b = 0; b < STEP; b++)
+		load_block<DTYPE, HEIGHT>(stored, b, m.w, first, block + b < last ? block + b : last);
 	if (HAS_PAIRS)
 	{
 		share_pairs(shared, m.w.codebook);
@@ -242,44 +244,45 @@ matmul_skinny(const __grid_constant__ Skinny p)
 	after_previous();			/* only weights were read before */
 	for (; block < n_blocks; block += stride)
 	{
-		const Stored<DTYPE, HEIGHT> now = next;
-		float		scale[HEIGHT][2];
+		float		scale[2];
 
-		if (block + stride < n_blocks)
-			load_step<DTYPE, HEIGHT>(next, m.w, begin, block + stride, n_blocks);
 #pragma unroll
-		for (int h = 0; h < 2 * HEIGHT && HAS_PAIRS; h++)
+		for (int half = 0; half < 2 && HAS_PAIRS; half++)
 		{
-			const StoredScale s = now.scale[h / 2][h % 2];
+			const StoredScale s = stored.scale[half];
 
-			scale[h / 2][h % 2] = m.w.nested_shift < 0 ? s.absmax : add(mul(nested_map[s.code], s.absmax), m.w.nested_offset);
+			scale[half] = m.w.nested_shift < 0 ? s.absmax : add(mul(nested_map[s.code], s.absmax), m.w.nested_offset);
 		}
+		load_scales<DTYPE, HEIGHT>(stored, m.w, first, block + stride, last);
 #pragma unroll
 		for (int b = 0; b < STEP; b++)
 		{
+			const int	next = block + stride + b;
 			uint32_t	a[HEIGHT][4][4];
 			float		scale_now[HEIGHT][2];
 
-			if (block + b >= n_blocks)
+			uint4		u[TILES <= 2 ? TILES : 1][2];	/* fragments of x: if few, asked for before the weights are looked at */
+
+			if (block + b > last)
 				break;
+#pragma unroll
+			for (int tile = 0; tile < TILES && TILES <= 2; tile++)
+				load_x(u[tile], tile, block + b);
 #pragma unroll
 			for (int h = 0; h < 2 * HEIGHT; h++)
 			{
-				fill_fragments<DTYPE>(a[h / 2], h % 2, now.words[b][h / 2][h % 2], shared);
-				scale_now[h / 2][h % 2] = HAS_PAIRS ? __shfl_sync(ALL_LANES, scale[h / 2][h % 2], lane / 4 * 4 + b) : 1;
+				fill_fragments<DTYPE>(a[h / 2], h % 2, stored.words[b][h / 2][h % 2], shared);
+				scale_now[h / 2][h % 2] = HAS_PAIRS ? __shfl_sync(ALL_LANES, scale[h % 2], lane / 4 * 4 + h / 2 * STEP + b) : 1;
 			}
+			load_block<DTYPE, HEIGHT>(stored, b, m.w, first, next < last ? next : last);
 #pragma unroll
 			for (int tile = 0; tile < TILES; tile++)
 			{
-				const uint4 *from = x + ((tile * n_blocks + block + b) * 2) * WARP + lane;
-				uint4		u[2] = {};
+				const uint4 (&ut)[2] = u[TILES <= 2 ? tile : 0];
 
-				if (tile * N + lane / 4 < n_columns)
-				{
-					u[0] = from[0];
-					u[1] = from[WARP];
-				}
-				const uint32_t fragment[4][2] = {{u[0].x, u[0].y}, {u[0].z, u[0].w}, {u[1].x, u[1].y}, {u[1].z, u[1].w}};
+				if (TILES > 2)
+					load_x(u[0], tile, block + b);
+				const uint32_t fragment[4][2] = {{ut[0].x, ut[0].y}, {ut[0].z, ut[0].w}, {ut[1].x, ut[1].y}, {ut[1].z, ut[1].w}};
 
 #pragma unroll
 				for (int h = 0; h < HEIGHT; h++)
@@ -313,44 +316,46 @@ matmul_skinny(const __grid_constant__ Skinny p)
 	{
 		const int	row = (out_warp * HEIGHT + h / 2) * M + h % 2 * 8 + lane / 4;	/* of the block's outputs */
 		const int64_t o = o_block + row;
-		const float unit = DTYPE == MILLM_INT8 && o < m.w.n_out ? mul(((const float *) m.w.scale)[o], INT8_UNIT) : 1;
+		const bool	is_there = o < m.w.n_out;
+		const float unit = DTYPE == MILLM_INT8 && is_there ? mul(((const float *) m.w.scale)[o], INT8_UNIT) : 1;
+		const float bias = m.bias && is_there ? m.bias[o] : 0;
+		float	   *y = m.y.data + blockIdx.y * p.split_pitch + o;
 
 #pragma unroll
-		for (int k = 0; k < 2 * TILES && o < m.w.n_out; k += p.x.has_low ? 2 : 1)
+		for (int k = 0; k < 2 * TILES; k++)
 		{
-			const float *s = &sum[h / 2][k / 2][h % 2 * 2 + k % 2];
+			const float (&s)[4] = sum[h / 2][k / 2];
+			const float v = unit * (has_low ? s[h % 2 * 2] + s[h % 2 * 2 + 1] : s[h % 2 * 2 + k % 2]) + bias;
 			const int	column = k / 2 * N + lane % 4 * 2 + k % 2;
-			const int	t = p.x.has_low ? column / 2 : column;
-			const float v = unit * (p.x.has_low ? s[0] + s[1] : s[0]);
+			const int	t = has_low ? column / 2 : column;
+			float	   *to = y + t * m.y.stride;
 
-			if (t < m.n)
-			{
-				if (p.partials)
-					p.partials[((int64_t) blockIdx.y * m.n + t) * gridDim.x * OUTPUTS + (int64_t) blockIdx.x * OUTPUTS + row] = v;
-				else
-					finish(m, t, o, v);
-			}
+			if (t < m.n && is_there && !(has_low && k % 2 == 1))
+				*to = m.accumulate ? *to + v : v;
 		}
 	}
 #endif
 }
 
-/* The splits of each output in their order.  blocks [those of matmul_skinny, n], threads the outputs of one of them */
+/* The splits of each output, in their order: those of sums are [n_splits, n, blocks x threads].  blocks [those of matmul_skinny, n], threads a block's outputs */
 static __global__ void
-add_splits(const __grid_constant__ Skinny p, int n_splits)
+add_splits(const __grid_constant__ Skinny p, const float *sums, int n_splits)
 {
 	after_previous();
 	const MillmCudaMatmul &m = p.m[which_of(p)];
 	const int64_t o = (int64_t) (blockIdx.x - p.first_block[which_of(p)]) * blockDim.x + threadIdx.x;
-	const int64_t n_outputs = (int64_t) gridDim.x * blockDim.x;
-	const float *partial = p.partials + blockIdx.y * n_outputs + (int64_t) blockIdx.x * blockDim.x + threadIdx.x;
-	float		sum = 0;
+	const int64_t pitch = (int64_t) gridDim.x * blockDim.x;
+	const float *sum = sums + blockIdx.y * pitch + (int64_t) blockIdx.x * blockDim.x + threadIdx.x;
+	float	   *y = m.y.data + blockIdx.y * m.y.stride + o;
+	float		v = 0;
 
 	if (o >= m.w.n_out)
 		return;
 	for (int s = 0; s < n_splits; s++)
-		sum += partial[s * m.n * n_outputs];
-	finish(m, (int) blockIdx.y, o, sum);
+		v += sum[s * m.n * pitch];
+	if (m.bias)
+		v += m.bias[o];
+	*y = m.accumulate ? *y + v : v;
 }
 
 /* Blocks of two shapes: for few columns, where all warps share 16 outputs, and for more, where activations are read for 128 at a time */
@@ -368,7 +373,8 @@ launch_skinny(const MillmCudaMatmul *m, int n_matmuls, const MillmCudaFragments 
 	const int64_t n_steps = m->w.n_in / BLOCK_COLUMNS / (WARPS / WIDE_OUT_WARPS * Stored<DTYPE, 2>::STEP);	/* of a warp without splits, rounded down */
 	unsigned	n_splits = 1;
 	unsigned	n_blocks = 0;
-	Skinny		p = {};
+	Skinny		p = {},
+				of_splits;
 	cudaError_t status;
 
 	for (int i = 0; i < MILLM_CUDA_MATMULS; i++)
@@ -386,12 +392,22 @@ launch_skinny(const MillmCudaMatmul *m, int n_matmuls, const MillmCudaFragments 
 		n_splits = MILLM_CUDA_SKINNY_BLOCKS / n_blocks;
 	if (n_splits > n_steps)
 		n_splits = n_steps > 1 ? (unsigned) n_steps : 1;
-	if (n_splits > 1)
-		p.partials = partials;
+	of_splits = p;
+	for (int i = 0; i < n_matmuls && n_splits > 1; i++)
+	{
+		MillmCudaMatmul *of_split = &of_splits.m[i];
+
+		of_split->y = {partials + (int64_t) p.first_block[i] * outputs, (int64_t) n_blocks * outputs};
+		of_split->bias = NULL;
+		of_split->accumulate = false;
+		of_splits.split_pitch = m->n * of_split->y.stride;
+	}
 	status = launch(n_tiles == 1 ? matmul_skinny<DTYPE, 1, 1, 1> : n_tiles == 2 ? matmul_skinny<DTYPE, 2, 1, 1> :
 					n_tiles <= 4 ? matmul_skinny<DTYPE, 4, 2, WIDE_OUT_WARPS> : matmul_skinny<DTYPE, 8, 2, WIDE_OUT_WARPS>,
-					dim3(n_blocks, n_splits), THREADS, queue, p);
-	return status == cudaSuccess && n_splits > 1 ? launch(add_splits, dim3(n_blocks, (unsigned) m->n), outputs, queue, p, (int) n_splits) : status;
+					dim3(n_blocks, n_splits), THREADS, queue, of_splits);
+	if (status != cudaSuccess || n_splits == 1)
+		return status;
+	return launch(add_splits, dim3(n_blocks, (unsigned) m->n), outputs, queue, p, (const float *) partials, (int) n_splits);
 }
 
 cudaError_t
