@@ -64,6 +64,21 @@ static __device__ f16 as_f16(float f) { return __float2half_rn(f); }
 static __device__ bf16 as_bf16(float f) { return __float2bfloat16_rn(f); }
 static __device__ uint16_t to_bf16(float f) { return __bfloat16_as_ushort(__float2bfloat16_rn(f)); }
 
+/* Bytes of a (0 to 3) and b (4 to 7), as the digits of selector say, the lowest first. */
+static inline __device__ uint32_t byte_perm(uint32_t a, uint32_t b, unsigned selector) { return __byte_perm(a, b, selector); }
+
+/* a - b, each of two bfloat16 */
+static inline __device__ uint32_t
+subtract_pairs(uint32_t a, uint32_t b)
+{
+	uint32_t	c = 0;
+
+#ifdef HAS_TENSOR_CORES
+	asm("{.reg .b32 one; mov.b32 one, 0xbf80bf80; fma.rn.bf16x2 %0, %1, one, %2;}" : "=r" (c) : "r" (b), "r" (a));
+#endif
+	return c;
+}
+
 /* c [16, 8] += a [16, 16] b [16, 8] of bfloat16, each lane's parts of them: mma.m16n8k16 */
 static inline __device__ void
 mma_16x8x16(float *c, const uint32_t *a, const uint32_t *b)

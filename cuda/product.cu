@@ -69,14 +69,16 @@ load_part(uint32_t *words, const char *from)
 		}
 }
 
-/* Two of a word's bytes, which are integers, as bfloat16 */
+/*
+ * Two of a word's bytes, which are integers, as bfloat16.  Each at the end of 0x4300, which is 128: its lower seven bits make that 128 and as much more, and its sign
+ * makes 256 of it; the difference is what the byte is.
+ */
 [[maybe_unused]] static __device__ uint32_t
-two_integers(uint32_t word, int shift)
+two_integers(uint32_t word, int first)
 {
-	const float low = as_float(0x4B000000 | ((word ^ 0x80808080) >> shift & 255)) - 8388736.0f;	/* the byte plus 128 at the end of 2^23 */
-	const float high = as_float(0x4B000000 | ((word ^ 0x80808080) >> (shift + 8) & 255)) - 8388736.0f;
+	const uint32_t u = byte_perm(word, 0x43434343, first == 0 ? 0x4140 : 0x4342);
 
-	return as_bits(low) >> 16 | (as_bits(high) & 0xffff0000);
+	return subtract_pairs(u & 0xff7fff7f, u & 0xff80ff80);
 }
 
 /*
@@ -120,7 +122,7 @@ fill_fragments(uint32_t (*a)[4], int half, const uint32_t *words, const uint32_t
 #pragma unroll
 		for (int j = 0; j < 2; j++)
 			a[s][half + 2 * j] = DTYPE == MILLM_4BIT ? look_up_pair(pairs, words[s / 2], s % 2 * 2 + j) :
-				DTYPE == MILLM_INT8 ? two_integers(words[s % Part<DTYPE>::WORDS], 16 * j) : words[(2 * s + j) % Part<DTYPE>::WORDS];
+				DTYPE == MILLM_INT8 ? two_integers(words[s % Part<DTYPE>::WORDS], 2 * j) : words[(2 * s + j) % Part<DTYPE>::WORDS];
 }
 
 /* The scale of a 4-bit row's block of columns, as it is stored: of 8 bits with what they stand for, or the scale itself */
@@ -260,7 +262,6 @@ matmul_skinny(const __grid_constant__ Skinny p)
 			const int	next = block + stride + b;
 			uint32_t	a[HEIGHT][4][4];
 			float		scale_now[HEIGHT][2];
-
 			uint4		u[TILES <= 2 ? TILES : 1][2];	/* fragments of x: if few, asked for before the weights are looked at */
 
 			if (block + b > last)

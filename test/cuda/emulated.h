@@ -177,6 +177,27 @@ static inline f16 as_f16(float f) { return {millm_f32_to_f16(f)}; }
 static inline bf16 as_bf16(float f) { return {millm_f32_to_bf16(f)}; }
 static inline uint16_t to_bf16(float f) { return millm_f32_to_bf16(f); }
 
+static inline uint32_t
+byte_perm(uint32_t a, uint32_t b, unsigned selector)
+{
+	const uint64_t both = a | (uint64_t) b << 32;
+	uint32_t	r = 0;
+
+	for (int i = 0; i < 4; i++)
+		r |= (uint32_t) (both >> (selector >> 4 * i & 7) * 8 & 255) << 8 * i;
+	return r;
+}
+
+static inline uint32_t
+subtract_pairs(uint32_t a, uint32_t b)
+{
+	uint32_t	r = 0;
+
+	for (int i = 0; i < 32; i += 16)
+		r |= (uint32_t) millm_f32_to_bf16(millm_bf16_to_f32((uint16_t) (a >> i)) - millm_bf16_to_f32((uint16_t) (b >> i))) << i;
+	return r;
+}
+
 /*
  * c [16, 8] += a [16, 16] b [16, 8] of bfloat16.  Lane 4 g + q has of a rows g and g + 8, columns 2q, 2q + 1, and these plus 8; of b the same columns of row g; of c
  * rows g and g + 8, columns 2q and 2q + 1 (PTX ISA, "Matrix Fragments for mma.m16n8k16").

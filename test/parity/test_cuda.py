@@ -68,9 +68,10 @@ def test_family(model, tmp_path):
 
 @pytest.mark.parametrize("model", [p for p in SOME if p.name != "phi3-long"], ids=lambda p: p.name)  # which knows 64 positions
 def test_many_rows(model, tmp_path):
-    """66 rows are cuBLASLt's, which is test/cuda/cublaslt.c here; 64 are our tensor kernel's: the same but for the order of sums."""
+    """66 rows are cuBLASLt's, which is test/cuda/cublaslt.c here; 64 are our tensor kernels': the same but for the order of sums, and where 4-bit weights are not rounded."""
     ids = some_ids(model, 66)
-    assert error(cuda_logits(model, ids, tmp_path)[:64], cuda_logits(model, ids, tmp_path, "--chunk", "64")[:64]) <= TOLERANCE_F32
+    tolerance = TOLERANCE_UNROUNDED if model.name == "nf4" else TOLERANCE_F32
+    assert error(cuda_logits(model, ids, tmp_path)[:64], cuda_logits(model, ids, tmp_path, "--chunk", "64")[:64]) <= tolerance
 
 
 @pytest.mark.parametrize("model", SOME, ids=lambda p: p.name)
