@@ -152,6 +152,12 @@ $(BUILD)/libmillm_cuda.so: $(CUDA_C:%=$(BUILD)/cuda/%.o) $(BUILD)/cuda/error.o $
 cuda-report: $(CUDA_KERNELS:%=$(BUILD)/cuda/%.o)
 	@dev/cuda-report $(CUDA_KERNELS:%=$(BUILD)/cuda/%.ptxas)
 
+# kernel by kernel (bench/gpu --stage kernels), on a GPU and, to try it out, on the emulated one
+$(BUILD)/gpu-kernels: bench/gpu_kernels.c $(CUDA_KERNELS:%=$(BUILD)/cuda/%.o)
+	$(Q)$(CC) $(ENGINE_CFLAGS) $(CUDA_CFLAGS) -isystem $(CUDA_HOME)/include -o $@ $^ $(CUDA_HOME)/lib64/libcudart_static.a -lm -ldl -lrt -lpthread
+$(BUILD)/emulated/gpu-kernels: bench/gpu_kernels.c $(CUDA_KERNELS:%=$(BUILD)/emulated/%.o) $(BUILD)/emulated/emulated.o
+	$(Q)$(CC) $(EMULATED_CFLAGS) -o $@ $^ -lm
+
 # The same sources for this CPU, threads in turns (test/cuda): what shows that the kernels are right where there is no GPU.
 EMULATED_CFLAGS = $(ENGINE_CFLAGS) $(CUDA_CFLAGS) -Itest/cuda -DMILLM_CUDA_EMULATED -DMILLM_FAULTS -ffp-contract=off
 EMULATED_CXX    = $(filter-out -std=c11 -Wvla,$(EMULATED_CFLAGS)) -std=c++17 -fno-exceptions -fno-rtti -Wno-unknown-pragmas
