@@ -188,7 +188,7 @@ products(MillmDtype dtype, int64_t n_out, int64_t n_in, int64_t memory, cudaStre
 			m[i] = (MillmCudaMatmul) {
 				.y = {y, n_out}, .x = {x, n_in}, .n = rows[r],
 				.w = {.n_out = n_out, .n_in = n_in, .data = weights + i * bytes, .row_bytes = dtype == MILLM_BF16 ? 2 * n_in : n_in, .scale = floats, .dtype = dtype,
-					.has_chunks = 1, .codebook = floats, .absmax = absmax, .nested_absmax = floats, .nested_map = floats, .block_shift = 6, .nested_shift = 8,
+					.has_chunks = 1, .codebook = floats, .codebook_unit = 1, .codebook_scale = 1, .absmax = absmax, .nested_absmax = floats, .nested_map = floats, .block_shift = 6, .nested_shift = 8,
 					.rounded = MILLM_BF16},
 			};
 		for (int k = 0; k < 2; k++)

@@ -56,6 +56,8 @@ typedef struct MillmCudaWeight
 	/* 4BIT */
 	int64_t		first;
 	const float *codebook;		/* [16] */
+	float		codebook_unit;	/* millm_cuda_codebook_unit()'s, */
+	float		codebook_scale;	/* and 1 / that */
 	const void *absmax;			/* [blocks] */
 	const float *nested_absmax;
 	const float *nested_map;	/* [256] */

@@ -82,21 +82,21 @@ two_integers(uint32_t word, int first)
 }
 
 /*
- * The pair of 4-bit weights in each of 256 bytes, as bfloat16, 32 times: a lane finds its own in a bank that is no other lane's.  The first is in
+ * The pair of 4-bit weights in each of 256 bytes, times the codebook's unit, as bfloat16, 32 times: a lane finds its own in a bank that is no other lane's.  The first is in
  * the byte's upper half.
  */
 #define PAIRS (256 * WARP)
 
 [[maybe_unused]] static __device__ void
-share_pairs(uint32_t *pairs, const float *codebook)
+share_pairs(uint32_t *pairs, const MillmCudaWeight &w)
 {
 	const int	warp = (int) threadIdx.x / WARP;	/* its bytes have one of two upper halves */
-	const uint32_t first[2] = {to_bf16(codebook[2 * warp]), to_bf16(codebook[2 * warp + 1])};
+	const uint32_t first[2] = {to_bf16(w.codebook_unit * w.codebook[2 * warp]), to_bf16(w.codebook_unit * w.codebook[2 * warp + 1])};
 
 #pragma unroll
 	for (int k = 0; k < 16; k++)
 	{
-		const uint32_t second = (uint32_t) to_bf16(codebook[k]) << 16;
+		const uint32_t second = (uint32_t) to_bf16(w.codebook_unit * w.codebook[k]) << 16;
 
 #pragma unroll
 		for (int j = 0; j < 2; j++)
@@ -238,7 +238,7 @@ matmul_skinny(const __grid_constant__ Skinny p)
 		load_block<DTYPE, HEIGHT>(stored, b, m.w, first, block + b < last ? block + b : last);
 	if (HAS_PAIRS)
 	{
-		share_pairs(shared, m.w.codebook);
+		share_pairs(shared, m.w);
 		if (m.w.nested_shift >= 0)
 			nested_map[threadIdx.x] = m.w.nested_map[threadIdx.x];
 		__syncthreads();
@@ -253,7 +253,7 @@ matmul_skinny(const __grid_constant__ Skinny p)
 		{
 			const StoredScale s = stored.scale[half];
 
-			scale[half] = m.w.nested_shift < 0 ? s.absmax : add(mul(nested_map[s.code], s.absmax), m.w.nested_offset);
+			scale[half] = m.w.codebook_scale * (m.w.nested_shift < 0 ? s.absmax : add(mul(nested_map[s.code], s.absmax), m.w.nested_offset));
 		}
 		load_scales<DTYPE, HEIGHT>(stored, m.w, first, block + stride, last);
 #pragma unroll

@@ -6,10 +6,12 @@
  */
 #include "weights.h"
 
+#include <math.h>
 #include <stdlib.h>
 #include <string.h>
 
 #include "device_memory.h"
+#include "half.h"
 #include "upload.h"
 
 #define ALIGNMENT 256			/* of each part */
@@ -64,6 +66,33 @@ log2_of(int power)
 	return __builtin_ctz((unsigned) power);
 }
 
+float
+millm_cuda_codebook_unit(const float *codebook)
+{
+	enum {CANDIDATES = 256};
+	float		best = 1;
+	double		least = INFINITY;
+
+	for (int i = 0; i < CANDIDATES; i++)
+	{
+		const float unit = 1 + (float) i / CANDIDATES;
+		double		sum = 0;
+
+		for (int k = 0; k < 16; k++)
+		{
+			const double error = (double) millm_bf16_to_f32(millm_f32_to_bf16(unit * codebook[k])) / (double) unit - (double) codebook[k];
+
+			sum += error * error;
+		}
+		if (sum < least)
+		{
+			least = sum;
+			best = unit;
+		}
+	}
+	return best;
+}
+
 /* The stored tensor is flat: this slice of it, from the last group of scales on that begins no later. */
 static void
 put_4bit(MillmCudaWeights *m, const MillmWeight *w, MillmCudaWeight *d)
@@ -81,6 +110,8 @@ put_4bit(MillmCudaWeights *m, const MillmWeight *w, MillmCudaWeight *d)
 	d->nested_offset = w->nested_offset;
 	d->rounded = w->rounded;
 	d->has_chunks = d->first % 32 == 0 && w->n_in % 32 == 0;
+	d->codebook_unit = m->memory ? millm_cuda_codebook_unit(w->codebook) : 1;
+	d->codebook_scale = 1 / d->codebook_unit;
 	d->codebook = put(m, w->codebook, 16 * (int64_t) sizeof(float));
 	d->data = put(m, (const char *) w->data + begin / 2, (end + 1) / 2 - begin / 2);
 	d->absmax = put(m, (const char *) w->absmax + begin_block * absmax_bytes, (end_block - begin_block) * absmax_bytes);

@@ -27,6 +27,7 @@
 #include "kernel.h"
 #include "kernels.h"
 #include "mixture.h"
+#include "quant.h"
 #include "route.h"
 #include "weights.h"
 
@@ -496,6 +497,87 @@ test_projections(void **state)
 				discard(&s[k]);
 			free(x);
 			free(bias);
+		}
+}
+
+/* The factor is 1 where bfloat16 holds the values; else it is of use. */
+static void
+test_codebook_unit(void **state)
+{
+	float		exact[16];
+	double		error[2] = {0, 0},
+				sum = 0;
+	const float units[2] = {1, millm_cuda_codebook_unit(millm_nf4_codebook)};
+
+	(void) state;
+	for (int k = 0; k < 16; k++)
+	{
+		exact[k] = millm_bf16_to_f32(millm_f32_to_bf16(millm_nf4_codebook[k]));
+		sum += millm_nf4_codebook[k] * millm_nf4_codebook[k];
+		for (int i = 0; i < 2; i++)
+			error[i] += pow(millm_bf16_to_f32(millm_f32_to_bf16(units[i] * millm_nf4_codebook[k])) / units[i] - millm_nf4_codebook[k], 2);
+	}
+	assert_true(millm_cuda_codebook_unit(exact) == 1);
+	assert_true(sqrt(error[1] / sum) < 7.2e-4 && sqrt(error[0] / sum) > 1e-3);
+}
+
+/* A product takes the rows that are there now: not those that an operation has left as fragments, where others came since, in place or of another buffer. */
+static void
+test_fragments(void **state)
+{
+	enum {WIDTH = 64, N_CASES = 7};
+	const Shape shape = {MILLM_BF16, false, 24, WIDTH, 0, 0, 0, 0, 0};
+	const MillmVector none = {0};
+	int32_t		rows[N_ROWS];
+
+	(void) state;
+	for (int t = 0; t < N_ROWS; t++)
+		rows[t] = t ^ 1;
+	for (int n = 5; n <= 20; n += 15)
+		for (int which = 0; which < N_CASES; which++)
+		{
+			Rig			r;
+			Stored		s;
+			float	   *x = floats(N_ROWS * WIDTH, 0);
+			const float *result[2];
+			char		what[64];
+
+			rig_init(&r, 1, 1, 8);
+			store(&s, &shape);
+			r.layer.o.dtype = MILLM_BF16;
+			r.layer.q = s.w;
+			r.layer.k = table(x, WIDTH);
+			rig_open(&r, NULL);
+			for (int i = 0; i < 2; i++)
+			{
+				MillmBackend *be = r.be[i];
+				MillmBuffer *in = buffer(&r, i, WIDTH),
+						   *y = buffer(&r, i, WIDTH),
+						   *other = buffer(&r, i, WIDTH),
+						   *out = buffer(&r, i, shape.n_out);
+				const MillmProjection p = {out, &r.layer.q, &none, false};
+				const int	n_now = which == 3 ? n - 2 : n;
+
+				fill(&r, i, in, &r.layer.k, n);
+				be->norm(be, y, in, MILLM_NORM_LAYER, &none, &none, 1e-5f, 1, WIDTH, n);
+				if (which == 1)
+					be->scale(be, y, -3, n);
+				else if (which == 2)
+					be->norm(be, other, y, MILLM_NORM_LAYER, &none, &none, 1e-5f, 1, WIDTH, n);
+				else if (which == 4)
+					be->activation(be, y, MILLM_ACT_SILU, y, in, WIDTH, n);
+				else if (which == 5)
+					be->add(be, y, in, 2, n);
+				else if (which == 6)
+					be->select(be, y, in, rows, n);
+				be->matmul(be, &p, 1, y, n_now);
+				result[i] = be->buffer_read(be, out);
+			}
+			snprintf(what, sizeof(what), "case %d, %d rows", which, n);
+			assert_near(result[1], result[0], n * shape.n_out, n > MILLM_CUDA_SKINNY_ROWS ? TOLERANCE_ROUNDED : 2e-5, what);
+			rig_close(&r);
+			discard(&s);
+			free(x);
 		}
 }
 
@@ -1974,7 +2056,7 @@ main(int argc, char **argv)
 {
 	char		path[PATH_MAX];
 	const struct CMUnitTest tests[] = {
-		cmocka_unit_test(test_matmul), cmocka_unit_test(test_matmul_old_device), cmocka_unit_test(test_matmul_others), cmocka_unit_test(test_projections), cmocka_unit_test(test_blas_tiles),
+		cmocka_unit_test(test_matmul), cmocka_unit_test(test_matmul_old_device), cmocka_unit_test(test_matmul_others), cmocka_unit_test(test_projections), cmocka_unit_test(test_fragments), cmocka_unit_test(test_codebook_unit), cmocka_unit_test(test_blas_tiles),
 		cmocka_unit_test(test_company), cmocka_unit_test(test_attention), cmocka_unit_test(test_splits),
 		cmocka_unit_test(test_rows), cmocka_unit_test(test_fetch), cmocka_unit_test(test_graphs), cmocka_unit_test(test_graphs_differ), cmocka_unit_test(test_overlap),
 		cmocka_unit_test(test_routes), cmocka_unit_test(test_mixture), cmocka_unit_test(test_mixture_graphs), cmocka_unit_test(test_mixture_refused), cmocka_unit_test(test_mixture_memory),
