@@ -782,7 +782,7 @@ matmul(MillmBackend *be, const MillmProjection *p, int n_projections, MillmBuffe
 			.x = x->rows,
 			.n = n,
 		};
-		if (c->fragments && (n <= MILLM_CUDA_FRAGMENT_ROWS || c->deterministic) && millm_cuda_is_skinny(&m.w))
+		if (c->fragments && (n <= MILLM_CUDA_FRAGMENT_ROWS || c->deterministic) && m.w.n_in <= c->widest && millm_cuda_is_skinny(&m.w))
 			skinny[n_skinny++] = m;
 		else if (!c->is_plain && m.w.has_chunks && (n <= MILLM_CUDA_FEW_ROWS || c->deterministic))
 			few[n_few++] = m;
@@ -864,11 +864,10 @@ attention_from(MillmCudaAttention a, int t)
 static bool
 attend_one_by_one(CudaBackend *c, MillmCudaAttention a, MillmRows y, const MillmCudaFragments *f, MillmRows q, int t, int n)
 {
-	const int	begin = t;
-	bool		has_all = false;
-
 	const int64_t of_split = (int64_t) a.n_heads * (MILLM_CUDA_PARTIAL + a.head_dim);
 	const int32_t *positions = (const int32_t *) c->parcel.host;
+	const int	begin = t;
+	bool		has_all = false;
 
 	for (int end; t < n; t = end)
 	{
