@@ -64,7 +64,8 @@ typedef struct Job
 	int			n_splits;
 	MillmRows	y, q;
 	MillmCudaFragments fragments;
-	float	   *partials;
+	float	   *partials;		/* attention's */
+	const MillmCudaSkinny *skinny;
 } Job;
 
 static cudaError_t
@@ -75,7 +76,7 @@ launch(const Job *job, int i, MillmCudaQueue *queue)
 	if (job->attention)
 		return millm_cuda_attention_split(&job->attention[i], job->y, &none, job->q, job->partials, job->n_splits, job->n_rows, queue);
 	if (strcmp(job->kernel, "skinny") == 0)
-		return millm_cuda_matmul_skinny(&job->matmuls[i], 1, &job->fragments, job->partials, queue);
+		return millm_cuda_matmul_skinny(job->skinny, &job->matmuls[i], 1, &job->fragments, queue);
 	if (strcmp(job->kernel, "few") == 0)
 		return millm_cuda_matmul_few(&job->matmuls[i], 1, queue);
 	return millm_cuda_matmul_tensor(&job->matmuls[i], queue);
@@ -175,18 +176,19 @@ products(MillmDtype dtype, int64_t n_out, int64_t n_in, int64_t memory, cudaStre
 	char	   *absmax = device_memory(n * n_blocks + 16, true, stream);
 	float	   *floats = device_memory((n_out + n_in + n_blocks / 256 + 1024) * 4, true, stream);
 	float	   *y = device_memory(64 * n_out * 4, false, stream),
-			   *x = device_memory(64 * n_in * 4, true, stream),
-			   *partials = device_memory(MILLM_CUDA_SKINNY_PARTIALS * 4, false, stream);
+			   *x = device_memory(64 * n_in * 4, true, stream);
+	MillmCudaSkinny skinny = {.partials = device_memory(MILLM_CUDA_SKINNY_PARTIALS * 4, false, stream)};
 	void	   *fragments = device_memory(millm_cuda_fragment_bytes(n_in, MILLM_CUDA_FRAGMENT_ROWS, true), true, stream);
 	MillmCudaMatmul *m = calloc((size_t) n, sizeof(*m));
 
 	if (!m)
 		exit(1);
+	CHECK(millm_cuda_skinny_prepare(&skinny));
 	for (size_t r = 0; r < sizeof(rows) / sizeof(rows[0]); r++)
 	{
 		const bool	is_few = rows[r] <= MILLM_CUDA_SKINNY_ROWS;
 		const char *kernels[] = {"skinny", is_few ? "few" : "tensor"};
-		Job			job = {.matmuls = m, .n = n, .n_rows = rows[r], .partials = partials,
+		Job			job = {.matmuls = m, .n = n, .n_rows = rows[r], .skinny = &skinny,
 			.fragments = {.data = fragments, .n_blocks = n_in / 64, .has_low = is_few}};
 
 		for (int i = 0; i < n; i++)
@@ -215,7 +217,7 @@ products(MillmDtype dtype, int64_t n_out, int64_t n_in, int64_t memory, cudaStre
 	CHECK(cudaFree(floats));
 	CHECK(cudaFree(y));
 	CHECK(cudaFree(x));
-	CHECK(cudaFree(partials));
+	CHECK(cudaFree(skinny.partials));
 	CHECK(cudaFree(fragments));
 }
 

@@ -96,7 +96,7 @@ typedef struct CudaBackend
 	int64_t		n_partials;
 	uint16_t   *fragments;		/* of rows of up to widest values; NULL: our kernels for few rows do not want them */
 	int64_t		widest;
-	float	   *product_partials;	/* [MILLM_CUDA_SKINNY_PARTIALS]; NULL: deterministic */
+	MillmCudaSkinny skinny;		/* without partials where deterministic */
 	const MillmBuffer *kept;	/* whose rows the fragments are; NULL: nobody's */
 	int			n_kept;			/* rows of it */
 	int64_t		n_kept_blocks;
@@ -412,7 +412,7 @@ cuda_free(MillmBackend *be)
 	(void) cudaFree(c->bad_place);
 	(void) cudaFree(c->partials);
 	(void) cudaFree(c->fragments);
-	(void) cudaFree(c->product_partials);
+	(void) cudaFree(c->skinny.partials);
 	(void) cudaFreeHost(c->arrived_place);
 	(void) cudaFreeHost(c->parcel.host);
 	millm_cuda_fetch_free(c->fetch);
@@ -739,7 +739,7 @@ multiply_skinny(CudaBackend *c, const MillmCudaMatmul *m, int n_matmuls, const M
 					some[j].y = millm_rows_from(m[j].y, t0 + t);
 					some[j].n = n - t < together ? n - t : together;
 				}
-				CHECK(millm_cuda_matmul_skinny(some + i, end - i, &f, c->product_partials, c->queue));
+				CHECK(millm_cuda_matmul_skinny(&c->skinny, some + i, end - i, &f, c->queue));
 			}
 		}
 	}
@@ -1071,9 +1071,11 @@ create_memory(CudaBackend *c, const MillmBackendOptions *options, MillmError *er
 	if (c->has_tensor_cores && !c->is_plain)
 	{
 		c->widest = widest_row(c->model);
+		if ((status = millm_cuda_skinny_prepare(&c->skinny)) != cudaSuccess)
+			return millm_cuda_failed(status, "the products", 0, err);
 		if ((rc = millm_cuda_allocate(&c->fragments, fragment_bytes(c->model, options), "the workspace", c->stream, err)) != MILLM_OK ||
 			(!c->deterministic &&
-			 (rc = millm_cuda_allocate(&c->product_partials, product_partials_bytes(options), "the workspace", c->stream, err)) != MILLM_OK))
+			 (rc = millm_cuda_allocate(&c->skinny.partials, product_partials_bytes(options), "the workspace", c->stream, err)) != MILLM_OK))
 			return rc;
 	}
 	return millm_cuda_allocate(&c->kv, (int64_t) kv_bytes, "the KV cache", c->stream, err);

@@ -17,11 +17,14 @@ typedef __half f16;
 #endif
 
 #define SHARED(type, name, n) __shared__ __align__(32) type name[n]	/* as matrices of warps want it */
+/* The one that the launch brings, of so many bytes that only it can: cudaFuncAttributeMaxDynamicSharedMemorySize */
+extern __shared__ __align__(32) char launched_shared[];
+#define LAUNCHED_SHARED(type, name, n) type *const name = (type *) launched_shared
 
 /* overlaps: it may begin while the kernel in front of it runs, and calls after_previous(). */
 template <class... Parameters, class... Arguments>
 static cudaError_t
-start_kernel(void (*kernel) (Parameters...), dim3 blocks, int threads, bool overlaps, cudaStream_t stream, Arguments... arguments)
+start_kernel(void (*kernel) (Parameters...), dim3 blocks, int threads, size_t shared, bool overlaps, cudaStream_t stream, Arguments... arguments)
 {
 	cudaLaunchAttribute attribute = {};
 	cudaLaunchConfig_t config = {};
@@ -30,6 +33,7 @@ start_kernel(void (*kernel) (Parameters...), dim3 blocks, int threads, bool over
 	attribute.val.programmaticStreamSerializationAllowed = 1;
 	config.gridDim = blocks;
 	config.blockDim = dim3((unsigned) threads);
+	config.dynamicSmemBytes = shared;
 	config.stream = stream;
 	config.attrs = &attribute;
 	config.numAttrs = overlaps;

@@ -702,9 +702,9 @@ millm_cuda_transpose(char *to, int64_t pitch, const char *from, int64_t n_in, in
 {
 	const dim3	blocks((unsigned) ((n_in + SQUARE - 1) / SQUARE), (unsigned) ((n_out + SQUARE - 1) / SQUARE));
 
-	return element == 4 ? start_kernel(transpose<uint32_t>, blocks, BLOCK, false, stream, to, pitch, (const uint32_t *) from, n_in, n_out) :
-		element == 2 ? start_kernel(transpose<uint16_t>, blocks, BLOCK, false, stream, to, pitch, (const uint16_t *) from, n_in, n_out) :
-		start_kernel(transpose<uint8_t>, blocks, BLOCK, false, stream, to, pitch, (const uint8_t *) from, n_in, n_out);
+	return element == 4 ? start_kernel(transpose<uint32_t>, blocks, BLOCK, 0, false, stream, to, pitch, (const uint32_t *) from, n_in, n_out) :
+		element == 2 ? start_kernel(transpose<uint16_t>, blocks, BLOCK, 0, false, stream, to, pitch, (const uint16_t *) from, n_in, n_out) :
+		start_kernel(transpose<uint8_t>, blocks, BLOCK, 0, false, stream, to, pitch, (const uint8_t *) from, n_in, n_out);
 }
 
 /* ---- faults, for tests ---- */
@@ -724,6 +724,6 @@ violate(int *nowhere)
 cudaError_t
 millm_cuda_violate(cudaStream_t stream)
 {
-	return start_kernel(violate, dim3(1), WARP, false, stream, (int *) 16);
+	return start_kernel(violate, dim3(1), WARP, 0, false, stream, (int *) 16);
 }
 #endif

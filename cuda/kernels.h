@@ -108,6 +108,8 @@ typedef struct MillmCudaFragments
 #define MILLM_CUDA_SKINNY_ROWS 8	/* of those with has_low */
 #define MILLM_CUDA_SKINNY_BLOCKS 128	/* that a product of many columns has, if its weights are enough for that many */
 #define MILLM_CUDA_SKINNY_PARTIALS (MILLM_CUDA_SKINNY_BLOCKS * 128 * MILLM_CUDA_FRAGMENT_ROWS)	/* floats */
+#define MILLM_CUDA_SKINNY_FORMATS 3	/* BF16, INT8, 4BIT */
+#define MILLM_CUDA_SKINNY_SHAPES 4	/* of blocks, by the rows */
 
 /* Bytes of the fragments of so many rows of up to n_values. */
 static inline int64_t
@@ -118,11 +120,21 @@ millm_cuda_fragment_bytes(int64_t n_values, int n_rows, bool has_low)
 
 /* Can the weight be multiplied so?  All but odd shapes of BF16, INT8 and 4BIT can. */
 extern bool millm_cuda_is_skinny(const MillmCudaWeight *w);
+
+/* What such products have in common, on the current device */
+typedef struct MillmCudaSkinny
+{
+	float	   *partials;		/* [MILLM_CUDA_SKINNY_PARTIALS], borrowed; NULL: all have has_low */
+	int			n_resident[MILLM_CUDA_SKINNY_FORMATS][MILLM_CUDA_SKINNY_SHAPES];	/* blocks that it runs at once */
+} MillmCudaSkinny;
+
+/* Before the first product: n_resident, and the device's leave to use as much shared memory.  Compute capability 8.0. */
+extern cudaError_t millm_cuda_skinny_prepare(MillmCudaSkinny *skinny);
 /*
- * Products of one x, which is read from its fragments f, with weights of one format: 64 rows at most, with has_low 8, where a row's bits do not depend on its company.  partials:
- * floats, [MILLM_CUDA_SKINNY_PARTIALS]; not of has_low.  Compute capability 8.0.
+ * Products of one x, which is read from its fragments f, with weights of one format: 64 rows at most, with has_low 8, where a row's bits do not depend on its company.
  */
-extern cudaError_t millm_cuda_matmul_skinny(const MillmCudaMatmul *m, int n_matmuls, const MillmCudaFragments *f, float *partials, MillmCudaQueue *queue);
+extern cudaError_t millm_cuda_matmul_skinny(const MillmCudaSkinny *skinny, const MillmCudaMatmul *m, int n_matmuls, const MillmCudaFragments *f,
+											MillmCudaQueue *queue);
 /* f = x [n, n_columns], which is a multiple of 64; norms, activations and attention write them beside their results where these say so */
 extern cudaError_t millm_cuda_to_fragments(const MillmCudaFragments *f, MillmRows x, int64_t n_columns, int n, MillmCudaQueue *queue);
 

@@ -26,6 +26,7 @@ struct Launch
 	void		(*kernel) ();
 	unsigned	blocks[3];
 	int			threads;
+	int64_t		shared;			/* bytes beside those that the kernel declares: LAUNCHED_SHARED() */
 };
 
 static constexpr size_t
@@ -48,7 +49,8 @@ start_packed(const void *packed, bool overlaps, cudaStream_t stream, std::index_
 	const Launch *l = (const Launch *) packed;
 	const size_t sizes[] = {sizeof(Parameters)...};
 
-	return start_kernel((void (*) (Parameters...)) l->kernel, dim3(l->blocks[0], l->blocks[1], l->blocks[2]), l->threads, overlaps, stream,
+	return start_kernel((void (*) (Parameters...)) l->kernel, dim3(l->blocks[0], l->blocks[1], l->blocks[2]), l->threads, (size_t) l->shared, overlaps,
+						stream,
 						*(const Parameters *) ((const char *) packed + place_of(I, sizes))...);
 }
 
@@ -69,14 +71,21 @@ pack(char *&to, const Parameter &parameter)
 
 template <class... Parameters, class... Arguments>
 static cudaError_t
-launch(void (*kernel) (Parameters...), dim3 blocks, int threads, MillmCudaQueue *queue, Arguments... arguments)
+launch_sharing(void (*kernel) (Parameters...), dim3 blocks, int threads, int64_t shared, MillmCudaQueue *queue, Arguments... arguments)
 {
 	alignas(8) char packed[(sizeof(Launch) + ... + room_for(sizeof(Parameters)))] = {};
 	char	   *to = packed + sizeof(Launch);
 
-	*(Launch *) packed = {(void (*) ()) kernel, {blocks.x, blocks.y, blocks.z}, threads};
+	*(Launch *) packed = {(void (*) ()) kernel, {blocks.x, blocks.y, blocks.z}, threads, shared};
 	(pack<Parameters>(to, arguments), ...);
 	return millm_cuda_queue(queue, start<Parameters...>, packed, sizeof(packed));
+}
+
+template <class... Parameters, class... Arguments>
+static cudaError_t
+launch(void (*kernel) (Parameters...), dim3 blocks, int threads, MillmCudaQueue *queue, Arguments... arguments)
+{
+	return launch_sharing(kernel, blocks, threads, 0, queue, arguments...);
 }
 
 #define WARP 32

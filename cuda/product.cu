@@ -3,7 +3,8 @@
  *
  * Such a product is bound by reading the weights once, if all else is little enough.  So a lane reads its part of the weights from memory into registers, in the
  * place where the tensor core wants it, a step ahead; 4-bit codes become pairs of bfloat16 by one look-up; and activations come as bfloat16 in the order of
- * the fragments (MillmCudaFragments), which is written once a product and not once a block.  A sum over columns has no order of its own, so
+ * the fragments (MillmCudaFragments), which is written once a product and not once a block.  A device has as many blocks as it runs at once, and each goes
+ * from band to band of outputs: the table of the look-ups is made once, and loads do not pause between two bands.  A sum over columns has no order of its own, so
  * that the columns of a fragment are those that a lane finds side by side: of 64 columns, 16 are each lane's of a quad, four of them a multiplication's.
  *
  * Fragments of mma.m16n8k16 (PTX ISA, "Matrix Fragments for mma.m16n8k16"), g = lane / 4, q = lane % 4: of w rows g and g + 8, columns 2q, 2q + 1, 2q + 8,
@@ -20,16 +21,16 @@
 struct Skinny
 {
 	MillmCudaMatmul m[MILLM_CUDA_MATMULS];
-	unsigned	first_block[MILLM_CUDA_MATMULS + 1];	/* of each; those that are not there begin past the last block */
+	unsigned	first_band[MILLM_CUDA_MATMULS + 1];	/* of each; those that are not there begin past the last band */
 	MillmCudaFragments x;
 	int64_t		split_pitch;	/* floats between the results of two splits */
 };
 
-/* Which of the products this block is of */
+/* Which of the products this band of outputs is of */
 static __device__ int
-which_of(const Skinny &p)
+which_of(const Skinny &p, unsigned band)
 {
-	return (blockIdx.x >= p.first_block[1]) + (blockIdx.x >= p.first_block[2]);
+	return (band >= p.first_band[1]) + (band >= p.first_band[2]);
 }
 
 /*
@@ -83,9 +84,10 @@ two_integers(uint32_t word, int first)
 
 /*
  * The pair of 4-bit weights in each of 256 bytes, times the codebook's unit, as bfloat16, 32 times: a lane finds its own in a bank that is no other lane's.  The first is in
- * the byte's upper half.
+ * the byte's upper half.  They are twice as far apart as they are long, so that the byte is the second of its pairs' place, and what lies between them is free.
  */
-#define PAIRS (256 * WARP)
+#define N_PAIRS 256
+#define PAIR_PITCH (2 * WARP)	/* of 32 bits: 256 bytes */
 
 [[maybe_unused]] static __device__ void
 share_pairs(uint32_t *pairs, const MillmCudaWeight &w)
@@ -100,14 +102,14 @@ share_pairs(uint32_t *pairs, const MillmCudaWeight &w)
 
 #pragma unroll
 		for (int j = 0; j < 2; j++)
-			pairs[((2 * warp + j) * 16 + k) * WARP + threadIdx.x % WARP] = first[j] | second;
+			pairs[((2 * warp + j) * 16 + k) * PAIR_PITCH + threadIdx.x % WARP] = first[j] | second;
 	}
 }
 
 [[maybe_unused]] static __device__ uint32_t
 look_up_pair(const uint32_t *pairs, uint32_t word, int byte)
 {
-	const uint32_t at = ((byte == 0 ? word << 7 : word >> (8 * byte - 7)) & 0x7f80) | threadIdx.x % WARP * 4;
+	const uint32_t at = byte_perm(threadIdx.x % WARP * 4, word, 0x1100 | (unsigned) (4 + byte) << 4);
 
 	return *(const uint32_t *) ((const char *) pairs + at);
 }
@@ -152,24 +154,31 @@ struct Stored
 	static const int STEP = (DTYPE == MILLM_4BIT ? 4 : 2) / HEIGHT;
 
 	uint32_t	words[STEP][HEIGHT][2][Part<DTYPE>::WORDS];
-	StoredScale scale[2];
+	StoredScale scale[2] = {};
 };
 
-/* The parts of a block, of the rows whose first ones these are. */
+/* A lane's rows of a band: its parts of a product's weights, and the blocks of columns in front of each row */
+template <int HEIGHT>
+struct Rows
+{
+	const char *parts;
+	uint32_t	first[HEIGHT][2];
+};
+
+/* The parts of a block of columns, if the row has that many. */
 template <int DTYPE, int HEIGHT>
 static __device__ void
-load_block(Stored<DTYPE, HEIGHT> &s, int b, const MillmCudaWeight &w, const uint32_t (*row)[2], int block)
+load_block(Stored<DTYPE, HEIGHT> &s, int b, const Rows<HEIGHT> &rows, int block, int last)
 {
-	const int	BYTES = Part<DTYPE>::BYTES;
-
 #pragma unroll
 	for (int h = 0; h < 2 * HEIGHT; h++)
-		load_part<DTYPE>(s.words[b][h / 2][h % 2], (const char *) w.data + (int64_t) (row[h / 2][h % 2] + block) * BYTES + threadIdx.x % 4 * (BYTES / 4));
+		if (block + b <= last)
+			load_part<DTYPE>(s.words[b][h / 2][h % 2], rows.parts + (int64_t) (rows.first[h / 2][h % 2] + block) * Part<DTYPE>::BYTES + b * Part<DTYPE>::BYTES);
 }
 
 template <int DTYPE, int HEIGHT>
 static __device__ void
-load_scales(Stored<DTYPE, HEIGHT> &s, const MillmCudaWeight &w, const uint32_t (*row)[2], int block, int last)
+load_scales(Stored<DTYPE, HEIGHT> &s, const MillmCudaWeight &w, const Rows<HEIGHT> &rows, int block, int last)
 {
 	const int	STEP = Stored<DTYPE, HEIGHT>::STEP;
 	const int	q = (int) threadIdx.x % 4;
@@ -177,174 +186,228 @@ load_scales(Stored<DTYPE, HEIGHT> &s, const MillmCudaWeight &w, const uint32_t (
 
 #pragma unroll
 	for (int half = 0; half < 2 && DTYPE == MILLM_4BIT; half++)
-		s.scale[half] = load_scale(w, (q < STEP ? row[0][half] : row[HEIGHT - 1][half]) + (of_lane < last ? of_lane : last));
+		if (of_lane <= last)
+			s.scale[half] = load_scale(w, (q < STEP ? rows.first[0][half] : rows.first[HEIGHT - 1][half]) + of_lane);
 }
 
 /*
- * Up to 8 TILES columns of x.  A warp has 16 HEIGHT outputs and every so many steps of their columns: of a block's warps OUT_WARPS have different outputs, the
- * others different columns of the same, and so have the splits of a grid.  Sums of 4-bit weights are multiplied by their scale block after block.  The order of a
- * sum's parts is a matter of n_in, OUT_WARPS, and the splits.
+ * What a block of matmul_skinny has, of which OUT_WARPS warps have different outputs, and the others different columns of the same.
  *
- *   blocks  [the sum of ceil(n_out / (16 HEIGHT OUT_WARPS)), splits], threads THREADS
+ *   OUTPUTS  of a band
+ *   REDUCED  sums of a band that are other warps' than those that add them up, for each lane
+ *   BUFFERS  for them: with two, warps begin the next band while these are read
+ *   PITCH    from one of them to the next, and from pair to pair
+ *   WORDS    of shared memory
+ */
+template <int DTYPE, int TILES, int HEIGHT, int OUT_WARPS>
+struct Block
+{
+	static const bool HAS_PAIRS = DTYPE == MILLM_4BIT;
+	static const int K_WARPS = WARPS / OUT_WARPS;
+	static const int OUTPUTS = M * HEIGHT * OUT_WARPS;
+	static const int SUMS = HEIGHT * TILES * 4;
+	static const int REDUCED = (K_WARPS - 1) * OUT_WARPS * SUMS;
+	static const int BUFFERS = 2 * REDUCED <= N_PAIRS ? 2 : 1;
+	static const int PITCH = HAS_PAIRS ? PAIR_PITCH : WARP;
+	static const int WORDS = PITCH * (HAS_PAIRS ? N_PAIRS : BUFFERS * REDUCED);
+
+	static_assert(BUFFERS * REDUCED <= N_PAIRS, "they lie between the pairs");
+};
+
+/*
+ * Up to 8 TILES columns of x.  A block has a band of outputs after the other, as far apart as there are blocks, and asks for the first weights of the next while it
+ * multiplies the last of this one.  A warp has 16 HEIGHT of the outputs and every so many steps of their columns; so have the splits of a grid.  Sums of 4-bit weights are
+ * multiplied by their scale block after block.  The order of a sum's parts is a matter of n_in, OUT_WARPS, and the splits.
+ *
+ *   blocks  [any number, splits], threads THREADS, and Block's WORDS of shared memory
  */
 template <int DTYPE, int TILES, int HEIGHT, int OUT_WARPS>
 static __global__ void __launch_bounds__(THREADS, TILES <= 2 ? 2 : 1)
 matmul_skinny(const __grid_constant__ Skinny p)
 {
 #ifdef HAS_TENSOR_CORES
-	const int	K_WARPS = WARPS / OUT_WARPS;
+	typedef Block<DTYPE, TILES, HEIGHT, OUT_WARPS> B;
 	const int	STEP = Stored<DTYPE, HEIGHT>::STEP;
-	const int	SUMS = HEIGHT * TILES * 4;
-	const int	OUTPUTS = M * HEIGHT * OUT_WARPS;
-	const int	REDUCED = (K_WARPS - 1) * OUT_WARPS * SUMS * WARP;	/* floats of the others, for the first of the warps that share outputs */
-	const bool	HAS_PAIRS = DTYPE == MILLM_4BIT;
-	SHARED(uint32_t, shared, HAS_PAIRS && PAIRS > REDUCED ? PAIRS : REDUCED);
+	const int	SUMS = B::SUMS;
+	const bool	HAS_PAIRS = B::HAS_PAIRS;
+	LAUNCHED_SHARED(uint32_t, shared, B::WORDS);
 	SHARED(float, nested_map, HAS_PAIRS ? 256 : 1);
-	const MillmCudaMatmul &m = p.m[which_of(p)];
-	const int64_t o_block = (int64_t) (blockIdx.x - p.first_block[which_of(p)]) * OUTPUTS;
+	const unsigned n_bands = p.first_band[MILLM_CUDA_MATMULS];
 	const int	lane = (int) threadIdx.x % WARP;
+	const int	g = lane / 4,
+				q = lane % 4;
 	const int	out_warp = (int) threadIdx.x / WARP % OUT_WARPS;
 	const int	k_warp = (int) threadIdx.x / WARP / OUT_WARPS;
-	const int	n_blocks = (int) (m.w.n_in / BLOCK_COLUMNS);
+	const int	n_blocks = (int) (p.m[0].w.n_in / BLOCK_COLUMNS);
 	const int	last = n_blocks - 1;
-	const int	stride = (int) gridDim.y * K_WARPS * STEP;
+	const int	first_block = ((int) blockIdx.y * B::K_WARPS + k_warp) * STEP;	/* of a band, for this warp */
+	const int	stride = (int) gridDim.y * B::K_WARPS * STEP;
 	const uint4 *x = (const uint4 *) p.x.data;
 	const bool	has_low = TILES <= 2 && p.x.has_low;	/* of more rows nobody has */
-	const int	n_columns = has_low ? 2 * m.n : m.n;
-	int			block = ((int) blockIdx.y * K_WARPS + k_warp) * STEP;
-	uint32_t	first[HEIGHT][2];	/* blocks of the lane's rows of w */
+	const int	n_columns = has_low ? 2 * p.m[0].n : p.m[0].n;
+	const unsigned of_warp = out_warp * HEIGHT * M + g;	/* this lane's first output of a band */
+	float	   *others = (float *) shared + B::PITCH - WARP + lane;	/* [BUFFERS, REDUCED], PITCH apart */
+	int			buffer = 0;
+	int			tabled = which_of(p, blockIdx.x);	/* whose pairs are shared */
+	int			asked = tabled;	/* whose weights are asked for */
+	Rows<HEIGHT> rows;			/* of these */
 	Stored<DTYPE, HEIGHT> stored;	/* each part of the next step takes the place of one that has become fragments */
-	float		sum[HEIGHT][TILES][4] = {};
-	float	   *others = (float *) shared;
 
+	auto		ask_for = [&] (unsigned band) {
+		const MillmCudaWeight &w = p.m[asked = which_of(p, band)].w;
+		const unsigned o_lane = (band - p.first_band[asked]) * B::OUTPUTS + of_warp;
+
+		rows.parts = (const char *) w.data + q * (Part<DTYPE>::BYTES / 4);
 #pragma unroll
-	for (int h = 0; h < 2 * HEIGHT; h++)
-	{
-		const int64_t o = o_block + (out_warp * HEIGHT + h / 2) * M + h % 2 * 8 + lane / 4;
+		for (int h = 0; h < 2 * HEIGHT; h++)
+		{
+			const unsigned o = o_lane + h * 8 < w.n_out ? o_lane + h * 8 : (unsigned) w.n_out - 1;
 
-		first[h / 2][h % 2] = (uint32_t) (m.w.first / BLOCK_COLUMNS + (o < m.w.n_out ? o : m.w.n_out - 1) * n_blocks);
-	}
+			rows.first[h / 2][h % 2] = (uint32_t) (w.first / BLOCK_COLUMNS) + o * (unsigned) n_blocks;
+		}
+	};
+	auto		share = [&] (const MillmCudaWeight &w) {
+		share_pairs(shared, w);
+		if (w.nested_shift >= 0)
+			nested_map[threadIdx.x] = w.nested_map[threadIdx.x];
+		__syncthreads();
+	};
 	auto		load_x = [&] (uint4 *to, int tile, int b) {
-		const uint4 *from = x + ((tile * n_blocks + b) * 2) * WARP + lane;
-		const bool	is_there = tile * N + lane / 4 < n_columns;
+		const uint4 *from = x + (tile * N + g < n_columns ? tile * n_blocks * (2 * WARP) + lane : q) + (int64_t) b * (2 * WARP);
 
-		to[0] = is_there ? from[0] : uint4();
-		to[1] = is_there ? from[WARP] : uint4();
+		to[0] = from[0];
+		to[1] = from[WARP];
 	};
 
-	load_scales<DTYPE, HEIGHT>(stored, m.w, first, block, last);
+	ask_for(blockIdx.x);
+	load_scales<DTYPE, HEIGHT>(stored, p.m[asked].w, rows, first_block, last);
 #pragma unroll
 	for (int b = 0; b < STEP; b++)
-		load_block<DTYPE, HEIGHT>(stored, b, m.w, first, block + b < last ? block + b : last);
+		load_block<DTYPE, HEIGHT>(stored, b, rows, first_block, last);
 	if (HAS_PAIRS)
-	{
-		share_pairs(shared, m.w);
-		if (m.w.nested_shift >= 0)
-			nested_map[threadIdx.x] = m.w.nested_map[threadIdx.x];
-		__syncthreads();
-	}
+		share(p.m[tabled].w);
 	after_previous();			/* only weights were read before */
-	for (; block < n_blocks; block += stride)
+	for (unsigned band = blockIdx.x; band < n_bands; band += gridDim.x)
 	{
-		float		scale[2];
+		const int	which = which_of(p, band);
+		const MillmCudaMatmul &m = p.m[which];
+		const int64_t o_band = (int64_t) (band - p.first_band[which]) * B::OUTPUTS;
+		float		sum[HEIGHT][TILES][4] = {};
 
-#pragma unroll
-		for (int half = 0; half < 2 && HAS_PAIRS; half++)
+		if (HAS_PAIRS && which != tabled)
+			share(p.m[tabled = which].w);	/* those of the product before have been read: its sums were waited for */
+		for (int block = first_block; block < n_blocks; block += stride)
 		{
-			const StoredScale s = stored.scale[half];
+			const bool	is_last = block + stride >= n_blocks;
+			const bool	is_end = is_last && band + gridDim.x >= n_bands;
+			const int	next = is_end ? n_blocks : is_last ? first_block : block + stride;
+			float		scale[2];
 
-			scale[half] = m.w.codebook_scale * (m.w.nested_shift < 0 ? s.absmax : add(mul(nested_map[s.code], s.absmax), m.w.nested_offset));
-		}
-		load_scales<DTYPE, HEIGHT>(stored, m.w, first, block + stride, last);
 #pragma unroll
-		for (int b = 0; b < STEP; b++)
-		{
-			const int	next = block + stride + b;
-			uint32_t	a[HEIGHT][4][4];
-			float		scale_now[HEIGHT][2];
-			uint4		u[TILES <= 2 ? TILES : 1][2];	/* fragments of x: if few, asked for before the weights are looked at */
-
-			if (block + b > last)
-				break;
-#pragma unroll
-			for (int tile = 0; tile < TILES && TILES <= 2; tile++)
-				load_x(u[tile], tile, block + b);
-#pragma unroll
-			for (int h = 0; h < 2 * HEIGHT; h++)
+			for (int half = 0; half < 2 && HAS_PAIRS; half++)
 			{
-				fill_fragments<DTYPE>(a[h / 2], h % 2, stored.words[b][h / 2][h % 2], shared);
-				scale_now[h / 2][h % 2] = HAS_PAIRS ? __shfl_sync(ALL_LANES, scale[h % 2], lane / 4 * 4 + h / 2 * STEP + b) : 1;
+				const StoredScale s = stored.scale[half];
+
+				scale[half] = m.w.codebook_scale * (m.w.nested_shift < 0 ? s.absmax : add(mul(nested_map[s.code], s.absmax), m.w.nested_offset));
 			}
-			load_block<DTYPE, HEIGHT>(stored, b, m.w, first, next < last ? next : last);
+			if (is_last && !is_end)
+				ask_for(band + gridDim.x);
+			load_scales<DTYPE, HEIGHT>(stored, p.m[asked].w, rows, next, last);
 #pragma unroll
-			for (int tile = 0; tile < TILES; tile++)
+			for (int b = 0; b < STEP; b++)
 			{
-				const uint4 (&ut)[2] = u[TILES <= 2 ? tile : 0];
+				uint32_t	a[HEIGHT][4][4];
+				float		scale_now[HEIGHT][2];
+				uint4		u[TILES <= 2 ? TILES : 1][2];	/* fragments of x: if few, asked for before the weights are looked at; of a column that is not there another's */
 
-				if (TILES > 2)
-					load_x(u[0], tile, block + b);
-				const uint32_t fragment[4][2] = {{ut[0].x, ut[0].y}, {ut[0].z, ut[0].w}, {ut[1].x, ut[1].y}, {ut[1].z, ut[1].w}};
-
+				if (block + b > last)
+					break;
 #pragma unroll
-				for (int h = 0; h < HEIGHT; h++)
+				for (int tile = 0; tile < TILES && TILES <= 2; tile++)
+					load_x(u[tile], tile, block + b);
+#pragma unroll
+				for (int h = 0; h < 2 * HEIGHT; h++)
 				{
-					float		part[4] = {};
+					fill_fragments<DTYPE>(a[h / 2], h % 2, stored.words[b][h / 2][h % 2], shared);
+					scale_now[h / 2][h % 2] = HAS_PAIRS ? __shfl_sync(ALL_LANES, scale[h % 2], g * 4 + h / 2 * STEP + b) : 1;
+				}
+				load_block<DTYPE, HEIGHT>(stored, b, rows, next, last);
+#pragma unroll
+				for (int tile = 0; tile < TILES; tile++)
+				{
+					const uint4 (&ut)[2] = u[TILES <= 2 ? tile : 0];
+
+					if (TILES > 2)
+						load_x(u[0], tile, block + b);
+					const uint32_t fragment[4][2] = {{ut[0].x, ut[0].y}, {ut[0].z, ut[0].w}, {ut[1].x, ut[1].y}, {ut[1].z, ut[1].w}};
 
 #pragma unroll
-					for (int s = 0; s < 4; s++)
-						mma_16x8x16(HAS_PAIRS ? part : sum[h][tile], a[h][s], fragment[s]);
+					for (int h = 0; h < HEIGHT; h++)
+					{
+						float		part[4] = {};
+
 #pragma unroll
-					for (int k = 0; k < 4 && HAS_PAIRS; k++)
-						sum[h][tile][k] = fmaf(part[k], scale_now[h][k / 2], sum[h][tile][k]);
+						for (int s = 0; s < 4; s++)
+							mma_16x8x16(HAS_PAIRS ? part : sum[h][tile], a[h][s], fragment[s]);
+#pragma unroll
+						for (int k = 0; k < 4 && HAS_PAIRS; k++)
+							sum[h][tile][k] = fmaf(part[k], scale_now[h][k / 2], sum[h][tile][k]);
+					}
 				}
 			}
+#pragma unroll
+			for (int b = 1; b < STEP; b++)
+				if (block + b > last)	/* the parts that this step has not */
+					load_block<DTYPE, HEIGHT>(stored, b, rows, next, last);
 		}
-	}
-	__syncthreads();			/* the pairs have been read */
-	if (k_warp > 0)
+		if (B::BUFFERS == 1)
+			__syncthreads();	/* those of the band before have been read; of two buffers, because everyone has come to the sums after them */
+		if (k_warp > 0)
 #pragma unroll
-		for (int k = 0; k < SUMS; k++)
-			others[(((k_warp - 1) * OUT_WARPS + out_warp) * SUMS + k) * WARP + lane] = sum[k / 4 / TILES][k / 4 % TILES][k % 4];
-	__syncthreads();
-	if (k_warp > 0)
-		return;
-	for (int warp = 0; warp < K_WARPS - 1; warp++)
+			for (int k = 0; k < SUMS; k++)
+				others[(buffer * B::REDUCED + ((k_warp - 1) * OUT_WARPS + out_warp) * SUMS + k) * B::PITCH] = sum[k / 4 / TILES][k / 4 % TILES][k % 4];
+		__syncthreads();
+		for (int warp = 0; warp < B::K_WARPS - 1 && k_warp == 0; warp++)
 #pragma unroll
-		for (int k = 0; k < SUMS; k++)
-			sum[k / 4 / TILES][k / 4 % TILES][k % 4] += others[((warp * OUT_WARPS + out_warp) * SUMS + k) * WARP + lane];
+			for (int k = 0; k < SUMS; k++)
+				sum[k / 4 / TILES][k / 4 % TILES][k % 4] += others[(buffer * B::REDUCED + (warp * OUT_WARPS + out_warp) * SUMS + k) * B::PITCH];
+		buffer = (buffer + 1) % B::BUFFERS;
+		if (k_warp > 0)
+			continue;
 #pragma unroll
-	for (int h = 0; h < 2 * HEIGHT; h++)
-	{
-		const int	row = (out_warp * HEIGHT + h / 2) * M + h % 2 * 8 + lane / 4;	/* of the block's outputs */
-		const int64_t o = o_block + row;
-		const bool	is_there = o < m.w.n_out;
-		const float unit = DTYPE == MILLM_INT8 && is_there ? mul(((const float *) m.w.scale)[o], INT8_UNIT) : 1;
-		const float bias = m.bias && is_there ? m.bias[o] : 0;
-		float	   *y = m.y.data + blockIdx.y * p.split_pitch + o;
-
-#pragma unroll
-		for (int k = 0; k < 2 * TILES; k++)
+		for (int h = 0; h < 2 * HEIGHT; h++)
 		{
-			const float (&s)[4] = sum[h / 2][k / 2];
-			const float v = unit * (has_low ? s[h % 2 * 2] + s[h % 2 * 2 + 1] : s[h % 2 * 2 + k % 2]) + bias;
-			const int	column = k / 2 * N + lane % 4 * 2 + k % 2;
-			const int	t = has_low ? column / 2 : column;
-			float	   *to = y + t * m.y.stride;
+			const int64_t o = o_band + of_warp + h * 8;
+			const bool	is_there = o < m.w.n_out;
+			const float unit = DTYPE == MILLM_INT8 && is_there ? mul(((const float *) m.w.scale)[o], INT8_UNIT) : 1;
+			const float bias = m.bias && is_there ? m.bias[o] : 0;
+			float	   *y = m.y.data + blockIdx.y * p.split_pitch + o;
 
-			if (t < m.n && is_there && !(has_low && k % 2 == 1))
-				*to = m.accumulate ? *to + v : v;
+#pragma unroll
+			for (int k = 0; k < 2 * TILES; k++)
+			{
+				const float (&s)[4] = sum[h / 2][k / 2];
+				const float v = unit * (has_low ? s[h % 2 * 2] + s[h % 2 * 2 + 1] : s[h % 2 * 2 + k % 2]) + bias;
+				const int	column = k / 2 * N + q * 2 + k % 2;
+				const int	t = has_low ? column / 2 : column;
+				float	   *to = y + t * m.y.stride;
+
+				if (t < m.n && is_there && !(has_low && k % 2 == 1))
+					*to = m.accumulate ? *to + v : v;
+			}
 		}
 	}
 #endif
 }
 
-/* The splits of each output, in their order: those of sums are [n_splits, n, blocks x threads].  blocks [those of matmul_skinny, n], threads a block's outputs */
+/* The splits of each output, in their order: those of sums are [n_splits, n, bands x threads].  blocks [bands, n], threads a band's outputs */
 static __global__ void
 add_splits(const __grid_constant__ Skinny p, const float *sums, int n_splits)
 {
 	after_previous();
-	const MillmCudaMatmul &m = p.m[which_of(p)];
-	const int64_t o = (int64_t) (blockIdx.x - p.first_block[which_of(p)]) * blockDim.x + threadIdx.x;
+	const int	which = which_of(p, blockIdx.x);
+	const MillmCudaMatmul &m = p.m[which];
+	const int64_t o = (int64_t) (blockIdx.x - p.first_band[which]) * blockDim.x + threadIdx.x;
 	const int64_t pitch = (int64_t) gridDim.x * blockDim.x;
 	const float *sum = sums + blockIdx.y * pitch + (int64_t) blockIdx.x * blockDim.x + threadIdx.x;
 	float	   *y = m.y.data + blockIdx.y * m.y.stride + o;
@@ -359,64 +422,116 @@ add_splits(const __grid_constant__ Skinny p, const float *sums, int n_splits)
 	*y = m.accumulate ? *y + v : v;
 }
 
-/* Blocks of two shapes: for few columns, where all warps share 16 outputs, and for more, where activations are read for 128 at a time */
-#define NARROW_OUTPUTS M
+/* Blocks of two heights: for few columns, where all warps share 16 outputs, and for more, where activations are read for 128 at a time */
 #define WIDE_OUT_WARPS 4
-#define WIDE_OUTPUTS (2 * M * WIDE_OUT_WARPS)
+
+struct Shape
+{
+	void		(*kernel) (Skinny);
+	int			outputs;		/* of a band */
+	int			blocks_at_once;	/* of columns, that a block's warps have */
+	int			shared;			/* bytes */
+};
+
+template <int DTYPE, int TILES, int HEIGHT, int OUT_WARPS>
+static constexpr Shape
+shape()
+{
+	typedef Block<DTYPE, TILES, HEIGHT, OUT_WARPS> B;
+
+	return {matmul_skinny<DTYPE, TILES, HEIGHT, OUT_WARPS>, B::OUTPUTS, B::K_WARPS * Stored<DTYPE, HEIGHT>::STEP, B::WORDS * 4};
+}
 
 template <int DTYPE>
-static cudaError_t
-launch_skinny(const MillmCudaMatmul *m, int n_matmuls, const MillmCudaFragments *f, float *partials, MillmCudaQueue *queue)
+static Shape
+shape_of(int i)
+{
+	const Shape shapes[MILLM_CUDA_SKINNY_SHAPES] = {shape<DTYPE, 1, 1, 1>(), shape<DTYPE, 2, 1, 1>(), shape<DTYPE, 4, 2, WIDE_OUT_WARPS>(),
+		shape<DTYPE, 8, 2, WIDE_OUT_WARPS>()};
+
+	return shapes[i];
+}
+
+/* The place of a weight's format in MillmCudaSkinny */
+static int
+format_of(MillmDtype dtype)
+{
+	return dtype == MILLM_BF16 ? 0 : dtype == MILLM_INT8 ? 1 : 2;
+}
+
+static Shape
+shape_of(int format, int i)
+{
+	return format == 0 ? shape_of<MILLM_BF16>(i) : format == 1 ? shape_of<MILLM_INT8>(i) : shape_of<MILLM_4BIT>(i);
+}
+
+cudaError_t
+millm_cuda_skinny_prepare(MillmCudaSkinny *skinny)
+{
+	int			device,
+				n_multiprocessors = 0;
+	cudaError_t status = cudaGetDevice(&device);
+
+	if (status == cudaSuccess)
+		status = cudaDeviceGetAttribute(&n_multiprocessors, cudaDevAttrMultiProcessorCount, device);
+	for (int i = 0; i < MILLM_CUDA_SKINNY_FORMATS * MILLM_CUDA_SKINNY_SHAPES && status == cudaSuccess; i++)
+	{
+		const Shape shape = shape_of(i / MILLM_CUDA_SKINNY_SHAPES, i % MILLM_CUDA_SKINNY_SHAPES);
+		int			n = 0;
+
+		status = cudaFuncSetAttribute((const void *) shape.kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shape.shared);
+		if (status == cudaSuccess)
+			status = cudaOccupancyMaxActiveBlocksPerMultiprocessor(&n, (const void *) shape.kernel, THREADS, (size_t) shape.shared);
+		skinny->n_resident[i / MILLM_CUDA_SKINNY_SHAPES][i % MILLM_CUDA_SKINNY_SHAPES] = n * n_multiprocessors;
+	}
+	return status;
+}
+
+cudaError_t
+millm_cuda_matmul_skinny(const MillmCudaSkinny *skinny, const MillmCudaMatmul *m, int n_matmuls, const MillmCudaFragments *f, MillmCudaQueue *queue)
 {
 	const int	n_tiles = ((f->has_low ? 2 * m->n : m->n) + N - 1) / N;
-	const bool	is_wide = n_tiles > 2;
-	const int	outputs = is_wide ? WIDE_OUTPUTS : NARROW_OUTPUTS;
-	const int64_t n_steps = m->w.n_in / BLOCK_COLUMNS / (WARPS / WIDE_OUT_WARPS * Stored<DTYPE, 2>::STEP);	/* of a warp without splits, rounded down */
+	const int	format = format_of(m->w.dtype);
+	const int	i = n_tiles == 1 ? 0 : n_tiles == 2 ? 1 : n_tiles <= 4 ? 2 : 3;
+	const Shape shape = shape_of(format, i);
+	const int64_t n_steps = m->w.n_in / BLOCK_COLUMNS / shape.blocks_at_once;	/* of a warp without splits, rounded down */
+	unsigned	n_resident = (unsigned) skinny->n_resident[format][i];
 	unsigned	n_splits = 1;
-	unsigned	n_blocks = 0;
+	unsigned	n_bands = 0;
 	Skinny		p = {},
 				of_splits;
 	cudaError_t status;
 
-	for (int i = 0; i < MILLM_CUDA_MATMULS; i++)
+	for (int j = 0; j < MILLM_CUDA_MATMULS; j++)
 	{
-		p.first_block[i] = n_blocks;
-		if (i < n_matmuls)
+		p.first_band[j] = n_bands;
+		if (j < n_matmuls)
 		{
-			p.m[i] = m[i];
-			n_blocks += (unsigned) ((m[i].w.n_out + outputs - 1) / outputs);
+			p.m[j] = m[j];
+			n_bands += (unsigned) ((m[j].w.n_out + shape.outputs - 1) / shape.outputs);
 		}
 	}
-	p.first_block[MILLM_CUDA_MATMULS] = n_blocks;
+	p.first_band[MILLM_CUDA_MATMULS] = n_bands;
 	p.x = *f;
-	if (is_wide && n_blocks < MILLM_CUDA_SKINNY_BLOCKS)
-		n_splits = MILLM_CUDA_SKINNY_BLOCKS / n_blocks;
+	if (n_tiles > 2 && n_bands < MILLM_CUDA_SKINNY_BLOCKS)
+		n_splits = MILLM_CUDA_SKINNY_BLOCKS / n_bands;
 	if (n_splits > n_steps)
 		n_splits = n_steps > 1 ? (unsigned) n_steps : 1;
 	of_splits = p;
-	for (int i = 0; i < n_matmuls && n_splits > 1; i++)
+	for (int j = 0; j < n_matmuls && n_splits > 1; j++)
 	{
-		MillmCudaMatmul *of_split = &of_splits.m[i];
+		MillmCudaMatmul *of_split = &of_splits.m[j];
 
-		of_split->y = {partials + (int64_t) p.first_block[i] * outputs, (int64_t) n_blocks * outputs};
+		of_split->y = {skinny->partials + (int64_t) p.first_band[j] * shape.outputs, (int64_t) n_bands * shape.outputs};
 		of_split->bias = NULL;
 		of_split->accumulate = false;
 		of_splits.split_pitch = m->n * of_split->y.stride;
 	}
-	status = launch(n_tiles == 1 ? matmul_skinny<DTYPE, 1, 1, 1> : n_tiles == 2 ? matmul_skinny<DTYPE, 2, 1, 1> :
-					n_tiles <= 4 ? matmul_skinny<DTYPE, 4, 2, WIDE_OUT_WARPS> : matmul_skinny<DTYPE, 8, 2, WIDE_OUT_WARPS>,
-					dim3(n_blocks, n_splits), THREADS, queue, of_splits);
+	n_resident = n_resident > n_splits ? n_resident / n_splits : 1;
+	status = launch_sharing(shape.kernel, dim3(n_bands < n_resident ? n_bands : n_resident, n_splits), THREADS, shape.shared, queue, of_splits);
 	if (status != cudaSuccess || n_splits == 1)
 		return status;
-	return launch(add_splits, dim3(n_blocks, (unsigned) m->n), outputs, queue, p, (const float *) partials, (int) n_splits);
-}
-
-cudaError_t
-millm_cuda_matmul_skinny(const MillmCudaMatmul *m, int n_matmuls, const MillmCudaFragments *f, float *partials, MillmCudaQueue *queue)
-{
-	return m->w.dtype == MILLM_4BIT ? launch_skinny<MILLM_4BIT>(m, n_matmuls, f, partials, queue) :
-		m->w.dtype == MILLM_INT8 ? launch_skinny<MILLM_INT8>(m, n_matmuls, f, partials, queue) :
-		m->w.dtype == MILLM_BF16 ? launch_skinny<MILLM_BF16>(m, n_matmuls, f, partials, queue) : cudaErrorInvalidValue;
+	return launch(add_splits, dim3(n_bands, (unsigned) m->n), shape.outputs, queue, p, (const float *) skinny->partials, (int) n_splits);
 }
 
 bool

@@ -18,6 +18,8 @@
 #define WARP 32
 #define STACK_BYTES (128 << 10)
 #define SHARED_BYTES (48 << 10)	/* what a block has without asking */
+#define MOST_SHARED_BYTES (99 << 10)	/* and with it, of the devices that have least */
+#define MULTIPROCESSORS 3
 
 MillmEmulated millm_emulated = {(size_t) 8 << 30, 0, 0, 0, 0, 0, (size_t) 1 << 30, -1, -1, 9, 0, 0};
 
@@ -50,6 +52,8 @@ static void (*thread_function) (void *arg);
 static void *thread_arg;
 static bool overlaps_now;		/* the kernel that runs */
 alignas(64) static char shared_memory[SHARED_BYTES];
+alignas(64) static char launched_memory[MOST_SHARED_BYTES];
+static size_t launched_bytes;	/* of it, that the launch has */
 
 [[noreturn]] void
 emulated_complain(const char *what)
@@ -183,6 +187,7 @@ run_block(int n_threads)
 	int			n_waiting;
 
 	memset(shared_memory, 0xff, sizeof(shared_memory));	/* NaN */
+	memset(launched_memory, 0xff, launched_bytes);
 	for (int i = 0; i < n_threads; i++)
 		begin_fiber(&fibers[i]);
 	do
@@ -199,6 +204,14 @@ run_block(int n_threads)
 		if (n_waiting != 0 && n_waiting != n_threads)
 			emulated_complain("__syncthreads() after a thread of the block has returned");
 	} while (n_waiting > 0);
+}
+
+void *
+emulated_launched_shared(size_t bytes)
+{
+	if (bytes > launched_bytes)
+		emulated_complain("a kernel that wants more shared memory than its launch brings");
+	return launched_memory;
 }
 
 void *
@@ -335,9 +348,11 @@ is_pinned(const void *p)
 /* What is captured: launches, nothing else. */
 struct Captured
 {
+	const void *kernel;
 	void		(*thread) (void *arg);
 	dim3		blocks;
 	int			n_threads;
+	size_t		shared;
 	bool		overlaps;
 	Captured   *next;
 	alignas(16) char arg[1024];
@@ -360,8 +375,29 @@ not_captured(const char *call)
 	}
 }
 
+/* What a launch of a kernel can bring of shared memory */
+static size_t &
+limit_of(const void *kernel)
+{
+	static struct
+	{
+		const void *kernel;
+		size_t		bytes;
+	}			limits[256];
+
+	for (auto &limit : limits)
+		if (limit.kernel == kernel || !limit.kernel)
+		{
+			if (!limit.kernel)
+				limit = {kernel, SHARED_BYTES};
+			return limit.bytes;
+		}
+	emulated_complain("more kernels than are remembered");
+}
+
 cudaError_t
-emulated_run(void (*thread) (void *arg), void *arg, size_t arg_bytes, dim3 blocks, int n_threads, bool overlaps)
+emulated_run(const void *kernel, void (*thread) (void *arg), void *arg, size_t arg_bytes, dim3 blocks, int n_threads, size_t shared,
+			 bool overlaps)
 {
 	if (capturing)
 	{
@@ -369,9 +405,11 @@ emulated_run(void (*thread) (void *arg), void *arg, size_t arg_bytes, dim3 block
 
 		if (!launch || arg_bytes > sizeof(launch->arg))
 			emulated_complain("a launch that is too large to be captured");
+		launch->kernel = kernel;
 		launch->thread = thread;
 		launch->blocks = blocks;
 		launch->n_threads = n_threads;
+		launch->shared = shared;
 		launch->overlaps = overlaps;
 		memcpy(launch->arg, arg, arg_bytes);
 		*(capturing->last ? &capturing->last->next : &capturing->first) = launch;
@@ -385,6 +423,9 @@ emulated_run(void (*thread) (void *arg), void *arg, size_t arg_bytes, dim3 block
 		return say(cudaErrorInvalidValue);
 	if (n_threads % WARP != 0)
 		emulated_complain("a block that is not of whole warps");
+	if (shared > limit_of(kernel))
+		return say(cudaErrorInvalidValue);
+	launched_bytes = shared;
 	thread_function = thread;
 	thread_arg = arg;
 	overlaps_now = overlaps;
@@ -403,6 +444,36 @@ emulated_run(void (*thread) (void *arg), void *arg, size_t arg_bytes, dim3 block
 cudaError_t
 cudaSetDevice(int)
 {
+	return answer();
+}
+
+cudaError_t
+cudaGetDevice(int *device)
+{
+	*device = 0;
+	return answer();
+}
+
+cudaError_t
+cudaDeviceGetAttribute(int *value, cudaDeviceAttr, int)
+{
+	*value = MULTIPROCESSORS;
+	return answer();
+}
+
+cudaError_t
+cudaFuncSetAttribute(const void *kernel, cudaFuncAttribute, int value)
+{
+	if (value < 0 || value > MOST_SHARED_BYTES)
+		return say(cudaErrorInvalidValue);
+	limit_of(kernel) = (size_t) value;
+	return answer();
+}
+
+cudaError_t
+cudaOccupancyMaxActiveBlocksPerMultiprocessor(int *n, const void *, int, size_t)
+{
+	*n = 1;
 	return answer();
 }
 
@@ -728,7 +799,8 @@ cudaGraphLaunch(cudaGraphExec_t exec, cudaStream_t)
 	millm_emulated.n_graph_launches++;
 	for (Captured *launch = ((cudaGraph_t) exec)->first; launch; launch = launch->next)
 	{
-		const cudaError_t status = emulated_run(launch->thread, launch->arg, sizeof(launch->arg), launch->blocks, launch->n_threads, launch->overlaps);
+		const cudaError_t status = emulated_run(launch->kernel, launch->thread, launch->arg, sizeof(launch->arg), launch->blocks, launch->n_threads,
+												launch->shared, launch->overlaps);
 
 		if (status != cudaSuccess)
 			return status;

@@ -20,6 +20,7 @@
 #define __grid_constant__
 #define __launch_bounds__(...)
 #define SHARED(type, name, n) type *const name = (type *) emulated_shared(sizeof(type) * (n))
+#define LAUNCHED_SHARED(type, name, n) type *const name = (type *) emulated_launched_shared(sizeof(type) * (n))
 
 struct alignas(8) uint2 { uint32_t x, y; };
 struct alignas(16) uint4 { uint32_t x, y, z, w; };
@@ -41,6 +42,7 @@ extern dim3 emulated_block_size, emulated_grid_size;
 
 [[noreturn]] extern void emulated_complain(const char *what);
 extern void *emulated_shared(size_t bytes);
+extern void *emulated_launched_shared(size_t bytes);
 extern void __syncthreads();
 static inline void atomicMin(int *p, int v) { *p = v < *p ? v : *p; }
 static inline int atomicAdd(int *p, int v) { const int was = *p; *p += v; return was; }
@@ -53,15 +55,15 @@ extern bool emulated_warp();
 /* No kernel begins before the one in front of it has ended; but one that could may not return from a thread that has not called this. */
 extern void after_previous();
 /* Run it, or record it for a graph: with the values that the parameters have now. */
-extern cudaError_t emulated_run(void (*thread) (void *arg), void *arg, size_t arg_bytes, dim3 blocks, int n_threads, bool overlaps);
+extern cudaError_t emulated_run(const void *kernel, void (*thread) (void *arg), void *arg, size_t arg_bytes, dim3 blocks, int n_threads, size_t shared, bool overlaps);
 
 template <class... Parameters, class... Arguments>
 static cudaError_t
-start_kernel(void (*kernel) (Parameters...), dim3 blocks, int threads, bool overlaps, cudaStream_t, Arguments... arguments)
+start_kernel(void (*kernel) (Parameters...), dim3 blocks, int threads, size_t shared, bool overlaps, cudaStream_t, Arguments... arguments)
 {
 	auto		thread = [=] { kernel(arguments...); };
 
-	return emulated_run([] (void *arg) { (*(decltype(thread) *) arg)(); }, &thread, sizeof(thread), blocks, threads, overlaps);
+	return emulated_run((const void *) kernel, [] (void *arg) { (*(decltype(thread) *) arg)(); }, &thread, sizeof(thread), blocks, threads, shared, overlaps);
 }
 
 #define HAS_TENSOR_CORES

@@ -25,9 +25,15 @@ typedef enum cudaMemcpyKind {cudaMemcpyHostToDevice, cudaMemcpyDeviceToHost, cud
 enum {cudaHostRegisterDefault = 0};
 enum {cudaStreamNonBlocking = 1, cudaEventDisableTiming = 2};
 typedef struct cudaFuncAttributes {int ptxVersion;} cudaFuncAttributes;
+typedef enum cudaFuncAttribute {cudaFuncAttributeMaxDynamicSharedMemorySize = 8} cudaFuncAttribute;
+typedef enum cudaDeviceAttr {cudaDevAttrMultiProcessorCount = 16} cudaDeviceAttr;
 
 extern cudaError_t cudaSetDevice(int device);
+extern cudaError_t cudaGetDevice(int *device);
+extern cudaError_t cudaDeviceGetAttribute(int *value, cudaDeviceAttr attribute, int device);
 extern cudaError_t cudaFuncGetAttributes(cudaFuncAttributes *attributes, const void *kernel);
+extern cudaError_t cudaFuncSetAttribute(const void *kernel, cudaFuncAttribute attribute, int value);
+extern cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessor(int *n, const void *kernel, int n_threads, size_t shared);	/* 1 */
 extern cudaError_t cudaMemGetInfo(size_t *free_bytes, size_t *total_bytes);
 extern cudaError_t cudaStreamCreateWithFlags(cudaStream_t *stream, unsigned flags);
 extern cudaError_t cudaStreamDestroy(cudaStream_t stream);
