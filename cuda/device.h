@@ -71,6 +71,32 @@ static __device__ uint16_t to_bf16(float f) { return __bfloat16_as_ushort(__floa
 /* Bytes of a (0 to 3) and b (4 to 7), as the digits of selector say, the lowest first. */
 static inline __device__ uint32_t byte_perm(uint32_t a, uint32_t b, unsigned selector) { return __byte_perm(a, b, selector); }
 
+/*
+ * 8 or 16 bytes of what no kernel writes and this one reads once from its beginning to its end: the L2 asks the memory for 256 bytes at a time, so that more is on its
+ * way than registers wait for.
+ */
+static inline __device__ uint2
+read_once_8(const void *p)
+{
+	uint2		u = {};
+
+#ifdef HAS_TENSOR_CORES
+	asm("ld.global.nc.L1::evict_first.L2::256B.v2.u32 {%0, %1}, [%2];" : "=r" (u.x), "=r" (u.y) : "l" (p));
+#endif
+	return u;
+}
+
+static inline __device__ uint4
+read_once_16(const void *p)
+{
+	uint4		u = {};
+
+#ifdef HAS_TENSOR_CORES
+	asm("ld.global.nc.L1::evict_first.L2::256B.v4.u32 {%0, %1, %2, %3}, [%4];" : "=r" (u.x), "=r" (u.y), "=r" (u.z), "=r" (u.w) : "l" (p));
+#endif
+	return u;
+}
+
 /* a - b, each of two bfloat16 */
 static inline __device__ uint32_t
 subtract_pairs(uint32_t a, uint32_t b)

@@ -13,8 +13,6 @@
 #include "parts.cuh"
 
 #define BLOCK_COLUMNS 64		/* that have one scale, and are multiplied together */
-#define WARPS 8
-#define THREADS (WARPS * WARP)
 #define M 16					/* rows of w in a fragment */
 #define N 8						/* columns of x */
 
@@ -52,7 +50,7 @@ load_part(uint32_t *words, const char *from)
 {
 	if (DTYPE == MILLM_4BIT)
 	{
-		const uint2 u = *(const uint2 *) from;
+		const uint2 u = read_once_8(from);
 
 		words[0] = u.x;
 		words[1] = u.y;
@@ -61,7 +59,7 @@ load_part(uint32_t *words, const char *from)
 #pragma unroll
 		for (int k = 0; k < Part<DTYPE>::WORDS; k += 4)
 		{
-			const uint4 u = *(const uint4 *) (from + 4 * k);
+			const uint4 u = read_once_16(from + 4 * k);
 
 			words[k] = u.x;
 			words[k + 1] = u.y;
@@ -89,11 +87,17 @@ two_integers(uint32_t word, int first)
 #define N_PAIRS 256
 #define PAIR_PITCH (2 * WARP)	/* of 32 bits: 256 bytes */
 
+template <int WARPS>
 [[maybe_unused]] static __device__ void
 share_pairs(uint32_t *pairs, const MillmCudaWeight &w)
 {
-	const int	warp = (int) threadIdx.x / WARP;	/* its bytes have one of two upper halves */
-	const uint32_t first[2] = {to_bf16(w.codebook_unit * w.codebook[2 * warp]), to_bf16(w.codebook_unit * w.codebook[2 * warp + 1])};
+	const int	warp = (int) threadIdx.x / WARP;	/* its bytes have one of so many upper halves */
+	const int	N_FIRST = 16 / WARPS;
+	uint32_t	first[N_FIRST];
+
+#pragma unroll
+	for (int j = 0; j < N_FIRST; j++)
+		first[j] = to_bf16(w.codebook_unit * w.codebook[N_FIRST * warp + j]);
 
 #pragma unroll
 	for (int k = 0; k < 16; k++)
@@ -101,8 +105,8 @@ share_pairs(uint32_t *pairs, const MillmCudaWeight &w)
 		const uint32_t second = (uint32_t) to_bf16(w.codebook_unit * w.codebook[k]) << 16;
 
 #pragma unroll
-		for (int j = 0; j < 2; j++)
-			pairs[((2 * warp + j) * 16 + k) * PAIR_PITCH + threadIdx.x % WARP] = first[j] | second;
+		for (int j = 0; j < N_FIRST; j++)
+			pairs[((N_FIRST * warp + j) * 16 + k) * PAIR_PITCH + threadIdx.x % WARP] = first[j] | second;
 	}
 }
 
@@ -165,15 +169,15 @@ struct Rows
 	uint32_t	first[HEIGHT][2];
 };
 
-/* The parts of a block of columns, if the row has that many. */
+/* The parts of block b of a step, if the row has it: it begins at this block of columns, where these parts are. */
 template <int DTYPE, int HEIGHT>
 static __device__ void
-load_block(Stored<DTYPE, HEIGHT> &s, int b, const Rows<HEIGHT> &rows, int block, int last)
+load_block(Stored<DTYPE, HEIGHT> &s, int b, const char *const (*parts)[2], int block, int last)
 {
 #pragma unroll
 	for (int h = 0; h < 2 * HEIGHT; h++)
 		if (block + b <= last)
-			load_part<DTYPE>(s.words[b][h / 2][h % 2], rows.parts + (int64_t) (rows.first[h / 2][h % 2] + block) * Part<DTYPE>::BYTES + b * Part<DTYPE>::BYTES);
+			load_part<DTYPE>(s.words[b][h / 2][h % 2], parts[h / 2][h % 2] + b * Part<DTYPE>::BYTES);
 }
 
 template <int DTYPE, int HEIGHT>
@@ -191,7 +195,7 @@ load_scales(Stored<DTYPE, HEIGHT> &s, const MillmCudaWeight &w, const Rows<HEIGH
 }
 
 /*
- * What a block of matmul_skinny has, of which OUT_WARPS warps have different outputs, and the others different columns of the same.
+ * What a block of matmul_skinny has: OUT_WARPS warps that have different outputs, each K_WARPS times, for different columns.
  *
  *   OUTPUTS  of a band
  *   REDUCED  sums of a band that are other warps' than those that add them up, for each lane
@@ -199,11 +203,11 @@ load_scales(Stored<DTYPE, HEIGHT> &s, const MillmCudaWeight &w, const Rows<HEIGH
  *   PITCH    from one of them to the next, and from pair to pair
  *   WORDS    of shared memory
  */
-template <int DTYPE, int TILES, int HEIGHT, int OUT_WARPS>
+template <int DTYPE, int TILES, int HEIGHT, int OUT_WARPS, int K_WARPS>
 struct Block
 {
 	static const bool HAS_PAIRS = DTYPE == MILLM_4BIT;
-	static const int K_WARPS = WARPS / OUT_WARPS;
+	static const int THREADS = OUT_WARPS * K_WARPS * WARP;
 	static const int OUTPUTS = M * HEIGHT * OUT_WARPS;
 	static const int SUMS = HEIGHT * TILES * 4;
 	static const int REDUCED = (K_WARPS - 1) * OUT_WARPS * SUMS;
@@ -217,18 +221,19 @@ struct Block
 /*
  * Up to 8 TILES columns of x.  A block has a band of outputs after the other, as far apart as there are blocks, and asks for the first weights of the next while it
  * multiplies the last of this one.  A warp has 16 HEIGHT of the outputs and every so many steps of their columns; so have the splits of a grid.  Sums of 4-bit weights are
- * multiplied by their scale block after block.  The order of a sum's parts is a matter of n_in, OUT_WARPS, and the splits.
+ * multiplied by their scale block after block.  The order of a sum's parts is a matter of n_in, K_WARPS, and the splits.
  *
- *   blocks  [any number, splits], threads THREADS, and Block's WORDS of shared memory
+ *   blocks  [any number, splits], and Block's THREADS and WORDS of shared memory
  */
-template <int DTYPE, int TILES, int HEIGHT, int OUT_WARPS>
-static __global__ void __launch_bounds__(THREADS, TILES <= 2 ? 2 : 1)
+template <int DTYPE, int TILES, int HEIGHT, int OUT_WARPS, int K_WARPS>
+static __global__ void __launch_bounds__(OUT_WARPS * K_WARPS * WARP, TILES == 1 ? 2 : 1)
 matmul_skinny(const __grid_constant__ Skinny p)
 {
 #ifdef HAS_TENSOR_CORES
-	typedef Block<DTYPE, TILES, HEIGHT, OUT_WARPS> B;
+	typedef Block<DTYPE, TILES, HEIGHT, OUT_WARPS, K_WARPS> B;
 	const int	STEP = Stored<DTYPE, HEIGHT>::STEP;
 	const int	SUMS = B::SUMS;
+	const int	WARPS = OUT_WARPS * K_WARPS;
 	const bool	HAS_PAIRS = B::HAS_PAIRS;
 	LAUNCHED_SHARED(uint32_t, shared, B::WORDS);
 	SHARED(float, nested_map, HAS_PAIRS ? 256 : 1);
@@ -240,8 +245,8 @@ matmul_skinny(const __grid_constant__ Skinny p)
 	const int	k_warp = (int) threadIdx.x / WARP / OUT_WARPS;
 	const int	n_blocks = (int) (p.m[0].w.n_in / BLOCK_COLUMNS);
 	const int	last = n_blocks - 1;
-	const int	first_block = ((int) blockIdx.y * B::K_WARPS + k_warp) * STEP;	/* of a band, for this warp */
-	const int	stride = (int) gridDim.y * B::K_WARPS * STEP;
+	const int	first_block = ((int) blockIdx.y * K_WARPS + k_warp) * STEP;	/* of a band, for this warp */
+	const int	stride = (int) gridDim.y * K_WARPS * STEP;
 	const uint4 *x = (const uint4 *) p.x.data;
 	const bool	has_low = TILES <= 2 && p.x.has_low;	/* of more rows nobody has */
 	const int	n_columns = has_low ? 2 * p.m[0].n : p.m[0].n;
@@ -251,6 +256,7 @@ matmul_skinny(const __grid_constant__ Skinny p)
 	int			tabled = which_of(p, blockIdx.x);	/* whose pairs are shared */
 	int			asked = tabled;	/* whose weights are asked for */
 	Rows<HEIGHT> rows;			/* of these */
+	const char *parts[HEIGHT][2];	/* and of the next step's first block of columns */
 	Stored<DTYPE, HEIGHT> stored;	/* each part of the next step takes the place of one that has become fragments */
 
 	auto		ask_for = [&] (unsigned band) {
@@ -266,9 +272,14 @@ matmul_skinny(const __grid_constant__ Skinny p)
 			rows.first[h / 2][h % 2] = (uint32_t) (w.first / BLOCK_COLUMNS) + o * (unsigned) n_blocks;
 		}
 	};
+	auto		find = [&] (const char *(*parts)[2], int block) {
+#pragma unroll
+		for (int h = 0; h < 2 * HEIGHT; h++)
+			parts[h / 2][h % 2] = rows.parts + (int64_t) (rows.first[h / 2][h % 2] + block) * Part<DTYPE>::BYTES;
+	};
 	auto		share = [&] (const MillmCudaWeight &w) {
-		share_pairs(shared, w);
-		if (w.nested_shift >= 0)
+		share_pairs<WARPS>(shared, w);
+		if (w.nested_shift >= 0 && threadIdx.x < 256)
 			nested_map[threadIdx.x] = w.nested_map[threadIdx.x];
 		__syncthreads();
 	};
@@ -280,10 +291,11 @@ matmul_skinny(const __grid_constant__ Skinny p)
 	};
 
 	ask_for(blockIdx.x);
+	find(parts, first_block);
 	load_scales<DTYPE, HEIGHT>(stored, p.m[asked].w, rows, first_block, last);
 #pragma unroll
 	for (int b = 0; b < STEP; b++)
-		load_block<DTYPE, HEIGHT>(stored, b, rows, first_block, last);
+		load_block<DTYPE, HEIGHT>(stored, b, parts, first_block, last);
 	if (HAS_PAIRS)
 		share(p.m[tabled].w);
 	after_previous();			/* only weights were read before */
@@ -312,6 +324,7 @@ matmul_skinny(const __grid_constant__ Skinny p)
 			}
 			if (is_last && !is_end)
 				ask_for(band + gridDim.x);
+			find(parts, next);
 			load_scales<DTYPE, HEIGHT>(stored, p.m[asked].w, rows, next, last);
 #pragma unroll
 			for (int b = 0; b < STEP; b++)
@@ -331,7 +344,7 @@ matmul_skinny(const __grid_constant__ Skinny p)
 					fill_fragments<DTYPE>(a[h / 2], h % 2, stored.words[b][h / 2][h % 2], shared);
 					scale_now[h / 2][h % 2] = HAS_PAIRS ? __shfl_sync(ALL_LANES, scale[h % 2], g * 4 + h / 2 * STEP + b) : 1;
 				}
-				load_block<DTYPE, HEIGHT>(stored, b, rows, next, last);
+				load_block<DTYPE, HEIGHT>(stored, b, parts, next, last);
 #pragma unroll
 				for (int tile = 0; tile < TILES; tile++)
 				{
@@ -358,7 +371,7 @@ matmul_skinny(const __grid_constant__ Skinny p)
 #pragma unroll
 			for (int b = 1; b < STEP; b++)
 				if (block + b > last)	/* the parts that this step has not */
-					load_block<DTYPE, HEIGHT>(stored, b, rows, next, last);
+					load_block<DTYPE, HEIGHT>(stored, b, parts, next, last);
 		}
 		if (B::BUFFERS == 1)
 			__syncthreads();	/* those of the band before have been read; of two buffers, because everyone has come to the sums after them */
@@ -367,7 +380,7 @@ matmul_skinny(const __grid_constant__ Skinny p)
 			for (int k = 0; k < SUMS; k++)
 				others[(buffer * B::REDUCED + ((k_warp - 1) * OUT_WARPS + out_warp) * SUMS + k) * B::PITCH] = sum[k / 4 / TILES][k / 4 % TILES][k % 4];
 		__syncthreads();
-		for (int warp = 0; warp < B::K_WARPS - 1 && k_warp == 0; warp++)
+		for (int warp = 0; warp < K_WARPS - 1 && k_warp == 0; warp++)
 #pragma unroll
 			for (int k = 0; k < SUMS; k++)
 				sum[k / 4 / TILES][k / 4 % TILES][k % 4] += others[(buffer * B::REDUCED + (warp * OUT_WARPS + out_warp) * SUMS + k) * B::PITCH];
@@ -422,32 +435,34 @@ add_splits(const __grid_constant__ Skinny p, const float *sums, int n_splits)
 	*y = m.accumulate ? *y + v : v;
 }
 
-/* Blocks of two heights: for few columns, where all warps share 16 outputs, and for more, where activations are read for 128 at a time */
-#define WIDE_OUT_WARPS 4
-
+/*
+ * Blocks for 8, 16, 32 and 64 columns: the more there are, the more outputs share the reading of them.  The first two sum in one order, so that up to
+ * MILLM_CUDA_SKINNY_ROWS rows a row's bits do not depend on its company.
+ */
 struct Shape
 {
 	void		(*kernel) (Skinny);
 	int			outputs;		/* of a band */
+	int			threads;
 	int			blocks_at_once;	/* of columns, that a block's warps have */
 	int			shared;			/* bytes */
 };
 
-template <int DTYPE, int TILES, int HEIGHT, int OUT_WARPS>
+template <int DTYPE, int TILES, int HEIGHT, int OUT_WARPS, int K_WARPS>
 static constexpr Shape
 shape()
 {
-	typedef Block<DTYPE, TILES, HEIGHT, OUT_WARPS> B;
+	typedef Block<DTYPE, TILES, HEIGHT, OUT_WARPS, K_WARPS> B;
 
-	return {matmul_skinny<DTYPE, TILES, HEIGHT, OUT_WARPS>, B::OUTPUTS, B::K_WARPS * Stored<DTYPE, HEIGHT>::STEP, B::WORDS * 4};
+	return {matmul_skinny<DTYPE, TILES, HEIGHT, OUT_WARPS, K_WARPS>, B::OUTPUTS, B::THREADS, K_WARPS * Stored<DTYPE, HEIGHT>::STEP, B::WORDS * 4};
 }
 
 template <int DTYPE>
 static Shape
 shape_of(int i)
 {
-	const Shape shapes[MILLM_CUDA_SKINNY_SHAPES] = {shape<DTYPE, 1, 1, 1>(), shape<DTYPE, 2, 1, 1>(), shape<DTYPE, 4, 2, WIDE_OUT_WARPS>(),
-		shape<DTYPE, 8, 2, WIDE_OUT_WARPS>()};
+	const Shape shapes[MILLM_CUDA_SKINNY_SHAPES] = {shape<DTYPE, 1, 1, 1, 8>(), shape<DTYPE, 2, 1, 2, 8>(), shape<DTYPE, 4, 2, 4, 2>(),
+		shape<DTYPE, 8, 2, 4, 2>()};
 
 	return shapes[i];
 }
@@ -481,7 +496,7 @@ millm_cuda_skinny_prepare(MillmCudaSkinny *skinny)
 
 		status = cudaFuncSetAttribute((const void *) shape.kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shape.shared);
 		if (status == cudaSuccess)
-			status = cudaOccupancyMaxActiveBlocksPerMultiprocessor(&n, (const void *) shape.kernel, THREADS, (size_t) shape.shared);
+			status = cudaOccupancyMaxActiveBlocksPerMultiprocessor(&n, (const void *) shape.kernel, shape.threads, (size_t) shape.shared);
 		skinny->n_resident[i / MILLM_CUDA_SKINNY_SHAPES][i % MILLM_CUDA_SKINNY_SHAPES] = n * n_multiprocessors;
 	}
 	return status;
@@ -528,7 +543,7 @@ millm_cuda_matmul_skinny(const MillmCudaSkinny *skinny, const MillmCudaMatmul *m
 		of_splits.split_pitch = m->n * of_split->y.stride;
 	}
 	n_resident = n_resident > n_splits ? n_resident / n_splits : 1;
-	status = launch_sharing(shape.kernel, dim3(n_bands < n_resident ? n_bands : n_resident, n_splits), THREADS, shape.shared, queue, of_splits);
+	status = launch_sharing(shape.kernel, dim3(n_bands < n_resident ? n_bands : n_resident, n_splits), shape.threads, shape.shared, queue, of_splits);
 	if (status != cudaSuccess || n_splits == 1)
 		return status;
 	return launch(add_splits, dim3(n_bands, (unsigned) m->n), shape.outputs, queue, p, (const float *) skinny->partials, (int) n_splits);

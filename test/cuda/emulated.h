@@ -190,6 +190,9 @@ byte_perm(uint32_t a, uint32_t b, unsigned selector)
 	return r;
 }
 
+static inline uint2 read_once_8(const void *p) { return *(const uint2 *) p; }
+static inline uint4 read_once_16(const void *p) { return *(const uint4 *) p; }
+
 static inline uint32_t
 subtract_pairs(uint32_t a, uint32_t b)
 {
