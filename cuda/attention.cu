@@ -57,65 +57,74 @@ v_offset(const MillmCudaAttention &a)
 	return (int64_t) a.n_kv_heads * MILLM_CUDA_PAGE * a.head_dim;
 }
 
-/* Dim d of a head, rotated by the angles of token t; other is its partner's value. */
-static __device__ float
-rotated(const MillmCudaAttention &a, int t, const float *head, int d)
+/* Of which of a head's pairs dim d is, d < 2 n_pairs; and the dim that it is paired with */
+static __device__ int
+pair_of(const MillmCudaAttention &a, int d)
 {
-	int			j;
-	bool		is_first;
-
-	if (d >= 2 * a.n_pairs)
-		return head[d];
-	j = a.interleaved ? d / 2 : d % a.n_pairs;
-	is_first = a.interleaved ? d % 2 == 0 : d < a.n_pairs;
-	{
-		const float c = a.cosine[(int64_t) t * a.n_pairs + j];
-		const float s = a.sine[(int64_t) t * a.n_pairs + j];
-		const float other = head[a.interleaved ? d ^ 1 : is_first ? d + a.n_pairs : d - a.n_pairs];
-
-		return is_first ? head[d] * c - other * s : head[d] * c + other * s;
-	}
+	return a.interleaved ? d / 2 : d % a.n_pairs;
 }
 
-/* A block for each token.  T: of the pages; blocks [n], threads BLOCK */
+static __device__ int
+partner_of(const MillmCudaAttention &a, int d)
+{
+	return a.interleaved ? d ^ 1 : d < a.n_pairs ? d + a.n_pairs : d - a.n_pairs;
+}
+
+/*
+ * A thread for each pair of a row of q, then for each element of k and v, so that a row is done in the time of one: where its result goes and the angle are there before
+ * the kernel in front has ended.
+ *
+ *   T       of the pages
+ *   blocks  [ceil((n_heads n_pairs + n_kv_heads head_dim) / BLOCK), n], threads BLOCK
+ */
 template <class T>
 static __global__ void
-rope_and_store(MillmCudaAttention a, MillmRows q, MillmRows k, MillmRows v)
+rope_and_store(const __grid_constant__ MillmCudaAttention a, MillmRows q, MillmRows k, MillmRows v)
 {
-	after_previous();
-	const int	t = (int) blockIdx.x;
-	const int64_t position = a.positions[t];
-	float	   *q_row = q.data + t * q.stride;
-	const float *k_row = k.data + t * k.stride;
-	const float *v_row = v.data + t * v.stride;
+	const int	t = (int) blockIdx.y;
+	const int	i = (int) element_index();
+	const int	of_key = i - a.n_heads * a.n_pairs;	/* the element; negative: a pair of q */
+	const bool	is_key = of_key >= 0 && of_key < a.n_kv_heads * a.head_dim;
+	const int	d = is_key ? of_key % a.head_dim : 0;
+	const bool	is_rotated = of_key < 0 || (is_key && d < 2 * a.n_pairs);
+	const int	j = of_key < 0 ? i % a.n_pairs : is_rotated ? pair_of(a, d) : 0;
+	const float cosine = is_rotated ? a.cosine[(int64_t) t * a.n_pairs + j] : 1;
+	const float sine = is_rotated ? a.sine[(int64_t) t * a.n_pairs + j] : 0;
+	T		   *key = is_key ? key_of<T>(a, t, a.positions[t], of_key / a.head_dim) + d : NULL;
 
-	for (int i = (int) threadIdx.x; i < a.n_heads * a.n_pairs; i += BLOCK)	/* a pair is one thread's */
+	after_previous();			/* positions, tables and angles are older than all kernels of the step */
+	if (of_key < 0)
 	{
-		const int	j = i % a.n_pairs;
+		float	   *head = q.data + t * q.stride + (int64_t) (i / a.n_pairs) * a.head_dim;
 		const int	first = a.interleaved ? 2 * j : j;
-		const int	second = a.interleaved ? 2 * j + 1 : j + a.n_pairs;
-		float	   *head = q_row + (int64_t) (i / a.n_pairs) * a.head_dim;
-		const float x = rotated(a, t, head, first);
-		const float y = rotated(a, t, head, second);
+		const int	second = partner_of(a, first);
+		const float x = head[first];
+		const float y = head[second];
 
-		head[first] = x;
-		head[second] = y;
+		head[first] = x * cosine - y * sine;
+		head[second] = y * cosine + x * sine;
 	}
-	for (int i = (int) threadIdx.x; i < a.n_kv_heads * a.head_dim; i += BLOCK)
+	else if (is_key)
 	{
-		const int	h = i / a.head_dim;
-		const int	d = i % a.head_dim;
-		T		   *key = key_of<T>(a, t, position, h);
+		const float *row = k.data + t * k.stride + (of_key - d);
+		float		f = row[d];
 
-		to_kv(key + d, rotated(a, t, k_row + (int64_t) h * a.head_dim, d));
-		to_kv(key + v_offset(a) + d, v_row[i]);
+		if (is_rotated)
+		{
+			const float other = row[partner_of(a, d)];
+
+			f = partner_of(a, d) > d ? f * cosine - other * sine : f * cosine + other * sine;
+		}
+		to_kv(key, f);
+		to_kv(key + v_offset(a), v.data[t * v.stride + of_key]);
 	}
 }
 
 cudaError_t
 millm_cuda_rope_and_store(const MillmCudaAttention *a, MillmRows q, MillmRows k, MillmRows v, int n, MillmCudaQueue *queue)
 {
-	return launch(a->kv_dtype == MILLM_F32 ? rope_and_store<float> : rope_and_store<uint16_t>, dim3((unsigned) n), BLOCK, queue, *a, q, k, v);
+	return launch_elements(a->kv_dtype == MILLM_F32 ? rope_and_store<float> : rope_and_store<uint16_t>,
+						   (int64_t) a->n_heads * a->n_pairs + (int64_t) a->n_kv_heads * a->head_dim, n, queue, *a, q, k, v);
 }
 
 /* What the product of query head h and the key of position p counts, before the softmax. */
@@ -338,7 +347,6 @@ template <class T, int LANES, int H>
 static __global__ void __launch_bounds__(SPLIT_WARPS * WARP, 1)
 attend_split(const __grid_constant__ MillmCudaAttention a, float *partials, int n_splits, MillmRows q)
 {
-	after_previous();
 	const int	DIMS = 8 * LANES;
 	const int	KEYS = WARP / LANES;	/* of a load */
 	const int	STEP = SPLIT_LOADS * KEYS;	/* of a warp; divides a page */
@@ -358,14 +366,14 @@ attend_split(const __grid_constant__ MillmCudaAttention a, float *partials, int 
 	const Split s = split_of(a, a.positions[t], split);
 	const int32_t *table = a.tables + a.table_of[t * a.n_groups];
 	int64_t		p0 = s.from / STEP * STEP + warp * STEP;
-	int32_t		page;
+	int32_t		page = s.from < s.end ? table[(p0 < s.end ? p0 : s.from) / MILLM_CUDA_PAGE] : 0;
 	float		max[H],
 				sum[H],
 				value[H][8];
 
+	after_previous();			/* positions and tables are older than all kernels of the step */
 	if (s.from >= s.end)
 		return;					/* another row has more splits */
-	page = table[(p0 < s.end ? p0 : s.from) / MILLM_CUDA_PAGE];
 	for (int i = (int) threadIdx.x; i < H * DIMS; i += SPLIT_WARPS * WARP)
 	{
 		const int	h = h0 + i / DIMS < group ? h0 + i / DIMS : group - 1;
@@ -537,8 +545,8 @@ attend_split(const __grid_constant__ MillmCudaAttention a, float *partials, int 
 static __global__ void
 combine(const __grid_constant__ MillmCudaAttention a, MillmRows y, MillmCudaFragments f, float *partials, int n_splits)
 {
-	after_previous();
 	SHARED(float, maxima, MILLM_CUDA_SPLITS);
+	SHARED(float, sums, MILLM_CUDA_SPLITS);
 	SHARED(float, shares, MILLM_CUDA_SPLITS);
 	const int	h = (int) blockIdx.x;
 	const int	t = (int) blockIdx.y;
@@ -550,8 +558,12 @@ combine(const __grid_constant__ MillmCudaAttention a, MillmRows y, MillmCudaFrag
 	float		largest = a.sinks ? a.sinks[h] : -INFINITY;
 	float		sum = 0;
 
+	after_previous();			/* positions are older than all kernels of the step, and sinks are weights */
 	if (i < n)
+	{
 		maxima[i] = part[i * pitch];
+		sums[i] = part[i * pitch + 1];
+	}
 	__syncthreads();
 	for (int k = 0; k < n; k++)
 		largest = !(maxima[k] <= largest) ? maxima[k] : largest;
@@ -559,7 +571,7 @@ combine(const __grid_constant__ MillmCudaAttention a, MillmRows y, MillmCudaFrag
 		shares[i] = share_of(maxima[i], largest);
 	__syncthreads();
 	for (int k = 0; k < n; k++)
-		sum = fmaf(part[k * pitch + 1], shares[k], sum);
+		sum = fmaf(sums[k], shares[k], sum);
 	if (a.sinks)
 		sum += share_of(a.sinks[h], largest);
 	for (int d = i; d < a.head_dim; d += COMBINE_THREADS)

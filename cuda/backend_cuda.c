@@ -676,7 +676,7 @@ norm(MillmBackend *be, MillmBuffer *y, MillmBuffer *x, MillmNorm kind, const Mil
 		.n_columns = n_columns,
 	};
 
-	CHECK(millm_cuda_norm(&l, n, c->queue));
+	CHECK(c->is_plain ? millm_cuda_norm_any(&l, n, c->queue) : millm_cuda_norm(&l, n, c->queue));
 	wrote(c, y, &l.fragments, n);
 }
 

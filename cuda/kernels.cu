@@ -347,9 +347,102 @@ norm(MillmCudaNorm l)
 }
 
 cudaError_t
-millm_cuda_norm(const MillmCudaNorm *l, int n, MillmCudaQueue *queue)
+millm_cuda_norm_any(const MillmCudaNorm *l, int n, MillmCudaQueue *queue)
 {
 	return launch(norm, dim3((unsigned) l->n_parts, (unsigned) n), l->n_columns > 4 * WARP ? BLOCK : WARP, queue, *l);
+}
+
+/*
+ * The same of a multiple of four columns, for where one row is all there is and its loads are waited for one after the other: here what a thread has of the row is loaded at
+ * once, and of the weights before the kernel in front has ended.
+ *
+ *   threads  at least n_columns / NORM_VALUES, a multiple of WARP
+ */
+#define NORM_VALUES 16			/* of a thread */
+#define NORM_THREADS 512		/* at most */
+static __global__ void __launch_bounds__(NORM_THREADS)
+norm_at_once(const __grid_constant__ MillmCudaNorm l)
+{
+	const int	FOURS = NORM_VALUES / 4;
+	SHARED(float, partial, NORM_THREADS / WARP);
+	const int64_t part = blockIdx.x;
+	const float *x = l.x.data + blockIdx.y * l.x.stride + part * l.n_columns;
+	float	   *y = l.y.data + blockIdx.y * l.y.stride + part * l.n_columns;
+	const int	n_columns = (int) l.n_columns;
+	float4		four[FOURS],
+				weight[FOURS],
+				bias[FOURS];
+	float		v[NORM_VALUES];
+	float		mean = 0,
+				sum = 0,
+				r;
+
+#pragma unroll
+	for (int k = 0; k < FOURS; k++)
+	{
+		const int	i = (k * (int) blockDim.x + (int) threadIdx.x) * 4;
+
+		weight[k] = {1, 1, 1, 1};
+		bias[k] = {0, 0, 0, 0};
+		if (l.weight && i < n_columns)
+			weight[k] = *(const float4 *) (l.weight + part * l.weight_stride + i);
+		if (l.bias && i < n_columns)
+			bias[k] = *(const float4 *) (l.bias + part * l.bias_stride + i);
+	}
+	after_previous();			/* only what no kernel writes was read before */
+#pragma unroll
+	for (int k = 0; k < FOURS; k++)
+	{
+		const int	i = (k * (int) blockDim.x + (int) threadIdx.x) * 4;
+
+		four[k] = {0, 0, 0, 0};
+		if (i < n_columns)
+			four[k] = *(const float4 *) (x + i);
+		v[4 * k] = four[k].x;
+		v[4 * k + 1] = four[k].y;
+		v[4 * k + 2] = four[k].z;
+		v[4 * k + 3] = four[k].w;
+	}
+	if (l.kind == MILLM_NORM_LAYER)
+	{
+#pragma unroll
+		for (int k = 0; k < NORM_VALUES; k++)
+			sum += v[k];
+		mean = block_sum(sum, partial) / (float) n_columns;
+		sum = 0;
+	}
+#pragma unroll
+	for (int k = 0; k < NORM_VALUES; k++)
+		if ((k / 4 * (int) blockDim.x + (int) threadIdx.x) * 4 < n_columns)
+			sum += (v[k] - mean) * (v[k] - mean);
+	r = 1 / sqrtf(block_sum(sum, partial) / (float) n_columns + l.eps);
+#pragma unroll
+	for (int k = 0; k < FOURS; k++)	/* y may be x: each thread has read what it writes */
+	{
+		const int	i = (k * (int) blockDim.x + (int) threadIdx.x) * 4;
+		const float of_weight[4] = {weight[k].x, weight[k].y, weight[k].z, weight[k].w};
+		const float of_bias[4] = {bias[k].x, bias[k].y, bias[k].z, bias[k].w};
+		float	   *of_k = v + 4 * k;
+
+#pragma unroll
+		for (int j = 0; j < 4; j++)
+			of_k[j] = (of_k[j] - mean) * r * of_weight[j] + of_bias[j];
+		if (i >= n_columns)
+			continue;
+		*(float4 *) (y + i) = {of_k[0], of_k[1], of_k[2], of_k[3]};
+		if (l.fragments.data)
+			keep_four(l.fragments, (int) blockIdx.y, i, of_k);
+	}
+}
+
+cudaError_t
+millm_cuda_norm(const MillmCudaNorm *l, int n, MillmCudaQueue *queue)
+{
+	const int64_t n_threads = ((l->n_columns + NORM_VALUES - 1) / NORM_VALUES + WARP - 1) / WARP * WARP;
+
+	if (n_threads > NORM_THREADS || l->n_columns % 4 != 0 || (uintptr_t) l->weight % 16 != 0 || (uintptr_t) l->bias % 16 != 0)
+		return millm_cuda_norm_any(l, n, queue);
+	return launch(norm_at_once, dim3((unsigned) l->n_parts, (unsigned) n), (int) n_threads, queue, *l);
 }
 
 static __global__ void
@@ -599,31 +692,30 @@ pick(MillmCudaPicks *picks, const float *maxima, MillmRows y, const MillmCudaTop
 	const float *row = y.data + blockIdx.x * y.stride;
 	const MillmCudaTop top = tops[blockIdx.x];
 	MillmCudaPicks *to = &picks[blockIdx.x];
-	uint32_t	kth = 0,
-				largest = 0;
-	float		threshold;
+	float		largest = -INFINITY,
+				threshold;
+	uint32_t	kth = 0;
 
 	for (int g = (int) threadIdx.x; g < n_groups; g += BLOCK)
-		keys[g] = ordered(maxima[(int64_t) blockIdx.x * n_groups + g]);
+	{
+		const float max = maxima[(int64_t) blockIdx.x * n_groups + g];
+
+		keys[g] = ordered(max);
+		largest = fmaxf(largest, max);
+	}
 	if (threadIdx.x == 0)
 		*n_picked = 0;
-	__syncthreads();
-	for (int bit = 31; bit >= 0 && top.k > 0; bit--)
+	largest = block_max(largest, partial);	/* and everyone's keys are there */
+	for (int bit = 31; bit >= 0 && top.k > 1; bit--)
 	{
-		float		n_kth = 0,	/* that reach it: far below 2^24, exact */
-					n_largest = 0;
+		float		n_kth = 0;	/* that reach it: far below 2^24, exact */
 
 		for (int g = (int) threadIdx.x; g < n_groups; g += BLOCK)
-		{
 			n_kth += keys[g] >= (kth | 1u << bit);
-			n_largest += keys[g] >= (largest | 1u << bit);
-		}
 		if (block_sum(n_kth, partial) >= (float) top.k)
 			kth |= 1u << bit;
-		if (block_sum(n_largest, partial) >= 1)
-			largest |= 1u << bit;
 	}
-	threshold = fmaxf(unordered(kth), unordered(largest) - top.margin);
+	threshold = top.k > 1 ? fmaxf(unordered(kth), largest - top.margin) : largest;
 	for (int g = (int) threadIdx.x / WARP; g < n_groups && top.k > 0; g += BLOCK / WARP)
 		if (!(unordered(keys[g]) < threshold))
 		{

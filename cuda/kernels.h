@@ -158,6 +158,7 @@ typedef struct MillmCudaNorm
 	float		eps;
 } MillmCudaNorm;
 extern cudaError_t millm_cuda_norm(const MillmCudaNorm *l, int n, MillmCudaQueue *queue);
+extern cudaError_t millm_cuda_norm_any(const MillmCudaNorm *l, int n, MillmCudaQueue *queue);	/* the obvious one */
 
 /*
  * Attention of one layer.  Page p has at kv + p * page_bytes K [n_kv_heads, 16, head_dim], then V, the same, of kv_dtype.

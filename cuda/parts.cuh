@@ -117,6 +117,23 @@ block_sum(float v, float *partial)
 	return sum;
 }
 
+/* The largest v of a block, in every thread, as fmaxf() has it; partial has a place for each warp. */
+static inline __device__ float
+block_max(float v, float *partial)
+{
+	const int	n_warps = (int) blockDim.x / WARP;
+
+	for (int step = WARP / 2; step > 0; step /= 2)
+		v = fmaxf(v, __shfl_xor_sync(ALL_LANES, v, step));
+	__syncthreads();			/* partial may still be read */
+	if (threadIdx.x % WARP == 0)
+		partial[threadIdx.x / WARP] = v;
+	__syncthreads();
+	for (int w = 0; w < n_warps; w++)
+		v = fmaxf(v, partial[w]);
+	return v;
+}
+
 /* ---- weights ---- */
 
 static inline __device__ float
@@ -297,17 +314,44 @@ launch_elements(void (*kernel) (Parameters...), int64_t n_columns, int n, MillmC
 	return launch(kernel, dim3((unsigned) ((n_columns + BLOCK - 1) / BLOCK), (unsigned) n), BLOCK, queue, arguments...);
 }
 
+/* Where value i of row t is in fragments: the next seven of a multiple of eight lie behind it. */
+static inline __device__ uint16_t *
+place_in(const MillmCudaFragments &f, int t, int64_t i)
+{
+	const int	column = f.has_low ? 2 * t : t;
+
+	return f.data + (column / 8 * f.n_blocks + i / 64) * 512 + i % 16 / 8 * 256 + column % 8 * 32 + i % 64 / 16 * 8 + i % 8;
+}
+
 /* Value i of row t is v, in fragments, too. */
 static inline __device__ void
 keep(const MillmCudaFragments &f, int t, int64_t i, float v)
 {
 	const uint16_t high = to_bf16(v);
-	const int	column = f.has_low ? 2 * t : t;
-	uint16_t   *to = f.data + (column / 8 * f.n_blocks + i / 64) * 512 + i % 16 / 8 * 256 + column % 8 * 32 + i % 64 / 16 * 8 + i % 8;
+	uint16_t   *to = place_in(f, t, i);
 
 	*to = high;
 	if (f.has_low)
 		to[32] = to_bf16(v - bf16_bits(high));	/* the next column, which is even here, or this would be another tile's */
+}
+
+/* The same of four values from i on, which is a multiple of four. */
+static inline __device__ void
+keep_four(const MillmCudaFragments &f, int t, int64_t i, const float *v)
+{
+	uint16_t   *to = place_in(f, t, i);
+	uint32_t	high[4],
+				low[4];
+
+#pragma unroll
+	for (int k = 0; k < 4; k++)
+	{
+		high[k] = to_bf16(v[k]);
+		low[k] = to_bf16(v[k] - bf16_bits(high[k]));
+	}
+	*(uint2 *) to = {high[0] | high[1] << 16, high[2] | high[3] << 16};
+	if (f.has_low)
+		*(uint2 *) (to + 32) = {low[0] | low[1] << 16, low[2] | low[3] << 16};
 }
 
 /* ---- a product with few rows ---- */

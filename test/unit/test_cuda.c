@@ -1088,6 +1088,62 @@ test_rows(void **state)
 	run_rows(0);
 }
 
+/* Rows of so many parts, each of so many columns, which a block has at once or, if there are too many or not fours of them, one after the other; in place */
+static void
+run_norm(int n_parts, int n_columns, bool has_weight_of_part)
+{
+	const int	n = 3;
+	const int	width = n_parts * n_columns;
+	Rig			r;
+	float	   *x = floats((int64_t) N_ROWS * width, 0),
+			   *weight = floats(width, 1),
+			   *bias = floats(width, 0);
+
+	rig_init(&r, 1, 1, 8);
+	r.layer.q = table(x, width);
+	r.layer.attn_norm = (MillmVector) {weight, has_weight_of_part ? width : n_columns};
+	r.layer.attn_norm_bias = (MillmVector) {bias, has_weight_of_part ? width : n_columns};
+	rig_open(&r, NULL);
+	for (int kind = 0; kind < 2; kind++)
+	{
+		const float *y[2];
+
+		for (int i = 0; i < 2; i++)
+		{
+			MillmBuffer *b = buffer(&r, i, width);
+
+			fill(&r, i, b, &r.layer.q, n);
+			r.be[i]->norm(r.be[i], b, b, kind == 0 ? MILLM_NORM_RMS : MILLM_NORM_LAYER, &r.layer.attn_norm, &r.layer.attn_norm_bias, 1e-5f, n_parts, n_columns, n);
+			y[i] = r.be[i]->buffer_read(r.be[i], b);
+		}
+		assert_near(y[1], y[0], (int64_t) n * width, 2e-6, kind == 0 ? "RMS norm" : "layer norm");
+	}
+	rig_close(&r);
+	free(x);
+	free(weight);
+	free(bias);
+}
+
+static void
+test_norms(void **state)
+{
+	(void) state;
+	for (int backwards = 0; backwards < 2; backwards++)
+	{
+		millm_emulated.backwards = backwards;
+		run_norm(1, 4, true);
+		run_norm(1, 576, true);
+		run_norm(1, 2304, true);
+		run_norm(1, 8192, true);	/* the most at once */
+		run_norm(1, 8196, true);
+		run_norm(1, 1030, true);	/* not fours */
+		run_norm(5, 128, false);
+		run_norm(3, 132, true);
+		run_norm(3, 6, true);	/* whose second part begins within four */
+	}
+	millm_emulated.backwards = 0;
+}
+
 /* The same with the turns of a block's threads reversed: who reads what another is to write first, or writes where another does, is found. */
 static void
 test_backwards(void **state)
@@ -2058,7 +2114,7 @@ main(int argc, char **argv)
 	const struct CMUnitTest tests[] = {
 		cmocka_unit_test(test_matmul), cmocka_unit_test(test_matmul_old_device), cmocka_unit_test(test_matmul_others), cmocka_unit_test(test_projections), cmocka_unit_test(test_fragments), cmocka_unit_test(test_codebook_unit), cmocka_unit_test(test_blas_tiles),
 		cmocka_unit_test(test_company), cmocka_unit_test(test_attention), cmocka_unit_test(test_splits),
-		cmocka_unit_test(test_rows), cmocka_unit_test(test_fetch), cmocka_unit_test(test_graphs), cmocka_unit_test(test_graphs_differ), cmocka_unit_test(test_overlap),
+		cmocka_unit_test(test_rows), cmocka_unit_test(test_norms), cmocka_unit_test(test_fetch), cmocka_unit_test(test_graphs), cmocka_unit_test(test_graphs_differ), cmocka_unit_test(test_overlap),
 		cmocka_unit_test(test_routes), cmocka_unit_test(test_mixture), cmocka_unit_test(test_mixture_graphs), cmocka_unit_test(test_mixture_refused), cmocka_unit_test(test_mixture_memory),
 		cmocka_unit_test(test_backwards), cmocka_unit_test(test_out_of_memory), cmocka_unit_test(test_fault), cmocka_unit_test(test_prediction),
 		cmocka_unit_test(test_cleared), cmocka_unit_test(test_upload),
