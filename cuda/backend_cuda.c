@@ -90,6 +90,9 @@ typedef struct CudaBackend
 			   *sine[2];
 	/* an operation's */
 	int		   *bad_place;		/* [1]; the step's */
+	const MillmBuffer *unchecked;	/* [n_unchecked rows]: a norm of it, if that is what comes next, does the check on its way; NULL: none */
+	int			n_unchecked;
+	int			place_unchecked;
 	int		   *arrived_place;	/* [1], page-locked: the same, here */
 	bool		is_idle;		/* no copy to or from what is page-locked is under way */
 	float	   *partials;		/* [n_partials]: of attention, a split of a row's keys each */
@@ -314,11 +317,23 @@ buffer_create(MillmBackend *be, int64_t n_rows, int64_t n_columns, MillmBuffer *
 	return MILLM_OK;
 }
 
+/* The queue, for the next launch: a check that has waited for a norm comes first. */
+static MillmCudaQueue *
+queue_of(CudaBackend *c)
+{
+	const MillmBuffer *x = c->unchecked;
+
+	c->unchecked = NULL;
+	if (x)
+		CHECK(millm_cuda_find_not_finite(c->bad_place, x->rows, c->place_unchecked, x->n_columns, c->n_unchecked, c->queue));
+	return c->queue;
+}
+
 /* The stream, for what is no launch: those that were kept come first. */
 static cudaStream_t
 stream_of(CudaBackend *c)
 {
-	CHECK(millm_cuda_queue_flush(c->queue));
+	CHECK(millm_cuda_queue_flush(queue_of(c)));
 	return c->stream;
 }
 
@@ -384,7 +399,7 @@ fetch(MillmBackend *be, MillmBuffer *y, const MillmTop *tops, int n)
 		if (tops[t].k == 0)
 			n_whole = t + 1;
 	lock_rows(y, n_whole);
-	CHECK(millm_cuda_fetch_queue(c->fetch, y->host, y->rows, tops, n, c->queue, c->stream));
+	CHECK(millm_cuda_fetch_queue(c->fetch, y->host, y->rows, tops, n, queue_of(c), c->stream));
 	c->fetched = y;
 	c->is_idle = false;
 }
@@ -547,6 +562,7 @@ begin(MillmBackend *be, const int32_t *positions, const int32_t *planned_lengths
 	c->is_idle = false;
 	c->fetched = NULL;
 	c->kept = NULL;
+	c->unchecked = NULL;
 #ifdef MILLM_FAULTS
 	if (millm_fault_is_due("illegal_address"))
 		CHECK(millm_cuda_violate(c->stream));
@@ -653,7 +669,7 @@ embed(MillmBackend *be, MillmBuffer *y, const MillmWeight *table, const int32_t 
 {
 	CudaBackend *c = cuda(be);
 
-	CHECK(millm_cuda_embed(y->rows, weight_of(c, table), bring(c, rows, n), add, n, c->queue));
+	CHECK(millm_cuda_embed(y->rows, weight_of(c, table), bring(c, rows, n), add, n, queue_of(c)));
 	wrote(c, y, &no_fragments, n);
 }
 
@@ -662,6 +678,7 @@ norm(MillmBackend *be, MillmBuffer *y, MillmBuffer *x, MillmNorm kind, const Mil
 	 int64_t n_columns, int n)
 {
 	CudaBackend *c = cuda(be);
+	const bool	checks = c->unchecked == x && c->n_unchecked == n && n_parts * n_columns == x->n_columns;
 	const MillmCudaNorm l = {
 		.y = y->rows,
 		.x = x->rows,
@@ -674,9 +691,14 @@ norm(MillmBackend *be, MillmBuffer *y, MillmBuffer *x, MillmNorm kind, const Mil
 		.eps = eps,
 		.n_parts = n_parts,
 		.n_columns = n_columns,
+		.bad_place = checks ? c->bad_place : NULL,
+		.place = c->place_unchecked,
 	};
 
-	CHECK(c->is_plain ? millm_cuda_norm_any(&l, n, c->queue) : millm_cuda_norm(&l, n, c->queue));
+	if (checks)
+		c->unchecked = NULL;
+
+	CHECK(c->is_plain ? millm_cuda_norm_any(&l, n, queue_of(c)) : millm_cuda_norm(&l, n, queue_of(c)));
 	wrote(c, y, &l.fragments, n);
 }
 
@@ -699,7 +721,7 @@ multiply_few(CudaBackend *c, const MillmCudaMatmul *m, int n_matmuls)
 				some[j].x.data += t * m[j].x.stride;
 				some[j].n = m->n - t < MILLM_CUDA_FEW_ROWS ? m->n - t : MILLM_CUDA_FEW_ROWS;
 			}
-			CHECK(millm_cuda_matmul_few(some + i, end - i, c->queue));
+			CHECK(millm_cuda_matmul_few(some + i, end - i, queue_of(c)));
 		}
 	}
 }
@@ -718,7 +740,7 @@ multiply_skinny(CudaBackend *c, const MillmCudaMatmul *m, int n_matmuls, const M
 
 		if (c->kept != x || c->n_kept != m->n || c->n_kept_blocks != all.n_blocks)
 		{
-			CHECK(millm_cuda_to_fragments(&all, millm_rows_from(m->x, t0), n_in, n, c->queue));
+			CHECK(millm_cuda_to_fragments(&all, millm_rows_from(m->x, t0), n_in, n, queue_of(c)));
 			c->kept = n == m->n ? x : NULL;
 			c->n_kept = n;
 			c->n_kept_blocks = all.n_blocks;
@@ -739,7 +761,7 @@ multiply_skinny(CudaBackend *c, const MillmCudaMatmul *m, int n_matmuls, const M
 					some[j].y = millm_rows_from(m[j].y, t0 + t);
 					some[j].n = n - t < together ? n - t : together;
 				}
-				CHECK(millm_cuda_matmul_skinny(&c->skinny, some + i, end - i, &f, c->queue));
+				CHECK(millm_cuda_matmul_skinny(&c->skinny, some + i, end - i, &f, queue_of(c)));
 			}
 		}
 	}
@@ -753,13 +775,13 @@ multiply(CudaBackend *c, const MillmCudaMatmul *m)
 
 	if (c->is_plain || !m->w.has_chunks)
 	{
-		CHECK(millm_cuda_matmul_any(m, c->queue));
+		CHECK(millm_cuda_matmul_any(m, queue_of(c)));
 		return;
 	}
 	if (c->blas && m->n > KEPT_ROWS)
-		CHECK(millm_cuda_blas_matmul(c->blas, m, c->queue, c->stream, &is_done));
+		CHECK(millm_cuda_blas_matmul(c->blas, m, queue_of(c), c->stream, &is_done));
 	if (!is_done)
-		CHECK(c->has_tensor_cores ? millm_cuda_matmul_tensor(m, c->queue) : millm_cuda_matmul_many(m, c->queue));
+		CHECK(c->has_tensor_cores ? millm_cuda_matmul_tensor(m, queue_of(c)) : millm_cuda_matmul_many(m, queue_of(c)));
 }
 
 static void
@@ -832,7 +854,7 @@ split_qkv(MillmBackend *be, const MillmAttention *a, MillmBuffer *q, MillmBuffer
 	CudaBackend *c = cuda(be);
 	const MillmCudaAttention d = attention_of(c, a);
 
-	CHECK(millm_cuda_split_qkv(&d, q->rows, k->rows, v->rows, qkv->rows, n, c->queue));
+	CHECK(millm_cuda_split_qkv(&d, q->rows, k->rows, v->rows, qkv->rows, n, queue_of(c)));
 	wrote(c, q, &no_fragments, n);
 	wrote(c, k, &no_fragments, n);
 	wrote(c, v, &no_fragments, n);
@@ -844,7 +866,7 @@ rope_and_store(MillmBackend *be, const MillmAttention *a, MillmBuffer *q, MillmB
 	CudaBackend *c = cuda(be);
 	const MillmCudaAttention d = attention_of(c, a);
 
-	CHECK(millm_cuda_rope_and_store(&d, q->rows, k->rows, v->rows, n, c->queue));
+	CHECK(millm_cuda_rope_and_store(&d, q->rows, k->rows, v->rows, n, queue_of(c)));
 	changed(c, q);
 	changed(c, k);
 }
@@ -887,7 +909,7 @@ attend_one_by_one(CudaBackend *c, MillmCudaAttention a, MillmRows y, const Millm
 		}
 		has_all = t == begin && end == n;
 		CHECK(millm_cuda_attention_split(&some, millm_rows_from(y, t), has_all ? f : &no_fragments, millm_rows_from(q, t), c->partials, n_splits, end - t,
-										 c->queue));
+										 queue_of(c)));
 	}
 	return has_all;
 }
@@ -907,7 +929,7 @@ attend(CudaBackend *c, MillmCudaAttention a, int group, MillmRows y, const Millm
 		if (end - begin < TILED_ROWS)
 			continue;
 		(void) attend_one_by_one(c, a, y, &no_fragments, q, t, begin);
-		CHECK(millm_cuda_attention_tile(&some, millm_rows_from(y, begin), millm_rows_from(q, begin), end - begin, c->queue));
+		CHECK(millm_cuda_attention_tile(&some, millm_rows_from(y, begin), millm_rows_from(q, begin), end - begin, queue_of(c)));
 		t = end;
 	}
 	return attend_one_by_one(c, a, y, t == 0 ? f : &no_fragments, q, t, n) && t == 0;
@@ -922,7 +944,7 @@ attention(MillmBackend *be, const MillmAttention *a, MillmBuffer *y, MillmBuffer
 	bool		has_fragments = false;
 
 	if (c->is_plain || !is_chunked(a->head_dim))
-		CHECK(millm_cuda_attention_any(&d, y->rows, q->rows, n, c->queue));
+		CHECK(millm_cuda_attention_any(&d, y->rows, q->rows, n, queue_of(c)));
 	else
 		has_fragments = attend(c, d, a->page_group, y->rows, &f, q->rows, n);
 	wrote(c, y, has_fragments ? &f : &no_fragments, n);
@@ -935,28 +957,28 @@ activation(MillmBackend *be, MillmBuffer *y, MillmAct act, MillmBuffer *x, Millm
 	CudaBackend *c = cuda(be);
 	const MillmCudaFragments f = fragments_of(c, n_columns, n);
 
-	CHECK(millm_cuda_activation(y->rows, &f, act, x->rows, up ? up->rows : none, n_columns, n, c->queue));
+	CHECK(millm_cuda_activation(y->rows, &f, act, x->rows, up ? up->rows : none, n_columns, n, queue_of(c)));
 	wrote(c, y, &f, n);
 }
 
 static void
 add(MillmBackend *be, MillmBuffer *y, MillmBuffer *x, float scale, int n)
 {
-	CHECK(millm_cuda_add_rows(y->rows, x->rows, NULL, NULL, scale, y->n_columns, n, cuda(be)->queue));
+	CHECK(millm_cuda_add_rows(y->rows, x->rows, NULL, NULL, scale, y->n_columns, n, queue_of(cuda(be))));
 	changed(cuda(be), y);
 }
 
 static void
 scale(MillmBackend *be, MillmBuffer *x, float by, int n)
 {
-	CHECK(millm_cuda_scale(x->rows, by, x->n_columns, n, cuda(be)->queue));
+	CHECK(millm_cuda_scale(x->rows, by, x->n_columns, n, queue_of(cuda(be))));
 	changed(cuda(be), x);
 }
 
 static void
 softcap(MillmBackend *be, MillmBuffer *x, float cap, int n)
 {
-	CHECK(millm_cuda_softcap(x->rows, cap, x->n_columns, n, cuda(be)->queue));
+	CHECK(millm_cuda_softcap(x->rows, cap, x->n_columns, n, queue_of(cuda(be))));
 	changed(cuda(be), x);
 }
 
@@ -967,14 +989,14 @@ add_rows(MillmBackend *be, MillmBuffer *y, MillmBuffer *x, const int32_t *rows, 
 
 	const int32_t *to = bring(c, rows, n);
 
-	CHECK(millm_cuda_add_rows(y->rows, x->rows, to, bring(c, weights, n), 1, y->n_columns, n, c->queue));
+	CHECK(millm_cuda_add_rows(y->rows, x->rows, to, bring(c, weights, n), 1, y->n_columns, n, queue_of(c)));
 	changed(c, y);
 }
 
 static void
 add_gated(MillmBackend *be, MillmBuffer *y, MillmBuffer *x, MillmBuffer *scores, int n)
 {
-	CHECK(millm_cuda_add_gated(y->rows, x->rows, scores->rows, y->n_columns, n, cuda(be)->queue));
+	CHECK(millm_cuda_add_gated(y->rows, x->rows, scores->rows, y->n_columns, n, queue_of(cuda(be))));
 	changed(cuda(be), y);
 }
 
@@ -985,7 +1007,7 @@ mixture(MillmBackend *be, const MillmLayer *layer, MillmBuffer *y, MillmBuffer *
 
 	if (!millm_cuda_experts_can(c->experts, layer))
 		return false;
-	CHECK(millm_cuda_experts_add(c->experts, layer, y->rows, x->rows, scores->rows, n, c->queue));
+	CHECK(millm_cuda_experts_add(c->experts, layer, y->rows, x->rows, scores->rows, n, queue_of(c)));
 	changed(c, y);
 	return true;
 }
@@ -995,7 +1017,7 @@ select_rows(MillmBackend *be, MillmBuffer *y, MillmBuffer *x, const int32_t *row
 {
 	CudaBackend *c = cuda(be);
 
-	CHECK(millm_cuda_select(y->rows, x->rows, bring(c, rows, n), x->n_columns, n, c->queue));
+	CHECK(millm_cuda_select(y->rows, x->rows, bring(c, rows, n), x->n_columns, n, queue_of(c)));
 	wrote(c, y, &no_fragments, n);
 }
 
@@ -1004,7 +1026,10 @@ check_rows(MillmBackend *be, MillmBuffer *x, int place, int n)
 {
 	CudaBackend *c = cuda(be);
 
-	CHECK(millm_cuda_find_not_finite(c->bad_place, x->rows, place, x->n_columns, n, c->queue));
+	(void) queue_of(c);			/* the check before this one */
+	c->unchecked = x;
+	c->n_unchecked = n;
+	c->place_unchecked = place;
 }
 
 static int

@@ -307,6 +307,14 @@ millm_cuda_embed(MillmRows y, const MillmCudaWeight *table, const int32_t *rows,
 	return launch_elements(embed, table->n_in, n, queue, y, *table, rows, add);
 }
 
+/* *first = the smaller of it and place, if v is NaN or infinite */
+static __device__ void
+check_value(int *first, int place, float v)
+{
+	if (!(fabsf(v) <= 3.402823466e38f))
+		atomicMin(first, place);
+}
+
 /* A block for each part of a row.  blocks [n_parts, n], threads a multiple of WARP, at most BLOCK */
 static __global__ void
 norm(MillmCudaNorm l)
@@ -330,7 +338,11 @@ norm(MillmCudaNorm l)
 		sum = 0;
 	}
 	for (int64_t i = threadIdx.x; i < l.n_columns; i += blockDim.x)
+	{
 		sum += (x[i] - mean) * (x[i] - mean);
+		if (l.bad_place)
+			check_value(l.bad_place, (int) l.place, x[i]);
+	}
 	r = 1 / sqrtf(block_sum(sum, partial) / (float) l.n_columns + l.eps);
 	for (int64_t i = threadIdx.x; i < l.n_columns; i += blockDim.x)	/* y may be x: each thread reads what it writes */
 	{
@@ -415,6 +427,9 @@ norm_at_once(const __grid_constant__ MillmCudaNorm l)
 	for (int k = 0; k < NORM_VALUES; k++)
 		if ((k / 4 * (int) blockDim.x + (int) threadIdx.x) * 4 < n_columns)
 			sum += (v[k] - mean) * (v[k] - mean);
+#pragma unroll
+	for (int k = 0; k < NORM_VALUES && l.bad_place; k++)
+		check_value(l.bad_place, (int) l.place, v[k]);
 	r = 1 / sqrtf(block_sum(sum, partial) / (float) n_columns + l.eps);
 #pragma unroll
 	for (int k = 0; k < FOURS; k++)	/* y may be x: each thread has read what it writes */
@@ -593,8 +608,8 @@ find_not_finite(int *first, MillmRows x, int place, int64_t n_columns)
 	after_previous();
 	const int64_t i = element_index();
 
-	if (i < n_columns && !(fabsf(x.data[blockIdx.y * x.stride + i]) <= 3.402823466e38f))
-		atomicMin(first, place);
+	if (i < n_columns)
+		check_value(first, place, x.data[blockIdx.y * x.stride + i]);
 }
 
 cudaError_t

@@ -154,6 +154,8 @@ typedef struct MillmCudaNorm
 	int64_t		n_parts;
 	int64_t		n_columns;
 	MillmCudaFragments fragments;	/* y's; of one part */
+	int		   *bad_place;		/* what millm_cuda_find_not_finite() would do with x; NULL: nothing */
+	int64_t		place;
 	MillmNorm	kind;
 	float		eps;
 } MillmCudaNorm;

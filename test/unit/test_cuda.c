@@ -984,19 +984,22 @@ run_rows(int backwards)
 			   *pairs = floats(N_ROWS * 2 * WIDE, 0),
 			   *weight = floats(WIDE, 1),
 			   *bias = floats(WIDE, 0),
-			   *odd = floats(N_ROWS * 2, 0);
+			   *odd = floats(N_ROWS * 2, 0),
+			   *fours = floats(N_ROWS * 8, 0);
 	const float *y[2];
 	MillmVector none = {0};
 
 	for (int64_t i = 0; i < N_ROWS * 2 * WIDE; i++)
 		pairs[i] *= 10;			/* beyond the limits */
 	odd[2] = INFINITY;			/* in row 1 */
+	fours[8 + 5] = -INFINITY;	/* the same */
 	odd[5] = NAN;				/* in row 2 */
 	rig_init(&r, 1, 1, 8);
 	r.layer.q = table(x, WIDE);
 	r.layer.k = table(up, WIDE);
 	r.layer.v = table(pairs, 2 * WIDE);
 	r.layer.o = table(odd, 2);
+	r.layer.gate = table(fours, 8);
 	r.layer.attn_norm = (MillmVector) {weight, WIDE};
 	r.layer.attn_norm_bias = (MillmVector) {bias, WIDE};
 	rig_open(&r, NULL);
@@ -1070,6 +1073,27 @@ run_rows(int backwards)
 			r.be[i]->check(r.be[i], b, 6, 1);
 			assert_int_equal(r.be[i]->first_bad(r.be[i]), 5);
 		}
+
+		/* whatever comes next: nothing, a norm of these rows (at once, or of an odd width), of others, or what makes them numbers again */
+		for (int next = 0; next < 5; next++)
+		{
+			const int	width = next == 2 ? 8 : 2;
+			MillmBuffer *bad = buffer(&r, i, width),
+					   *other = buffer(&r, i, 2);
+			const MillmWeight *from = next == 2 ? &r.layer.gate : &r.layer.o;
+
+			r.be[i]->begin(r.be[i], positions, positions, tables, 1);
+			r.be[i]->embed(r.be[i], other, &r.layer.o, first, false, 1);
+			r.be[i]->embed(r.be[i], bad, from, second, false, 1);
+			r.be[i]->check(r.be[i], bad, 3, 1);
+			if (next == 1 || next == 2)
+				r.be[i]->norm(r.be[i], bad, bad, MILLM_NORM_LAYER, &none, &none, 1e-5f, 1, width, 1);
+			else if (next == 3)
+				r.be[i]->norm(r.be[i], bad, other, MILLM_NORM_LAYER, &none, &none, 1e-5f, 1, width, 1);
+			if (next > 0)
+				r.be[i]->embed(r.be[i], bad, from, first, false, 1);
+			assert_int_equal(r.be[i]->first_bad(r.be[i]), 3);
+		}
 	}
 	millm_emulated.backwards = 0;
 	rig_close(&r);
@@ -1079,6 +1103,7 @@ run_rows(int backwards)
 	free(weight);
 	free(bias);
 	free(odd);
+	free(fours);
 }
 
 static void
