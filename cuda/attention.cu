@@ -332,8 +332,8 @@ partial_of(const MillmCudaAttention &a, float *partials, int n_splits, int t, in
 
 /*
  * A block for each split of a row's keys, of one KV head and H query heads of its group, which all have what was read once.  A key is LANES lanes',
- * eight dims each: a warp loads WARP / LANES keys at a time, SPLIT_LOADS times before it looks at any, K and V; all of one page.  Who shares a key
- * keeps a softmax of his own; at the end those of the block become one.  What a lane sums in which order is a matter of position and window alone.
+ * eight dims each: a warp loads WARP / LANES keys at a time, SPLIT_LOADS times before it looks at any, K and V; all of one page.  The next ones take
+ * the place of those that have been looked at, K before V has been.  Who shares a key keeps a softmax of his own; at the end those of the block become one.  What a lane sums in which order is a matter of position and window alone.
  *
  *   T         of the pages
  *   LANES     a power of two; head_dim <= 8 * LANES, and is a multiple of 8
@@ -343,8 +343,14 @@ partial_of(const MillmCudaAttention &a, float *partials, int n_splits, int t, in
  */
 #define SPLIT_WARPS 4
 #define SPLIT_LOADS 4
+/* On a multiprocessor: registers for that many, and none spills; from sm_100 on the compiler wants more of them for the same. */
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1000
+#define SPLIT_BLOCKS(H) 2
+#else
+#define SPLIT_BLOCKS(H) ((H) <= 2 ? 4 : (H) <= 4 ? 3 : 2)
+#endif
 template <class T, int LANES, int H>
-static __global__ void __launch_bounds__(SPLIT_WARPS * WARP, 1)
+static __global__ void __launch_bounds__(SPLIT_WARPS * WARP, SPLIT_BLOCKS(H))
 attend_split(const __grid_constant__ MillmCudaAttention a, float *partials, int n_splits, MillmRows q)
 {
 	const int	DIMS = 8 * LANES;
@@ -367,13 +373,33 @@ attend_split(const __grid_constant__ MillmCudaAttention a, float *partials, int 
 	const int32_t *table = a.tables + a.table_of[t * a.n_groups];
 	int64_t		p0 = s.from / STEP * STEP + warp * STEP;
 	int32_t		page = s.from < s.end ? table[(p0 < s.end ? p0 : s.from) / MILLM_CUDA_PAGE] : 0;
+	Eight<T>	key[SPLIT_LOADS],
+				of_value[SPLIT_LOADS];
 	float		max[H],
 				sum[H],
 				value[H][8];
 
+	auto		is_seen = [&] (int64_t p) { return p >= s.from && p < s.end; };
+	/* K, or V so much further on, of the warp's keys from first on; where nothing was ever stored there may be NaN, which no weight of 0 would hide */
+	auto		load = [&] (Eight<T> *to, int64_t first, int64_t further) {
+		const int64_t p = first + lane / LANES;	/* this lane's, of the first load */
+		const T    *from = (const T *) (a.kv + page * a.page_bytes) + ((int64_t) kv_head * MILLM_CUDA_PAGE + p % MILLM_CUDA_PAGE) * a.head_dim + d + further;
+
+#pragma unroll
+		for (int j = 0; j < SPLIT_LOADS; j++)
+			if (is_seen(p + j * KEYS) && d < a.head_dim)
+				to[j].load(from + j * KEYS * a.head_dim);
+			else
+				to[j].clear();
+	};
+	auto		page_of = [&] (int64_t first) { return table[(first < s.end ? first : s.from) / MILLM_CUDA_PAGE]; };
+
 	after_previous();			/* positions and tables are older than all kernels of the step */
 	if (s.from >= s.end)
 		return;					/* another row has more splits */
+	load(key, p0, 0);
+	load(of_value, p0, v_offset(a));
+	page = page_of(p0 + SPLIT_WARPS * STEP);
 	for (int i = (int) threadIdx.x; i < H * DIMS; i += SPLIT_WARPS * WARP)
 	{
 		const int	h = h0 + i / DIMS < group ? h0 + i / DIMS : group - 1;
@@ -393,25 +419,9 @@ attend_split(const __grid_constant__ MillmCudaAttention a, float *partials, int 
 	for (; p0 < s.end; p0 += SPLIT_WARPS * STEP)
 	{
 		const int64_t p = p0 + lane / LANES;	/* this lane's, of the first load */
-		const T    *from = (const T *) (a.kv + page * a.page_bytes) + ((int64_t) kv_head * MILLM_CUDA_PAGE + p % MILLM_CUDA_PAGE) * a.head_dim + d;
 		const int64_t next = p0 + SPLIT_WARPS * STEP;
-		Eight<T>	key[SPLIT_LOADS],
-					of_value[SPLIT_LOADS];
 		float		score[SPLIT_LOADS][H];
 
-#pragma unroll
-		for (int j = 0; j < SPLIT_LOADS; j++)
-			if (p + j * KEYS >= s.from && p + j * KEYS < s.end && d < a.head_dim)
-			{
-				key[j].load(from + j * KEYS * a.head_dim);
-				of_value[j].load(from + j * KEYS * a.head_dim + v_offset(a));
-			}
-			else				/* where nothing was ever stored there may be NaN, which no weight of 0 would hide */
-			{
-				key[j].clear();
-				of_value[j].clear();
-			}
-		page = table[(next < s.end ? next : p0) / MILLM_CUDA_PAGE];	/* is there when it is needed */
 #pragma unroll
 		for (int h = 0; h < H; h++)
 		{
@@ -428,6 +438,7 @@ attend_split(const __grid_constant__ MillmCudaAttention a, float *partials, int 
 					score[j][h] = fmaf(of_query[k], key[j].get(k), score[j][h]);
 			}
 		}
+		load(key, next, 0);
 #pragma unroll
 		for (int h = 0; h < H; h++)
 		{
@@ -441,7 +452,7 @@ attend_split(const __grid_constant__ MillmCudaAttention a, float *partials, int 
 				for (int step = LANES / 2; step > 0; step /= 2)
 					score[j][h] += __shfl_xor_sync(ALL_LANES, score[j][h], step);
 				score[j][h] = finished_score(a, score[j][h], head, p + j * KEYS);
-				if (!(p + j * KEYS >= s.from && p + j * KEYS < s.end))
+				if (!is_seen(p + j * KEYS))
 					score[j][h] = -INFINITY;
 				else if (!(score[j][h] <= largest))	/* a NaN is taken along: it must reach the output */
 					largest = score[j][h];
@@ -467,6 +478,8 @@ attend_split(const __grid_constant__ MillmCudaAttention a, float *partials, int 
 					value[h][k] = fmaf(weight, of_value[j].get(k), value[h][k]);
 			}
 		}
+		load(of_value, next, v_offset(a));
+		page = page_of(next + SPLIT_WARPS * STEP);	/* is there when it is needed */
 	}
 #pragma unroll
 	for (int h = 0; h < H; h++)
