@@ -343,7 +343,7 @@ partial_of(const MillmCudaAttention &a, float *partials, int n_splits, int t, in
  */
 #define SPLIT_WARPS 4
 #define SPLIT_LOADS 4
-/* On a multiprocessor: registers for that many, and none spills; from sm_100 on the compiler wants more of them for the same. */
+/* On a multiprocessor: registers for that many, and none spills but one value or two of eight heads from sm_100 on, whose compiler wants more for the same. */
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1000
 #define SPLIT_BLOCKS(H) 2
 #else
