@@ -692,7 +692,7 @@ norm(MillmBackend *be, MillmBuffer *y, MillmBuffer *x, MillmNorm kind, const Mil
 		.n_parts = n_parts,
 		.n_columns = n_columns,
 		.bad_place = checks ? c->bad_place : NULL,
-		.place = c->place_unchecked,
+		.place = checks ? c->place_unchecked : 0,
 	};
 
 	if (checks)

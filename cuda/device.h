@@ -42,7 +42,8 @@ start_kernel(void (*kernel) (Parameters...), dim3 blocks, int threads, size_t sh
 }
 
 /*
- * What a kernel of a step calls first, in every thread, before any return and before it reads or writes what another kernel writes or reads.
+ * What every thread of a kernel of a step calls, before any return and before it reads or writes what another kernel of the step writes or reads; before it, it may
+ * read weights, and what begin() has brought.
  *
  * From compute capability 9.0 on it may have begun while the one in front of it runs.  Here it waits until that one has ended and what it wrote can be seen;
  * those before it have ended, too, since it has waited likewise: a kernel that ends without waiting would break that.  Only then may the next one begin: its
@@ -73,7 +74,7 @@ static inline __device__ uint32_t byte_perm(uint32_t a, uint32_t b, unsigned sel
 
 /*
  * 8 or 16 bytes of what no kernel writes and this one reads once from its beginning to its end: the L2 asks the memory for 256 bytes at a time, so that more is on its
- * way than registers wait for.
+ * way than registers wait for.  Volatile and not as constants, or the assembler asks for them only behind after_previous().
  */
 static inline __device__ uint2
 read_once_8(const void *p)
@@ -81,7 +82,7 @@ read_once_8(const void *p)
 	uint2		u = {};
 
 #ifdef HAS_TENSOR_CORES
-	asm("ld.global.nc.L1::evict_first.L2::256B.v2.u32 {%0, %1}, [%2];" : "=r" (u.x), "=r" (u.y) : "l" (p));
+	asm volatile("ld.global.L1::evict_first.L2::256B.v2.u32 {%0, %1}, [%2];" : "=r" (u.x), "=r" (u.y) : "l" (p));
 #endif
 	return u;
 }
@@ -92,7 +93,7 @@ read_once_16(const void *p)
 	uint4		u = {};
 
 #ifdef HAS_TENSOR_CORES
-	asm("ld.global.nc.L1::evict_first.L2::256B.v4.u32 {%0, %1, %2, %3}, [%4];" : "=r" (u.x), "=r" (u.y), "=r" (u.z), "=r" (u.w) : "l" (p));
+	asm volatile("ld.global.L1::evict_first.L2::256B.v4.u32 {%0, %1, %2, %3}, [%4];" : "=r" (u.x), "=r" (u.y), "=r" (u.z), "=r" (u.w) : "l" (p));
 #endif
 	return u;
 }

@@ -692,7 +692,7 @@ unordered(uint32_t u)
 }
 
 /*
- * The k-th largest maximum, found bit by bit from the highest: the largest number that k of them reach; then what reaches it, of the groups that do.
+ * The k-th largest maximum, of more than one found bit by bit from the highest: the largest number that k of them reach; then what reaches it, of the groups that do.
  *
  *   blocks [n], threads BLOCK
  */

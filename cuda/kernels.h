@@ -106,7 +106,7 @@ typedef struct MillmCudaFragments
 
 #define MILLM_CUDA_FRAGMENT_ROWS 64	/* at a time */
 #define MILLM_CUDA_SKINNY_ROWS 8	/* of those with has_low */
-#define MILLM_CUDA_SKINNY_BLOCKS 128	/* that a product of many columns has, if its weights are enough for that many */
+#define MILLM_CUDA_SKINNY_BLOCKS 128	/* bands times splits, at most, of a product of many columns that has fewer bands */
 #define MILLM_CUDA_SKINNY_PARTIALS (MILLM_CUDA_SKINNY_BLOCKS * 128 * MILLM_CUDA_FRAGMENT_ROWS)	/* floats */
 #define MILLM_CUDA_SKINNY_FORMATS 3	/* BF16, INT8, 4BIT */
 #define MILLM_CUDA_SKINNY_SHAPES 4	/* of blocks, by the rows */

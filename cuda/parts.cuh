@@ -19,7 +19,7 @@
 #endif
 
 /*
- * A launch as the queue keeps it: the kernel, its blocks and threads, then its parameters one after the other, each from a multiple of 8 bytes.
+ * A launch as the queue keeps it: the kernel, its blocks, threads and shared memory, then its parameters one after the other, each from a multiple of 8 bytes.
  */
 struct Launch
 {

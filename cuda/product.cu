@@ -118,17 +118,20 @@ look_up_pair(const uint32_t *pairs, uint32_t word, int byte)
 	return *(const uint32_t *) ((const char *) pairs + at);
 }
 
-/* a = this row's half of four fragments */
+/*
+ * a = this row's half of four fragments.  nothing: 0, which the compiler must not know, or it would load words of bfloat16 into other registers than those of a and
+ * move them there, for which it would wait for them a step too early.
+ */
 template <int DTYPE>
 static __device__ void
-fill_fragments(uint32_t (*a)[4], int half, const uint32_t *words, const uint32_t *pairs)
+fill_fragments(uint32_t (*a)[4], int half, const uint32_t *words, const uint32_t *pairs, uint32_t nothing)
 {
 #pragma unroll
 	for (int s = 0; s < 4; s++)
 #pragma unroll
 		for (int j = 0; j < 2; j++)
 			a[s][half + 2 * j] = DTYPE == MILLM_4BIT ? look_up_pair(pairs, words[s / 2], s % 2 * 2 + j) :
-				DTYPE == MILLM_INT8 ? two_integers(words[s % Part<DTYPE>::WORDS], 2 * j) : words[(2 * s + j) % Part<DTYPE>::WORDS];
+				DTYPE == MILLM_INT8 ? two_integers(words[s % Part<DTYPE>::WORDS], 2 * j) : words[(2 * s + j) % Part<DTYPE>::WORDS] ^ nothing;
 }
 
 /* The scale of a 4-bit row's block of columns, as it is stored: of 8 bits with what they stand for, or the scale itself */
@@ -223,7 +226,7 @@ struct Block
  * multiplies the last of this one.  A warp has 16 HEIGHT of the outputs and every so many steps of their columns; so have the splits of a grid.  Sums of 4-bit weights are
  * multiplied by their scale block after block.  The order of a sum's parts is a matter of n_in, K_WARPS, and the splits.
  *
- *   blocks  [any number, splits], and Block's THREADS and WORDS of shared memory
+ *   blocks  [at most the bands, splits], and Block's THREADS and WORDS of shared memory
  */
 template <int DTYPE, int TILES, int HEIGHT, int OUT_WARPS, int K_WARPS>
 static __global__ void __launch_bounds__(OUT_WARPS * K_WARPS * WARP, TILES == 1 ? 2 : 1)
@@ -251,6 +254,7 @@ matmul_skinny(const __grid_constant__ Skinny p)
 	const bool	has_low = TILES <= 2 && p.x.has_low;	/* of more rows nobody has */
 	const int	n_columns = has_low ? 2 * p.m[0].n : p.m[0].n;
 	const unsigned of_warp = out_warp * HEIGHT * M + g;	/* this lane's first output of a band */
+	const uint32_t nothing = (uint32_t) (p.m[0].w.n_in >> 40);
 	float	   *others = (float *) shared + B::PITCH - WARP + lane;	/* [BUFFERS, REDUCED], PITCH apart */
 	int			buffer = 0;
 	int			tabled = which_of(p, blockIdx.x);	/* whose pairs are shared */
@@ -341,7 +345,7 @@ matmul_skinny(const __grid_constant__ Skinny p)
 #pragma unroll
 				for (int h = 0; h < 2 * HEIGHT; h++)
 				{
-					fill_fragments<DTYPE>(a[h / 2], h % 2, stored.words[b][h / 2][h % 2], shared);
+					fill_fragments<DTYPE>(a[h / 2], h % 2, stored.words[b][h / 2][h % 2], shared, nothing);
 					scale_now[h / 2][h % 2] = HAS_PAIRS ? __shfl_sync(ALL_LANES, scale[h % 2], g * 4 + h / 2 * STEP + b) : 1;
 				}
 				load_block<DTYPE, HEIGHT>(stored, b, parts, next, last);
