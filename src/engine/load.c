@@ -118,6 +118,23 @@ open_tokenizer(void *arg)
 }
 
 /*
+ * Rows of a step.  A GPU reads its weights, and decodes them, once for all of them, and has not enough to do with few: the more the better, as long as their workspace
+ * is a small part of its memory, which is the same at each load.
+ */
+#define GPU_BATCH_TOKENS 2048
+#define GPU_WORKSPACE_SHARE 32
+static int
+batch_tokens(const MillmModel *model, const MillmForwardOptions *options, int64_t device_bytes)
+{
+	MillmForwardOptions fo = *options;
+
+	for (fo.max_batch_tokens = GPU_BATCH_TOKENS; fo.max_batch_tokens > MILLM_BATCH_TOKENS; fo.max_batch_tokens /= 2)
+		if (millm_forward_workspace_bytes(model, &fo) <= device_bytes / GPU_WORKSPACE_SHARE)
+			break;
+	return fo.max_batch_tokens;
+}
+
+/*
  * The memory of model's load, and the forward pass it is for; releasable_bytes will be given back before.  A GPU's memory is what counts
  * where there is one: weights are copied there, and the mapped files are the page cache's.
  */
@@ -125,6 +142,7 @@ static MillmCode
 plan_memory(const MillmModel *model, const MillmLoadOptions *options, const MillmDevice *device, int64_t weights_bytes, int64_t releasable_bytes,
 			MillmMemoryPlan *plan, MillmForwardOptions *fo, MillmError *err)
 {
+	int64_t		device_bytes = 0;	/* a GPU's, all of it */
 	MillmCode	rc;
 
 	*fo = (MillmForwardOptions) {.device = device, .n_threads = options->threads, .deterministic = options->deterministic,
@@ -135,8 +153,12 @@ plan_memory(const MillmModel *model, const MillmLoadOptions *options, const Mill
 		return rc;
 	fo->max_sequences = options->max_sequences;
 	fo->max_length = plan->context_length;
-	fo->max_batch_tokens = options->max_sequences > MILLM_BATCH_TOKENS ? options->max_sequences : MILLM_BATCH_TOKENS;
-	plan->step_tokens = fo->max_batch_tokens;
+	if (!device->memory)
+		plan->available_bytes = millm_machine_memory("").available_bytes;
+	else if ((rc = device->memory(device->ordinal, &plan->available_bytes, &device_bytes, err)) != MILLM_OK)
+		return rc;
+	if (plan->available_bytes >= 0)
+		plan->available_bytes += releasable_bytes;
 	plan->page_bytes = millm_kv_page_bytes(model, fo);
 	if (plan->page_bytes < 0)
 	{
@@ -144,13 +166,11 @@ plan_memory(const MillmModel *model, const MillmLoadOptions *options, const Mill
 
 		return millm_forward_create(model, fo, &none, err);	/* no such kernels: it says which there are */
 	}
+	fo->max_batch_tokens = device->memory ? batch_tokens(model, fo, device_bytes) : MILLM_BATCH_TOKENS;
+	if (fo->max_batch_tokens < options->max_sequences)
+		fo->max_batch_tokens = options->max_sequences;
+	plan->step_tokens = fo->max_batch_tokens;
 	plan->workspace_bytes = millm_forward_workspace_bytes(model, fo);
-	if (!device->memory)
-		plan->available_bytes = millm_machine_memory("").available_bytes;
-	else if ((rc = device->memory(device->ordinal, &plan->available_bytes, &(int64_t) {0}, err)) != MILLM_OK)
-		return rc;
-	if (plan->available_bytes >= 0)
-		plan->available_bytes += releasable_bytes;
 	if ((rc = millm_memory_plan(plan, err)) == MILLM_OK)
 		fo->n_pages = plan->n_pages;
 	return rc;
