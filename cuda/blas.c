@@ -22,7 +22,7 @@
 
 #define TILE_BYTES ((int64_t) 32 << 20)	/* of weights in bfloat16 */
 #define TILE_ROWS 4096
-#define X_ROWS 1024				/* of activations at a time */
+#define X_ROWS 2048				/* of activations at a time: all of a step of the engine, or weights would be decoded once more */
 #define WORKSPACE_BYTES ((int64_t) 32 << 20)
 #define ALIGNMENT 256
 #define COLUMN_ALIGNMENT 32		/* of a tile's rows: the largest chunk */
