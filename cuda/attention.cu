@@ -647,7 +647,7 @@ millm_cuda_attention_split(const MillmCudaAttention *a, MillmRows y, const Millm
 #define TILE_KEYS 32			/* two lanes a row, 16 each */
 template <int DIMS, int VALUES, int WARPS>
 static __global__ void __launch_bounds__(WARPS * WARP, 1)
-attend_tile(const __grid_constant__ MillmCudaAttention a, MillmRows y, MillmRows q, int n)
+attend_tile(const __grid_constant__ MillmCudaAttention a, MillmRows y, MillmCudaFragments f, MillmRows q, int n)
 {
 	after_previous();
 	const int	ROWS = 16 * WARPS;
@@ -793,13 +793,21 @@ attend_tile(const __grid_constant__ MillmCudaAttention a, MillmRows y, MillmRows
 	{
 		wmma::store_matrix_sync(scores, values[i], S_PITCH, wmma::mem_row_major);
 		__syncwarp();
-#pragma unroll
-		for (int k = 0; k < 8; k++)
+		if (row < n_rows && v0 + 16 * i + lane % 2 * 8 < a.head_dim)	/* eight dims are there, or none */
 		{
-			const int	d = v0 + 16 * i + lane % 2 * 8 + k;
+			const int64_t at = (int64_t) h * a.head_dim + v0 + 16 * i + lane % 2 * 8;
+			float		v[8];
 
-			if (row < n_rows && d < a.head_dim)
-				y.data[t * y.stride + (int64_t) h * a.head_dim + d] = scores[lane / 2 * S_PITCH + lane % 2 * 8 + k] / sum;
+#pragma unroll
+			for (int k = 0; k < 8; k++)
+				v[k] = scores[lane / 2 * S_PITCH + lane % 2 * 8 + k] / sum;
+#pragma unroll
+			for (int k = 0; k < 8; k += 4)
+			{
+				*(float4 *) (y.data + t * y.stride + at + k) = {v[k], v[k + 1], v[k + 2], v[k + 3]};
+				if (f.data)
+					keep_four(f, t, at + k, v + k);
+			}
 		}
 		__syncwarp();
 	}
@@ -807,17 +815,17 @@ attend_tile(const __grid_constant__ MillmCudaAttention a, MillmRows y, MillmRows
 
 template <int DIMS, int VALUES, int WARPS>
 static cudaError_t
-launch_tile(const MillmCudaAttention *a, MillmRows y, MillmRows q, int n, MillmCudaQueue *queue)
+launch_tile(const MillmCudaAttention *a, MillmRows y, const MillmCudaFragments *f, MillmRows q, int n, MillmCudaQueue *queue)
 {
 	const int	n_parts = (a->head_dim + VALUES - 1) / VALUES;
 	const dim3	blocks((unsigned) (a->n_heads * n_parts), (unsigned) ((n + 16 * WARPS - 1) / (16 * WARPS)));
 
-	return launch(attend_tile<DIMS, VALUES, WARPS>, blocks, WARPS * WARP, queue, *a, y, q, n);
+	return launch(attend_tile<DIMS, VALUES, WARPS>, blocks, WARPS * WARP, queue, *a, y, *f, q, n);
 }
 
 cudaError_t
-millm_cuda_attention_tile(const MillmCudaAttention *a, MillmRows y, MillmRows q, int n, MillmCudaQueue *queue)
+millm_cuda_attention_tile(const MillmCudaAttention *a, MillmRows y, const MillmCudaFragments *f, MillmRows q, int n, MillmCudaQueue *queue)
 {
-	return a->head_dim <= 64 ? launch_tile<64, 64, 4>(a, y, q, n, queue) : a->head_dim <= 128 ? launch_tile<128, 128, 4>(a, y, q, n, queue) :
-		launch_tile<256, 128, 2>(a, y, q, n, queue);
+	return a->head_dim <= 64 ? launch_tile<64, 64, 4>(a, y, f, q, n, queue) : a->head_dim <= 128 ? launch_tile<128, 128, 4>(a, y, f, q, n, queue) :
+		launch_tile<256, 128, 2>(a, y, f, q, n, queue);
 }

@@ -97,10 +97,10 @@ typedef struct CudaBackend
 	bool		is_idle;		/* no copy to or from what is page-locked is under way */
 	float	   *partials;		/* [n_partials]: of attention, a split of a row's keys each */
 	int64_t		n_partials;
-	uint16_t   *fragments;		/* of rows of up to widest values; NULL: our kernels for few rows do not want them */
+	uint16_t   *fragments;		/* of few rows of up to widest values; NULL: our kernels do not want them.  Those of many are in blas */
 	int64_t		widest;
 	MillmCudaSkinny skinny;		/* without partials where deterministic */
-	const MillmBuffer *kept;	/* whose rows the fragments are; NULL: nobody's */
+	const MillmBuffer *kept;	/* whose rows the fragments are, here or in blas; NULL: nobody's */
 	int			n_kept;			/* rows of it */
 	int64_t		n_kept_blocks;
 	MillmCudaFetch *fetch;
@@ -634,11 +634,28 @@ fragments_of(const CudaBackend *c, int64_t n_columns, int n)
 {
 	const bool	are_wanted = n <= MILLM_CUDA_FRAGMENT_ROWS && n_columns % 64 == 0 && n_columns <= c->widest;
 
+	if (c->blas && n > KEPT_ROWS)
+		return millm_cuda_blas_rows(c->blas, n_columns, n);
 	return (MillmCudaFragments) {
 		.data = are_wanted ? c->fragments : NULL,
 		.n_blocks = n_columns / 64,
 		.has_low = c->deterministic || n <= MILLM_CUDA_SKINNY_ROWS,
 	};
+}
+
+/* The fragments are n rows of y. */
+static void
+keep(CudaBackend *c, const MillmBuffer *y, const MillmCudaFragments *f, int n)
+{
+	c->kept = f->data ? y : NULL;
+	c->n_kept = n;
+	c->n_kept_blocks = f->n_blocks;
+}
+
+static bool
+are_kept(const CudaBackend *c, const MillmBuffer *x, const MillmCudaFragments *f, int n)
+{
+	return f->data && c->kept == x && c->n_kept == n && c->n_kept_blocks == f->n_blocks;
 }
 
 /* Rows of y are others now. */
@@ -655,11 +672,8 @@ wrote(CudaBackend *c, MillmBuffer *y, const MillmCudaFragments *f, int n)
 {
 	y->n_written = n;
 	changed(c, y);
-	if (!f->data)
-		return;
-	c->kept = y;
-	c->n_kept = n;
-	c->n_kept_blocks = f->n_blocks;
+	if (f->data)
+		keep(c, y, f, n);
 }
 
 static const MillmCudaFragments no_fragments;
@@ -738,12 +752,10 @@ multiply_skinny(CudaBackend *c, const MillmCudaMatmul *m, int n_matmuls, const M
 		const MillmCudaFragments all = fragments_of(c, n_in, n);
 		const int	together = all.has_low ? MILLM_CUDA_SKINNY_ROWS : MILLM_CUDA_FRAGMENT_ROWS;
 
-		if (c->kept != x || c->n_kept != m->n || c->n_kept_blocks != all.n_blocks)
+		if (!are_kept(c, x, &all, m->n))
 		{
 			CHECK(millm_cuda_to_fragments(&all, millm_rows_from(m->x, t0), n_in, n, queue_of(c)));
-			c->kept = n == m->n ? x : NULL;
-			c->n_kept = n;
-			c->n_kept_blocks = all.n_blocks;
+			keep(c, x, n == m->n ? &all : &no_fragments, n);
 		}
 		for (int i = 0, end; i < n_matmuls; i = end)
 		{
@@ -767,9 +779,9 @@ multiply_skinny(CudaBackend *c, const MillmCudaMatmul *m, int n_matmuls, const M
 	}
 }
 
-/* One product, of rows that are not few for our tuned kernels, or by the obvious one */
+/* One product of x, of rows that are not few for our tuned kernels, or by the obvious one */
 static void
-multiply(CudaBackend *c, const MillmCudaMatmul *m)
+multiply(CudaBackend *c, const MillmCudaMatmul *m, const MillmBuffer *x)
 {
 	bool		is_done = false;
 
@@ -779,7 +791,13 @@ multiply(CudaBackend *c, const MillmCudaMatmul *m)
 		return;
 	}
 	if (c->blas && m->n > KEPT_ROWS)
-		CHECK(millm_cuda_blas_matmul(c->blas, m, queue_of(c), c->stream, &is_done));
+	{
+		const MillmCudaFragments rows = millm_cuda_blas_rows(c->blas, m->w.n_in, m->n);
+
+		CHECK(millm_cuda_blas_matmul(c->blas, m, are_kept(c, x, &rows, m->n), queue_of(c), c->stream, &is_done));
+		if (is_done)
+			keep(c, x, &rows, m->n);
+	}
 	if (!is_done)
 		CHECK(c->has_tensor_cores ? millm_cuda_matmul_tensor(m, queue_of(c)) : millm_cuda_matmul_many(m, queue_of(c)));
 }
@@ -809,7 +827,7 @@ matmul(MillmBackend *be, const MillmProjection *p, int n_projections, MillmBuffe
 		else if (!c->is_plain && m.w.has_chunks && (n <= MILLM_CUDA_FEW_ROWS || c->deterministic))
 			few[n_few++] = m;
 		else
-			multiply(c, &m);
+			multiply(c, &m, x);
 	}
 	if (n_few > 0)
 		multiply_few(c, few, n_few);
@@ -881,7 +899,7 @@ attention_from(MillmCudaAttention a, int t)
 
 /*
  * The rows [t, n), as many in a launch as there is room for partial softmaxes.  The number of splits of a launch is a power of two, so that a
- * sequence that grows has a graph for long.  True: one launch had all rows, and left the fragments of y.
+ * sequence that grows has a graph for long.  True: one launch had all rows, and left the fragments of y; those in_rows are left by any.
  */
 static bool
 attend_one_by_one(CudaBackend *c, MillmCudaAttention a, MillmRows y, const MillmCudaFragments *f, MillmRows q, int t, int n)
@@ -894,6 +912,7 @@ attend_one_by_one(CudaBackend *c, MillmCudaAttention a, MillmRows y, const Millm
 	for (int end; t < n; t = end)
 	{
 		MillmCudaAttention some = attention_from(a, t);
+		MillmCudaFragments of_some;
 		int			n_splits = 1;
 
 		for (end = t; end < n; end++)
@@ -908,8 +927,8 @@ attend_one_by_one(CudaBackend *c, MillmCudaAttention a, MillmRows y, const Millm
 			n_splits = needed;
 		}
 		has_all = t == begin && end == n;
-		CHECK(millm_cuda_attention_split(&some, millm_rows_from(y, t), has_all ? f : &no_fragments, millm_rows_from(q, t), c->partials, n_splits, end - t,
-										 queue_of(c)));
+		of_some = f->in_rows ? millm_cuda_fragments_from(*f, t) : has_all ? *f : no_fragments;
+		CHECK(millm_cuda_attention_split(&some, millm_rows_from(y, t), &of_some, millm_rows_from(q, t), c->partials, n_splits, end - t, queue_of(c)));
 	}
 	return has_all;
 }
@@ -919,20 +938,22 @@ static bool
 attend(CudaBackend *c, MillmCudaAttention a, int group, MillmRows y, const MillmCudaFragments *f, MillmRows q, int n)
 {
 	const bool	has_tiles = !c->deterministic && c->kv_dtype == MILLM_F16;
+	const MillmCudaFragments *of_part = f->in_rows ? f : &no_fragments;
 	int			t = 0;			/* rows before it are done */
 
 	for (int begin = 0, end; begin < n && has_tiles; begin = end)
 	{
 		MillmCudaAttention some = attention_from(a, begin);
+		MillmCudaFragments of_tile = millm_cuda_fragments_from(*of_part, begin);
 
 		end = end_of_table(c->pages + group, c->n_groups, begin, n);
 		if (end - begin < TILED_ROWS)
 			continue;
-		(void) attend_one_by_one(c, a, y, &no_fragments, q, t, begin);
-		CHECK(millm_cuda_attention_tile(&some, millm_rows_from(y, begin), millm_rows_from(q, begin), end - begin, queue_of(c)));
+		(void) attend_one_by_one(c, a, y, of_part, q, t, begin);
+		CHECK(millm_cuda_attention_tile(&some, millm_rows_from(y, begin), &of_tile, millm_rows_from(q, begin), end - begin, queue_of(c)));
 		t = end;
 	}
-	return attend_one_by_one(c, a, y, t == 0 ? f : &no_fragments, q, t, n) && t == 0;
+	return (attend_one_by_one(c, a, y, t == 0 ? f : of_part, q, t, n) && t == 0) || f->in_rows;
 }
 
 static void

@@ -324,8 +324,16 @@ has_plans(MillmCudaBlas *b, const MillmCudaMatmul *m, const Tiles *s)
 	return true;
 }
 
+MillmCudaFragments
+millm_cuda_blas_rows(const MillmCudaBlas *b, int64_t n_columns, int n)
+{
+	const bool	has_room = n <= b->n_x && n_columns <= b->widest && n_columns % 64 == 0;
+
+	return (MillmCudaFragments) {.data = has_room ? b->x : NULL, .n_blocks = n_columns / 64, .in_rows = true};
+}
+
 cudaError_t
-millm_cuda_blas_matmul(MillmCudaBlas *b, const MillmCudaMatmul *m, MillmCudaQueue *queue, cudaStream_t stream, bool *is_done)
+millm_cuda_blas_matmul(MillmCudaBlas *b, const MillmCudaMatmul *m, bool x_is_there, MillmCudaQueue *queue, cudaStream_t stream, bool *is_done)
 {
 	const int64_t pitch = round_up(m->w.n_in, COLUMN_ALIGNMENT);
 	const bool	in_place = m->w.dtype == MILLM_BF16;
@@ -339,7 +347,8 @@ millm_cuda_blas_matmul(MillmCudaBlas *b, const MillmCudaMatmul *m, MillmCudaQueu
 	{
 		const int64_t n = smaller(b->n_x, m->n - t0);
 
-		status = millm_cuda_round_rows(b->x, pitch, (MillmRows) {m->x.data + t0 * m->x.stride, m->x.stride}, m->w.n_in, (int) n, queue);
+		if (!x_is_there)
+			status = millm_cuda_round_rows(b->x, pitch, (MillmRows) {m->x.data + t0 * m->x.stride, m->x.stride}, m->w.n_in, (int) n, queue);
 		for (int64_t o0 = 0; o0 < m->w.n_out && status == cudaSuccess; o0 += s.tile)
 		{
 			const int64_t n_out = smaller(s.tile, m->w.n_out - o0);

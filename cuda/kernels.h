@@ -96,13 +96,24 @@ extern cudaError_t millm_cuda_matmul_any(const MillmCudaMatmul *m, MillmCudaQueu
 /*
  * Rows of activations as the tensor core wants them (product.cu): bfloat16 in the order of fragments.  A row has a column; with has_low two, of which the second is what
  * rounding took from the first, so that their sum is the row to 2^-17.  For each 8 columns and 64 values of each of them: 2 x 32 lanes x 8 values.
+ * Or, for many rows, as cuBLASLt wants them (blas.h): in_rows, one after the other, n_blocks x 64 values each.
  */
 typedef struct MillmCudaFragments
 {
 	uint16_t   *data;			/* 16-byte aligned; NULL: none are wanted */
 	int64_t		n_blocks;		/* of 64 values */
-	int64_t		has_low;
+	int			has_low;
+	int			in_rows;
 } MillmCudaFragments;
+
+/* Where the rows from t on are, of those in_rows; nowhere, if they are nowhere. */
+static inline MillmCudaFragments
+millm_cuda_fragments_from(MillmCudaFragments f, int t)
+{
+	if (f.data)
+		f.data += t * f.n_blocks * 64;
+	return f;
+}
 
 #define MILLM_CUDA_FRAGMENT_ROWS 64	/* at a time */
 #define MILLM_CUDA_SKINNY_ROWS 8	/* of those with has_low */
@@ -232,8 +243,8 @@ millm_cuda_splits(int64_t position, int64_t window)
 /* f: y's.  partials: floats of [n, n_heads, n_splits, MILLM_CUDA_PARTIAL + head_dim]; n_splits: at least each row's.  They are 16-byte aligned. */
 extern cudaError_t millm_cuda_attention_split(const MillmCudaAttention *a, MillmRows y, const MillmCudaFragments *f, MillmRows q, float *partials, int n_splits,
 											  int n, MillmCudaQueue *queue);
-/* The same for n rows of one sequence, of positions that follow each other, on tensor cores: q is rounded to float16, which keys and values are. */
-extern cudaError_t millm_cuda_attention_tile(const MillmCudaAttention *a, MillmRows y, MillmRows q, int n, MillmCudaQueue *queue);
+/* The same for n rows of one sequence, of positions that follow each other, on tensor cores, f in_rows: q is rounded to float16, which keys and values are. */
+extern cudaError_t millm_cuda_attention_tile(const MillmCudaAttention *a, MillmRows y, const MillmCudaFragments *f, MillmRows q, int n, MillmCudaQueue *queue);
 
 /* f: y's; up.data NULL: none */
 extern cudaError_t millm_cuda_activation(MillmRows y, const MillmCudaFragments *f, MillmAct act, MillmRows x, MillmRows up, int64_t n_columns, int n,

@@ -314,12 +314,14 @@ launch_elements(void (*kernel) (Parameters...), int64_t n_columns, int n, MillmC
 	return launch(kernel, dim3((unsigned) ((n_columns + BLOCK - 1) / BLOCK), (unsigned) n), BLOCK, queue, arguments...);
 }
 
-/* Where value i of row t is in fragments: the next seven of a multiple of eight lie behind it. */
+/* Where value i of row t is: the next seven of a multiple of eight lie behind it. */
 static inline __device__ uint16_t *
 place_in(const MillmCudaFragments &f, int t, int64_t i)
 {
 	const int	column = f.has_low ? 2 * t : t;
 
+	if (f.in_rows)
+		return f.data + t * f.n_blocks * 64 + i;
 	return f.data + (column / 8 * f.n_blocks + i / 64) * 512 + i % 16 / 8 * 256 + column % 8 * 32 + i % 64 / 16 * 8 + i % 8;
 }
 

@@ -525,7 +525,8 @@ test_codebook_unit(void **state)
 static void
 test_fragments(void **state)
 {
-	enum {WIDTH = 64, N_CASES = 7};
+	enum {WIDTH = 64, N_CASES = 8};
+	static const int n_rows[] = {5, 20, N_ROWS};	/* fragments with and without what rounding took, and rows for the library */
 	const Shape shape = {MILLM_BF16, false, 24, WIDTH, 0, 0, 0, 0, 0};
 	const MillmVector none = {0};
 	int32_t		rows[N_ROWS];
@@ -533,9 +534,10 @@ test_fragments(void **state)
 	(void) state;
 	for (int t = 0; t < N_ROWS; t++)
 		rows[t] = t ^ 1;
-	for (int n = 5; n <= 20; n += 15)
+	for (size_t k = 0; k < sizeof(n_rows) / sizeof(n_rows[0]); k++)
 		for (int which = 0; which < N_CASES; which++)
 		{
+			const int	n = n_rows[k];
 			Rig			r;
 			Stored		s;
 			float	   *x = floats(N_ROWS * WIDTH, 0);
@@ -570,6 +572,11 @@ test_fragments(void **state)
 					be->add(be, y, in, 2, n);
 				else if (which == 6)
 					be->select(be, y, in, rows, n);
+				else if (which == 7)
+				{
+					be->matmul(be, &p, 1, in, n);	/* which takes their place */
+					be->matmul(be, &p, 1, in, n);
+				}
 				be->matmul(be, &p, 1, y, n_now);
 				result[i] = be->buffer_read(be, out);
 			}
@@ -620,7 +627,7 @@ test_blas_tiles(void **state)
 		m.y = (MillmRows) {y, stride};
 		m.x = (MillmRows) {x, 64};
 		m.w = *millm_cuda_weight(weights, &r.layer.q);
-		assert_int_equal(millm_cuda_blas_matmul(blas, &m, queue, NULL, &is_done), cudaSuccess);
+		assert_int_equal(millm_cuda_blas_matmul(blas, &m, false, queue, NULL, &is_done), cudaSuccess);
 		assert_true(is_done);
 		for (int64_t o = 0; o < n_out; o++)
 		{
@@ -643,7 +650,7 @@ test_blas_tiles(void **state)
 			for (int64_t o = n_out; o < stride; o++)
 				assert_true(y[t * stride + o] == 1);
 		m.w.n_in = n_in + 1;	/* wider than was said */
-		assert_int_equal(millm_cuda_blas_matmul(blas, &m, queue, NULL, &is_done), cudaSuccess);
+		assert_int_equal(millm_cuda_blas_matmul(blas, &m, false, queue, NULL, &is_done), cudaSuccess);
 		assert_false(is_done);
 		cudaFree(y);
 		millm_cuda_queue_free(queue);
