@@ -44,7 +44,7 @@ struct MillmBuffer
 	MillmRows	rows;			/* [n_rows, n_columns] */
 	int64_t		n_columns;
 	int			n_written;		/* rows that the last operation wrote: what there is to read */
-	float	   *host;			/* [n_rows, n_columns], mapped and not touched before it is read */
+	float	   *host;			/* [n_rows, n_columns]; NULL before it is read first */
 	size_t		host_bytes;
 	size_t		locked_bytes;	/* of the host's, which copies need not stage */
 	bool		cannot_lock;
@@ -299,15 +299,8 @@ buffer_create(MillmBackend *be, int64_t n_rows, int64_t n_columns, MillmBuffer *
 	b->n_columns = n_columns;
 	b->rows.stride = round_up(n_columns, ROW_ALIGNMENT);
 	b->host_bytes = (size_t) (n_rows * n_columns) * sizeof(float);
-	b->host = mmap(NULL, b->host_bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
-	if (b->host == MAP_FAILED)
-	{
-		free(b);
-		return millm_fail(err, MILLM_E_INSUFFICIENT_MEMORY, "insufficient memory for the workspace: %s", strerror(errno));
-	}
 	if ((rc = millm_cuda_allocate(&b->rows.data, millm_cuda_buffer_bytes(n_rows, n_columns), "the workspace", c->stream, err)) != MILLM_OK)
 	{
-		munmap(b->host, b->host_bytes);
 		free(b);
 		return rc;
 	}
@@ -350,12 +343,27 @@ wait(CudaBackend *c)
 	c->wait_us += millm_now_us() - begin;
 }
 
-/* Lock the pages of the first rows of a buffer on the host, and some more.  Where the system refuses, copies are slower, and right. */
+/*
+ * The host's side of a buffer, whose first n rows are to be read: most buffers never are, and have none.  Lock the pages of these rows, and some more; where the
+ * system refuses, copies are slower, and right.
+ */
 static void
-lock_rows(MillmBuffer *b, int n)
+prepare_host(MillmBuffer *b, int n)
 {
 	const size_t bytes = (size_t) (n * b->n_columns) * sizeof(float);
 
+	if (!b->host)
+	{
+		MillmError	err;
+		void	   *rows = mmap(NULL, b->host_bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+
+		if (rows == MAP_FAILED)
+		{
+			millm_fail(&err, MILLM_E_INSUFFICIENT_MEMORY, "insufficient memory for what the device answers: %s", strerror(errno));
+			host->fault(&err);
+		}
+		b->host = rows;
+	}
 	if (bytes <= b->locked_bytes || b->cannot_lock)
 		return;
 	if (b->locked_bytes > 0)
@@ -382,7 +390,7 @@ buffer_read(MillmBackend *be, MillmBuffer *x)
 		CHECK(millm_cuda_fetch_finish(c->fetch, c->stream));
 		return x->host;
 	}
-	lock_rows(x, x->n_written);
+	prepare_host(x, x->n_written);
 	CHECK(cudaMemcpy2DAsync(x->host, row, x->rows.data, (size_t) x->rows.stride * sizeof(float), row, (size_t) x->n_written, cudaMemcpyDeviceToHost,
 							stream_of(c)));
 	wait(c);
@@ -398,7 +406,7 @@ fetch(MillmBackend *be, MillmBuffer *y, const MillmTop *tops, int n)
 	for (int t = 0; t < n; t++)
 		if (tops[t].k == 0)
 			n_whole = t + 1;
-	lock_rows(y, n_whole);
+	prepare_host(y, n_whole);
 	CHECK(millm_cuda_fetch_queue(c->fetch, y->host, y->rows, tops, n, queue_of(c), c->stream));
 	c->fetched = y;
 	c->is_idle = false;
@@ -417,7 +425,8 @@ cuda_free(MillmBackend *be)
 		(void) cudaFree(b->rows.data);
 		if (b->locked_bytes > 0)
 			(void) cudaHostUnregister(b->host);
-		munmap(b->host, b->host_bytes);
+		if (b->host)
+			munmap(b->host, b->host_bytes);
 		free(b);
 	}
 	millm_cuda_experts_free(c->experts);

@@ -204,7 +204,8 @@ open_run(Run *run)
 	const MillmBench *b = run->bench;
 	int64_t		positions = b->n_prompt > decoded_length(b) ? b->n_prompt : decoded_length(b);
 	MillmForwardOptions options = {.device = b->device, .n_threads = b->n_threads, .kernels = b->kernels, .full_head = b->full_head,
-		.max_batch_tokens = b->n_sequences > b->n_batch ? b->n_sequences : b->n_batch, .max_sequences = b->n_sequences, .max_length = (int) positions};
+		.max_batch_tokens = b->n_sequences > b->n_batch ? b->n_sequences : b->n_batch,
+		.max_logits = b->n_sequences, .max_sequences = b->n_sequences, .max_length = (int) positions};
 	MillmKvLayout layout;
 	int64_t		prompt_pages,
 				decode_pages;

@@ -37,6 +37,7 @@ struct MillmForward
 	MillmKvLayout kv;
 	MillmKvPool pool;
 	int			max_batch_tokens;
+	int			max_logits;
 	bool		is_screened;	/* the head has a copy that may be used */
 	int			n_unscreened;	/* steps for which it is not asked */
 	MillmHeadUse head_use;
@@ -108,6 +109,14 @@ batch_tokens(const MillmForwardOptions *options)
 	return options->max_batch_tokens == 0 ? MILLM_BATCH_TOKENS : options->max_batch_tokens;
 }
 
+static int
+logits_rows(const MillmForwardOptions *options)
+{
+	const int	n = batch_tokens(options);
+
+	return options->max_logits == 0 || options->max_logits > n ? n : options->max_logits;
+}
+
 void
 millm_forward_kv_layout(const MillmModel *model, MillmKvLayout *layout)
 {
@@ -164,7 +173,7 @@ millm_forward_workspace_bytes(const MillmModel *model, const MillmForwardOptions
 	return experts + 2 * kind->buffer_bytes(n, c->hidden_size) + 2 * kind->buffer_bytes(n, w.q) +
 		2 * kind->buffer_bytes(n, w.kv) + (c->mlp_gated ? 2 : 1) * kind->buffer_bytes(n, w.ffn) +
 		(w.qkv ? kind->buffer_bytes(n, w.qkv) : 0) + (model->project_in.data ? kind->buffer_bytes(n, c->embedding_size) : 0) +
-		kind->buffer_bytes(n, c->vocab_size) + kind->own_bytes(model, &bo);
+		kind->buffer_bytes(logits_rows(options), c->vocab_size) + kind->own_bytes(model, &bo);
 }
 
 static void
@@ -197,7 +206,8 @@ create_buffers(MillmForward *fw, MillmError *err)
 		MillmCode	rc;
 
 		if (wanted[i].n_columns > 0 &&
-			(rc = fw->be->buffer_create(fw->be, fw->max_batch_tokens, wanted[i].n_columns, wanted[i].buffer, err)) != MILLM_OK)
+			(rc = fw->be->buffer_create(fw->be, wanted[i].buffer == &fw->logits ? fw->max_logits : fw->max_batch_tokens, wanted[i].n_columns,
+										wanted[i].buffer, err)) != MILLM_OK)
 			return rc;
 	}
 	if (c->n_experts > 0 && !millm_routes_init(&fw->routes, c->n_experts, c->n_chosen, fw->max_batch_tokens))
@@ -219,6 +229,7 @@ millm_forward_create(const MillmModel *model, const MillmForwardOptions *options
 		return millm_fail(err, MILLM_E_INSUFFICIENT_MEMORY, "out of memory");
 	fw->model = model;
 	fw->max_batch_tokens = n;
+	fw->max_logits = logits_rows(options);
 	millm_forward_kv_layout(model, &fw->kv);
 	fw->tokens = calloc((size_t) n, sizeof(*fw->tokens));
 	fw->positions = calloc((size_t) n, sizeof(*fw->positions));
@@ -388,6 +399,8 @@ take_batch(MillmForward *fw, const MillmBatchToken *batch, int n, MillmError *er
 			fw->pages[(size_t) t * (size_t) fw->kv.n_groups + (size_t) g] = seq->tables[g].pages;
 		if (b->want_logits)
 		{
+			if (fw->n_logits == fw->max_logits)
+				return millm_fail(err, MILLM_E_INTERNAL, "a step wants more than the %d rows of logits that there is room for", fw->max_logits);
 			fw->tops[fw->n_logits] = b->top;
 			fw->wanted[fw->n_logits++] = t;
 		}

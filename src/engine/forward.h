@@ -31,6 +31,7 @@ typedef struct MillmForwardOptions
 	const MillmDevice *device;	/* NULL: the CPU; must outlive the forward pass */
 	int			n_threads;		/* 0: one per CPU this process may use */
 	int			max_batch_tokens;	/* rows of one step; 0: MILLM_BATCH_TOKENS */
+	int			max_logits;		/* of them, those whose logits are wanted; 0, or more than there are: all */
 	int64_t		n_pages;		/* KV pages of MILLM_KV_PAGE_TOKENS positions (kv.h) */
 	int			max_sequences;	/* of a step, each of at most */
 	int			max_length;		/* positions: what a device keeps room for in page tables; 0: one sequence, of all that the model knows */

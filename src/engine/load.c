@@ -13,6 +13,7 @@
 #include "clock.h"
 #include "machine.h"
 #include "memory.h"
+#include "scheduler.h"
 
 #define DEFAULT_CONTEXT_LENGTH 8192
 
@@ -117,21 +118,43 @@ open_tokenizer(void *arg)
 	return NULL;
 }
 
+/* Plan for steps of so many rows; of them so many are of logits as the scheduler lets in. */
+static MillmCode
+plan_rows(const MillmModel *model, int n, MillmMemoryPlan *plan, MillmForwardOptions *fo, MillmError *err)
+{
+	fo->max_batch_tokens = n < plan->max_sequences ? plan->max_sequences : n;
+	fo->max_logits = MILLM_SCHED_ROWS + plan->max_sequences;
+	plan->step_tokens = fo->max_batch_tokens;
+	plan->workspace_bytes = millm_forward_workspace_bytes(model, fo);
+	return millm_memory_plan(plan, err);
+}
+
 /*
- * Rows of a step.  A GPU reads its weights, and decodes them, once for all of them, and has not enough to do with few: the more the better, as long as their workspace
- * is a small part of its memory, which is the same at each load.
+ * Rows of a step on a GPU, which reads its weights, and decodes them, once for all of them, and has not enough to do with few: the more the better, as long as
+ * what they take is a small part of its memory, which is the same at each load, and as long as no load is refused for them.
  */
 #define GPU_BATCH_TOKENS 2048
-#define GPU_WORKSPACE_SHARE 32
-static int
-batch_tokens(const MillmModel *model, const MillmForwardOptions *options, int64_t device_bytes)
+#define GPU_BATCH_SHARE 32		/* 1 of so many bytes */
+static void
+widen_steps(const MillmModel *model, int64_t device_bytes, MillmMemoryPlan *plan, MillmForwardOptions *fo)
 {
-	MillmForwardOptions fo = *options;
+	const int64_t pages = millm_kv_pages(&plan->layout, plan->context_length, plan->step_tokens);
 
-	for (fo.max_batch_tokens = GPU_BATCH_TOKENS; fo.max_batch_tokens > MILLM_BATCH_TOKENS; fo.max_batch_tokens /= 2)
-		if (millm_forward_workspace_bytes(model, &fo) <= device_bytes / GPU_WORKSPACE_SHARE)
-			break;
-	return fo.max_batch_tokens;
+	for (int n = GPU_BATCH_TOKENS; n > plan->step_tokens; n /= 2)
+	{
+		MillmMemoryPlan wide = *plan;
+		MillmForwardOptions wide_fo = *fo;
+
+		if (plan_rows(model, n, &wide, &wide_fo, NULL) != MILLM_OK || (wide.available_bytes >= 0 && wide.total_bytes > wide.available_bytes))
+			continue;
+		/* layers with a window have pages for a step more than they see */
+		if (wide.workspace_bytes - plan->workspace_bytes +
+			(millm_kv_pages(&wide.layout, wide.context_length, wide.step_tokens) - pages) * wide.page_bytes > device_bytes / GPU_BATCH_SHARE)
+			continue;
+		*plan = wide;
+		*fo = wide_fo;
+		return;
+	}
 }
 
 /*
@@ -166,14 +189,12 @@ plan_memory(const MillmModel *model, const MillmLoadOptions *options, const Mill
 
 		return millm_forward_create(model, fo, &none, err);	/* no such kernels: it says which there are */
 	}
-	fo->max_batch_tokens = device->memory ? batch_tokens(model, fo, device_bytes) : MILLM_BATCH_TOKENS;
-	if (fo->max_batch_tokens < options->max_sequences)
-		fo->max_batch_tokens = options->max_sequences;
-	plan->step_tokens = fo->max_batch_tokens;
-	plan->workspace_bytes = millm_forward_workspace_bytes(model, fo);
-	if ((rc = millm_memory_plan(plan, err)) == MILLM_OK)
-		fo->n_pages = plan->n_pages;
-	return rc;
+	if ((rc = plan_rows(model, MILLM_BATCH_TOKENS, plan, fo, err)) != MILLM_OK)
+		return rc;
+	if (device->memory)
+		widen_steps(model, device_bytes, plan, fo);
+	fo->n_pages = plan->n_pages;
+	return MILLM_OK;
 }
 
 /* Of the weights as if they were so, where the device keeps them; NULL: as they are. */

@@ -6,10 +6,10 @@
  * chunks shares them with those after it, which else would wait for the whole of it.
  * Prefill beside decode tokens may take as long as these take by themselves, so that a stream's reader waits for no token more than about twice as
  * long; where many prompts wait, as many times that, up to MANY_SHARE of it, or sessions that all ask for short answers would wait for each other's prompts
- * with a batch half empty.  Beside answers that are read as a whole it may always make steps of STEP_MS, which cost less a token; alone, it may fill
- * the batch, but admits FIRST_STREAMS streams at most.  Two things are measured: what steps take that carry decode tokens only, by their number, for which
- * prefill pauses in one step of DECODE_EVERY; and what a token of prefill adds, which grows with its position.  A step that carries both says only whether
- * the machine is slower or faster than it was, which changes both.
+ * with a batch half empty.  Beside answers that are read as a whole it may always make steps of STEP_MS, which cost less a token; alone, it may take
+ * LONE_MS, so that who comes meanwhile does not wait long, but admits FIRST_STREAMS streams at most.  Two things are measured: what steps take that carry
+ * decode tokens only, by their number, for which prefill pauses in one step of DECODE_EVERY; and what a token of prefill adds, which grows with its position.
+ * A step that carries both says only whether the machine is slower or faster than it was, which changes both.
  *
  * Owns:     the order of the slots and the size of the next chunk.
  * Borrows:  the slots (embedded in their owner), KV pages through MillmSchedPages.
@@ -29,7 +29,7 @@
  * again later.  The first thus always gets on, and the pool holds it alone.
  *
  * Invariants: slots[0 .. n_running) run and slots[n_running .. n) wait, each part in the order of the line;
- * a waiting slot holds no page; a plan has at most max_batch_tokens tokens.
+ * a waiting slot holds no page; a plan has at most max_batch_tokens tokens, and of slots that want rows at most MILLM_SCHED_ROWS and one each.
  */
 #include "scheduler.h"
 
@@ -38,6 +38,7 @@
 
 #define MIN_PREFILL_MS	3.0		/* in a step, however fast its decode tokens are: nobody sees so short a pause */
 #define STEP_MS			50.0	/* in a step without a stream */
+#define LONE_MS			250.0	/* in a step without decode tokens, which has room for WHOLE_CHUNK tokens however long they take */
 #define DECODE_EVERY	32		/* steps beside which prefill runs before what they take without it is measured again */
 #define FIRST_MIXED		16		/* the same, where it never was and nobody reads a stream */
 #define PREFILL_SHARE	0.8		/* of what decode tokens take: less, since they take longer when prefill has had the caches */
@@ -49,6 +50,7 @@
  * a longer step now and then instead, of STEP_MS more at most, and in the mean waits no longer.
  */
 #define MIN_CHUNK		8
+#define WHOLE_CHUNK		256		/* more say no more of what one costs; who has more than these to do shares the room */
 /* A measure counts for at most so much more or less than the one before: a step may have taken long for a reason that is not ours. */
 #define MAX_CHANGE		1.25
 #define BOTH_CHANGE		0.3		/* of that, where decode tokens and prefill were measured together */
@@ -72,6 +74,7 @@ struct MillmScheduler
 	DecodeCost	decode[DECODE_CLASSES];
 	double		prefill_ms;		/* that a token of prefill adds to a step; 0: not measured yet */
 	int			chunk;			/* tokens of prefill that the planned step has room for */
+	int			rows;			/* tokens of slots that want rows that the planned step still has room for */
 	double		saved_ms;		/* that prefill might have taken in the steps before this one, and did not */
 	uint64_t	turn;			/* the latest that a slot was admitted at */
 	uint32_t   *served;			/* [n_served] of max_slots: roles of which one was */
@@ -341,19 +344,45 @@ tokens_beside(MillmScheduler *s, int n_decode, bool has_stream, int most)
 	return ms / s->prefill_ms < most ? (int) (ms / s->prefill_ms) : most;
 }
 
+/* How many tokens of prefill, at most so many, go into a step of their own. */
+static int
+tokens_alone(const MillmScheduler *s, int most)
+{
+	const int	least = WHOLE_CHUNK < most ? WHOLE_CHUNK : most;
+	const double n = s->prefill_ms > 0 ? LONE_MS / s->prefill_ms : most;
+
+	return n < least ? least : n < most ? (int) n : most;
+}
+
+/* The slot gets n more tokens of the step, or what it owes or the step has left of its kind; returns how many. */
+static int
+give(MillmScheduler *s, MillmPlanItem *item, int n)
+{
+	const int	rest = owed(item->slot) - item->n_tokens;
+
+	n = n < rest ? n : rest;
+	if (item->slot->wants_rows)
+	{
+		n = n < s->rows ? n : s->rows;
+		s->rows -= n;
+	}
+	item->n_tokens += n;
+	return n;
+}
+
 /*
  * The slot's next chunk in a step with room for so many more tokens, and, if it is not the step's first, for some extra ones to bring its prompt to an
- * end; returns its tokens.  A prompt that takes more than a step leaves half of the room to those after it.
+ * end; returns its tokens, which may be none.  A prompt of which much is left leaves half of the room to those after it.
  */
 static int
-plan_prefill(const MillmScheduler *s, MillmSlot *slot, int room, int extra, MillmPlanItem *item)
+plan_prefill(MillmScheduler *s, MillmSlot *slot, int room, int extra, MillmPlanItem *item)
 {
-	const int	chunk = owed(slot) > s->max_batch_tokens ? (room + 1) / 2 : room;
-	const int	limit = room < s->chunk ? room + extra : room;
-	const int	n = owed(slot) <= limit ? owed(slot) : chunk;
+	const int	many = WHOLE_CHUNK < s->max_batch_tokens ? WHOLE_CHUNK : s->max_batch_tokens;
+	const int	most = slot->wants_rows && s->rows < room ? s->rows : room;
+	const int	limit = room < s->chunk ? most + extra : most;
 
-	*item = (MillmPlanItem) {slot, n};
-	return n;
+	*item = (MillmPlanItem) {slot, 0};
+	return give(s, item, owed(slot) <= limit ? owed(slot) : owed(slot) > many ? (most + 1) / 2 : most);
 }
 
 int
@@ -378,26 +407,25 @@ millm_sched_plan(MillmScheduler *s, MillmPlanItem *items)
 	}
 	n_decode = n_items;
 	budget = s->max_batch_tokens - n_decode;
-	s->chunk = n_decode > 0 ? tokens_beside(s, n_decode, has_stream, budget) : budget;
+	s->rows = MILLM_SCHED_ROWS;
+	s->chunk = n_decode > 0 ? tokens_beside(s, n_decode, has_stream, budget) : tokens_alone(s, budget);
 	extra = s->chunk / 3 < budget - s->chunk ? s->chunk / 3 : budget - s->chunk;
 	budget = s->chunk;
 	for (int i = 0; i < s->n_running && budget > 0; i++)
 		if (!s->slots[i]->is_paused && owed(s->slots[i]) > 1)
-			budget -= plan_prefill(s, s->slots[i], budget, extra, &items[n_items++]);
+		{
+			budget -= plan_prefill(s, s->slots[i], budget, extra, &items[n_items]);
+			n_items += items[n_items].n_tokens > 0;
+		}
 	while (budget > 0 && (n_decode > 0 || n_streams < FIRST_STREAMS) && (admitted = admit(s)) != NULL)
 	{
-		budget -= plan_prefill(s, admitted, budget, extra, &items[n_items++]);
+		budget -= plan_prefill(s, admitted, budget, extra, &items[n_items]);
+		n_items += items[n_items].n_tokens > 0;
 		n_streams += admitted->is_stream;
 	}
 	/* what nobody took of the halves */
 	for (int i = n_decode; i < n_items && budget > 0; i++)
-	{
-		const int	rest = owed(items[i].slot) - items[i].n_tokens;
-		const int	more = rest < budget ? rest : budget;
-
-		items[i].n_tokens += more;
-		budget -= more;
-	}
+		budget -= give(s, &items[i], budget);
 	return n_items;
 }
 
@@ -414,7 +442,7 @@ follow(double before, double now)
 static bool
 is_whole_chunk(const MillmScheduler *s, int n_prefill)
 {
-	return 2 * n_prefill >= s->chunk;
+	return 2 * n_prefill >= (s->chunk < WHOLE_CHUNK ? s->chunk : WHOLE_CHUNK);
 }
 
 void

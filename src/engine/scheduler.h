@@ -10,7 +10,7 @@
 #include <stdbool.h>
 #include <stdint.h>
 
-/* A seat for one sequence.  Embedded in its owner's struct; the owner keeps role, n_tokens, is_stream and is_paused. */
+/* A seat for one sequence.  Embedded in its owner's struct; the owner keeps role, n_tokens and what it is and wants. */
 typedef struct MillmSlot
 {
 	uint32_t	role;			/* who asks; roles take turns */
@@ -18,6 +18,7 @@ typedef struct MillmSlot
 	int			n_past;			/* of them, positions that are in the KV cache; n_tokens > n_past while it lives */
 	bool		is_stream;		/* somebody reads it token by token */
 	bool		is_paused;		/* its reader is behind: computes nothing for now */
+	bool		wants_rows;		/* the logits of all its tokens are wanted, not those of the last alone */
 	bool		is_running;		/* admitted; the scheduler's */
 	uint64_t	turn;			/* its place in the line, with arrival; the scheduler's */
 	uint64_t	arrival;
@@ -46,6 +47,9 @@ typedef struct MillmPlanItem
 } MillmPlanItem;
 
 typedef struct MillmScheduler MillmScheduler;
+
+/* Of slots that want rows, tokens of a step: more would keep who else is in it waiting while their logits are read. */
+#define MILLM_SCHED_ROWS 256
 
 /*
  * At most max_running sequences share steps of at most max_batch_tokens (>= max_running) tokens; max_waiting more may

@@ -69,6 +69,7 @@ form_group(MillmRequest *r)
 {
 	const int	context = r->loaded->context_length;
 
+	r->choices[0].slot.wants_rows = true;
 	r->choices[0].slot.n_tokens = text_run_form(&r->scoring->run, context < MILLM_GROUP_POSITIONS ? context : MILLM_GROUP_POSITIONS);
 }
 
@@ -316,6 +317,7 @@ scoring_release(MillmRequest *r)
 	else
 	{
 		s->run.n_group = 0;
+		r->choices[0].slot.wants_rows = false;
 		r->choices[0].slot.n_tokens = s->n_prompt;
 	}
 }
@@ -368,6 +370,7 @@ form_labels(MillmRequest *r, MillmForward *fw, MillmError *err)
 		millm_hint(err, "Shorten the prompt, or raise millm.kv_cache_size.");
 		return MILLM_E_CONTEXT_LENGTH_EXCEEDED;
 	}
+	slot->wants_rows = true;
 	s->n_before = slot->n_past;
 	slot->n_tokens = slot->n_past + n;
 	return MILLM_OK;

@@ -3,6 +3,7 @@ import json
 import os
 import random
 import re
+import shutil
 import subprocess
 from pathlib import Path
 
@@ -165,6 +166,37 @@ def test_estimates():
         predicted = plan["weights_bytes"] + plan["kv_bytes"] + plan["workspace_bytes"]
         assert abs(taken / predicted - 1) < 0.05, f"{model.name}: {taken} bytes, predicted {predicted}"
     assert e.call("plan", **options)["available_bytes"] == 8 << 30
+    e.stop()
+
+
+def test_no_load_is_refused_for_large_steps(tmp_path):
+    """Steps of many rows want a larger workspace, and more pages for layers with a window: where there is no room for these, steps are smaller."""
+    model = tmp_path / "mistral"
+    shutil.copytree(TINY / "mistral", model)
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 8192}))
+    e = emulated_engine()
+    options = {"path": str(model), "device": "cuda", "max_sequences": 1}
+    wide = e.call("plan", **options)
+    total = lambda plan: plan["weights_bytes"] + plan["kv_bytes"] + plan["workspace_bytes"]
+
+    narrow = e.call("plan", **options, kv_cache_bytes=wide["kv_bytes"] // 4)
+    assert narrow["kv_bytes"] <= wide["kv_bytes"] // 4 and narrow["workspace_bytes"] < wide["workspace_bytes"] / 2
+    with pytest.raises(HelperError) as refused:
+        e.call("plan", **options, kv_cache_bytes=wide["kv_bytes"] // 16)
+    assert "the KV cache is too small for one context" in str(refused.value)
+    # what a large workspace leaves is not enough by half of it
+    full = e.call("plan", **options, kv_cache_bytes=wide["available_bytes"] - wide["weights_bytes"] - wide["workspace_bytes"] // 2)
+    assert total(full) <= full["available_bytes"] < total(full) + wide["workspace_bytes"] - full["workspace_bytes"]
+
+    # what either computes is the same, and where a step could hold a text, its logits still come a part at a time
+    text, answers = "ab cd " * 400, []
+    for more in ({"kv_cache_bytes": wide["kv_bytes"] // 4}, {}):
+        e.call("load", **options, **more)
+        answers.append(e.call("score", texts=[text])["scores"][0])
+        e.call("unload")
+    assert answers[0]["tokens"] == answers[1]["tokens"] > 1024
+    assert abs(answers[0]["logprob"] / answers[1]["logprob"] - 1) < TOLERANCE
     e.stop()
 
 

@@ -680,6 +680,108 @@ long_prompt_shares(void **state)
 	millm_sched_free(s);
 }
 
+/* So it is where a step could hold all of the long one, but has room for a part of it beside a stream. */
+static void
+large_batch_shares(void **state)
+{
+	Pool		pool;
+	MillmScheduler *s = create(&pool, 100000, 4, 4, 2048);
+	Seq			stream = {.slot = {.n_tokens = 10, .is_stream = true}, .goal = 1000000};
+	Seq			whole = {.slot.n_tokens = 2000, .goal = 2001, .number = 1};
+	Seq			brief = {.slot.n_tokens = 50, .goal = 51, .number = 2};
+	MillmPlanItem items[4];
+	int			n_steps = 0;
+
+	(void) state;
+	/* a prefill token takes 1 ms, a decode token 50 */
+	millm_sched_add(s, &stream.slot);
+	millm_sched_done(s, items, millm_sched_plan(s, items), 10);
+	stream.slot.n_tokens++;
+	millm_sched_done(s, items, millm_sched_plan(s, items), 50);
+	millm_sched_add(s, &whole.slot);
+	millm_sched_add(s, &brief.slot);
+	for (; brief.slot.n_past < 50; n_steps++)
+	{
+		stream.slot.n_tokens++;
+		const int	n = millm_sched_plan(s, items);
+
+		check_plan(items, n, 2048);
+		assert_true(n_steps < 3);
+		millm_sched_done(s, items, n, step_ms(items, n, 50, 1));
+	}
+	assert_in_range(whole.slot.n_past, 40, 250);
+	millm_sched_free(s);
+}
+
+/* A step of prompts only may be as large as the batch, if that does not take long. */
+static void
+lone_step_ends_soon(void **state)
+{
+	static const struct
+	{
+		double		token_ms;
+		int			expected;	/* tokens */
+	}			cases[] = {{0.01, 2048}, {0.5, 500}, {1, 256}, {20, 256}};
+
+	(void) state;
+	for (size_t i = 0; i < sizeof(cases) / sizeof(*cases); i++)
+	{
+		Pool		pool;
+		MillmScheduler *s = create(&pool, 100000, 4, 4, 2048);
+		Seq			a = {.slot.n_tokens = 10000, .goal = 10001};
+		MillmPlanItem items[4];
+
+		millm_sched_add(s, &a.slot);
+		assert_int_equal(millm_sched_plan(s, items), 1);
+		assert_int_equal(items[0].n_tokens, 2048);	/* nothing is measured */
+		millm_sched_done(s, items, 1, 2048 * cases[i].token_ms);
+		assert_int_equal(millm_sched_plan(s, items), 1);
+		assert_int_equal(items[0].n_tokens, cases[i].expected);
+		millm_sched_free(s);
+	}
+}
+
+/* Of those of whom all rows are wanted only so many tokens go into a step, of the first ones in line each some; others fill it. */
+static void
+few_rows_are_wanted(void **state)
+{
+	Pool		pool;
+	MillmScheduler *s = create(&pool, 100000, 8, 8, 2048);
+	Seq			scored[4] = {0};
+	Seq			last = {.slot.n_tokens = 1000, .goal = 1001, .number = 4};
+	MillmPlanItem items[8];
+	int			n;
+
+	(void) state;
+	for (int i = 0; i < 4; i++)
+	{
+		scored[i] = (Seq) {.slot = {.n_tokens = 500, .wants_rows = true}, .goal = 501, .number = i};
+		millm_sched_add(s, &scored[i].slot);
+	}
+	millm_sched_add(s, &last.slot);
+	for (int n_steps = 0; last.slot.n_past < 1000 || scored[3].slot.n_past < 500; n_steps++)
+	{
+		int			rows = 0;
+
+		assert_true(n_steps <= 8);	/* 4 x 500 of 256 a step */
+		n = millm_sched_plan(s, items);
+		check_plan(items, n, 2048);
+		for (int i = 0; i < n; i++)
+			rows += items[i].slot->wants_rows ? items[i].n_tokens : 0;
+		assert_true(rows <= MILLM_SCHED_ROWS);
+		if (n_steps == 0)
+		{
+			assert_true(n > 2 && items[1].slot == &scored[1].slot);
+			assert_true(items[n - 1].slot == &last.slot && items[n - 1].n_tokens == 1000);
+		}
+		for (int i = 0; i < n; i++)
+			if (items[i].slot->n_past + items[i].n_tokens == items[i].slot->n_tokens)
+				items[i].slot->is_paused = true;	/* whose turn has ended */
+		millm_sched_done(s, items, n, 1);
+	}
+	millm_sched_free(s);
+}
+
 /* Prompts that share a step: the last of them is not cut for a few tokens, but never is the batch larger than it may be. */
 static void
 last_prompt_is_whole(void **state)
@@ -859,7 +961,8 @@ main(void)
 		cmocka_unit_test(no_overtaking), cmocka_unit_test(preempts_the_youngest), cmocka_unit_test(shared_beginning), cmocka_unit_test(storm),
 		cmocka_unit_test(roles_take_turns), cmocka_unit_test(nobody_has_a_turn_twice), cmocka_unit_test(bounded_waiting),
 		cmocka_unit_test(chunk_follows_time), cmocka_unit_test(small_chunks_do_not_pay),
-		cmocka_unit_test(long_prompt_shares), cmocka_unit_test(last_prompt_is_whole),
+		cmocka_unit_test(long_prompt_shares), cmocka_unit_test(large_batch_shares), cmocka_unit_test(lone_step_ends_soon),
+		cmocka_unit_test(few_rows_are_wanted), cmocka_unit_test(last_prompt_is_whole),
 		cmocka_unit_test(few_streams_begin), cmocka_unit_test(many_sessions),
 	};
 
