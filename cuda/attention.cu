@@ -595,7 +595,8 @@ combine(const __grid_constant__ MillmCudaAttention a, MillmRows y, MillmCudaFrag
 		for (int k = 0; k < n; k++)
 			v = fmaf(part[k * pitch + MILLM_CUDA_PARTIAL + d], shares[k], v);
 		v /= sum;
-		y.data[t * y.stride + (int64_t) h * a.head_dim + d] = v;
+		if (!f.alone)
+			y.data[t * y.stride + (int64_t) h * a.head_dim + d] = v;
 		if (f.data)
 			keep(f, t, (int64_t) h * a.head_dim + d, v);
 	}
@@ -804,7 +805,8 @@ attend_tile(const __grid_constant__ MillmCudaAttention a, MillmRows y, MillmCuda
 #pragma unroll
 			for (int k = 0; k < 8; k += 4)
 			{
-				*(float4 *) (y.data + t * y.stride + at + k) = {v[k], v[k + 1], v[k + 2], v[k + 3]};
+				if (!f.alone)
+					*(float4 *) (y.data + t * y.stride + at + k) = {v[k], v[k + 1], v[k + 2], v[k + 3]};
 				if (f.data)
 					keep_four(f, t, at + k, v + k);
 			}

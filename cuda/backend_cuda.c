@@ -44,6 +44,7 @@ struct MillmBuffer
 	MillmRows	rows;			/* [n_rows, n_columns] */
 	int64_t		n_columns;
 	int			n_written;		/* rows that the last operation wrote: what there is to read */
+	bool		is_elsewhere;	/* they are not in rows, but only where cuBLASLt reads them, until others are (kept) */
 	float	   *host;			/* [n_rows, n_columns]; NULL before it is read first */
 	size_t		host_bytes;
 	size_t		locked_bytes;	/* of the host's, which copies need not stage */
@@ -90,7 +91,7 @@ typedef struct CudaBackend
 			   *sine[2];
 	/* an operation's */
 	int		   *bad_place;		/* [1]; the step's */
-	const MillmBuffer *unchecked;	/* [n_unchecked rows]: a norm of it, if that is what comes next, does the check on its way; NULL: none */
+	MillmBuffer *unchecked;		/* [n_unchecked rows]: a norm of it, if that is what comes next, does the check on its way; NULL: none */
 	int			n_unchecked;
 	int			place_unchecked;
 	int		   *arrived_place;	/* [1], page-locked: the same, here */
@@ -310,15 +311,38 @@ buffer_create(MillmBackend *be, int64_t n_rows, int64_t n_columns, MillmBuffer *
 	return MILLM_OK;
 }
 
+/*
+ * The rows of a buffer, for the next launch to read.  Those that were left for cuBLASLt alone come back from there, rounded, which costs what leaving them
+ * there saved: it is for what a product cannot do so.
+ */
+static MillmRows
+rows_of(CudaBackend *c, MillmBuffer *x)
+{
+	MillmCudaFragments there;
+	MillmError	err;
+
+	if (!x->is_elsewhere)
+		return x->rows;
+	if (c->kept != x)
+	{
+		millm_fail(&err, MILLM_E_INTERNAL, "activations are read after others have taken their place");
+		host->fault(&err);
+	}
+	there = millm_cuda_blas_rows(c->blas, c->n_kept_blocks * 64, c->n_kept);
+	CHECK(millm_cuda_from_rows(x->rows, &there, c->n_kept_blocks * 64, c->n_kept, c->queue));
+	x->is_elsewhere = false;
+	return x->rows;
+}
+
 /* The queue, for the next launch: a check that has waited for a norm comes first. */
 static MillmCudaQueue *
 queue_of(CudaBackend *c)
 {
-	const MillmBuffer *x = c->unchecked;
+	MillmBuffer *x = c->unchecked;
 
 	c->unchecked = NULL;
 	if (x)
-		CHECK(millm_cuda_find_not_finite(c->bad_place, x->rows, c->place_unchecked, x->n_columns, c->n_unchecked, c->queue));
+		CHECK(millm_cuda_find_not_finite(c->bad_place, rows_of(c, x), c->place_unchecked, x->n_columns, c->n_unchecked, c->queue));
 	return c->queue;
 }
 
@@ -382,6 +406,7 @@ buffer_read(MillmBackend *be, MillmBuffer *x)
 {
 	CudaBackend *c = cuda(be);
 	const size_t row = (size_t) x->n_columns * sizeof(float);
+	MillmRows	from;
 
 	if (x == c->fetched)
 	{
@@ -391,7 +416,8 @@ buffer_read(MillmBackend *be, MillmBuffer *x)
 		return x->host;
 	}
 	prepare_host(x, x->n_written);
-	CHECK(cudaMemcpy2DAsync(x->host, row, x->rows.data, (size_t) x->rows.stride * sizeof(float), row, (size_t) x->n_written, cudaMemcpyDeviceToHost,
+	from = rows_of(c, x);
+	CHECK(cudaMemcpy2DAsync(x->host, row, from.data, (size_t) from.stride * sizeof(float), row, (size_t) x->n_written, cudaMemcpyDeviceToHost,
 							stream_of(c)));
 	wait(c);
 	return x->host;
@@ -407,7 +433,7 @@ fetch(MillmBackend *be, MillmBuffer *y, const MillmTop *tops, int n)
 		if (tops[t].k == 0)
 			n_whole = t + 1;
 	prepare_host(y, n_whole);
-	CHECK(millm_cuda_fetch_queue(c->fetch, y->host, y->rows, tops, n, queue_of(c), c->stream));
+	CHECK(millm_cuda_fetch_queue(c->fetch, y->host, rows_of(c, y), tops, n, queue_of(c), c->stream));
 	c->fetched = y;
 	c->is_idle = false;
 }
@@ -652,6 +678,19 @@ fragments_of(const CudaBackend *c, int64_t n_columns, int n)
 	};
 }
 
+/*
+ * The same for what is read by products alone, as backend.h says of norms into another buffer, attention and activations: where cuBLASLt takes their rows, these are all
+ * that is written.  Experts read theirs themselves.
+ */
+static MillmCudaFragments
+for_products(const CudaBackend *c, int64_t n_columns, int n)
+{
+	MillmCudaFragments f = fragments_of(c, n_columns, n);
+
+	f.alone = f.data && f.in_rows && c->model->config.n_experts == 0;
+	return f;
+}
+
 /* The fragments are n rows of y. */
 static void
 keep(CudaBackend *c, const MillmBuffer *y, const MillmCudaFragments *f, int n)
@@ -680,6 +719,7 @@ static void
 wrote(CudaBackend *c, MillmBuffer *y, const MillmCudaFragments *f, int n)
 {
 	y->n_written = n;
+	y->is_elsewhere = f->alone;
 	changed(c, y);
 	if (f->data)
 		keep(c, y, f, n);
@@ -692,7 +732,7 @@ embed(MillmBackend *be, MillmBuffer *y, const MillmWeight *table, const int32_t 
 {
 	CudaBackend *c = cuda(be);
 
-	CHECK(millm_cuda_embed(y->rows, weight_of(c, table), bring(c, rows, n), add, n, queue_of(c)));
+	CHECK(millm_cuda_embed(add ? rows_of(c, y) : y->rows, weight_of(c, table), bring(c, rows, n), add, n, queue_of(c)));
 	wrote(c, y, &no_fragments, n);
 }
 
@@ -704,13 +744,13 @@ norm(MillmBackend *be, MillmBuffer *y, MillmBuffer *x, MillmNorm kind, const Mil
 	const bool	checks = c->unchecked == x && c->n_unchecked == n && n_parts * n_columns == x->n_columns;
 	const MillmCudaNorm l = {
 		.y = y->rows,
-		.x = x->rows,
+		.x = rows_of(c, x),
 		.kind = kind,
 		.weight = vector_of(c, weight->data),
 		.bias = kind == MILLM_NORM_LAYER ? vector_of(c, bias->data) : NULL,
 		.weight_stride = weight->n > n_columns ? n_columns : 0,
 		.bias_stride = bias->n > n_columns ? n_columns : 0,
-		.fragments = n_parts == 1 ? fragments_of(c, n_columns, n) : no_fragments,
+		.fragments = n_parts > 1 ? no_fragments : y == x ? fragments_of(c, n_columns, n) : for_products(c, n_columns, n),
 		.eps = eps,
 		.n_parts = n_parts,
 		.n_columns = n_columns,
@@ -790,25 +830,32 @@ multiply_skinny(CudaBackend *c, const MillmCudaMatmul *m, int n_matmuls, const M
 
 /* One product of x, of rows that are not few for our tuned kernels, or by the obvious one */
 static void
-multiply(CudaBackend *c, const MillmCudaMatmul *m, const MillmBuffer *x)
+multiply(CudaBackend *c, const MillmCudaMatmul *m, MillmBuffer *x)
 {
 	bool		is_done = false;
 
 	if (c->is_plain || !m->w.has_chunks)
 	{
+		(void) rows_of(c, x);
 		CHECK(millm_cuda_matmul_any(m, queue_of(c)));
 		return;
 	}
 	if (c->blas && m->n > KEPT_ROWS)
 	{
 		const MillmCudaFragments rows = millm_cuda_blas_rows(c->blas, m->w.n_in, m->n);
+		const bool	are_there = are_kept(c, x, &rows, m->n);
 
-		CHECK(millm_cuda_blas_matmul(c->blas, m, are_kept(c, x, &rows, m->n), queue_of(c), c->stream, &is_done));
+		if (!are_there)
+			(void) rows_of(c, x);
+		CHECK(millm_cuda_blas_matmul(c->blas, m, are_there, queue_of(c), c->stream, &is_done));
 		if (is_done)
 			keep(c, x, &rows, m->n);
 	}
 	if (!is_done)
+	{
+		(void) rows_of(c, x);
 		CHECK(c->has_tensor_cores ? millm_cuda_matmul_tensor(m, queue_of(c)) : millm_cuda_matmul_many(m, queue_of(c)));
+	}
 }
 
 static void
@@ -824,7 +871,7 @@ matmul(MillmBackend *be, const MillmProjection *p, int n_projections, MillmBuffe
 	for (int i = 0; i < n_projections; i++)
 	{
 		const MillmCudaMatmul m = {
-			.y = p[i].y->rows,
+			.y = p[i].accumulate ? rows_of(c, p[i].y) : p[i].y->rows,
 			.w = *weight_of(c, p[i].w),
 			.bias = vector_of(c, p[i].bias->data),
 			.accumulate = p[i].accumulate,
@@ -838,6 +885,8 @@ matmul(MillmBackend *be, const MillmProjection *p, int n_projections, MillmBuffe
 		else
 			multiply(c, &m, x);
 	}
+	if (n_few + n_skinny > 0)
+		(void) rows_of(c, x);
 	if (n_few > 0)
 		multiply_few(c, few, n_few);
 	if (n_skinny > 0)
@@ -881,7 +930,7 @@ split_qkv(MillmBackend *be, const MillmAttention *a, MillmBuffer *q, MillmBuffer
 	CudaBackend *c = cuda(be);
 	const MillmCudaAttention d = attention_of(c, a);
 
-	CHECK(millm_cuda_split_qkv(&d, q->rows, k->rows, v->rows, qkv->rows, n, queue_of(c)));
+	CHECK(millm_cuda_split_qkv(&d, q->rows, k->rows, v->rows, rows_of(c, qkv), n, queue_of(c)));
 	wrote(c, q, &no_fragments, n);
 	wrote(c, k, &no_fragments, n);
 	wrote(c, v, &no_fragments, n);
@@ -893,7 +942,7 @@ rope_and_store(MillmBackend *be, const MillmAttention *a, MillmBuffer *q, MillmB
 	CudaBackend *c = cuda(be);
 	const MillmCudaAttention d = attention_of(c, a);
 
-	CHECK(millm_cuda_rope_and_store(&d, q->rows, k->rows, v->rows, n, queue_of(c)));
+	CHECK(millm_cuda_rope_and_store(&d, rows_of(c, q), rows_of(c, k), rows_of(c, v), n, queue_of(c)));
 	changed(c, q);
 	changed(c, k);
 }
@@ -970,13 +1019,14 @@ attention(MillmBackend *be, const MillmAttention *a, MillmBuffer *y, MillmBuffer
 {
 	CudaBackend *c = cuda(be);
 	const MillmCudaAttention d = attention_of(c, a);
-	const MillmCudaFragments f = fragments_of(c, (int64_t) a->n_heads * a->head_dim, n);
+	const MillmCudaFragments f = for_products(c, (int64_t) a->n_heads * a->head_dim, n);
+	const MillmRows from = rows_of(c, q);
 	bool		has_fragments = false;
 
 	if (c->is_plain || !is_chunked(a->head_dim))
-		CHECK(millm_cuda_attention_any(&d, y->rows, q->rows, n, queue_of(c)));
+		CHECK(millm_cuda_attention_any(&d, y->rows, from, n, queue_of(c)));
 	else
-		has_fragments = attend(c, d, a->page_group, y->rows, &f, q->rows, n);
+		has_fragments = attend(c, d, a->page_group, y->rows, &f, from, n);
 	wrote(c, y, has_fragments ? &f : &no_fragments, n);
 }
 
@@ -985,31 +1035,37 @@ activation(MillmBackend *be, MillmBuffer *y, MillmAct act, MillmBuffer *x, Millm
 {
 	const MillmRows none = {NULL, 0};
 	CudaBackend *c = cuda(be);
-	const MillmCudaFragments f = fragments_of(c, n_columns, n);
+	const MillmCudaFragments f = for_products(c, n_columns, n);
 
-	CHECK(millm_cuda_activation(y->rows, &f, act, x->rows, up ? up->rows : none, n_columns, n, queue_of(c)));
+	CHECK(millm_cuda_activation(y->rows, &f, act, rows_of(c, x), up ? rows_of(c, up) : none, n_columns, n, queue_of(c)));
 	wrote(c, y, &f, n);
 }
 
 static void
 add(MillmBackend *be, MillmBuffer *y, MillmBuffer *x, float scale, int n)
 {
-	CHECK(millm_cuda_add_rows(y->rows, x->rows, NULL, NULL, scale, y->n_columns, n, queue_of(cuda(be))));
-	changed(cuda(be), y);
+	CudaBackend *c = cuda(be);
+
+	CHECK(millm_cuda_add_rows(rows_of(c, y), rows_of(c, x), NULL, NULL, scale, y->n_columns, n, queue_of(c)));
+	changed(c, y);
 }
 
 static void
 scale(MillmBackend *be, MillmBuffer *x, float by, int n)
 {
-	CHECK(millm_cuda_scale(x->rows, by, x->n_columns, n, queue_of(cuda(be))));
-	changed(cuda(be), x);
+	CudaBackend *c = cuda(be);
+
+	CHECK(millm_cuda_scale(rows_of(c, x), by, x->n_columns, n, queue_of(c)));
+	changed(c, x);
 }
 
 static void
 softcap(MillmBackend *be, MillmBuffer *x, float cap, int n)
 {
-	CHECK(millm_cuda_softcap(x->rows, cap, x->n_columns, n, queue_of(cuda(be))));
-	changed(cuda(be), x);
+	CudaBackend *c = cuda(be);
+
+	CHECK(millm_cuda_softcap(rows_of(c, x), cap, x->n_columns, n, queue_of(c)));
+	changed(c, x);
 }
 
 static void
@@ -1019,15 +1075,17 @@ add_rows(MillmBackend *be, MillmBuffer *y, MillmBuffer *x, const int32_t *rows, 
 
 	const int32_t *to = bring(c, rows, n);
 
-	CHECK(millm_cuda_add_rows(y->rows, x->rows, to, bring(c, weights, n), 1, y->n_columns, n, queue_of(c)));
+	CHECK(millm_cuda_add_rows(rows_of(c, y), rows_of(c, x), to, bring(c, weights, n), 1, y->n_columns, n, queue_of(c)));
 	changed(c, y);
 }
 
 static void
 add_gated(MillmBackend *be, MillmBuffer *y, MillmBuffer *x, MillmBuffer *scores, int n)
 {
-	CHECK(millm_cuda_add_gated(y->rows, x->rows, scores->rows, y->n_columns, n, queue_of(cuda(be))));
-	changed(cuda(be), y);
+	CudaBackend *c = cuda(be);
+
+	CHECK(millm_cuda_add_gated(rows_of(c, y), rows_of(c, x), rows_of(c, scores), y->n_columns, n, queue_of(c)));
+	changed(c, y);
 }
 
 static bool
@@ -1037,7 +1095,7 @@ mixture(MillmBackend *be, const MillmLayer *layer, MillmBuffer *y, MillmBuffer *
 
 	if (!millm_cuda_experts_can(c->experts, layer))
 		return false;
-	CHECK(millm_cuda_experts_add(c->experts, layer, y->rows, x->rows, scores->rows, n, queue_of(c)));
+	CHECK(millm_cuda_experts_add(c->experts, layer, rows_of(c, y), rows_of(c, x), rows_of(c, scores), n, queue_of(c)));
 	changed(c, y);
 	return true;
 }
@@ -1047,7 +1105,7 @@ select_rows(MillmBackend *be, MillmBuffer *y, MillmBuffer *x, const int32_t *row
 {
 	CudaBackend *c = cuda(be);
 
-	CHECK(millm_cuda_select(y->rows, x->rows, bring(c, rows, n), x->n_columns, n, queue_of(c)));
+	CHECK(millm_cuda_select(y->rows, rows_of(c, x), bring(c, rows, n), x->n_columns, n, queue_of(c)));
 	wrote(c, y, &no_fragments, n);
 }
 

@@ -291,6 +291,22 @@ millm_cuda_round_rows(void *to, int64_t pitch, MillmRows x, int64_t n_columns, i
 }
 
 static __global__ void
+from_rows(MillmRows y, MillmCudaFragments f, int64_t n_columns)
+{
+	after_previous();
+	const int64_t i = element_index();
+
+	if (i < n_columns)
+		y.data[blockIdx.y * y.stride + i] = bf16_bits(*place_in(f, (int) blockIdx.y, i));
+}
+
+cudaError_t
+millm_cuda_from_rows(MillmRows y, const MillmCudaFragments *f, int64_t n_columns, int n, MillmCudaQueue *queue)
+{
+	return launch_elements(from_rows, n_columns, n, queue, y, *f, n_columns);
+}
+
+static __global__ void
 embed(MillmRows y, MillmCudaWeight table, const int32_t *rows, bool add)
 {
 	after_previous();
@@ -352,7 +368,8 @@ norm(MillmCudaNorm l)
 			v *= weight[i];
 		if (bias)
 			v += bias[i];
-		y[i] = v;
+		if (!l.fragments.alone)
+			y[i] = v;
 		if (l.fragments.data)
 			keep(l.fragments, (int) blockIdx.y, i, v);
 	}
@@ -444,7 +461,8 @@ norm_at_once(const __grid_constant__ MillmCudaNorm l)
 			of_k[j] = (of_k[j] - mean) * r * of_weight[j] + of_bias[j];
 		if (i >= n_columns)
 			continue;
-		*(float4 *) (y + i) = {of_k[0], of_k[1], of_k[2], of_k[3]};
+		if (!l.fragments.alone)
+			*(float4 *) (y + i) = {of_k[0], of_k[1], of_k[2], of_k[3]};
 		if (l.fragments.data)
 			keep_four(l.fragments, (int) blockIdx.y, i, of_k);
 	}
@@ -491,7 +509,8 @@ activate(MillmRows y, MillmCudaFragments f_y, MillmAct act, MillmRows x, MillmRo
 			f *= v < 0 ? 0 : v;
 			break;
 	}
-	y.data[blockIdx.y * y.stride + i] = f;
+	if (!f_y.alone)
+		y.data[blockIdx.y * y.stride + i] = f;
 	if (f_y.data)
 		keep(f_y, (int) blockIdx.y, i, f);
 }
@@ -521,7 +540,8 @@ activate_pairs(MillmRows y, MillmCudaFragments f_y, MillmRows x, int64_t n_colum
 		{
 			const float f = (up + 1) * gate / (1 + expf(-alpha * gate));
 
-			y.data[blockIdx.y * y.stride + i] = f;
+			if (!f_y.alone)
+				y.data[blockIdx.y * y.stride + i] = f;
 			if (f_y.data)
 				keep(f_y, (int) blockIdx.y, i, f);
 		}

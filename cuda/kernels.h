@@ -103,7 +103,8 @@ typedef struct MillmCudaFragments
 	uint16_t   *data;			/* 16-byte aligned; NULL: none are wanted */
 	int64_t		n_blocks;		/* of 64 values */
 	int			has_low;
-	int			in_rows;
+	int16_t		in_rows;
+	int16_t		alone;			/* the rows themselves are not written */
 } MillmCudaFragments;
 
 /* Where the rows from t on are, of those in_rows; nowhere, if they are nowhere. */
@@ -153,6 +154,8 @@ extern cudaError_t millm_cuda_to_fragments(const MillmCudaFragments *f, MillmRow
 extern cudaError_t millm_cuda_decode(void *to, int64_t pitch, const MillmCudaWeight *w, int64_t o0, int64_t n_rows, MillmCudaQueue *queue);
 /* to [n, pitch], bfloat16 = x [n, n_columns] */
 extern cudaError_t millm_cuda_round_rows(void *to, int64_t pitch, MillmRows x, int64_t n_columns, int n, MillmCudaQueue *queue);
+/* y [n, n_columns] = what f has of it in_rows */
+extern cudaError_t millm_cuda_from_rows(MillmRows y, const MillmCudaFragments *f, int64_t n_columns, int n, MillmCudaQueue *queue);
 
 /* y[t] = table[rows[t]], or y[t] += */
 extern cudaError_t millm_cuda_embed(MillmRows y, const MillmCudaWeight *table, const int32_t *rows, bool add, int n, MillmCudaQueue *queue);

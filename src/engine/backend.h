@@ -74,6 +74,11 @@ struct MillmBackend
 	/* Begin a step of n tokens: where each is, what its sequence is planned for, and the page tables of it [n, n_groups] (borrowed for the step). */
 	void		(*begin) (MillmBackend *be, const int32_t *positions, const int32_t *planned_lengths, const int32_t *const *pages, int n);
 
+	/*
+	 * In a model without experts, what norm leaves in another buffer, and attention and activation in any, is for the products that come next: it may be
+	 * rounded as they round it, and is gone once another of these operations, or a product of something else, has run.
+	 */
+
 	/* y[t] = table[rows[t]], or y[t] += table[rows[t]] */
 	void		(*embed) (MillmBackend *be, MillmBuffer *y, const MillmWeight *table, const int32_t *rows, bool add, int n);
 	/*

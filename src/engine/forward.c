@@ -449,7 +449,7 @@ normed(MillmForward *fw, const MillmVector *weight, const MillmVector *bias, int
 	return y;
 }
 
-/* up = act(gate(in)) * up(in), or act(up(in)) */
+/* x += down(act(gate(in)) * up(in)), or down(act(up(in))) */
 static void
 run_mlp(MillmForward *fw, const MillmLayer *l, MillmBuffer *in, int n)
 {
@@ -462,6 +462,7 @@ run_mlp(MillmForward *fw, const MillmLayer *l, MillmBuffer *in, int n)
 		be->activation(be, fw->up, c->act, fw->gate, fw->up, l->up.n_out, n);
 	else
 		be->activation(be, fw->up, c->act, fw->up, NULL, l->up.n_out, n);
+	add_branch(fw, &l->down, &l->down_bias, &l->mlp_post_norm, fw->up, n);
 }
 
 static void
@@ -566,7 +567,7 @@ run_layer(MillmForward *fw, int i, int n)
 	else
 		be->matmul(be, qkv, 3, in, n);
 	if (c->parallel)
-		run_mlp(fw, l, l->mlp_norm.data ? normed(fw, &l->mlp_norm, &l->mlp_norm_bias, n) : in, n);
+		run_mlp(fw, l, l->mlp_norm.data ? normed(fw, &l->mlp_norm, &l->mlp_norm_bias, n) : in, n);	/* before attention leaves other rows */
 	norm_heads(fw, fw->q, &l->q_norm, &l->q_norm_bias, l->n_heads, l->head_dim, n);
 	norm_heads(fw, fw->k, &l->k_norm, &l->k_norm_bias, l->n_kv_heads, l->head_dim, n);
 	be->rope_and_store(be, &attention, fw->q, fw->k, fw->v, n);
@@ -581,7 +582,6 @@ run_layer(MillmForward *fw, int i, int n)
 	}
 	if (!c->parallel)
 		run_mlp(fw, l, normed(fw, &l->mlp_norm, &l->mlp_norm_bias, n), n);
-	add_branch(fw, &l->down, &l->down_bias, &l->mlp_post_norm, fw->up, n);
 	if (c->norm_after)
 		norm(fw, fw->x, fw->x, &l->mlp_norm, &l->mlp_norm_bias, n);
 }

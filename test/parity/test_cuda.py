@@ -76,6 +76,16 @@ def test_many_rows(model, tmp_path):
     assert error(cuda_logits(model, ids, tmp_path)[:64], cuda_logits(model, ids, tmp_path, "--chunk", "64")[:64]) <= tolerance
 
 
+@pytest.mark.parametrize("name", ["falcon", "falcon-new", "phi", "neox", "cohere-norms", "gemma2", "gemma3", "olmo2", "opt-after", "glm4", "qwen3", "bloom-residual",
+                                  "gpt2", "granite", "stablelm-parallel", "qwen2_moe"])
+def test_many_rows_of_a_family(name, tmp_path):
+    """8-bit weights on cuBLASLt: what a product reads is nowhere but where it wants it, whichever way the parts of a layer are put together."""
+    model = tmp_path / name
+    subprocess.run([ROOT / "build" / "millm-hub", "quantize", TINY / name, "--quantization", "Q8", "--output", model], check=True, capture_output=True)
+    ids = some_ids(model, 66)
+    assert error(cuda_logits(model, ids, tmp_path), engine_logits(model, ids, tmp_path)) <= TOLERANCE_BF16
+
+
 @pytest.mark.parametrize("model", SOME, ids=lambda p: p.name)
 def test_plain_kernels(model, tmp_path):
     ids = some_ids(model, 20)

@@ -327,6 +327,8 @@ static const Shape shapes[] = {
 
 /* What tensor cores' rounding to bfloat16, 2^-9, makes of sums of values that it does not hold. */
 #define TOLERANCE_ROUNDED 1e-2
+/* One rounding to bfloat16, 2^-9, beside what the other numbers allow: rows that were left for cuBLASLt alone are read back */
+#define TOLERANCE_BF16 4e-3
 
 /* Does bfloat16 hold its weights? */
 static bool
@@ -572,7 +574,7 @@ test_fragments(void **state)
 					be->add(be, y, in, 2, n);
 				else if (which == 6)
 					be->select(be, y, in, rows, n);
-				else if (which == 7)
+				else if (which == 7 && n <= MILLM_CUDA_FRAGMENT_ROWS)	/* those of many are gone then */
 				{
 					be->matmul(be, &p, 1, in, n);	/* which takes their place */
 					be->matmul(be, &p, 1, in, n);
@@ -791,6 +793,7 @@ run_attention(const Case *c, MillmDtype weights, const char *kernels)
 						planned[N_ROWS];
 			const int32_t *tables[N_ROWS];
 			const bool	is_rounded = n > 3 && weights != MILLM_F32 && !kernels;	/* many rows of a sequence: queries and weights in float16, too */
+			const bool	is_left = n > MILLM_CUDA_FRAGMENT_ROWS && q_size % 64 == 0;
 			const float *y[2];
 
 			for (int t = 0; t < n; t++)
@@ -823,7 +826,7 @@ run_attention(const Case *c, MillmDtype weights, const char *kernels)
 				be->attention(be, &a, by[i], bq[i], n);
 				y[i] = be->buffer_read(be, by[i]);
 			}
-			assert_near(y[1], y[0], n * q_size, c->rotary_dim > 0 && weights != MILLM_F32 && !kernels ? 3e-3 : c->is_steep || is_rounded ? 1e-3 : 1e-5, what);
+			assert_near(y[1], y[0], n * q_size, is_left && weights != MILLM_F32 && !kernels ? TOLERANCE_BF16 : c->rotary_dim > 0 && weights != MILLM_F32 && !kernels ? 3e-3 : c->is_steep || is_rounded ? 1e-3 : 1e-5, what);
 			length += step_rows[step];
 			if (step == 1)
 				pages[0][2] = 9;	/* the copy is what is read from now on */
