@@ -326,6 +326,15 @@ start(const Fetch *f, MillmWindow *window, int i, Connection *c)
 	return millm_fail(f->err, MILLM_E_INSUFFICIENT_MEMORY, "could not start a thread");
 }
 
+/* Nothing comes: tell what has come, and that it is no more. */
+static void
+tell(void *arg)
+{
+	const Fetch *f = arg;
+
+	f->advance(f->arg, 0, true);
+}
+
 /*
  * Bring what is missing of the file into the sink.  After a failure *verdict may say that the hub does better when it is asked for the
  * whole.
@@ -352,6 +361,7 @@ transfer(Fetch *f, Verdict *verdict)
 		return millm_fail(f->err, MILLM_E_INSUFFICIENT_MEMORY, "out of memory");
 	}
 	millm_http_set_stop(f->http, millm_window_ended(window));
+	millm_window_on_idle(window, tell, f);
 	while (n < f->n_connections && (rc = start(f, window, n, &connections[n])) == MILLM_OK)
 		n++;
 	while (rc == MILLM_OK && f->have < f->file->size && (len = millm_window_peek(window, stop, &data)) > 0)

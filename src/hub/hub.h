@@ -113,7 +113,7 @@ typedef struct MillmSink
 	void		(*abandon) (void *arg);
 } MillmSink;
 
-/* Bytes are in the sink: fetched over the network, or from this machine.  A negative delta: they were wrong and must come again. */
+/* Bytes are in the sink: fetched over the network, or from this machine.  A negative delta: they were wrong and must come again; 0: nothing has come for a while. */
 typedef void (*MillmAdvance) (void *arg, int64_t delta, bool is_fetched);
 
 /*

@@ -6,17 +6,20 @@
  */
 #include "window.h"
 
+#include <errno.h>
 #include <pthread.h>
 #include <stdlib.h>
 #include <string.h>
 #include <time.h>
 
-#define TICK_MS 100				/* so often a waiting reader looks at *stop */
+#define TICK_MS 100				/* so often a waiting reader looks at *stop, and is idle */
 
 struct MillmWindow
 {
 	pthread_mutex_t lock;
 	pthread_cond_t has_bytes, has_room;
+	void		(*idle) (void *arg);	/* the reader's, with its argument */
+	void	   *idle_arg;
 	atomic_bool ended;
 	int64_t		begin, end, piece_bytes;
 	int64_t		n_pieces, n_claimed;
@@ -139,6 +142,13 @@ available(const MillmWindow *w)
 	return index < w->n_claimed ? w->filled[index % w->n_slots] - w->taken : 0;
 }
 
+void
+millm_window_on_idle(MillmWindow *w, void (*idle) (void *arg), void *arg)
+{
+	w->idle = idle;
+	w->idle_arg = arg;
+}
+
 size_t
 millm_window_peek(MillmWindow *w, const atomic_bool *stop, const void **data)
 {
@@ -154,7 +164,12 @@ millm_window_peek(MillmWindow *w, const atomic_bool *stop, const void **data)
 		until.tv_nsec += TICK_MS * 1000000L;
 		until.tv_sec += until.tv_nsec / 1000000000;
 		until.tv_nsec %= 1000000000;
-		pthread_cond_clockwait(&w->has_bytes, &w->lock, CLOCK_MONOTONIC, &until);
+		if (pthread_cond_clockwait(&w->has_bytes, &w->lock, CLOCK_MONOTONIC, &until) == ETIMEDOUT && w->idle)
+		{
+			pthread_mutex_unlock(&w->lock);
+			w->idle(w->idle_arg);
+			pthread_mutex_lock(&w->lock);
+		}
 	}
 	pthread_mutex_unlock(&w->lock);
 	*data = w->ring + at;

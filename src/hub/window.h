@@ -32,6 +32,8 @@ extern bool millm_window_claim(MillmWindow *w, MillmPiece *piece);
 /* The next len bytes of a piece, no more than it misses; waits for room.  False: the window has ended. */
 extern bool millm_window_fill(MillmWindow *w, MillmPiece *piece, const void *data, size_t len);
 
+/* While the reader waits, idle(arg) is called each 100 ms, by its own thread.  Before the first peek; NULL: nobody wants to know. */
+extern void millm_window_on_idle(MillmWindow *w, void (*idle) (void *arg), void *arg);
 /* How many of the next bytes lie at *data; waits for one.  0: *stop became true, or the window has ended and has no more. */
 extern size_t millm_window_peek(MillmWindow *w, const atomic_bool *stop, const void **data);
 /* The first n of those that peek told are done with. */

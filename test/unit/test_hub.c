@@ -502,6 +502,36 @@ window_ends(void **state)
 	millm_window_free(w);
 }
 
+/* The third time that nothing has come ends the wait. */
+typedef struct Idle
+{
+	MillmWindow *w;
+	int			n;
+} Idle;
+
+static void
+count_idle(void *arg)
+{
+	Idle	   *idle = arg;
+
+	if (++idle->n == 3)
+		millm_window_end(idle->w);
+}
+
+static void
+window_tells_of_waiting(void **state)
+{
+	Idle		idle = {.w = millm_window_create(0, 10000, 100, 300)};
+	const atomic_bool stop = false;
+	const void *data;
+
+	(void) state;
+	millm_window_on_idle(idle.w, count_idle, &idle);
+	assert_int_equal(millm_window_peek(idle.w, &stop, &data), 0);
+	assert_int_equal(idle.n, 3);
+	millm_window_free(idle.w);
+}
+
 static void
 possession(void **state)
 {
@@ -653,7 +683,7 @@ main(void)
 	const struct CMUnitTest tests[] = {
 		cmocka_unit_test(repo_ids), cmocka_unit_test(revisions), cmocka_unit_test(url_encoding), cmocka_unit_test(infos), cmocka_unit_test(pages),
 		cmocka_unit_test(too_many_files), cmocka_unit_test(small_files), cmocka_unit_test(indexes), cmocka_unit_test(endpoints_and_tokens),
-		cmocka_unit_test(directories), cmocka_unit_test(hash_state), cmocka_unit_test(hash_beside), cmocka_unit_test(windows), cmocka_unit_test(window_ends),
+		cmocka_unit_test(directories), cmocka_unit_test(hash_state), cmocka_unit_test(hash_beside), cmocka_unit_test(windows), cmocka_unit_test(window_ends), cmocka_unit_test(window_tells_of_waiting),
 		cmocka_unit_test(possession), cmocka_unit_test(circuit_breaker),
 	};
 
