@@ -50,7 +50,7 @@
  * a longer step now and then instead, of STEP_MS more at most, and in the mean waits no longer.
  */
 #define MIN_CHUNK		8
-#define WHOLE_CHUNK		256		/* more say no more of what one costs; who has more than these to do shares the room */
+#define WHOLE_CHUNK		256		/* in a step of their own before one is measured, and however long they take; who has more than these to do shares the room */
 /* A measure counts for at most so much more or less than the one before: a step may have taken long for a reason that is not ours. */
 #define MAX_CHANGE		1.25
 #define BOTH_CHANGE		0.3		/* of that, where decode tokens and prefill were measured together */
@@ -73,6 +73,7 @@ struct MillmScheduler
 	uint64_t	n_arrived;
 	DecodeCost	decode[DECODE_CLASSES];
 	double		prefill_ms;		/* that a token of prefill adds to a step; 0: not measured yet */
+	int			n_measured;		/* tokens of the largest step that had no others */
 	int			chunk;			/* tokens of prefill that the planned step has room for */
 	int			rows;			/* tokens of slots that want rows that the planned step still has room for */
 	double		saved_ms;		/* that prefill might have taken in the steps before this one, and did not */
@@ -239,9 +240,16 @@ owed(const MillmSlot *slot)
 	return slot->n_tokens - slot->n_past;
 }
 
+/* Of so many tokens of the slot, how many the planned step may have. */
+static int
+most_of(const MillmScheduler *s, const MillmSlot *slot, int n)
+{
+	return slot->wants_rows && s->rows < n ? s->rows : n;
+}
+
 /*
  * Admit the first in line, if the pool has its pages and then still one for each that runs; NULL if not.
- * One whose reader is behind lets the others pass.
+ * One that has nothing to do in this step, because its reader is behind or it wants rows and there are none left, lets the others pass.
  */
 static MillmSlot *
 admit(MillmScheduler *s)
@@ -250,7 +258,7 @@ admit(MillmScheduler *s)
 	MillmSlot  *slot;
 	int64_t		need;
 
-	while (at < s->n && s->slots[at]->is_paused)
+	while (at < s->n && (s->slots[at]->is_paused || most_of(s, s->slots[at], 1) == 0))
 		at++;
 	if (at == s->n || s->n_running == s->max_running)
 		return NULL;
@@ -349,7 +357,7 @@ static int
 tokens_alone(const MillmScheduler *s, int most)
 {
 	const int	least = WHOLE_CHUNK < most ? WHOLE_CHUNK : most;
-	const double n = s->prefill_ms > 0 ? LONE_MS / s->prefill_ms : most;
+	const double n = s->prefill_ms > 0 ? LONE_MS / s->prefill_ms : least;
 
 	return n < least ? least : n < most ? (int) n : most;
 }
@@ -360,12 +368,9 @@ give(MillmScheduler *s, MillmPlanItem *item, int n)
 {
 	const int	rest = owed(item->slot) - item->n_tokens;
 
-	n = n < rest ? n : rest;
+	n = most_of(s, item->slot, n < rest ? n : rest);
 	if (item->slot->wants_rows)
-	{
-		n = n < s->rows ? n : s->rows;
 		s->rows -= n;
-	}
 	item->n_tokens += n;
 	return n;
 }
@@ -378,8 +383,8 @@ static int
 plan_prefill(MillmScheduler *s, MillmSlot *slot, int room, int extra, MillmPlanItem *item)
 {
 	const int	many = WHOLE_CHUNK < s->max_batch_tokens ? WHOLE_CHUNK : s->max_batch_tokens;
-	const int	most = slot->wants_rows && s->rows < room ? s->rows : room;
-	const int	limit = room < s->chunk ? most + extra : most;
+	const int	most = most_of(s, slot, room);
+	const int	limit = most_of(s, slot, room < s->chunk ? room + extra : room);
 
 	*item = (MillmPlanItem) {slot, 0};
 	return give(s, item, owed(slot) <= limit ? owed(slot) : owed(slot) > many ? (most + 1) / 2 : most);
@@ -442,7 +447,21 @@ follow(double before, double now)
 static bool
 is_whole_chunk(const MillmScheduler *s, int n_prefill)
 {
-	return 2 * n_prefill >= (s->chunk < WHOLE_CHUNK ? s->chunk : WHOLE_CHUNK);
+	return 2 * n_prefill >= s->chunk;
+}
+
+/* A step of so many tokens of prefill, and nothing else, has taken so long. */
+static void
+measure_prefill(MillmScheduler *s, int n, double ms)
+{
+	const double token_ms = ms / n;
+
+	if (token_ms < s->prefill_ms && n >= s->n_measured)
+		s->prefill_ms = token_ms;	/* the ones before were too few for the machine, or its first */
+	else if (s->prefill_ms == 0 || token_ms < s->prefill_ms || is_whole_chunk(s, n))
+		s->prefill_ms = follow(s->prefill_ms, token_ms);
+	if (n > s->n_measured)
+		s->n_measured = n;
 }
 
 void
@@ -485,6 +504,6 @@ millm_sched_done(MillmScheduler *s, const MillmPlanItem *items, int n, double ms
 		decode->ms = follow(decode->ms, ms / n_decode);
 		decode->n_mixed = 0;
 	}
-	else if (n_prefill > 0 && (is_whole_chunk(s, n_prefill) || s->prefill_ms == 0 || ms / n_prefill < s->prefill_ms))
-		s->prefill_ms = follow(s->prefill_ms, ms / n_prefill);
+	else if (n_prefill > 0)
+		measure_prefill(s, n_prefill, ms);
 }

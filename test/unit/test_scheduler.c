@@ -603,8 +603,12 @@ chunk_follows_time(void **state)
 
 	(void) state;
 	millm_sched_add(s, &alone.slot);
-	assert_int_equal(millm_sched_plan(s, items), 1);
-	assert_int_equal(items[0].n_tokens, 1024);
+	for (int i = 0; i < 2; i++)
+	{
+		assert_int_equal(millm_sched_plan(s, items), 1);
+		assert_int_equal(items[0].n_tokens, i == 0 ? 256 : 1024);	/* unless it is known that they are fast */
+		millm_sched_done(s, items, 1, items[0].n_tokens * 0.1);
+	}
 	millm_sched_free(s);
 
 	assert_true(longest_step(true, 20, 1, &n_stream_steps) <= 1.3 * 2 * 20);
@@ -733,12 +737,63 @@ lone_step_ends_soon(void **state)
 
 		millm_sched_add(s, &a.slot);
 		assert_int_equal(millm_sched_plan(s, items), 1);
-		assert_int_equal(items[0].n_tokens, 2048);	/* nothing is measured */
-		millm_sched_done(s, items, 1, 2048 * cases[i].token_ms);
+		assert_int_equal(items[0].n_tokens, 256);	/* nothing is measured */
+		millm_sched_done(s, items, 1, 256 * cases[i].token_ms);
 		assert_int_equal(millm_sched_plan(s, items), 1);
 		assert_int_equal(items[0].n_tokens, cases[i].expected);
 		millm_sched_free(s);
 	}
+}
+
+/*
+ * The first step of a machine that was just started says little, and so do a few tokens: as soon as a step at least as large has cost less a token, that counts.
+ * What small ones cost more says nothing against it, and so the next long prompt has the room that its steps need.
+ */
+static void
+larger_steps_count(void **state)
+{
+	static const struct
+	{
+		int			n_tokens;
+		double		token_ms;
+		int			next;		/* tokens that the next step has room for */
+	}			steps[] = {{256, 5, 256}, {256, 0.5, 500}, {500, 0.2, 1250}, {20, 3, 1250}, {128, 1, 1250}, {600, 1, 1250}, {700, 1, 1000}, {1000, 0.1, 2048}};
+	Pool		pool;
+	MillmScheduler *s = create(&pool, 100000, 4, 4, 2048);
+	MillmPlanItem items[4];
+
+	(void) state;
+	for (size_t i = 0; i < sizeof(steps) / sizeof(*steps); i++)
+	{
+		Seq			a = {.slot.n_tokens = steps[i].n_tokens, .goal = 10000};
+		Seq			long_one = {.slot.n_tokens = 10000, .goal = 10001};
+
+		millm_sched_add(s, &a.slot);
+		assert_int_equal(millm_sched_plan(s, items), 1);
+		assert_int_equal(items[0].n_tokens, steps[i].n_tokens);
+		millm_sched_done(s, items, 1, steps[i].n_tokens * steps[i].token_ms);
+		millm_sched_remove(s, &a.slot);
+		millm_sched_add(s, &long_one.slot);
+		assert_int_equal(millm_sched_plan(s, items), 1);
+		assert_int_equal(items[0].n_tokens, steps[i].next);
+		millm_sched_remove(s, &long_one.slot);
+	}
+	millm_sched_free(s);
+}
+
+/* A scheduler that knows how little a token of prefill takes: its steps may have 1,600, and some more to end one. */
+static MillmScheduler *
+create_fast(Pool *pool, int max_running)
+{
+	MillmScheduler *s = create(pool, 100000, max_running, max_running, 2048);
+	Seq			first = {.slot.n_tokens = 256, .goal = 257};
+	MillmPlanItem items[1];
+
+	millm_sched_add(s, &first.slot);
+	assert_int_equal(millm_sched_plan(s, items), 1);
+	millm_sched_done(s, items, 1, 40);
+	millm_sched_remove(s, &first.slot);
+	return s;
 }
 
 /* Of those of whom all rows are wanted only so many tokens go into a step, of the first ones in line each some; others fill it. */
@@ -746,7 +801,7 @@ static void
 few_rows_are_wanted(void **state)
 {
 	Pool		pool;
-	MillmScheduler *s = create(&pool, 100000, 8, 8, 2048);
+	MillmScheduler *s = create_fast(&pool, 8);
 	Seq			scored[4] = {0};
 	Seq			last = {.slot.n_tokens = 1000, .goal = 1001, .number = 4};
 	MillmPlanItem items[8];
@@ -779,6 +834,39 @@ few_rows_are_wanted(void **state)
 				items[i].slot->is_paused = true;	/* whose turn has ended */
 		millm_sched_done(s, items, n, 1);
 	}
+	millm_sched_free(s);
+}
+
+/* Of many of them, those who would have no row of a step take no seat in it, and who wants none goes before them. */
+static void
+no_seats_without_rows(void **state)
+{
+	Pool		pool;
+	MillmScheduler *s = create_fast(&pool, 16);
+	Seq			scored[16] = {0};
+	Seq			first = {.slot.n_tokens = 50, .goal = 51, .number = 16};
+	Seq			last = {.slot.n_tokens = 100, .goal = 101, .number = 17};
+	MillmPlanItem items[16];
+	int			rows = 0;
+	int			n;
+
+	(void) state;
+	millm_sched_add(s, &first.slot);
+	for (int i = 0; i < 16; i++)
+	{
+		scored[i] = (Seq) {.slot = {.n_tokens = 500, .wants_rows = true}, .goal = 501, .number = i};
+		millm_sched_add(s, &scored[i].slot);
+	}
+	millm_sched_add(s, &last.slot);
+	n = millm_sched_plan(s, items);
+	check_plan(items, n, 2048);
+	assert_true(items[0].slot == &first.slot && items[0].n_tokens == 50);
+	assert_true(items[n - 1].slot == &last.slot && items[n - 1].n_tokens == 100);
+	assert_int_equal(millm_sched_n_running(s), n);
+	assert_int_equal(items[1].n_tokens, MILLM_SCHED_ROWS / 2);	/* the others have the other half */
+	for (int i = 1; i < n - 1; i++)
+		rows += items[i].n_tokens;
+	assert_int_equal(rows, MILLM_SCHED_ROWS);
 	millm_sched_free(s);
 }
 
@@ -962,7 +1050,8 @@ main(void)
 		cmocka_unit_test(roles_take_turns), cmocka_unit_test(nobody_has_a_turn_twice), cmocka_unit_test(bounded_waiting),
 		cmocka_unit_test(chunk_follows_time), cmocka_unit_test(small_chunks_do_not_pay),
 		cmocka_unit_test(long_prompt_shares), cmocka_unit_test(large_batch_shares), cmocka_unit_test(lone_step_ends_soon),
-		cmocka_unit_test(few_rows_are_wanted), cmocka_unit_test(last_prompt_is_whole),
+		cmocka_unit_test(larger_steps_count), cmocka_unit_test(few_rows_are_wanted), cmocka_unit_test(no_seats_without_rows),
+		cmocka_unit_test(last_prompt_is_whole),
 		cmocka_unit_test(few_streams_begin), cmocka_unit_test(many_sessions),
 	};
 
