@@ -45,7 +45,7 @@ struct MillmBuffer
 	int64_t		n_columns;
 	int			n_written;		/* rows that the last operation wrote: what there is to read */
 	bool		is_elsewhere;	/* they are not in rows, but only where cuBLASLt reads them, until others are (kept) */
-	float	   *host;			/* [n_rows, n_columns]; NULL before it is read first */
+	float	   *host;			/* [n_rows, n_columns]; NULL: it is never read */
 	size_t		host_bytes;
 	size_t		locked_bytes;	/* of the host's, which copies need not stage */
 	bool		cannot_lock;
@@ -108,6 +108,7 @@ typedef struct CudaBackend
 	MillmCudaBlas *blas;		/* NULL: our own kernels only */
 	MillmCudaExperts *experts;	/* NULL: the model has none, or for the obvious kernels */
 	bool		host_routes;	/* between the launches of a step: no two lists would be the same */
+	bool		all_round;		/* products of many rows round them to bfloat16, whichever weights they are with */
 	MillmBuffer *fetched;		/* by the step; NULL: none yet */
 	int64_t		n_waits;
 	int64_t		wait_us;
@@ -289,26 +290,29 @@ millm_cuda_own_bytes(const MillmModel *model, const MillmBackendOptions *o)
 }
 
 static MillmCode
-buffer_create(MillmBackend *be, int64_t n_rows, int64_t n_columns, MillmBuffer **out, MillmError *err)
+buffer_create(MillmBackend *be, int64_t n_rows, int64_t n_columns, bool is_read, MillmBuffer **out, MillmError *err)
 {
 	CudaBackend *c = cuda(be);
 	MillmBuffer *b = calloc(1, sizeof(*b));
-	MillmCode	rc;
 
 	if (!b)
 		return millm_fail(err, MILLM_E_INSUFFICIENT_MEMORY, "out of memory");
 	b->n_columns = n_columns;
 	b->rows.stride = round_up(n_columns, ROW_ALIGNMENT);
-	b->host_bytes = (size_t) (n_rows * n_columns) * sizeof(float);
-	if ((rc = millm_cuda_allocate(&b->rows.data, millm_cuda_buffer_bytes(n_rows, n_columns), "the workspace", c->stream, err)) != MILLM_OK)
-	{
-		free(b);
-		return rc;
-	}
 	b->next = c->buffers;
-	c->buffers = b;
+	c->buffers = b;				/* whatever of it there is, cuda_free() gives back */
+	if (is_read)
+	{
+		const size_t bytes = (size_t) (n_rows * n_columns) * sizeof(float);
+		void	   *rows = mmap(NULL, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+
+		if (rows == MAP_FAILED)
+			return millm_fail(err, MILLM_E_INSUFFICIENT_MEMORY, "insufficient memory for %zu bytes that the device answers: %s", bytes, strerror(errno));
+		b->host = rows;
+		b->host_bytes = bytes;
+	}
 	*out = b;
-	return MILLM_OK;
+	return millm_cuda_allocate(&b->rows.data, millm_cuda_buffer_bytes(n_rows, n_columns), "the workspace", c->stream, err);
 }
 
 /*
@@ -367,10 +371,7 @@ wait(CudaBackend *c)
 	c->wait_us += millm_now_us() - begin;
 }
 
-/*
- * The host's side of a buffer, whose first n rows are to be read: most buffers never are, and have none.  Lock the pages of these rows, and some more; where the
- * system refuses, copies are slower, and right.
- */
+/* The first n rows of a buffer are to be read: lock the host's pages of them, and some more.  Where the system refuses, copies are slower, and right. */
 static void
 prepare_host(MillmBuffer *b, int n)
 {
@@ -379,14 +380,9 @@ prepare_host(MillmBuffer *b, int n)
 	if (!b->host)
 	{
 		MillmError	err;
-		void	   *rows = mmap(NULL, b->host_bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
 
-		if (rows == MAP_FAILED)
-		{
-			millm_fail(&err, MILLM_E_INSUFFICIENT_MEMORY, "insufficient memory for what the device answers: %s", strerror(errno));
-			host->fault(&err);
-		}
-		b->host = rows;
+		millm_fail(&err, MILLM_E_INTERNAL, "a buffer is read that was not created to be");
+		host->fault(&err);
 	}
 	if (bytes <= b->locked_bytes || b->cannot_lock)
 		return;
@@ -663,6 +659,8 @@ vector_of(CudaBackend *c, const float *data)
 	host->fault(&err);
 }
 
+static const MillmCudaFragments no_fragments;
+
 /* Where an operation leaves the fragments of n rows of so many values: nowhere, if the products of such rows want none. */
 static MillmCudaFragments
 fragments_of(const CudaBackend *c, int64_t n_columns, int n)
@@ -687,8 +685,19 @@ for_products(const CudaBackend *c, int64_t n_columns, int n)
 {
 	MillmCudaFragments f = fragments_of(c, n_columns, n);
 
-	f.alone = f.data && f.in_rows && c->model->config.n_experts == 0;
+	f.alone = f.data && f.in_rows && c->all_round && c->model->config.n_experts == 0;
 	return f;
+}
+
+/* The same of a norm.  Many rows that are normed in place are for products in the families that norm the residual so; in others they are rotated, or added to it. */
+static MillmCudaFragments
+of_norm(const CudaBackend *c, bool in_place, int n_parts, int64_t n_columns, int n)
+{
+	const MillmConfig *config = &c->model->config;
+
+	if (n_parts > 1 || (in_place && c->blas && n > KEPT_ROWS && !config->residual_normed && !config->norm_after))
+		return no_fragments;
+	return in_place ? fragments_of(c, n_columns, n) : for_products(c, n_columns, n);
 }
 
 /* The fragments are n rows of y. */
@@ -725,8 +734,6 @@ wrote(CudaBackend *c, MillmBuffer *y, const MillmCudaFragments *f, int n)
 		keep(c, y, f, n);
 }
 
-static const MillmCudaFragments no_fragments;
-
 static void
 embed(MillmBackend *be, MillmBuffer *y, const MillmWeight *table, const int32_t *rows, bool add, int n)
 {
@@ -750,7 +757,7 @@ norm(MillmBackend *be, MillmBuffer *y, MillmBuffer *x, MillmNorm kind, const Mil
 		.bias = kind == MILLM_NORM_LAYER ? vector_of(c, bias->data) : NULL,
 		.weight_stride = weight->n > n_columns ? n_columns : 0,
 		.bias_stride = bias->n > n_columns ? n_columns : 0,
-		.fragments = n_parts > 1 ? no_fragments : y == x ? fragments_of(c, n_columns, n) : for_products(c, n_columns, n),
+		.fragments = of_norm(c, y == x, n_parts, n_columns, n),
 		.eps = eps,
 		.n_parts = n_parts,
 		.n_columns = n_columns,
@@ -1142,6 +1149,22 @@ counts(MillmBackend *be)
 
 /* ---- create ---- */
 
+/* Are all products of a layer with weights whose products of many rows round these?  Those stored in float32 do not, nor those of odd shapes. */
+static bool
+all_round(CudaBackend *c)
+{
+	for (int i = 0; i < c->model->config.n_layers; i++)
+	{
+		const MillmLayer *l = &c->model->layers[i];
+		const MillmWeight *weights[] = {&l->q, &l->k, &l->v, &l->qkv, &l->o, &l->up, &l->gate, &l->down};
+
+		for (size_t w = 0; w < sizeof(weights) / sizeof(weights[0]); w++)
+			if (weights[w]->data && (weight_of(c, weights[w])->dtype == MILLM_F32 || !weight_of(c, weights[w])->has_chunks))
+				return false;
+	}
+	return true;
+}
+
 static MillmCode
 create_memory(CudaBackend *c, const MillmBackendOptions *options, MillmError *err)
 {
@@ -1267,6 +1290,7 @@ millm_cuda_create(const MillmModel *model, const MillmBackendOptions *options, M
 
 		rc = millm_cuda_experts_create(model, c->weights, &experts, c->stream, &c->experts, err);
 	}
+	c->all_round = rc == MILLM_OK && all_round(c);
 	c->host_routes = model->config.n_experts > 0 && (!c->experts || !millm_cuda_experts_can(c->experts, NULL));
 	if (rc != MILLM_OK)
 	{

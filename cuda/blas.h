@@ -24,7 +24,8 @@ extern void millm_cuda_blas_free(MillmCudaBlas *b);	/* NULL is fine */
 extern MillmCudaFragments millm_cuda_blas_rows(const MillmCudaBlas *b, int64_t n_columns, int n);
 /*
  * millm_cuda_matmul_tensor's contract, of F16, BF16, INT8, 4BIT and MXFP4 weights.  *is_done false: the library has no way for this shape, or the weight
- * is wider than was said; nothing was queued then.  x_is_there: x was left where millm_cuda_blas_rows() says, by another product of it, too.
+ * is wider than was said; nothing was queued then.  x_is_there: x was left where millm_cuda_blas_rows() says, by another product of it, too;
+ * m->x is not read then.
  */
 extern cudaError_t millm_cuda_blas_matmul(MillmCudaBlas *b, const MillmCudaMatmul *m, bool x_is_there, MillmCudaQueue *queue, cudaStream_t stream, bool *is_done);
 

@@ -147,7 +147,7 @@ extern cudaError_t millm_cuda_skinny_prepare(MillmCudaSkinny *skinny);
  */
 extern cudaError_t millm_cuda_matmul_skinny(const MillmCudaSkinny *skinny, const MillmCudaMatmul *m, int n_matmuls, const MillmCudaFragments *f,
 											MillmCudaQueue *queue);
-/* f = x [n, n_columns], which is a multiple of 64; norms, activations and attention write them beside their results where these say so */
+/* f = x [n, n_columns], which is a multiple of 64; norms, activations and attention write them beside their results, or in their place, where these say so */
 extern cudaError_t millm_cuda_to_fragments(const MillmCudaFragments *f, MillmRows x, int64_t n_columns, int n, MillmCudaQueue *queue);
 
 /* to [n_rows, pitch], bfloat16 = rows o0 .. o0 + n_rows of w, which has_chunks; pitch is a multiple of 32, and what is past n_in may be anything */

@@ -62,8 +62,8 @@ struct MillmBackend
 	int			n_threads;
 
 	void		(*free) (MillmBackend *be);		/* and its buffers */
-	/* Rows are uninitialised.  INSUFFICIENT_MEMORY with figures. */
-	MillmCode	(*buffer_create) (MillmBackend *be, int64_t n_rows, int64_t n_columns, MillmBuffer **out, MillmError *err);
+	/* Rows are uninitialised; is_read: buffer_read() may be asked for them.  INSUFFICIENT_MEMORY with figures. */
+	MillmCode	(*buffer_create) (MillmBackend *be, int64_t n_rows, int64_t n_columns, bool is_read, MillmBuffer **out, MillmError *err);
 	const float *(*buffer_read) (MillmBackend *be, MillmBuffer *x);	/* in host memory, until the buffer is written */
 	/*
 	 * Begin to bring y's n rows, which first_bad() waits for and buffer_read() then gives: of row t what tops[t] needs (k 0: all), elsewhere the

@@ -203,11 +203,12 @@ map(size_t bytes, const char *what, MillmError *err)
 }
 
 static MillmCode
-buffer_create(MillmBackend *be, int64_t n_rows, int64_t n_columns, MillmBuffer **out, MillmError *err)
+buffer_create(MillmBackend *be, int64_t n_rows, int64_t n_columns, bool is_read, MillmBuffer **out, MillmError *err)
 {
 	CpuBackend *c = cpu(be);
 	MillmBuffer *b = calloc(1, sizeof(*b));
 
+	(void) is_read;				/* all of them are in host memory */
 	if (!b)
 		return millm_fail(err, MILLM_E_INSUFFICIENT_MEMORY, "out of memory");
 	b->n_columns = n_columns;

@@ -203,11 +203,12 @@ create_buffers(MillmForward *fw, MillmError *err)
 
 	for (size_t i = 0; i < sizeof(wanted) / sizeof(wanted[0]); i++)
 	{
+		MillmBuffer **b = wanted[i].buffer;
+		const int	n_rows = b == &fw->logits ? fw->max_logits : fw->max_batch_tokens;
+		const bool	is_read = b == &fw->logits || b == &fw->scores || b == (fw->model->project_out.data ? &fw->e : &fw->h);
 		MillmCode	rc;
 
-		if (wanted[i].n_columns > 0 &&
-			(rc = fw->be->buffer_create(fw->be, wanted[i].buffer == &fw->logits ? fw->max_logits : fw->max_batch_tokens, wanted[i].n_columns,
-										wanted[i].buffer, err)) != MILLM_OK)
+		if (wanted[i].n_columns > 0 && (rc = fw->be->buffer_create(fw->be, n_rows, wanted[i].n_columns, is_read, b, err)) != MILLM_OK)
 			return rc;
 	}
 	if (c->n_experts > 0 && !millm_routes_init(&fw->routes, c->n_experts, c->n_chosen, fw->max_batch_tokens))
@@ -567,7 +568,8 @@ run_layer(MillmForward *fw, int i, int n)
 	else
 		be->matmul(be, qkv, 3, in, n);
 	if (c->parallel)
-		run_mlp(fw, l, l->mlp_norm.data ? normed(fw, &l->mlp_norm, &l->mlp_norm_bias, n) : in, n);	/* before attention leaves other rows */
+		/* first: norms of q and k, and attention, take the place of what the MLP reads */
+		run_mlp(fw, l, l->mlp_norm.data ? normed(fw, &l->mlp_norm, &l->mlp_norm_bias, n) : in, n);
 	norm_heads(fw, fw->q, &l->q_norm, &l->q_norm_bias, l->n_heads, l->head_dim, n);
 	norm_heads(fw, fw->k, &l->k_norm, &l->k_norm_bias, l->n_kv_heads, l->head_dim, n);
 	be->rope_and_store(be, &attention, fw->q, fw->k, fw->v, n);

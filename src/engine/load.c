@@ -129,16 +129,24 @@ plan_rows(const MillmModel *model, int n, MillmMemoryPlan *plan, MillmForwardOpt
 	return millm_memory_plan(plan, err);
 }
 
+static int64_t
+context_pages(const MillmMemoryPlan *plan)
+{
+	return millm_kv_pages(&plan->layout, plan->context_length, plan->step_tokens);
+}
+
 /*
  * Rows of a step on a GPU, which reads its weights, and decodes them, once for all of them, and has not enough to do with few: the more the better, as long as
- * what they take is a small part of its memory, which is the same at each load, and as long as no load is refused for them.
+ * what they take is a small part of its memory, which is the same at each load, and as long as no load is refused for them, and no sequence has to wait for pages
+ * that had them.
  */
 #define GPU_BATCH_TOKENS 2048
 #define GPU_BATCH_SHARE 32		/* 1 of so many bytes */
 static void
 widen_steps(const MillmModel *model, int64_t device_bytes, MillmMemoryPlan *plan, MillmForwardOptions *fo)
 {
-	const int64_t pages = millm_kv_pages(&plan->layout, plan->context_length, plan->step_tokens);
+	const int64_t pages = context_pages(plan);
+	const int64_t n_contexts = plan->n_pages / pages < plan->max_sequences ? plan->n_pages / pages : plan->max_sequences;
 
 	for (int n = GPU_BATCH_TOKENS; n > plan->step_tokens; n /= 2)
 	{
@@ -148,8 +156,8 @@ widen_steps(const MillmModel *model, int64_t device_bytes, MillmMemoryPlan *plan
 		if (plan_rows(model, n, &wide, &wide_fo, NULL) != MILLM_OK || (wide.available_bytes >= 0 && wide.total_bytes > wide.available_bytes))
 			continue;
 		/* layers with a window have pages for a step more than they see */
-		if (wide.workspace_bytes - plan->workspace_bytes +
-			(millm_kv_pages(&wide.layout, wide.context_length, wide.step_tokens) - pages) * wide.page_bytes > device_bytes / GPU_BATCH_SHARE)
+		if (wide.workspace_bytes - plan->workspace_bytes + (context_pages(&wide) - pages) * wide.page_bytes > device_bytes / GPU_BATCH_SHARE ||
+			wide.n_pages / context_pages(&wide) < n_contexts)
 			continue;
 		*plan = wide;
 		*fo = wide_fo;

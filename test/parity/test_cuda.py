@@ -199,6 +199,11 @@ def test_no_load_is_refused_for_large_steps(tmp_path):
     full = e.call("plan", **options, kv_cache_bytes=wide["available_bytes"] - wide["weights_bytes"] - wide["workspace_bytes"] // 2)
     assert total(full) <= full["available_bytes"] < total(full) + wide["workspace_bytes"] - full["workspace_bytes"]
 
+    # nor does a sequence lose the pages that it had: two contexts of large steps are four of small ones
+    shared = {"path": str(model), "device": "cuda", "max_sequences": 4}
+    roomy = e.call("plan", **shared, kv_cache_bytes=4 * wide["kv_bytes"])
+    assert e.call("plan", **shared, kv_cache_bytes=2 * wide["kv_bytes"])["workspace_bytes"] < roomy["workspace_bytes"]
+
     # what either computes is the same, and where a step could hold a text, its logits still come a part at a time
     text, answers = "ab cd " * 400, []
     for more in ({"kv_cache_bytes": wide["kv_bytes"] // 4}, {}):
