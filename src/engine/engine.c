@@ -18,6 +18,8 @@
  * then (its prefix) each of them forks when it is admitted, and goes on from there: full pages stay shared, the one that is begun is copied.  The
  * prefix lives until all have begun, or until somebody needs its pages; who begins later computes the prompt itself.
  *
+ * A choice that is alone in the engine takes a draft into its step (draft.h): rows of tokens that it may go on with.  Of these generation.c accepts what its sampler chooses.
+ *
  * No wait is without end: a paused stream is looked at every PAUSE_POLL_MS, an unload ends at its deadline.
  */
 #include "engine.h"
@@ -60,6 +62,8 @@ struct MillmEngine
 	int			n_running;
 	int64_t		pages_free;
 	int64_t		pages_cached;
+	int64_t		drafted_tokens;
+	int64_t		accepted_tokens;
 	double		service_ms;			/* of a sequence from its first step to its end, a moving average; 0: not measured yet */
 
 	atomic_bool is_ending;			/* the process shuts down */
@@ -413,6 +417,37 @@ check_pages(const MillmEngine *e)
 #endif
 }
 
+/*
+ * Draft what comes after the next token of a sequence, if it is alone: beside others its rows would be theirs.  Nobody waits then, so that what the scheduler
+ * does not learn of such steps it does not need.
+ */
+static void
+draft(MillmEngine *e, MillmPlanItem *item)
+{
+	MillmChoice *c = choice_of(item->slot);
+
+	item->n_drafted = c->n_drafted = 0;
+	if (e->loaded->draft_tokens == 0 || c->request->embedding || c->request->scoring || item->slot->n_past + 1 < item->slot->n_tokens ||
+		millm_sched_n_running(e->sched) + millm_sched_n_waiting(e->sched) > 1)
+		return;
+	generation_draft(c, e->loaded->draft_tokens);
+	if (c->n_drafted > 0 && !millm_sequence_reserve(c->seq, c->slot.n_tokens + c->n_drafted))
+		c->n_drafted = 0;
+	item->n_drafted = c->n_drafted;
+}
+
+/* A choice has accepted so much of its draft: the rest has not been. */
+static void
+forget_draft(MillmEngine *e, MillmChoice *c, int n_accepted)
+{
+	pthread_mutex_lock(&e->lock);
+	e->drafted_tokens += c->n_drafted;
+	e->accepted_tokens += n_accepted;
+	pthread_mutex_unlock(&e->lock);
+	millm_sequence_truncate(c->seq, c->slot.n_past);
+	c->n_drafted = 0;
+}
+
 /* Run the planned step, choose a token for each sequence that has come to its end, retire what is finished. */
 static void
 run_step(MillmEngine *e, int n)
@@ -432,6 +467,8 @@ run_step(MillmEngine *e, int n)
 		int			last = c->slot.n_past + e->plan[i].n_tokens;
 		MillmTop	top;
 
+		draft(e, &e->plan[i]);
+
 		if (c->request->begun_ms == 0)
 			c->request->begun_ms = start;
 		if (c->request->embedding)
@@ -450,6 +487,9 @@ run_step(MillmEngine *e, int n)
 		for (int pos = c->slot.n_past; pos < last; pos++)
 			e->batch[n_batch++] = (MillmBatchToken) {.seq = c->seq, .position = pos, .token = generation_token(c, pos),
 				.want_logits = pos == c->slot.n_tokens - 1 && !c->request->shares_prompt, .top = top};
+		for (int k = 0; k < c->n_drafted; k++)
+			e->batch[n_batch++] = (MillmBatchToken) {.seq = c->seq, .position = last + k, .token = c->draft[k], .want_logits = true, .top = top,
+				.is_draft = true};
 	}
 	rc = millm_forward_step(e->fw, e->batch, n_batch, step_is_unwanted, &step, &logits, &err);
 	if (rc == MILLM_E_CANCELED)
@@ -481,8 +521,12 @@ run_step(MillmEngine *e, int n)
 		}
 		else
 		{
+			const int	n_past = c->slot.n_past;
+
 			rc = generation_take(c, logits, &err);
-			logits += vocab;
+			logits += (size_t) vocab * (size_t) (1 + c->n_drafted);
+			if (c->n_drafted > 0)
+				forget_draft(e, c, c->slot.n_past - n_past);
 		}
 		if (rc != MILLM_OK)
 			note_failure(c->request, &err);
@@ -613,6 +657,8 @@ run_load(MillmEngine *e)
 	free_load_strings(&e->load);
 	e->loaded = loaded;
 	e->service_ms = 0;
+	e->drafted_tokens = 0;
+	e->accepted_tokens = 0;
 	e->state = loaded ? MILLM_LOADED : MILLM_IDLE;
 	pthread_mutex_unlock(&e->lock);
 	publish(e);
@@ -984,6 +1030,8 @@ millm_engine_status(MillmEngine *e, MillmEngineStatus *out)
 	out->waiting = e->n_active > e->n_running ? e->n_active - e->n_running : 0;
 	out->pages_free = e->pages_free;
 	out->pages_cached = e->pages_cached;
+	out->drafted_tokens = e->drafted_tokens;
+	out->accepted_tokens = e->accepted_tokens;
 	out->loaded = e->loaded ? millm_loaded_ref(e->loaded) : NULL;
 	pthread_mutex_unlock(&e->lock);
 }

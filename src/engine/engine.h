@@ -12,6 +12,7 @@
 #include <stdint.h>
 
 #include "device.h"
+#include "draft.h"
 #include "error.h"
 #include "logprobs.h"
 #include "model.h"
@@ -43,11 +44,12 @@ typedef struct MillmLoadOptions
 	int			stream_stall_timeout_ms;
 	bool		deterministic;
 	bool		prefix_cache;	/* what prompts begin with alike is computed once */
+	int			draft_tokens;	/* of a draft for a sequence that runs alone, at most MILLM_MAX_DRAFT_TOKENS; 0: none */
 	bool		may_write;		/* the directory is the server's own: what makes the next load shorter may be written there */
 	bool		force;			/* try it although the memory seems not to be there; a warning has the figures */
 } MillmLoadOptions;
 
-/* 16 sequences, 64 in the queue, 30 s, with a prefix cache; everything else chosen. */
+/* 16 sequences, 64 in the queue, 30 s, with a prefix cache, drafts of 3 tokens; everything else chosen. */
 extern void millm_load_options_init(MillmLoadOptions *options);
 
 /* What a load takes; bytes. */
@@ -87,6 +89,7 @@ typedef struct MillmLoaded
 	int			threads;
 	bool		deterministic;
 	bool		prefix_cache;
+	int			draft_tokens;
 	int64_t		pages_total;
 	int64_t		weights_bytes;	/* as the device has them: mapped files, or a copy */
 	int64_t		kv_bytes;
@@ -135,6 +138,8 @@ typedef struct MillmEngineStatus
 	int			waiting;
 	int64_t		pages_free;		/* -1 without a model; those that only the prefix cache has among them */
 	int64_t		pages_cached;	/* -1 without a model; by the prefix cache */
+	int64_t		drafted_tokens;	/* of the loaded model's sequences */
+	int64_t		accepted_tokens;	/* of them */
 	const MillmLoaded *loaded;	/* a reference, or NULL */
 } MillmEngineStatus;
 

@@ -731,7 +731,7 @@ millm_forward_step(MillmForward *fw, const MillmBatchToken *batch, int n, bool (
 		else
 		{
 			millm_kv_append(seq, batch[t].token);
-			if (--seq->n_in_step == 0)
+			if (--seq->n_in_step == 0 ? !batch[t].is_draft : batch[t + 1].is_draft && !batch[t].is_draft)
 				millm_kv_pass(seq);
 		}
 	}

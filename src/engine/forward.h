@@ -100,7 +100,7 @@ extern int64_t millm_kv_pages_held(const MillmForward *fw, int planned_length, c
 extern int	millm_sequence_length(const MillmSequence *seq);	/* positions computed so far */
 /*
  * Forget positions from length on (a rejected draft, a preempted sequence: length 0), and pages reserved past it.  Where windows have let go what
- * the next position would see, all is forgotten: millm_sequence_length() tells.
+ * the next position would see, all is forgotten: millm_sequence_length() tells.  Of a step's drafts they let nothing go.
  */
 extern void millm_sequence_truncate(MillmSequence *seq, int length);
 /*
@@ -119,6 +119,7 @@ typedef struct MillmBatchToken
 	bool		want_logits;
 	MillmTop	top;			/* of these, what is needed; zeros: all */
 	bool		want_hidden;	/* its last hidden state; not of one whose logits are wanted */
+	bool		is_draft;		/* the sequence may be truncated to it, or to what is before the first of them: they are its last in this step */
 } MillmBatchToken;
 
 /*

@@ -138,6 +138,7 @@ millm_request_unref(MillmRequest *r)
 		free(c->text);
 		free(c->logprobs);
 		millm_sampler_free(c->sampler);
+		millm_drafter_free(c->drafter);
 		millm_detok_free(c->detok);
 		millm_stop_free(c->stop);
 	}
@@ -365,17 +366,35 @@ note_logprobs(MillmChoice *c, const float *logits, int32_t id, MillmError *err)
 	return MILLM_OK;
 }
 
-MillmCode
-generation_take(MillmChoice *c, const float *logits, MillmError *err)
+void
+generation_draft(MillmChoice *c, int max)
+{
+	const MillmRequest *r = c->request;
+	const int	n_left = r->max_tokens - c->n_completion - 1;	/* after the next one */
+
+	c->n_drafted = 0;
+	if (n_left < 1 || !c->sampler || millm_sampler_looks_back(c->sampler))
+		return;
+	if (!c->drafter)
+	{
+		if (!(c->drafter = millm_drafter_create(r->n_prompt + r->max_tokens)))
+			return;
+		for (int i = 0; i < c->slot.n_tokens; i++)
+			millm_drafter_note(c->drafter, generation_token(c, i));
+	}
+	c->n_drafted = millm_drafter_draft(c->drafter, c->draft, max < n_left ? max : n_left);
+}
+
+/* Choose the next token from logits [vocab_size]. */
+static MillmCode
+take_one(MillmChoice *c, const float *logits, MillmError *err)
 {
 	const MillmRequest *r = c->request;
 	int32_t		id;
 	const char *piece;
 	size_t		len;
-	MillmCode	rc = c->sampler ? MILLM_OK : begin_choice(c, err);
+	MillmCode	rc = millm_sampler_choose(c->sampler, logits, c->slot.n_tokens, &id, err);
 
-	if (rc == MILLM_OK)
-		rc = millm_sampler_choose(c->sampler, logits, c->slot.n_tokens, &id, err);
 	if (rc != MILLM_OK)
 		return rc;
 	c->n_completion++;
@@ -389,6 +408,8 @@ generation_take(MillmChoice *c, const float *logits, MillmError *err)
 	if (r->n_top >= 0 && (rc = note_logprobs(c, logits, id, err)) != MILLM_OK)
 		return rc;
 	millm_sampler_note_generated(c->sampler, id);
+	if (c->drafter)
+		millm_drafter_note(c->drafter, id);
 	c->generated[c->slot.n_tokens++ - r->n_prompt] = id;
 	piece = millm_detok_push(c->detok, id, &len);
 	rc = show_piece(c, piece, len, err);
@@ -400,6 +421,25 @@ generation_take(MillmChoice *c, const float *logits, MillmError *err)
 	c->is_finished |= c->stopped;
 	if (r->sink.piece && c->n_logprobs == MAX_HELD_LOGPROBS)
 		stream_piece(c, "", 0);
+	return rc;
+}
+
+MillmCode
+generation_take(MillmChoice *c, const float *logits, MillmError *err)
+{
+	const size_t vocab = (size_t) c->request->loaded->model->config.vocab_size;
+	MillmCode	rc = c->sampler ? MILLM_OK : begin_choice(c, err);
+	int			n_accepted = 0;
+
+	if (rc == MILLM_OK)
+		rc = take_one(c, logits, err);
+	while (rc == MILLM_OK && !c->is_finished && n_accepted < c->n_drafted && generation_token(c, c->slot.n_tokens - 1) == c->draft[n_accepted])
+	{
+		c->slot.n_past++;
+		rc = take_one(c, logits + (size_t) ++n_accepted * vocab, err);
+	}
+	if (c->n_drafted > 0)
+		millm_drafter_accepted(c->drafter, n_accepted);
 	return rc;
 }
 

@@ -10,6 +10,7 @@
 
 #include <stdatomic.h>
 
+#include "draft.h"
 #include "engine.h"
 #include "forward.h"
 #include "scheduler.h"
@@ -32,6 +33,9 @@ typedef struct MillmChoice
 	bool		stopped;		/* by the first two */
 	MillmSequence *seq;			/* its positions in the KV cache; NULL: none */
 	MillmSampler *sampler;		/* NULL until its first token; then the detokenizer is there too */
+	MillmDrafter *drafter;		/* NULL until it runs alone */
+	int32_t		draft[MILLM_MAX_DRAFT_TOKENS];	/* [n_drafted]: what the step computes after its last token */
+	int			n_drafted;
 	MillmDetok *detok;
 	MillmStop  *stop;
 	char	   *text;			/* not streamed: all of it */
@@ -80,7 +84,12 @@ extern MillmCode generation_begin(MillmRequest *r, const MillmPrompt *prompt, Mi
 extern int32_t generation_token(const MillmChoice *c, int position);
 /* Which logits its next choice needs; valid until generation_take(). */
 extern MillmTop generation_needs(const MillmChoice *c);
-/* Choose the next token from logits [vocab_size] and show what text it completes; may finish the choice. */
+/* Fill the draft with at most max tokens, which may be none: where the sampler looks back at them, or the next token is the last. */
+extern void generation_draft(MillmChoice *c, int max);
+/*
+ * Choose the next token from the first row of logits [1 + n_drafted, vocab_size], and one more from each row of a draft's token that was chosen, which n_past then
+ * counts; show what text they complete; may finish the choice.
+ */
 extern MillmCode generation_take(MillmChoice *c, const float *logits, MillmError *err);
 /* Its last piece: all of it unless it was streamed.  Lives as long as the request. */
 extern MillmPiece generation_last_piece(const MillmChoice *c);

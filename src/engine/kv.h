@@ -85,7 +85,7 @@ extern MillmSequence *millm_kv_create(MillmKvPool *pool);
 extern int32_t millm_kv_n_free(const MillmKvPool *pool);
 /* The next position, which has room, has been computed from this token. */
 extern void millm_kv_append(MillmSequence *seq, int32_t token);
-/* The sequence has grown: give back the pages that no position to come will see. */
+/* The sequence has grown, and is not going to forget any of it but all: give back the pages that no position to come will see. */
 extern void millm_kv_pass(MillmSequence *seq);
 /* Is there room for positions up to length, and is the page of the next position its own? */
 extern bool millm_kv_has_room(const MillmSequence *seq, int length);

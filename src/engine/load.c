@@ -26,7 +26,8 @@ typedef struct Counted
 void
 millm_load_options_init(MillmLoadOptions *options)
 {
-	*options = (MillmLoadOptions) {.max_sequences = 16, .max_queue = 64, .stream_stall_timeout_ms = 30000, .prefix_cache = true};
+	*options = (MillmLoadOptions) {.max_sequences = 16, .max_queue = 64, .stream_stall_timeout_ms = 30000, .prefix_cache = true,
+		.draft_tokens = MILLM_DEFAULT_DRAFT_TOKENS};
 }
 
 const MillmLoaded *
@@ -315,6 +316,7 @@ open_model(MillmLoaded *loaded, const MillmLoadOptions *options, LoadProgress *p
 	loaded->stream_stall_timeout_ms = options->stream_stall_timeout_ms;
 	loaded->deterministic = options->deterministic;
 	loaded->prefix_cache = options->prefix_cache;
+	loaded->draft_tokens = options->draft_tokens;
 	snprintf(loaded->kernels, sizeof(loaded->kernels), "%s", millm_forward_kernels(*fw));
 	loaded->threads = millm_forward_threads(*fw);
 	loaded->pages_total = plan.n_pages;

@@ -315,6 +315,12 @@ draw(Candidate *c, int n, float top_p, float min_p, double u)
 	return c[n - kept].id;		/* rounding left a crumb: the last */
 }
 
+bool
+millm_sampler_looks_back(const MillmSampler *s)
+{
+	return s->penalizes;
+}
+
 MillmTop
 millm_sampler_needs(const MillmSampler *s)
 {

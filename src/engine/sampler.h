@@ -43,6 +43,9 @@ extern void millm_sampler_free(MillmSampler *s);	/* NULL is fine */
 extern void millm_sampler_note_prompt(MillmSampler *s, const int32_t *ids, int n);
 extern void millm_sampler_note_generated(MillmSampler *s, int32_t id);
 
+/* Do its choices depend on the tokens noted? */
+extern bool millm_sampler_looks_back(const MillmSampler *s);
+
 /*
  * Which of the next logits decide its choice: with -infinity in place of the others it is the same.  Valid until the next note.
  */

@@ -386,7 +386,7 @@ plan_prefill(MillmScheduler *s, MillmSlot *slot, int room, int extra, MillmPlanI
 	const int	most = most_of(s, slot, room);
 	const int	limit = most_of(s, slot, room < s->chunk ? room + extra : room);
 
-	*item = (MillmPlanItem) {slot, 0};
+	*item = (MillmPlanItem) {.slot = slot};
 	return give(s, item, owed(slot) <= limit ? owed(slot) : owed(slot) > many ? (most + 1) / 2 : most);
 }
 
@@ -407,7 +407,7 @@ millm_sched_plan(MillmScheduler *s, MillmPlanItem *items)
 
 		if (slot->is_paused || !make_room(s, i) || owed(slot) > 1)
 			continue;
-		items[n_items++] = (MillmPlanItem) {slot, 1};
+		items[n_items++] = (MillmPlanItem) {.slot = slot, .n_tokens = 1};
 		has_stream |= slot->is_stream;
 	}
 	n_decode = n_items;
@@ -469,15 +469,19 @@ millm_sched_done(MillmScheduler *s, const MillmPlanItem *items, int n, double ms
 {
 	int			n_decode = 0;
 	int			n_prefill = 0;
+	int			n_drafted = 0;
 
 	for (int i = 0; i < n; i++)
 	{
 		items[i].slot->n_past += items[i].n_tokens;
+		n_drafted += items[i].n_drafted;
 		if (items[i].n_tokens > 1 || owed(items[i].slot) > 0)
 			n_prefill += items[i].n_tokens;
 		else
 			n_decode++;
 	}
+	if (n_drafted > 0)
+		return;					/* what a token takes without drafts remains as it was */
 	if (n_decode > 0 && n_prefill > 0)
 	{
 		DecodeCost *decode = decode_cost(s, n_decode);

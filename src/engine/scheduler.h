@@ -44,6 +44,7 @@ typedef struct MillmPlanItem
 {
 	MillmSlot  *slot;
 	int			n_tokens;		/* the next so many tokens of the slot, from its n_past on */
+	int			n_drafted;		/* its owner's, after the plan: tokens that the step computes after these, should the slot go on with them */
 } MillmPlanItem;
 
 typedef struct MillmScheduler MillmScheduler;
@@ -70,7 +71,10 @@ extern int	millm_sched_n_waiting(const MillmScheduler *s);
  * preempted slot has n_past 0 and waits again.  Pages for the planned positions are reserved.
  */
 extern int	millm_sched_plan(MillmScheduler *s, MillmPlanItem *items);
-/* The planned step has run, in so many milliseconds: n_past grows, and the next chunk is fitted to it. */
+/*
+ * The planned step has run, in so many milliseconds: n_past grows, and the next chunk is fitted to it.  The owner adds what was accepted of a draft to
+ * n_tokens and n_past.
+ */
 extern void millm_sched_done(MillmScheduler *s, const MillmPlanItem *items, int n, double ms);
 
 #endif

@@ -212,7 +212,7 @@ op_status(EngineServer *server, MillmConn *conn, json_t *request)
 	}
 	millm_engine_status(server->engine, &st);
 	m = st.loaded;
-	millm_conn_result(conn, json_pack("{s:s, s:i, s:s, s:o, s:o, s:o, s:o, s:o, s:o, s:o, s:o, s:o, s:o, s:i, s:i, s:o, s:o, s:o, s:o, s:o, s:o}",
+	millm_conn_result(conn, json_pack("{s:s, s:i, s:s, s:o, s:o, s:o, s:o, s:o, s:o, s:o, s:o, s:o, s:o, s:i, s:i, s:o, s:o, s:o, s:o, s:o, s:o, s:o, s:o}",
 									  "state", states[st.state],
 									  "pid", (int) getpid(),
 									  "version", MILLM_VERSION,
@@ -231,6 +231,8 @@ op_status(EngineServer *server, MillmConn *conn, json_t *request)
 									  "pages_total", integer_or_null(m, m ? m->pages_total : 0),
 									  "pages_free", integer_or_null(m && st.pages_free >= 0, st.pages_free),
 									  "pages_cached", integer_or_null(m && st.pages_cached >= 0, st.pages_cached),
+									  "drafted_tokens", integer_or_null(m, st.drafted_tokens),
+									  "accepted_tokens", integer_or_null(m, st.accepted_tokens),
 									  "weights_bytes", integer_or_null(m, m ? m->weights_bytes : 0),
 									  "kv_bytes", integer_or_null(m, m ? m->kv_bytes : 0),
 									  "loaded_at", integer_or_null(m, m ? m->loaded_at : 0)));
@@ -334,11 +336,13 @@ op_load(EngineServer *server, MillmConn *conn, json_t *request)
 	int64_t		threads = 0;
 	int64_t		max_queue;
 	int64_t		stall_ms;
+	int64_t		draft_tokens;
 	Call	   *call;
 
 	millm_load_options_init(&o);
 	max_queue = o.max_queue;
 	stall_ms = o.stream_stall_timeout_ms;
+	draft_tokens = o.draft_tokens;
 	begin_fields(&f, request, &err);
 	read_load_fields(&f, &o, &n);
 	millm_field_string(&f, "model_uuid", &o.model_uuid);
@@ -347,11 +351,13 @@ op_load(EngineServer *server, MillmConn *conn, json_t *request)
 	millm_field_int(&f, "stream_stall_timeout_ms", 1, MAX_TIMEOUT_MS, &stall_ms);
 	millm_field_bool(&f, "deterministic", &o.deterministic);
 	millm_field_bool(&f, "prefix_cache", &o.prefix_cache);
+	millm_field_int(&f, "draft_tokens", 0, MILLM_MAX_DRAFT_TOKENS, &draft_tokens);
 	millm_field_bool(&f, "may_write", &o.may_write);
 	millm_field_bool(&f, "force", &o.force);
 	o.threads = (int) threads;
 	o.max_queue = (int) max_queue;
 	o.stream_stall_timeout_ms = (int) stall_ms;
+	o.draft_tokens = (int) draft_tokens;
 	if (millm_fields_end(&f) != MILLM_OK)
 	{
 		millm_conn_error(conn, &err);

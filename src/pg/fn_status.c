@@ -102,12 +102,22 @@ put_int(Row row, int column, MillmJson object, const char *field)
 		row.values[column] = Int32GetDatum((int32) n);
 }
 
+static void
+put_bigint(Row row, int column, MillmJson object, const char *field)
+{
+	int64		n;
+
+	row.nulls[column] = !millm_json_get_int(object, field, &n);
+	if (!row.nulls[column])
+		row.values[column] = Int64GetDatum(n);
+}
+
 /* The columns of millm.status(). */
 enum
 {
 	ENGINE_PID, ENGINE_STATE, ENGINE_VERSION, RESTARTS, LAST_EXIT, MODEL_ID, MODEL, DEVICE, DEVICE_REASON, KERNELS, DETERMINISTIC,
 	CONTEXT_LENGTH, RUNNING, WAITING, HUB_PID, HUB_STATE, CIRCUIT_BREAKER, FINGERPRINT, KV_PAGES, KV_PAGES_FREE,
-	KV_PAGES_CACHED, STATUS_COLUMNS
+	KV_PAGES_CACHED, DRAFTED_TOKENS, ACCEPTED_TOKENS, STATUS_COLUMNS
 };
 
 /* millm.status() RETURNS record: helpers as the supervisor sees them, the engine's figures as it gives them itself. */
@@ -162,6 +172,8 @@ millm_status(PG_FUNCTION_ARGS)
 	put_int(row, KV_PAGES, object, "pages_total");
 	put_int(row, KV_PAGES_FREE, object, "pages_free");
 	put_int(row, KV_PAGES_CACHED, object, "pages_cached");
+	put_bigint(row, DRAFTED_TOKENS, object, "drafted_tokens");
+	put_bigint(row, ACCEPTED_TOKENS, object, "accepted_tokens");
 	put_pid(row, HUB_PID, hub.pid);
 	put_text(row, HUB_STATE, state_name(hub.state));
 	resetStringInfo(&reply);

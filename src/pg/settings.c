@@ -32,6 +32,7 @@ int			millm_unload_timeout;
 int			millm_stream_stall_timeout;
 bool		millm_deterministic;
 bool		millm_prefix_cache;
+int			millm_draft_tokens;
 bool		millm_reload_after_crash;
 
 #define DEFAULT_ENDPOINT "https://huggingface.co"
@@ -117,6 +118,8 @@ millm_define_settings(void)
 							 &millm_deterministic, false, PGC_SIGHUP, 0, NULL, NULL, NULL);
 	DefineCustomBoolVariable("millm.prefix_cache", "Compute what prompts begin with alike once.", NULL,
 							 &millm_prefix_cache, true, PGC_SIGHUP, 0, NULL, NULL, NULL);
+	DefineCustomIntVariable("millm.draft_tokens", "Tokens that a sequence which runs alone is guessed to go on with, and that are computed together.", "0: none.",
+							&millm_draft_tokens, 3, 0, 15, PGC_SIGHUP, 0, NULL, NULL, NULL);
 	MarkGUCPrefixReserved("millm");
 }
 

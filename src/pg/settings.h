@@ -26,6 +26,7 @@ extern int	millm_unload_timeout;		/* ms */
 extern int	millm_stream_stall_timeout;	/* ms */
 extern bool millm_deterministic;
 extern bool millm_prefix_cache;
+extern int	millm_draft_tokens;
 extern bool millm_reload_after_crash;
 
 extern void millm_define_settings(void);

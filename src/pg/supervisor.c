@@ -283,10 +283,10 @@ begin_load(void)
 	append_field(&request, "model_uuid", c->model.uuid);
 	append_field(&request, "device", millm_device);
 	appendStringInfo(&request, ",\"threads\":%d,\"context_length\":%d,\"max_sequences\":%d,\"max_queue\":%d,\"kv_cache_bytes\":" INT64_FORMAT
-					 ",\"stream_stall_timeout_ms\":%d,\"deterministic\":%s,\"prefix_cache\":%s,\"may_write\":%s,\"force\":%s}",
+					 ",\"stream_stall_timeout_ms\":%d,\"deterministic\":%s,\"prefix_cache\":%s,\"draft_tokens\":%d,\"may_write\":%s,\"force\":%s}",
 					 millm_threads, millm_context_length, millm_max_sequences, millm_max_queue, (int64) millm_kv_cache_size << 20,
 					 millm_stream_stall_timeout, millm_deterministic ? "true" : "false",
-					 millm_prefix_cache ? "true" : "false", may_write ? "true" : "false", c->force ? "true" : "false");
+					 millm_prefix_cache ? "true" : "false", millm_draft_tokens, may_write ? "true" : "false", c->force ? "true" : "false");
 	command_step = MILLM_LOAD;
 	command_client = try_open(command_context, MILLM_ENGINE, request.data, &err);
 	pfree(request.data);

@@ -290,6 +290,22 @@ def test_deterministic(model):
     assert "hits" in counts and "forks" in counts and all(rows > 0 and other == 0 for rows, other in counts.values()), counts
 
 
+@pytest.mark.parametrize("family", ["llama-bf16", "gemma3", "mixtral"])
+def test_drafts(family):
+    """With millm.deterministic, what a sequence says alone is the same with drafts and without, to the bits of its logprobs."""
+    e = emulated_engine()
+    answers = {}
+    for n in (0, 3, 7):
+        e.call("load", path=str(TINY / family), device="cuda", context_length=128, max_sequences=1, deterministic=True, draft_tokens=n)
+        results = [e.call("generate", prompt="ab cd ef gh " * 2 + end, max_tokens=60, temperature=0, logprobs=True) for end in ("", "ab")]
+        answers[n] = [(r["text"], r["logprobs"]) for r in results]
+        s = e.call("status")
+        assert (s["accepted_tokens"] > 0) == (n > 0)
+        e.call("unload")
+    assert answers[3] == answers[0] and answers[7] == answers[0]
+    e.stop()
+
+
 @pytest.mark.parametrize("deterministic", [True, False])
 @pytest.mark.parametrize("family", ["gemma3", "mixtral"])
 def test_prefix_cache(family, deterministic):

@@ -361,6 +361,53 @@ def test_prefix_cache(family, context):
     assert e.stop() == 0
 
 
+@pytest.mark.parametrize("family", ["llama", "gemma3", "mistral", "gpt2", "phi3-long", "gpt_oss", "qwen2_moe"])
+def test_drafts(family):
+    """With millm.deterministic, what a sequence says alone is the same with drafts and without, to the bits of its logprobs, whatever decides its tokens."""
+    context = 64 if family == "phi3-long" else 128
+    load = {"path": str(TINY / family), "context_length": context, "max_sequences": 2, "deterministic": True}
+    asked = [dict(prompt="ab cd ef gh " * n + end, max_tokens=context - 12 * n - 10, **o) for n in (1, 2) for end in ("", "ab", "ab cd ef")
+             for o in ({"temperature": 0}, {"temperature": 0.3, "seed": 5}, {"temperature": 1, "top_k": 2, "seed": 3}, {"temperature": 0, "stop": ["a"]},
+                       {"temperature": 0, "logit_bias": {"5": 3}})]
+    e = Engine()
+    answers = {}
+    for n in (0, 1, 3, 15):
+        e.call("load", **load, draft_tokens=n)
+        answers[n] = [ask(e, **a)[0] for a in asked]
+        answers[n] += ["".join(p["text"] for kind, p in e.open("generate", stream=True, **asked[0]).frames() if kind == TEXT)]
+        s = e.call("status")
+        assert s["drafted_tokens"] >= s["accepted_tokens"] > 0 if n > 0 else s["drafted_tokens"] == s["accepted_tokens"] == 0
+        ask(e, **asked[0] | {"repetition_penalty": 1.1})     # whose choices depend on those before
+        assert e.call("status")["drafted_tokens"] == s["drafted_tokens"]
+        all_free(e)
+        e.call("unload")
+    assert answers[1] == answers[0] and answers[3] == answers[0] and answers[15] == answers[0]
+    assert e.stop() == 0
+
+
+def test_drafts_of_one_alone(model):
+    """Where two run there are no drafts, and again some when one is left."""
+    e = Engine()
+    e.call("load", path=str(model), context_length=8192, max_sequences=2)
+    drafted = lambda: e.call("status")["drafted_tokens"]
+    request = {"prompt": "ab cd ef gh " * 4, "max_tokens": 8000, "temperature": 0}
+    first, second = e.open("generate", **request), e.open("generate", **request)
+    for _ in range(50):
+        n = drafted()
+        time.sleep(0.02)
+        if e.call("status")["running"] == 2 and n == drafted():
+            break
+    else:
+        pytest.fail("drafts beside another sequence")
+    assert e.call("status")["running"] == 2
+    second.close()
+    deadline = time.monotonic() + SOON
+    while drafted() == n:
+        assert time.monotonic() < deadline
+    first.close()
+    assert e.stop() == 0
+
+
 def test_close_frees_pages(engine):
     """In the prefill and in decode: the pages come back long before the generation would have ended by itself."""
     request = {"prompt": "x " * 200, "max_tokens": 1200, "temperature": 1}

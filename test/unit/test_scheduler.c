@@ -907,6 +907,45 @@ last_prompt_is_whole(void **state)
 	}
 }
 
+/* Steps with drafts take longer and bring more: they say nothing of what a decode token takes, and so nothing of what may be computed beside it. */
+static void
+drafts_are_not_measured(void **state)
+{
+	int			n_tokens[2];
+
+	(void) state;
+	for (int drafts = 0; drafts < 2; drafts++)
+	{
+		Pool		pool;
+		MillmScheduler *s = create(&pool, 100000, 4, 4, 512);
+		Seq			a = {.slot = {.n_tokens = 30, .is_stream = true}, .goal = 1000000};
+		Seq			b = {.slot.n_tokens = 1000, .goal = 1001};
+		MillmPlanItem items[4];
+
+		/* a prefill token takes 1 ms, a decode token 20 */
+		millm_sched_add(s, &a.slot);
+		millm_sched_done(s, items, millm_sched_plan(s, items), 30);
+		a.slot.n_tokens++;
+		millm_sched_done(s, items, millm_sched_plan(s, items), 20);
+		for (int i = 0; i < 10 && drafts; i++)
+		{
+			a.slot.n_tokens++;
+			assert_int_equal(millm_sched_plan(s, items), 1);
+			assert_int_equal(items[0].n_drafted, 0);
+			items[0].n_drafted = 3;
+			millm_sched_done(s, items, 1, 100);
+			a.slot.n_tokens += 2;	/* accepted */
+			a.slot.n_past += 2;
+		}
+		a.slot.n_tokens++;
+		millm_sched_add(s, &b.slot);
+		assert_int_equal(millm_sched_plan(s, items), 2);
+		n_tokens[drafts] = items[1].n_tokens;
+		millm_sched_free(s);
+	}
+	assert_int_equal(n_tokens[1], n_tokens[0]);
+}
+
 /* Where nobody decodes yet, a few streams begin together and the others after them; answers that are read as a whole fill the batch. */
 static void
 few_streams_begin(void **state)
@@ -1052,7 +1091,7 @@ main(void)
 		cmocka_unit_test(long_prompt_shares), cmocka_unit_test(large_batch_shares), cmocka_unit_test(lone_step_ends_soon),
 		cmocka_unit_test(larger_steps_count), cmocka_unit_test(few_rows_are_wanted), cmocka_unit_test(no_seats_without_rows),
 		cmocka_unit_test(last_prompt_is_whole),
-		cmocka_unit_test(few_streams_begin), cmocka_unit_test(many_sessions),
+		cmocka_unit_test(drafts_are_not_measured), cmocka_unit_test(few_streams_begin), cmocka_unit_test(many_sessions),
 	};
 
 	return cmocka_run_group_tests(tests, NULL, NULL);
