@@ -246,7 +246,8 @@ def main():
     rng = random.Random(1)
     directories = quantized(a.model.resolve(), a.format)
     python, gguf = peer(a.model.resolve(), a.format)
-    cluster = Cluster("cluster", **{"millm.max_sequences": a.sessions, "millm.threads": a.threads})
+    # without drafts, which the peer has not, and a session alone only
+    cluster = Cluster("cluster", **{"millm.max_sequences": a.sessions, "millm.threads": a.threads, "millm.draft_tokens": 0})
     try:
         result = measure(a, cluster, *directories, python, gguf, rng)
     finally:

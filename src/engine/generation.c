@@ -319,7 +319,7 @@ MillmTop
 generation_needs(const MillmChoice *c)
 {
 	/* the first choice, which makes the sampler, reads them all, and a log-softmax sums over all */
-	return c->sampler && c->request->n_top < 0 ? millm_sampler_needs(c->sampler) : (MillmTop) {.k = 0};
+	return c->sampler && c->request->n_top < 0 ? millm_sampler_needs(c->sampler, c->draft, c->n_drafted) : (MillmTop) {.k = 0};
 }
 
 /* What a choice has from its first token on: the memory of these is that of the sequences that have run, not of those that wait. */
@@ -373,7 +373,7 @@ generation_draft(MillmChoice *c, int max)
 	const int	n_left = r->max_tokens - c->n_completion - 1;	/* after the next one */
 
 	c->n_drafted = 0;
-	if (n_left < 1 || !c->sampler || millm_sampler_looks_back(c->sampler))
+	if (n_left < 1 || !c->sampler)
 		return;
 	if (!c->drafter)
 	{

@@ -82,10 +82,10 @@ extern MillmCode tokens_check(const MillmRequest *r, const char *what, const int
 extern MillmCode generation_begin(MillmRequest *r, const MillmPrompt *prompt, MillmError *err);
 /* The token at a position below slot.n_tokens. */
 extern int32_t generation_token(const MillmChoice *c, int position);
-/* Which logits its next choice needs; valid until generation_take(). */
-extern MillmTop generation_needs(const MillmChoice *c);
-/* Fill the draft with at most max tokens, which may be none: where the sampler looks back at them, or the next token is the last. */
+/* Fill the draft with at most max tokens, which may be none. */
 extern void generation_draft(MillmChoice *c, int max);
+/* Which logits its next choice needs, and those of the draft; valid until generation_take(). */
+extern MillmTop generation_needs(const MillmChoice *c);
 /*
  * Choose the next token from the first row of logits [1 + n_drafted, vocab_size], and one more from each row of a draft's token that was chosen, which n_past then
  * counts; show what text they complete; may finish the choice.

@@ -591,7 +591,7 @@ command_greedy(int argc, char **argv)
 		rc = millm_fail(&err, MILLM_E_INTERNAL, "out of memory");
 	if (rc == MILLM_OK)
 	{
-		run.top = millm_sampler_needs(sampler);
+		run.top = millm_sampler_needs(sampler, NULL, 0);
 		rc = runner_feed(&run, ids, n, 0, NULL, &logits, &err);
 	}
 	for (int i = 0; i < max_tokens && rc == MILLM_OK; i++)

@@ -38,7 +38,7 @@ struct MillmSampler
 	int			n_vocab;
 	bool		penalizes;
 	uint32_t   *seen;				/* [n_vocab], only when it penalizes or has biases */
-	int32_t    *distinct;			/* [n_vocab], ids whose seen[] is not 0: whose score is not the logit */
+	int32_t    *distinct;			/* [n_vocab], ids whose seen[] is not 0: whose score is not the logit; behind them a draft's */
 	int			n_distinct;
 	float	   *scores;				/* [n_vocab] */
 	Candidate  *candidates;			/* [n_vocab], only when it samples */
@@ -315,17 +315,29 @@ draw(Candidate *c, int n, float top_p, float min_p, double u)
 	return c[n - kept].id;		/* rounding left a crumb: the last */
 }
 
-bool
-millm_sampler_looks_back(const MillmSampler *s)
+/* Behind the distinct ids, those of the draft that will be penalized besides; returns how many ids there are then. */
+static int
+add_draft(MillmSampler *s, const int32_t *draft, int n_draft)
 {
-	return s->penalizes;
+	int			n = s->n_distinct;
+
+	for (int i = 0; i < n_draft && s->penalizes; i++)
+	{
+		bool		is_there = s->seen[draft[i]] != 0;
+
+		for (int k = s->n_distinct; k < n; k++)
+			is_there |= s->distinct[k] == draft[i];
+		if (!is_there)
+			s->distinct[n++] = draft[i];
+	}
+	return n;
 }
 
 MillmTop
-millm_sampler_needs(const MillmSampler *s)
+millm_sampler_needs(MillmSampler *s, const int32_t *draft, int n_draft)
 {
 	const MillmSampling *o = &s->options;
-	MillmTop	top = {.k = s->n_vocab, .margin = INFINITY, .always = s->distinct, .n_always = s->n_distinct};
+	MillmTop	top = {.k = s->n_vocab, .margin = INFINITY, .always = s->distinct, .n_always = add_draft(s, draft, n_draft)};
 	float		t = o->temperature;
 
 	if (t == 0)

@@ -43,13 +43,11 @@ extern void millm_sampler_free(MillmSampler *s);	/* NULL is fine */
 extern void millm_sampler_note_prompt(MillmSampler *s, const int32_t *ids, int n);
 extern void millm_sampler_note_generated(MillmSampler *s, int32_t id);
 
-/* Do its choices depend on the tokens noted? */
-extern bool millm_sampler_looks_back(const MillmSampler *s);
-
 /*
- * Which of the next logits decide its choice: with -infinity in place of the others it is the same.  Valid until the next note.
+ * Which of the next logits decide its choice: with -infinity in place of the others it is the same.  Of the rows of a draft [n_draft], ids of the vocabulary,
+ * too, when its tokens up to there have been noted.  Valid until the next note or call.
  */
-extern MillmTop millm_sampler_needs(const MillmSampler *s);
+extern MillmTop millm_sampler_needs(MillmSampler *s, const int32_t *draft, int n_draft);
 
 /*
  * Choose from logits [n_vocab], which are only read, for the token at that position of the sequence.

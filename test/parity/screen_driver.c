@@ -154,7 +154,7 @@ compare_row(Comparison *c, const float *h, const float *z, const float *y, Millm
 	}
 	for (int s = 0; s < N_SETTINGS; s++)
 	{
-		MillmTop	top = millm_sampler_needs(samplers[s]);
+		MillmTop	top = millm_sampler_needs(samplers[s], NULL, 0);
 		int32_t		all,
 					few;
 		int			n;

@@ -217,8 +217,16 @@ biases(void **state)
 	o.temperature = 0;
 	s = millm_sampler_create(&o, 4);
 	millm_sampler_note_prompt(s, (int32_t[]) {3, 1}, 2);
-	top = millm_sampler_needs(s);
+	top = millm_sampler_needs(s, NULL, 0);
 	assert_true(top.k == 1 && top.n_always == 3 && top.always[0] == 0 && top.always[1] == 3 && top.always[2] == 1);
+	/* those of a draft are going to be penalized, and are named once, too */
+	top = millm_sampler_needs(s, (int32_t[]) {2, 1, 2}, 3);
+	assert_true(top.n_always == 4 && top.always[2] == 1 && top.always[3] == 2);
+	assert_int_equal(millm_sampler_needs(s, NULL, 0).n_always, 3);
+	millm_sampler_free(s);
+	o.presence_penalty = 0;
+	s = millm_sampler_create(&o, 4);
+	assert_int_equal(millm_sampler_needs(s, (int32_t[]) {1, 2}, 2).n_always, 2);	/* the biased ones alone */
 	millm_sampler_free(s);
 }
 
@@ -446,7 +454,7 @@ needs(void **state)
 
 			millm_sampler_note_prompt(s, ids, 3);
 			millm_sampler_note_generated(s, 7);
-			top = millm_sampler_needs(s);
+			top = millm_sampler_needs(s, NULL, 0);
 			assert_int_equal(top.k, cases[i].k);
 			if (top.k > 0)
 			{

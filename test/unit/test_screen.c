@@ -333,7 +333,7 @@ same_choice(const Head *h, const float *error, const float *x, const float *z, c
 
 		millm_sampler_note_prompt(sampler, prompt, 4);
 		millm_sampler_note_generated(sampler, prompt[4]);
-		top = millm_sampler_needs(sampler);
+		top = millm_sampler_needs(sampler, NULL, 0);
 		assert_true(top.k > 0);
 		memcpy(ends, y, sizeof(ends));
 		n = millm_shortlist(ids, ROWS / 2, ends, error, ROWS, norm, &top, lower, heap);
