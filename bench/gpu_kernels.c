@@ -224,9 +224,9 @@ products(MillmDtype dtype, int64_t n_out, int64_t n_in, int64_t memory, cudaStre
 /* ---- attention ---- */
 
 static void
-attention(int n_sequences, int context, int64_t memory, cudaStream_t stream)
+attention(MillmDtype dtype, int n_sequences, int context, int64_t memory, cudaStream_t stream)
 {
-	const int64_t page_bytes = (int64_t) 2 * KV_HEADS * DIM * MILLM_CUDA_PAGE * 2;
+	const int64_t page_bytes = (int64_t) 2 * KV_HEADS * MILLM_CUDA_PAGE * (dtype == MILLM_INT8 ? DIM + 2 * MILLM_KV_BLOCKS(DIM) : 2 * DIM);
 	const int	n_entries = (context + MILLM_CUDA_PAGE - 1) / MILLM_CUDA_PAGE;
 	const int64_t bytes = n_sequences * n_entries * page_bytes;	/* of a layer */
 	const int	n = memory / bytes < 2 ? 2 : (int) (memory / bytes);
@@ -259,13 +259,13 @@ attention(int n_sequences, int context, int64_t memory, cudaStream_t stream)
 		job.n_splits = job.n_splits * 2 < MILLM_CUDA_SPLITS ? job.n_splits * 2 : MILLM_CUDA_SPLITS;
 	for (int i = 0; i < n; i++)
 		a[i] = (MillmCudaAttention) {.kv = kv + i * bytes, .page_bytes = page_bytes, .positions = on_device[1], .tables = on_device[0], .table_of = on_device[2],
-			.kv_dtype = MILLM_F16, .n_groups = 1, .n_heads = HEADS, .n_kv_heads = KV_HEADS, .head_dim = DIM, .scale = 0.088f};
+			.kv_dtype = dtype, .n_groups = 1, .n_heads = HEADS, .n_kv_heads = KV_HEADS, .head_dim = DIM, .scale = 0.088f};
 	for (int overlaps = 0; overlaps < 2; overlaps++)
 	{
 		const double us = measure(&job, overlaps, stream);
 
-		printf("{\"kernel\": \"attention\", \"dtype\": \"F16\", \"sequences\": %d, \"context\": %d, \"overlaps\": %s, \"us\": %.2f, \"gb_per_s\": %.0f}\n",
-			   n_sequences, context, overlaps ? "true" : "false", us, (double) bytes / 1e3 / us);
+		printf("{\"kernel\": \"attention\", \"dtype\": \"%s\", \"sequences\": %d, \"context\": %d, \"overlaps\": %s, \"us\": %.2f, \"gb_per_s\": %.0f}\n",
+			   dtype == MILLM_INT8 ? "INT8" : "F16", n_sequences, context, overlaps ? "true" : "false", us, (double) bytes / 1e3 / us);
 		fflush(stdout);
 	}
 	free(tables);
@@ -312,9 +312,14 @@ main(int argc, char **argv)
 		products(dtypes[d], 4096 / by, 14336 / by, memory, stream);	/* down */
 	}
 	products(MILLM_BF16, 128256 / by, 4096 / by, memory, stream);	/* head */
-	attention(1, 1024 / by, memory, stream);
-	attention(1, 32768 / by, memory, stream);
-	attention(64 / by, 1024 / by, memory, stream);
+	for (int i = 0; i < 2; i++)
+	{
+		const MillmDtype dtype = i == 0 ? MILLM_F16 : MILLM_INT8;
+
+		attention(dtype, 1, 1024 / by, memory, stream);
+		attention(dtype, 1, 32768 / by, memory, stream);
+		attention(dtype, 64 / by, 1024 / by, memory, stream);
+	}
 	CHECK(cudaStreamDestroy(stream));
 	return 0;
 }

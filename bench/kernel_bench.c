@@ -181,14 +181,14 @@ bench_forms(const MillmKernels *k, MillmDtype dtype, int64_t n_in, const char *w
 }
 
 static void
-bench_attention(const MillmKernels *k, int n_positions, int group, int hd, char *data)
+bench_attention(const MillmKvKernels *k, int n_positions, int group, int hd, char *data)
 {
-	int64_t		half = (int64_t) hd * MILLM_KERNEL_PAGE * millm_weight_bytes(k->kv_dtype, 1);
+	int64_t		half = millm_kv_head_bytes(k->dtype, hd);
 	int			n_pages = (n_positions + MILLM_KERNEL_PAGE - 1) / MILLM_KERNEL_PAGE;
 	int32_t    *pages = calloc((size_t) n_pages, sizeof(*pages));
 	float	   *q = calloc((size_t) (group * hd), sizeof(*q)),
 			   *y = calloc((size_t) (group * hd), sizeof(*y));
-	MillmKvLayer kv = {.k = data, .v = data + half, .page_bytes = 2 * half, .n_kv_heads = 1, .head_dim = hd, .group = group, .scale = 0.1f};
+	MillmKvLayer kv = {.k = data, .v = data + half, .page_bytes = 2 * half, .head_bytes = half, .n_kv_heads = 1, .head_dim = hd, .group = group, .scale = 0.1f};
 	double		seconds[ROUNDS];
 
 	for (int i = 0; i < n_pages; i++)
@@ -201,7 +201,7 @@ bench_attention(const MillmKernels *k, int n_positions, int group, int hd, char 
 			k->attention(y, q, &kv, pages, n_positions - 1, 0);
 		seconds[r] = (now() - start) / 50;
 	}
-	printf("  attention %4d positions, %d heads of %d: %7.2f us, %5.1f GFLOP/s\n", n_positions, group, hd, median(seconds) * 1e6,
+	printf("  attention %4d positions%s, %d heads of %d: %7.2f us, %5.1f GFLOP/s\n", n_positions, k->dtype == MILLM_INT8 ? " in int8" : "", group, hd, median(seconds) * 1e6,
 		   4.0 * n_positions * group * hd / median(seconds) / 1e9);
 	free(pages);
 	free(q);
@@ -236,8 +236,12 @@ main(int argc, char **argv)
 	bench_forms(&k, MILLM_INT8, 2048, "int8", data);
 	bench_forms(&k, MILLM_BF16, 2048, "bf16", data);
 	bench_forms(&k, MILLM_F16, 2048, "f16", data);
-	bench_attention(&k, 512, 3, 64, data);
-	bench_attention(&k, 2048, 4, 64, data);
+	for (int f = 0; f < MILLM_N_KV_FORMATS; f++)
+	{
+		bench_attention(&k.kv[f], 512, 3, 64, data);
+		bench_attention(&k.kv[f], 2048, 4, 64, data);
+		bench_attention(&k.kv[f], 32768, 4, 128, data);
+	}
 	free(data);
 	return 0;
 }

@@ -35,27 +35,80 @@ millm_cuda_split_qkv(const MillmCudaAttention *a, MillmRows q, MillmRows k, Mill
 	return launch_elements(split_qkv, (int64_t) (a->n_heads + 2 * a->n_kv_heads) * a->head_dim, n, queue, *a, q, k, v, qkv);
 }
 
-/* An element of a page, which is float16 or float32. */
-static __device__ float from_kv(uint16_t h) { return from_f16(h); }
-static __device__ float from_kv(float f) { return f; }
-static __device__ void to_kv(uint16_t *p, float f) { *p = to_f16(f); }
-static __device__ void to_kv(float *p, float f) { *p = f; }
-
-/* K of a position in its page of T; V lies v_offset() elements behind. */
+/* K, or V, of a KV head at a position, in its page of T: float16, float32, or int8 with the scales of its blocks. */
 template <class T>
-static __device__ T *
-key_of(const MillmCudaAttention &a, int t, int64_t position, int kv_head)
+struct Stored
 {
-	const int32_t page = a.tables[a.table_of[t * a.n_groups] + position / MILLM_CUDA_PAGE];
+	T		   *codes;			/* [head_dim] */
+	uint16_t   *scales;			/* [blocks]; of int8 only */
 
-	return (T *) (a.kv + page * a.page_bytes) + ((int64_t) kv_head * MILLM_CUDA_PAGE + position % MILLM_CUDA_PAGE) * a.head_dim;
+	/* The page's, from slot on */
+	__device__ Stored(const MillmCudaAttention &a, int32_t page, int kv_head, int slot, bool of_values)
+	{
+		char	   *in_page = a.kv + page * a.page_bytes;
+		const int	n = a.n_kv_heads * MILLM_CUDA_PAGE;	/* of K in a page; bounded by MILLM_MAX_HEADS and MILLM_MAX_HEAD_DIM: no overflow */
+		const int	i = (of_values ? n : 0) + kv_head * MILLM_CUDA_PAGE + slot;
+
+		codes = (T *) in_page + i * a.head_dim;
+		scales = (uint16_t *) (in_page + 2 * n * a.head_dim) + i * MILLM_KV_BLOCKS(a.head_dim);
+	}
+	/* That many slots on */
+	__device__ void skip(const MillmCudaAttention &a, int n_slots)
+	{
+		codes += n_slots * a.head_dim;
+		scales += n_slots * MILLM_KV_BLOCKS(a.head_dim);
+	}
+};
+
+static __device__ int32_t
+page_at(const MillmCudaAttention &a, int t, int64_t position)
+{
+	return a.tables[a.table_of[t * a.n_groups] + position / MILLM_CUDA_PAGE];
 }
 
-static __device__ int64_t
-v_offset(const MillmCudaAttention &a)
+static __device__ float element(const Stored<uint16_t> &s, int d) { return from_f16(s.codes[d]); }
+static __device__ float element(const Stored<float> &s, int d) { return s.codes[d]; }
+static __device__ float element(const Stored<int8_t> &s, int d) { return (float) s.codes[d] * from_f16(s.scales[d / MILLM_KV_BLOCK]); }
+
+/* Store dim d, where it is one: all lanes of a warp come here, those of half a warp with a block's dims in their order. */
+static __device__ void
+put(const Stored<uint16_t> &s, bool is_one, int d, float f)
 {
-	return (int64_t) a.n_kv_heads * MILLM_CUDA_PAGE * a.head_dim;
+	if (is_one)
+		s.codes[d] = to_f16(f);
 }
+
+static __device__ void
+put(const Stored<float> &s, bool is_one, int d, float f)
+{
+	if (is_one)
+		s.codes[d] = f;
+}
+
+static __device__ void
+put(const Stored<int8_t> &s, bool is_one, int d, float f)
+{
+	float		largest = is_one ? fabsf(f) : 0;
+	uint16_t	rounded;
+	float		scale;
+
+#pragma unroll
+	for (int step = MILLM_KV_BLOCK / 2; step > 0; step /= 2)
+	{
+		const float other = __shfl_xor_sync(ALL_LANES, largest, step);
+
+		largest = largest >= other || largest != largest ? largest : other;	/* a NaN stays: attention must not hide it */
+	}
+	rounded = to_f16(largest / 127);
+	scale = from_f16(rounded);
+	if (is_one)
+		s.codes[d] = (int8_t) (scale > 0 && scale < INFINITY ? fminf(fmaxf(rintf(f * (1 / scale)), -128), 127) : 0);
+	if (is_one && d % MILLM_KV_BLOCK == 0)
+		s.scales[d / MILLM_KV_BLOCK] = rounded;
+}
+
+/* So many threads, and as many more as make halves of warps of them, which are blocks */
+#define WHOLE_BLOCKS(n) (MILLM_KV_BLOCKS(n) * MILLM_KV_BLOCK)
 
 /* Of which of a head's pairs dim d is, d < 2 n_pairs; and the dim that it is paired with */
 static __device__ int
@@ -75,7 +128,7 @@ partner_of(const MillmCudaAttention &a, int d)
  * the kernel in front has ended.
  *
  *   T       of the pages
- *   blocks  [ceil((n_heads n_pairs + n_kv_heads head_dim) / BLOCK), n], threads BLOCK
+ *   blocks  [ceil((WHOLE_BLOCKS(n_heads n_pairs) + n_kv_heads WHOLE_BLOCKS(head_dim)) / BLOCK), n], threads BLOCK
  */
 template <class T>
 static __global__ void
@@ -83,17 +136,24 @@ rope_and_store(const __grid_constant__ MillmCudaAttention a, MillmRows q, MillmR
 {
 	const int	t = (int) blockIdx.y;
 	const int	i = (int) element_index();
-	const int	of_key = i - a.n_heads * a.n_pairs;	/* the element; negative: a pair of q */
-	const bool	is_key = of_key >= 0 && of_key < a.n_kv_heads * a.head_dim;
-	const int	d = is_key ? of_key % a.head_dim : 0;
-	const bool	is_rotated = of_key < 0 || (is_key && d < 2 * a.n_pairs);
-	const int	j = of_key < 0 ? i % a.n_pairs : is_rotated ? pair_of(a, d) : 0;
+	const int	of_key = i - WHOLE_BLOCKS(a.n_heads * a.n_pairs);	/* the element, counting heads as whole blocks */
+	const int	d = of_key >= 0 ? of_key % WHOLE_BLOCKS(a.head_dim) : 0;
+	const int	kv_head = of_key / WHOLE_BLOCKS(a.head_dim);
+	const bool	is_query = i < a.n_heads * a.n_pairs;
+	const bool	is_key = of_key >= 0 && kv_head < a.n_kv_heads && d < a.head_dim;
+	const bool	is_rotated = is_query || (is_key && d < 2 * a.n_pairs);
+	const int	j = is_query ? i % a.n_pairs : is_rotated ? pair_of(a, d) : 0;
 	const float cosine = is_rotated ? a.cosine[(int64_t) t * a.n_pairs + j] : 1;
 	const float sine = is_rotated ? a.sine[(int64_t) t * a.n_pairs + j] : 0;
-	T		   *key = is_key ? key_of<T>(a, t, a.positions[t], of_key / a.head_dim) + d : NULL;
+	const int64_t position = a.positions[t];
+	const int32_t page = page_at(a, t, position);
+	const Stored<T> key(a, page, is_key ? kv_head : 0, (int) (position % MILLM_CUDA_PAGE), false);
+	const Stored<T> value(a, page, is_key ? kv_head : 0, (int) (position % MILLM_CUDA_PAGE), true);
+	float		of_k = 0,
+				of_v = 0;
 
 	after_previous();			/* positions, tables and angles are older than all kernels of the step */
-	if (of_key < 0)
+	if (is_query)
 	{
 		float	   *head = q.data + t * q.stride + (int64_t) (i / a.n_pairs) * a.head_dim;
 		const int	first = a.interleaved ? 2 * j : j;
@@ -106,25 +166,26 @@ rope_and_store(const __grid_constant__ MillmCudaAttention a, MillmRows q, MillmR
 	}
 	else if (is_key)
 	{
-		const float *row = k.data + t * k.stride + (of_key - d);
-		float		f = row[d];
+		const float *row = k.data + t * k.stride + kv_head * a.head_dim;
 
+		of_k = row[d];
+		of_v = v.data[t * v.stride + kv_head * a.head_dim + d];
 		if (is_rotated)
 		{
 			const float other = row[partner_of(a, d)];
 
-			f = partner_of(a, d) > d ? f * cosine - other * sine : f * cosine + other * sine;
+			of_k = partner_of(a, d) > d ? of_k * cosine - other * sine : of_k * cosine + other * sine;
 		}
-		to_kv(key, f);
-		to_kv(key + v_offset(a), v.data[t * v.stride + of_key]);
 	}
+	put(key, is_key, d, of_k);
+	put(value, is_key, d, of_v);
 }
 
 cudaError_t
 millm_cuda_rope_and_store(const MillmCudaAttention *a, MillmRows q, MillmRows k, MillmRows v, int n, MillmCudaQueue *queue)
 {
-	return launch_elements(a->kv_dtype == MILLM_F32 ? rope_and_store<float> : rope_and_store<uint16_t>,
-						   (int64_t) a->n_heads * a->n_pairs + (int64_t) a->n_kv_heads * a->head_dim, n, queue, *a, q, k, v);
+	return launch_elements(a->kv_dtype == MILLM_F32 ? rope_and_store<float> : a->kv_dtype == MILLM_F16 ? rope_and_store<uint16_t> : rope_and_store<int8_t>,
+						   WHOLE_BLOCKS(a->n_heads * a->n_pairs) + (int64_t) a->n_kv_heads * WHOLE_BLOCKS(a->head_dim), n, queue, *a, q, k, v);
 }
 
 /* What the product of query head h and the key of position p counts, before the softmax. */
@@ -190,14 +251,16 @@ attend(MillmCudaAttention a, MillmRows y, MillmRows q)
 	}
 	for (int64_t p = first + warp; p <= position; p += ATTENTION_WARPS)
 	{
-		const T    *key = key_of<T>(a, t, p, kv_head);
+		const int32_t page = page_at(a, t, p);
+		const Stored<T> key(a, page, kv_head, (int) (p % MILLM_CUDA_PAGE), false);
+		const Stored<T> of_value(a, page, kv_head, (int) (p % MILLM_CUDA_PAGE), true);
 		float		score = 0,
 					weight;
 
 #pragma unroll
 		for (int j = 0; j < DIMS; j++)
 			if (j * WARP + lane < a.head_dim)
-				score = fmaf(of_query[j], from_kv(key[j * WARP + lane]), score);
+				score = fmaf(of_query[j], element(key, j * WARP + lane), score);
 		score = finished_score(a, warp_sum(score), h, p);
 		if (!(score <= max))	/* a NaN is taken along: it must reach the output */
 		{
@@ -211,11 +274,10 @@ attend(MillmCudaAttention a, MillmRows y, MillmRows q)
 		}
 		weight = expf(score - max);
 		sum += weight;
-		key += v_offset(a);
 #pragma unroll
 		for (int j = 0; j < DIMS; j++)
 			if (j * WARP + lane < a.head_dim)
-				value[j] = fmaf(weight, from_kv(key[j * WARP + lane]), value[j]);
+				value[j] = fmaf(weight, element(of_value, j * WARP + lane), value[j]);
 	}
 	if (lane == 0)
 	{
@@ -257,7 +319,8 @@ launch_attend(const MillmCudaAttention *a, MillmRows y, MillmRows q, int n, Mill
 cudaError_t
 millm_cuda_attention_any(const MillmCudaAttention *a, MillmRows y, MillmRows q, int n, MillmCudaQueue *queue)
 {
-	return a->kv_dtype == MILLM_F32 ? launch_attend<float>(a, y, q, n, queue) : launch_attend<uint16_t>(a, y, q, n, queue);
+	return a->kv_dtype == MILLM_F32 ? launch_attend<float>(a, y, q, n, queue) : a->kv_dtype == MILLM_F16 ? launch_attend<uint16_t>(a, y, q, n, queue) :
+		launch_attend<int8_t>(a, y, q, n, queue);
 }
 
 /* ---- rows one by one ---- */
@@ -278,7 +341,7 @@ share_of(float of_part, float max)
 	return of_part == -INFINITY ? 0 : exp_of(of_part - max);
 }
 
-/* Eight elements side by side, as they are in a page. */
+/* Eight elements side by side, as they are in a page: get(k) scale(), with a constant k. */
 template <class T>
 struct Eight;
 
@@ -287,9 +350,10 @@ struct Eight<uint16_t>
 {
 	uint4		u;
 
-	__device__ void load(const uint16_t *p) { u = *(const uint4 *) p; }
+	__device__ void load(const Stored<uint16_t> &s, int d) { u = *(const uint4 *) (s.codes + d); }
 	__device__ void clear() { u = {0, 0, 0, 0}; }
-	__device__ float get(int k) const	/* k is a constant */
+	__device__ float scale() const { return 1; }
+	__device__ float get(int k) const
 	{
 		const uint32_t word = k / 2 == 0 ? u.x : k / 2 == 1 ? u.y : k / 2 == 2 ? u.z : u.w;
 
@@ -302,10 +366,45 @@ struct Eight<float>
 {
 	float4		f[2];
 
-	__device__ void load(const float *p) { f[0] = ((const float4 *) p)[0]; f[1] = ((const float4 *) p)[1]; }
+	__device__ void load(const Stored<float> &s, int d) { f[0] = *(const float4 *) (s.codes + d); f[1] = *(const float4 *) (s.codes + d + 4); }
 	__device__ void clear() { f[0] = f[1] = {0, 0, 0, 0}; }
+	__device__ float scale() const { return 1; }
 	__device__ float get(int k) const { return k % 4 == 0 ? f[k / 4].x : k % 4 == 1 ? f[k / 4].y : k % 4 == 2 ? f[k / 4].z : f[k / 4].w; }
 };
+
+/* A code c becomes a float by bytes alone: 2^23 + (c + 128) has that byte last. */
+template <>
+struct Eight<int8_t>
+{
+	uint2		u;
+	uint16_t	of_block;
+
+	__device__ void load(const Stored<int8_t> &s, int d) { u = *(const uint2 *) (s.codes + d); of_block = s.scales[d / MILLM_KV_BLOCK]; }
+	__device__ void clear() { u = {0, 0}; of_block = 0; }
+	__device__ float scale() const { return from_f16(of_block); }
+	__device__ float get(int k) const
+	{
+		return as_float(byte_perm((k < 4 ? u.x : u.y) ^ 0x80808080u, 0x4B000000u, 0x7440u | (unsigned) (k % 4))) - (8388608.0f + 128);
+	}
+};
+
+/* Eight elements in float16. */
+static __device__ uint4
+in_f16(const Eight<uint16_t> &e)
+{
+	return e.u;
+}
+
+static __device__ uint4
+in_f16(const Eight<int8_t> &e)
+{
+	uint32_t	words[4];
+
+#pragma unroll
+	for (int k = 0; k < 8; k += 2)
+		words[k / 2] = to_f16(e.get(k) * e.scale()) | (uint32_t) to_f16(e.get(k + 1) * e.scale()) << 16;
+	return {words[0], words[1], words[2], words[3]};
+}
 
 /* The keys [from, end) of a split of a row: by position and window alone. */
 struct Split
@@ -380,15 +479,15 @@ attend_split(const __grid_constant__ MillmCudaAttention a, float *partials, int 
 				value[H][8];
 
 	auto		is_seen = [&] (int64_t p) { return p >= s.from && p < s.end; };
-	/* K, or V so much further on, of the warp's keys from first on; where nothing was ever stored there may be NaN, which no weight of 0 would hide */
-	auto		load = [&] (Eight<T> *to, int64_t first, int64_t further) {
+	/* K, or V, of the warp's keys from first on; where nothing was ever stored there may be NaN, which no weight of 0 would hide */
+	auto		load = [&] (Eight<T> *to, int64_t first, bool of_values) {
 		const int64_t p = first + lane / LANES;	/* this lane's, of the first load */
-		const T    *from = (const T *) (a.kv + page * a.page_bytes) + ((int64_t) kv_head * MILLM_CUDA_PAGE + p % MILLM_CUDA_PAGE) * a.head_dim + d + further;
+		Stored<T>	from(a, page, kv_head, (int) (p % MILLM_CUDA_PAGE), of_values);
 
 #pragma unroll
-		for (int j = 0; j < SPLIT_LOADS; j++)
+		for (int j = 0; j < SPLIT_LOADS; j++, from.skip(a, KEYS))
 			if (is_seen(p + j * KEYS) && d < a.head_dim)
-				to[j].load(from + j * KEYS * a.head_dim);
+				to[j].load(from, d);
 			else
 				to[j].clear();
 	};
@@ -397,8 +496,8 @@ attend_split(const __grid_constant__ MillmCudaAttention a, float *partials, int 
 	after_previous();			/* positions and tables are older than all kernels of the step */
 	if (s.from >= s.end)
 		return;					/* another row has more splits */
-	load(key, p0, 0);
-	load(of_value, p0, v_offset(a));
+	load(key, p0, false);
+	load(of_value, p0, true);
 	page = page_of(p0 + SPLIT_WARPS * STEP);
 	for (int i = (int) threadIdx.x; i < H * DIMS; i += SPLIT_WARPS * WARP)
 	{
@@ -436,9 +535,10 @@ attend_split(const __grid_constant__ MillmCudaAttention a, float *partials, int 
 #pragma unroll
 				for (int k = 0; k < 8; k++)
 					score[j][h] = fmaf(of_query[k], key[j].get(k), score[j][h]);
+				score[j][h] *= key[j].scale();
 			}
 		}
-		load(key, next, 0);
+		load(key, next, false);
 #pragma unroll
 		for (int h = 0; h < H; h++)
 		{
@@ -475,10 +575,10 @@ attend_split(const __grid_constant__ MillmCudaAttention a, float *partials, int 
 				sum[h] += weight;
 #pragma unroll
 				for (int k = 0; k < 8; k++)
-					value[h][k] = fmaf(weight, of_value[j].get(k), value[h][k]);
+					value[h][k] = fmaf(weight * of_value[j].scale(), of_value[j].get(k), value[h][k]);
 			}
 		}
-		load(of_value, next, v_offset(a));
+		load(of_value, next, true);
 		page = page_of(next + SPLIT_WARPS * STEP);	/* is there when it is needed */
 	}
 #pragma unroll
@@ -627,7 +727,7 @@ millm_cuda_attention_split(const MillmCudaAttention *a, MillmRows y, const Millm
 						   MillmCudaQueue *queue)
 {
 	const cudaError_t status = a->kv_dtype == MILLM_F32 ? launch_split<float>(a, partials, n_splits, q, n, queue) :
-		launch_split<uint16_t>(a, partials, n_splits, q, n, queue);
+		a->kv_dtype == MILLM_F16 ? launch_split<uint16_t>(a, partials, n_splits, q, n, queue) : launch_split<int8_t>(a, partials, n_splits, q, n, queue);
 
 	return status == cudaSuccess ? launch(combine, dim3((unsigned) a->n_heads, (unsigned) n), COMBINE_THREADS, queue, *a, y, *f, partials, n_splits) : status;
 }
@@ -636,9 +736,10 @@ millm_cuda_attention_split(const MillmCudaAttention *a, MillmRows y, const Millm
 
 /*
  * A block for each tile of rows of a head, 16 of them a warp's, on tensor cores: TILE_KEYS keys after the other go through shared memory, then their values.
- * Queries and the weights of values are rounded to float16, as keys and values are stored; scores and sums are float32.  Where in a warp's matrix a
+ * Queries and the weights of values are rounded to float16, as keys and values are stored, or become here; scores and sums are float32.  Where in a warp's matrix a
  * lane's elements lie only the device knows: it is asked, by a matrix whose elements are their rows.
  *
+ *   T       of the pages: float16 or int8
  *   DIMS    head_dim <= DIMS, and is a multiple of 8; shared memory is zero behind it
  *   VALUES  dims of values that are a block's, as many as registers allow: other blocks have the next ones, and compute the same scores
  *   WARPS   as many as shared memory allows
@@ -646,7 +747,7 @@ millm_cuda_attention_split(const MillmCudaAttention *a, MillmRows y, const Millm
  *   blocks  [n_heads * ceil(head_dim / VALUES), ceil(n / (16 * WARPS))], threads WARPS * WARP
  */
 #define TILE_KEYS 32			/* two lanes a row, 16 each */
-template <int DIMS, int VALUES, int WARPS>
+template <class T, int DIMS, int VALUES, int WARPS>
 static __global__ void __launch_bounds__(WARPS * WARP, 1)
 attend_tile(const __grid_constant__ MillmCudaAttention a, MillmRows y, MillmCudaFragments f, MillmRows q, int n)
 {
@@ -710,12 +811,12 @@ attend_tile(const __grid_constant__ MillmCudaAttention a, MillmRows y, MillmCuda
 			{
 				const int64_t p = p0 + i / n_chunks;
 				const int	d = (of_values ? v0 : 0) + i % n_chunks * 8;
-				uint4		u = {0, 0, 0, 0};	/* where nothing was ever stored there may be NaN, which no weight of 0 would hide */
+				Eight<T>	chunk;
 
+				chunk.clear();	/* where nothing was ever stored there may be NaN, which no weight of 0 would hide */
 				if (p >= begin && p < end && d < a.head_dim)
-					u = *(const uint4 *) ((const uint16_t *) (a.kv + table[p / MILLM_CUDA_PAGE] * a.page_bytes) + of_values * v_offset(a) +
-										  ((int64_t) kv_head * MILLM_CUDA_PAGE + p % MILLM_CUDA_PAGE) * a.head_dim + d);
-				*(uint4 *) &tile[i / n_chunks * PITCH + i % n_chunks * 8] = u;
+					chunk.load(Stored<T>(a, table[p / MILLM_CUDA_PAGE], kv_head, (int) (p % MILLM_CUDA_PAGE), of_values), d);
+				*(uint4 *) &tile[i / n_chunks * PITCH + i % n_chunks * 8] = in_f16(chunk);
 			}
 			__syncthreads();
 			if (of_values)
@@ -815,19 +916,26 @@ attend_tile(const __grid_constant__ MillmCudaAttention a, MillmRows y, MillmCuda
 	}
 }
 
-template <int DIMS, int VALUES, int WARPS>
+template <class T, int DIMS, int VALUES, int WARPS>
 static cudaError_t
 launch_tile(const MillmCudaAttention *a, MillmRows y, const MillmCudaFragments *f, MillmRows q, int n, MillmCudaQueue *queue)
 {
 	const int	n_parts = (a->head_dim + VALUES - 1) / VALUES;
 	const dim3	blocks((unsigned) (a->n_heads * n_parts), (unsigned) ((n + 16 * WARPS - 1) / (16 * WARPS)));
 
-	return launch(attend_tile<DIMS, VALUES, WARPS>, blocks, WARPS * WARP, queue, *a, y, *f, q, n);
+	return launch(attend_tile<T, DIMS, VALUES, WARPS>, blocks, WARPS * WARP, queue, *a, y, *f, q, n);
+}
+
+template <class T>
+static cudaError_t
+launch_tile(const MillmCudaAttention *a, MillmRows y, const MillmCudaFragments *f, MillmRows q, int n, MillmCudaQueue *queue)
+{
+	return a->head_dim <= 64 ? launch_tile<T, 64, 64, 4>(a, y, f, q, n, queue) : a->head_dim <= 128 ? launch_tile<T, 128, 128, 4>(a, y, f, q, n, queue) :
+		launch_tile<T, 256, 128, 2>(a, y, f, q, n, queue);
 }
 
 cudaError_t
 millm_cuda_attention_tile(const MillmCudaAttention *a, MillmRows y, const MillmCudaFragments *f, MillmRows q, int n, MillmCudaQueue *queue)
 {
-	return a->head_dim <= 64 ? launch_tile<64, 64, 4>(a, y, f, q, n, queue) : a->head_dim <= 128 ? launch_tile<128, 128, 4>(a, y, f, q, n, queue) :
-		launch_tile<256, 128, 2>(a, y, f, q, n, queue);
+	return a->kv_dtype == MILLM_F16 ? launch_tile<uint16_t>(a, y, f, q, n, queue) : launch_tile<int8_t>(a, y, f, q, n, queue);
 }

@@ -164,26 +164,33 @@ are_plain(const char *name)
 	return name && strcmp(name, "ref") == 0;
 }
 
-/* Of K and V, whose kernels have these names. */
-static MillmDtype
-kv_dtype(const MillmModel *model, const char *kernels)
+/* Is there a layer that is not stored in float32, so that these kernels may round? */
+static bool
+may_round(const MillmModel *model, const char *kernels)
 {
 	for (int i = 0; i < model->config.n_layers && !are_plain(kernels); i++)
 		if (model->layers[i].o.dtype != MILLM_F32)
-			return MILLM_F16;
-	return MILLM_F32;
+			return true;
+	return false;
+}
+
+static MillmDtype
+kv_dtype(const MillmModel *model, const char *kernels, MillmKvFormat format)
+{
+	return format == MILLM_KV_INT8 ? MILLM_INT8 : may_round(model, kernels) ? MILLM_F16 : MILLM_F32;
 }
 
 static int64_t
-layer_bytes(const MillmModel *model, const char *kernels)
+layer_bytes(const MillmModel *model, MillmDtype dtype)
 {
-	const int64_t element = millm_weight_bytes(kv_dtype(model, kernels), 1);
 	int64_t		largest = 0;
 
 	for (int i = 0; i < model->config.n_layers; i++)
 	{
 		/* bounded by MILLM_MAX_HEADS and MILLM_MAX_HEAD_DIM: no overflow */
-		const int64_t bytes = (int64_t) 2 * model->layers[i].n_kv_heads * model->layers[i].head_dim * MILLM_CUDA_PAGE * element;
+		const int	head_dim = model->layers[i].head_dim;
+		const int64_t of_head = millm_weight_bytes(dtype, head_dim) + (dtype == MILLM_INT8 ? 2 * MILLM_KV_BLOCKS(head_dim) : 0);
+		const int64_t bytes = 2 * model->layers[i].n_kv_heads * MILLM_CUDA_PAGE * of_head;
 
 		largest = bytes > largest ? bytes : largest;
 	}
@@ -191,9 +198,9 @@ layer_bytes(const MillmModel *model, const char *kernels)
 }
 
 int64_t
-millm_cuda_page_bytes(const MillmModel *model, const char *kernels, int layers_per_page)
+millm_cuda_page_bytes(const MillmModel *model, const char *kernels, MillmKvFormat format, int layers_per_page)
 {
-	return are_kernels(kernels) ? layers_per_page * layer_bytes(model, kernels) : -1;
+	return are_kernels(kernels) ? layers_per_page * layer_bytes(model, kv_dtype(model, kernels, format)) : -1;
 }
 
 int64_t
@@ -261,7 +268,7 @@ widest_row(const MillmModel *model)
 static bool
 wants_blas(const MillmModel *model, const MillmBackendOptions *o)
 {
-	return !are_plain(o->kernels) && !o->deterministic && o->max_tokens > KEPT_ROWS && kv_dtype(model, o->kernels) != MILLM_F32 && millm_cuda_blas_is_there();
+	return !are_plain(o->kernels) && !o->deterministic && o->max_tokens > KEPT_ROWS && may_round(model, o->kernels) && millm_cuda_blas_is_there();
 }
 
 /* Fragments of the rows of a product on our tensor kernels */
@@ -1002,7 +1009,7 @@ attend_one_by_one(CudaBackend *c, MillmCudaAttention a, MillmRows y, const Millm
 static bool
 attend(CudaBackend *c, MillmCudaAttention a, int group, MillmRows y, const MillmCudaFragments *f, MillmRows q, int n)
 {
-	const bool	has_tiles = !c->deterministic && c->kv_dtype == MILLM_F16;
+	const bool	has_tiles = !c->deterministic && c->kv_dtype != MILLM_F32;
 	const MillmCudaFragments *of_part = f->in_rows ? f : &no_fragments;
 	int			t = 0;			/* rows before it are done */
 
@@ -1174,8 +1181,8 @@ create_memory(CudaBackend *c, const MillmBackendOptions *options, MillmError *er
 	size_t		kv_bytes;
 	MillmCode	rc;
 
-	c->kv_dtype = kv_dtype(c->model, options->kernels);
-	c->layer_bytes = layer_bytes(c->model, options->kernels);
+	c->kv_dtype = c->base.kv_dtype = kv_dtype(c->model, options->kernels, options->kv_format);
+	c->layer_bytes = layer_bytes(c->model, c->kv_dtype);
 	c->page_bytes = options->layers_per_page * c->layer_bytes;
 	if (options->n_pages < 1 || !millm_mul_size((size_t) options->n_pages, (size_t) c->page_bytes, &kv_bytes) || kv_bytes > INT64_MAX)
 		return millm_fail(err, MILLM_E_INVALID_ARGUMENT, "invalid number of KV pages: %" PRId64, options->n_pages);

@@ -177,7 +177,8 @@ extern cudaError_t millm_cuda_norm(const MillmCudaNorm *l, int n, MillmCudaQueue
 extern cudaError_t millm_cuda_norm_any(const MillmCudaNorm *l, int n, MillmCudaQueue *queue);	/* the obvious one */
 
 /*
- * Attention of one layer.  Page p has at kv + p * page_bytes K [n_kv_heads, 16, head_dim], then V, the same, of kv_dtype.
+ * Attention of one layer.  Page p has at kv + p * page_bytes K [n_kv_heads, 16, head_dim], then V, the same, of kv_dtype; with INT8, then the float16
+ * scales of K [n_kv_heads, 16, blocks], then those of V (MILLM_KV_INT8).
  * The table of token t begins at tables[table_of[t * n_groups]].
  */
 typedef struct MillmCudaAttention
@@ -190,7 +191,7 @@ typedef struct MillmCudaAttention
 	const float *sinks;			/* [n_heads]; NULL: none */
 	const float *alibi_slopes;	/* the same */
 	int64_t		window;			/* 0: none */
-	MillmDtype	kv_dtype;		/* F16 or F32 */
+	MillmDtype	kv_dtype;		/* F16, F32 or INT8 */
 	int			n_groups;
 	int			n_heads, n_kv_heads, head_dim;
 	float		scale, softcap;	/* softcap 0: none */

@@ -168,8 +168,8 @@ REVOKE ALL ON millm.models, millm.progress, millm.errors, millm.stat_generate FR
 CREATE FUNCTION millm.status(OUT engine_pid integer, OUT engine_state text, OUT engine_version text, OUT restarts bigint, OUT last_exit text,
 	OUT model_id bigint, OUT model text, OUT device text, OUT device_reason text, OUT kernels text, OUT deterministic boolean,
 	OUT context_length integer, OUT running integer, OUT waiting integer, OUT hub_pid integer, OUT hub_state text, OUT circuit_breaker text,
-	OUT fingerprint text, OUT kv_pages integer, OUT kv_pages_free integer, OUT kv_pages_cached integer, OUT drafted_tokens bigint,
-	OUT accepted_tokens bigint)
+	OUT fingerprint text, OUT kv_pages integer, OUT kv_pages_free integer, OUT kv_pages_cached integer, OUT kv_cache_dtype text,
+	OUT drafted_tokens bigint, OUT accepted_tokens bigint)
 RETURNS record
 AS 'MODULE_PATHNAME', 'millm_status'
 LANGUAGE C VOLATILE STRICT PARALLEL RESTRICTED;

@@ -68,6 +68,20 @@ typedef struct MillmWeight
 	MillmDtype	rounded;		/* F32, F16 or BF16 */
 } MillmWeight;
 
+/* How the KV cache keeps keys and values. */
+typedef enum MillmKvFormat
+{
+	MILLM_KV_AUTO,				/* in the dtype in which the kernels best read them: float16, where they are exact float32 */
+	/*
+	 * int8 in blocks of MILLM_KV_BLOCK dims of a head (the last one has what is left), each with a float16 scale: s = max |x| / 127, and x is about
+	 * round(x / s) s.  So ggml's Q8_0, but for blocks of half its size: keys have dims that are much larger than others, beside which these lose.
+	 */
+	MILLM_KV_INT8,
+	MILLM_N_KV_FORMATS
+} MillmKvFormat;
+#define MILLM_KV_BLOCK 16
+#define MILLM_KV_BLOCKS(head_dim) (((head_dim) + MILLM_KV_BLOCK - 1) / MILLM_KV_BLOCK)
+
 /* Bytes of n elements of weights; the scales beside them apart. */
 static inline int64_t
 millm_weight_bytes(MillmDtype dtype, int64_t n)

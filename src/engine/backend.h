@@ -59,6 +59,7 @@ struct MillmBackend
 {
 	const char *name;			/* "cpu" */
 	const char *variant;		/* of its kernels: "avx512" */
+	MillmDtype	kv_dtype;		/* of its KV pages: F32, F16 or INT8 */
 	int			n_threads;
 
 	void		(*free) (MillmBackend *be);		/* and its buffers */
@@ -130,6 +131,7 @@ typedef struct MillmBackendOptions
 	int			ordinal;		/* of the device among its kind's */
 	int			n_threads;		/* 0: one per CPU */
 	bool		deterministic;
+	MillmKvFormat kv_format;
 	const char *kernels;		/* a variant by name; NULL: $MILLM_KERNELS, else the best */
 	int			max_tokens;		/* of a step */
 	int64_t		n_pages;		/* of the KV cache */
@@ -147,7 +149,7 @@ typedef struct MillmBackendKind
 	/* The model is borrowed for the backend's life. */
 	MillmCode	(*create) (const MillmModel *model, const MillmBackendOptions *options, MillmBackend **out, MillmError *err);
 	/* -1 when kernels cannot be chosen (create says why) */
-	int64_t		(*page_bytes) (const MillmModel *model, const char *kernels, int layers_per_page);
+	int64_t		(*page_bytes) (const MillmModel *model, const char *kernels, MillmKvFormat format, int layers_per_page);
 	int64_t		(*buffer_bytes) (int64_t n_rows, int64_t n_columns);
 	int64_t		(*own_bytes) (const MillmModel *model, const MillmBackendOptions *options);
 	/* Of the weights that it keeps a copy of, as if they were "FP16", "Q4" or "Q8"; NULL: as they are.  No function: uses them in place */

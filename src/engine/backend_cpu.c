@@ -9,8 +9,8 @@
  * stay valid until the buffer is written again or a weight asks for another form.  Small loops run on the calling thread alone: waking
  * others takes longer.
  *
- * KV pages: for each layer of a group K [n_kv_heads, head_dim, 16] then V [n_kv_heads, 16, head_dim], in the
- * kernels' kv_dtype: float32 for ref, which is exact, float16 otherwise.
+ * KV pages: for each layer of a group K [n_kv_heads, head_dim, 16] then V [n_kv_heads, 16, head_dim] (MillmKvLayer), in float32
+ * for ref, which is exact, float16 otherwise, or in int8, which is asked for.
  */
 #include "backend.h"
 
@@ -66,6 +66,7 @@ typedef struct CpuBackend
 	MillmBackend base;			/* first: the backend is this */
 	const MillmModel *model;
 	MillmKernels k;
+	const MillmKvKernels *kv_kernels;	/* in k: of the pages' format */
 	MillmTeam  *team;
 	bool		deterministic;
 	MillmBuffer *buffers;
@@ -128,7 +129,7 @@ layer_bytes(const MillmModel *model, MillmDtype dtype)
 	{
 		const MillmLayer *layer = &model->layers[i];
 		/* bounded by MILLM_MAX_HEADS and MILLM_MAX_HEAD_DIM: no overflow */
-		int64_t		bytes = (int64_t) 2 * layer->n_kv_heads * layer->head_dim * MILLM_KERNEL_PAGE * millm_weight_bytes(dtype, 1);
+		int64_t		bytes = 2 * layer->n_kv_heads * millm_kv_head_bytes(dtype, layer->head_dim);
 
 		largest = bytes > largest ? bytes : largest;
 	}
@@ -153,11 +154,11 @@ choose_kernels(const char *name, MillmKernels *k, MillmError *err)
 }
 
 static int64_t
-page_bytes(const MillmModel *model, const char *kernels, int layers_per_page)
+page_bytes(const MillmModel *model, const char *kernels, MillmKvFormat format, int layers_per_page)
 {
 	MillmKernels k;
 
-	return choose_kernels(kernels, &k, NULL) ? layers_per_page * layer_bytes(model, k.kv_dtype) : -1;
+	return choose_kernels(kernels, &k, NULL) ? layers_per_page * layer_bytes(model, k.kv[format].dtype) : -1;
 }
 
 static int64_t
@@ -608,7 +609,7 @@ static AttentionLoop
 attention_loop(MillmBackend *be, const MillmAttention *a)
 {
 	CpuBackend *c = cpu(be);
-	int64_t		k_bytes = (int64_t) a->n_kv_heads * a->head_dim * MILLM_KERNEL_PAGE * millm_weight_bytes(c->k.kv_dtype, 1);
+	int64_t		head_bytes = millm_kv_head_bytes(c->kv_kernels->dtype, a->head_dim);
 	char	   *layer = c->kv + a->page_place * c->layer_bytes;
 
 	return (AttentionLoop) {
@@ -617,8 +618,9 @@ attention_loop(MillmBackend *be, const MillmAttention *a)
 		.n_parts = (a->n_heads / a->n_kv_heads + HEADS_AT_ONCE - 1) / HEADS_AT_ONCE,
 		.kv = {
 			.k = layer,
-			.v = layer + k_bytes,
+			.v = layer + a->n_kv_heads * head_bytes,
 			.page_bytes = c->page_bytes,
+			.head_bytes = head_bytes,
 			.n_kv_heads = a->n_kv_heads,
 			.head_dim = a->head_dim,
 			.group = a->n_heads / a->n_kv_heads,
@@ -678,7 +680,7 @@ rope_and_store_rows(void *arg, int64_t begin_row, int64_t end_row)
 			c->k.rope(row(l->q, t), l->a->n_heads, l->a->head_dim, c->n_pairs, interleaved, cosine, sine);
 			c->k.rope(row(l->k, t), l->a->n_kv_heads, l->a->head_dim, c->n_pairs, interleaved, cosine, sine);
 		}
-		c->k.kv_store(&l->kv, pages_of(c, l->a, t)[position / MILLM_KERNEL_PAGE], position % MILLM_KERNEL_PAGE, row(l->k, t), row(l->v, t));
+		c->kv_kernels->store(&l->kv, pages_of(c, l->a, t)[position / MILLM_KERNEL_PAGE], position % MILLM_KERNEL_PAGE, row(l->k, t), row(l->v, t));
 	}
 }
 
@@ -699,7 +701,6 @@ static void
 attention_items(void *arg, int64_t begin_item, int64_t end_item)
 {
 	AttentionLoop *l = arg;
-	const int64_t k_bytes = (int64_t) l->a->head_dim * MILLM_KERNEL_PAGE * millm_weight_bytes(l->c->k.kv_dtype, 1);
 
 	for (int64_t i = begin_item; i < end_item; i++)
 	{
@@ -710,13 +711,13 @@ attention_items(void *arg, int64_t begin_item, int64_t end_item)
 
 		/* a layer whose first KV head has no other queries */
 		kv.group = rest < HEADS_AT_ONCE ? rest : HEADS_AT_ONCE;
-		kv.k += kv_head * k_bytes;
-		kv.v += kv_head * k_bytes;
+		kv.k += kv_head * kv.head_bytes;
+		kv.v += kv_head * kv.head_bytes;
 		if (kv.bias)
 			kv.bias += head * kv.bias_stride;
 		if (kv.sinks)
 			kv.sinks += head;
-		l->c->k.attention(row(l->y, t) + head * kv.head_dim, row(l->q, t) + head * kv.head_dim, &kv, pages_of(l->c, l->a, t), l->c->positions[t], 0);
+		l->c->kv_kernels->attention(row(l->y, t) + head * kv.head_dim, row(l->q, t) + head * kv.head_dim, &kv, pages_of(l->c, l->a, t), l->c->positions[t], 0);
 	}
 }
 
@@ -925,7 +926,7 @@ first_bad(MillmBackend *be)
 static MillmCode
 create_kv(CpuBackend *c, int64_t n_pages, int layers_per_page, MillmError *err)
 {
-	c->layer_bytes = layer_bytes(c->model, c->k.kv_dtype);
+	c->layer_bytes = layer_bytes(c->model, c->kv_kernels->dtype);
 	c->page_bytes = layers_per_page * c->layer_bytes;
 	if (n_pages < 1 || !millm_mul_size((size_t) n_pages, (size_t) c->page_bytes, &c->kv_bytes))
 		return millm_fail(err, MILLM_E_INVALID_ARGUMENT, "invalid number of KV pages: %" PRId64, n_pages);
@@ -977,9 +978,11 @@ create(const MillmModel *model, const MillmBackendOptions *options, MillmBackend
 		rc = err ? err->code : MILLM_E_UNSUPPORTED;
 		goto failed;
 	}
+	c->kv_kernels = &c->k.kv[options->kv_format];
 	c->base = (MillmBackend) {
 		.name = "cpu",
 		.variant = c->k.variant,
+		.kv_dtype = c->kv_kernels->dtype,
 		.free = cpu_free,
 		.buffer_create = buffer_create,
 		.buffer_read = buffer_read,

@@ -203,7 +203,7 @@ open_run(Run *run)
 {
 	const MillmBench *b = run->bench;
 	int64_t		positions = b->n_prompt > decoded_length(b) ? b->n_prompt : decoded_length(b);
-	MillmForwardOptions options = {.device = b->device, .n_threads = b->n_threads, .kernels = b->kernels, .full_head = b->full_head,
+	MillmForwardOptions options = {.device = b->device, .n_threads = b->n_threads, .kernels = b->kernels, .kv_format = b->kv_format, .full_head = b->full_head,
 		.max_batch_tokens = b->n_sequences > b->n_batch ? b->n_sequences : b->n_batch,
 		.max_logits = b->n_sequences, .max_sequences = b->n_sequences, .max_length = (int) positions};
 	MillmKvLayout layout;
@@ -264,6 +264,7 @@ millm_bench_run(const MillmModel *model, const MillmBench *bench, MillmBenchResu
 		result->head_rows = use.n_screened > 0 ? (double) use.n_read / (double) use.n_screened : 0;
 		result->decode_bytes = decode_bytes(model, use.n_screened > 0 ? result->head_rows * bench->n_sequences : -1);
 		snprintf(result->kernels, sizeof(result->kernels), "%s", millm_forward_kernels(run.fw));
+		result->kv_dtype = millm_forward_kv_dtype(run.fw);
 		result->n_threads = millm_forward_threads(run.fw);
 		if ((result->is_counted = run.is_counted))
 		{

@@ -23,6 +23,7 @@ typedef struct MillmBench
 	int			n_rounds;		/* at most MILLM_BENCH_MAX_ROUNDS; once more, before, unmeasured */
 	int			n_threads;		/* 0: one per CPU */
 	const char *kernels;		/* the same */
+	MillmKvFormat kv_format;	/* the same */
 	bool		full_head;		/* the same */
 } MillmBench;
 
@@ -35,6 +36,7 @@ typedef struct MillmBenchResult
 	const char *head;			/* what it reads of the LM head: "full", or "screened" */
 	double		head_rows;		/* rows of the head that a screened row of logits reads, on average; 0: none was screened */
 	char		kernels[16];
+	const char *kv_dtype;		/* millm_forward_kv_dtype() */
 	int			n_threads;
 	/* Means of the decoding steps, from a backend that queues work on a device (MillmBackendCounts) */
 	bool		is_counted;

@@ -40,6 +40,7 @@ typedef struct MillmLoadOptions
 	int			context_length;	/* 0: the model's maximum or 8192, the smaller */
 	int			max_sequences;
 	int			max_queue;
+	MillmKvFormat kv_format;	/* of the KV cache */
 	int64_t		kv_cache_bytes;	/* 0: max_sequences x context, at most a quarter of the available memory */
 	int			stream_stall_timeout_ms;
 	bool		deterministic;
@@ -90,6 +91,7 @@ typedef struct MillmLoaded
 	bool		deterministic;
 	bool		prefix_cache;
 	int			draft_tokens;
+	char		kv_dtype[16];	/* millm_forward_kv_dtype() */
 	int64_t		pages_total;
 	int64_t		weights_bytes;	/* as the device has them: mapped files, or a copy */
 	int64_t		kv_bytes;

@@ -133,7 +133,20 @@ millm_kv_page_bytes(const MillmModel *model, const MillmForwardOptions *options)
 	MillmKvLayout layout;
 
 	millm_forward_kv_layout(model, &layout);
-	return kind_of(options)->page_bytes(model, options->kernels, layout.layers_per_page);
+	return kind_of(options)->page_bytes(model, options->kernels, options->kv_format, layout.layers_per_page);
+}
+
+MillmCode
+millm_kv_format(const char *name, MillmKvFormat *out, MillmError *err)
+{
+	if (strcmp(name, "auto") != 0 && strcmp(name, "int8") != 0)
+	{
+		millm_fail(err, MILLM_E_INVALID_ARGUMENT, "invalid dtype of the KV cache: \"%.64s\"", name);
+		millm_hint(err, "It is \"auto\" or \"int8\".");
+		return MILLM_E_INVALID_ARGUMENT;
+	}
+	*out = strcmp(name, "int8") == 0 ? MILLM_KV_INT8 : MILLM_KV_AUTO;
+	return MILLM_OK;
 }
 
 static MillmBackendOptions
@@ -149,6 +162,7 @@ backend_options(const MillmModel *model, const MillmForwardOptions *options)
 		.n_threads = options->n_threads,
 		.deterministic = options->deterministic,
 		.kernels = options->kernels,
+		.kv_format = options->kv_format,
 		.max_tokens = batch_tokens(options),
 		.n_pages = options->n_pages,
 		.layers_per_page = layout.layers_per_page,
@@ -276,6 +290,12 @@ const char *
 millm_forward_kernels(const MillmForward *fw)
 {
 	return fw->be->variant;
+}
+
+const char *
+millm_forward_kv_dtype(const MillmForward *fw)
+{
+	return fw->be->kv_dtype == MILLM_F32 ? "float32" : fw->be->kv_dtype == MILLM_F16 ? "float16" : "int8";
 }
 
 int

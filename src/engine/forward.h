@@ -39,6 +39,7 @@ typedef struct MillmForwardOptions
 	bool		prefix_cache;	/* keep what sequences have computed, for those that begin with the same (millm_sequence_share()) */
 	bool		full_head;		/* read all of the LM head, even if it has a screening copy: the tokens are the same */
 	const char *kernels;		/* the CPU: "ref", "avx2", "avx512", "amx"; NULL: the best, or $MILLM_KERNELS */
+	MillmKvFormat kv_format;
 	/* Told how far the copy of the weights is, on a device that makes one; false: stop, CANCELED.  NULL: nobody asks */
 	bool		(*progress) (void *arg, int percent);
 	void	   *progress_arg;
@@ -50,12 +51,15 @@ extern MillmCode millm_forward_create(const MillmModel *model, const MillmForwar
 extern void millm_forward_free(MillmForward *fw);
 
 extern const char *millm_forward_kernels(const MillmForward *fw);	/* the variant in use */
+extern const char *millm_forward_kv_dtype(const MillmForward *fw);	/* of what it keeps in KV pages: "float32", "float16", "int8" */
 extern int	millm_forward_threads(const MillmForward *fw);
 extern int	millm_forward_max_batch_tokens(const MillmForward *fw);
 /* Which layers of a model share KV pages; millm_kv_pages() tells how many pages a sequence takes. */
 extern void millm_forward_kv_layout(const MillmModel *model, MillmKvLayout *layout);
+/* "auto" or "int8"; INVALID_ARGUMENT names what is neither. */
+extern MillmCode millm_kv_format(const char *name, MillmKvFormat *out, MillmError *err);
 /*
- * Bytes of one KV page with the kernels of these options (float32 for "ref", float16 for the others; -1 when there are no such
+ * Bytes of one KV page with the kernels of these options (MILLM_KV_AUTO: float32 for "ref", float16 for the others; -1 when there are no such
  * kernels: create says why), and what a forward pass of these options takes besides.
  */
 extern int64_t millm_kv_page_bytes(const MillmModel *model, const MillmForwardOptions *options);

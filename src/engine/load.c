@@ -178,7 +178,7 @@ plan_memory(const MillmModel *model, const MillmLoadOptions *options, const Mill
 	MillmCode	rc;
 
 	*fo = (MillmForwardOptions) {.device = device, .n_threads = options->threads, .deterministic = options->deterministic,
-		.prefix_cache = options->prefix_cache, .kernels = options->kernels};
+		.prefix_cache = options->prefix_cache, .kernels = options->kernels, .kv_format = options->kv_format};
 	*plan = (MillmMemoryPlan) {.max_sequences = options->max_sequences, .kv_cache_bytes = options->kv_cache_bytes, .weights_bytes = weights_bytes};
 	millm_forward_kv_layout(model, &plan->layout);
 	if ((rc = choose_context(options, &model->config, &plan->context_length, err)) != MILLM_OK)
@@ -318,6 +318,7 @@ open_model(MillmLoaded *loaded, const MillmLoadOptions *options, LoadProgress *p
 	loaded->prefix_cache = options->prefix_cache;
 	loaded->draft_tokens = options->draft_tokens;
 	snprintf(loaded->kernels, sizeof(loaded->kernels), "%s", millm_forward_kernels(*fw));
+	snprintf(loaded->kv_dtype, sizeof(loaded->kv_dtype), "%s", millm_forward_kv_dtype(*fw));
 	loaded->threads = millm_forward_threads(*fw);
 	loaded->pages_total = plan.n_pages;
 	loaded->weights_bytes = plan.weights_bytes;

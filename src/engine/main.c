@@ -60,18 +60,19 @@ static const char usage[] =
 	"      --device NAME        auto, cpu, cuda or cuda:N (default: cpu)\n"
 	"      --threads N          (default: one per CPU)\n"
 	"      --kernels NAME       ref, avx2, avx512 or amx (default: the best that this CPU has)\n"
+	"      --kv-cache-dtype D   auto (what the kernels read best), or int8: half the memory (default: auto)\n"
 	"bench and greedy also take:\n"
 	"      --head full          do not use the screening copy of the LM head (default: screened, if there is one)\n";
 
 /* ---- the command line ---------------------------------------------------------------------- */
 
-typedef enum OptionKind {OPT_FLAG, OPT_TEXT, OPT_INT, OPT_DOUBLE, OPT_STOP, OPT_HEAD, OPT_DEVICE} OptionKind;
+typedef enum OptionKind {OPT_FLAG, OPT_TEXT, OPT_INT, OPT_DOUBLE, OPT_STOP, OPT_HEAD, OPT_DEVICE, OPT_KV_FORMAT} OptionKind;
 
 typedef struct Option
 {
 	const char *name;			/* "--threads"; NULL ends the table */
 	OptionKind	kind;
-	void	   *out;			/* bool, const char *, int64_t, double, MillmGenerateOptions, bool (full), MillmDeviceWish */
+	void	   *out;			/* bool, const char *, int64_t, double, MillmGenerateOptions, bool (full), MillmDeviceWish, MillmKvFormat */
 	int64_t		min;			/* of an OPT_INT */
 	int64_t		max;
 } Option;
@@ -104,6 +105,7 @@ static void
 take_value(const Option *o, const char *value)
 {
 	MillmGenerateOptions *g;
+	MillmError	err;
 	char	   *end = NULL;
 
 	errno = 0;
@@ -140,13 +142,13 @@ take_value(const Option *o, const char *value)
 			*(bool *) o->out = strcmp(value, "full") == 0;
 			return;
 		case OPT_DEVICE:
-			{
-				MillmError	err;
-
-				if (millm_device_wish(value, o->out, &err) != MILLM_OK)
-					wrong_usage("%s", err.message);
-				return;
-			}
+			if (millm_device_wish(value, o->out, &err) != MILLM_OK)
+				wrong_usage("%s", err.message);
+			return;
+		case OPT_KV_FORMAT:
+			if (millm_kv_format(value, o->out, &err) != MILLM_OK)
+				wrong_usage("%s takes auto or int8, not \"%s\"", o->name, value);
+			return;
 	}
 }
 
@@ -195,11 +197,13 @@ typedef struct Machine
 	MillmDeviceWish wish;
 	int64_t		threads;
 	const char *kernels;
+	MillmKvFormat kv_format;
 	MillmDevice device;			/* that was chosen */
 } Machine;
 #define ANY_MACHINE {.wish = {.what = MILLM_DEVICE_CPU}}
 #define MACHINE_OPTIONS(machine) \
-	{"--device", OPT_DEVICE, &(machine).wish, 0, 0}, {"--threads", OPT_INT, &(machine).threads, 1, 1024}, {"--kernels", OPT_TEXT, &(machine).kernels, 0, 0}
+	{"--device", OPT_DEVICE, &(machine).wish, 0, 0}, {"--threads", OPT_INT, &(machine).threads, 1, 1024}, {"--kernels", OPT_TEXT, &(machine).kernels, 0, 0}, \
+	{"--kv-cache-dtype", OPT_KV_FORMAT, &(machine).kv_format, 0, 0}
 
 /* Read all of f; NUL-terminated, the caller frees it. */
 static char *
@@ -386,6 +390,7 @@ command_generate(int argc, char **argv)
 	load.path = args[0];
 	load.device = machine.wish;
 	load.kernels = machine.kernels;
+	load.kv_format = machine.kv_format;
 	load.threads = (int) machine.threads;
 	load.context_length = (int) context_length;
 	load.max_sequences = 1;
@@ -420,7 +425,7 @@ typedef struct Runner
 static MillmCode
 runner_open(Runner *run, const char *dir, const char *mutate, Machine *machine, int64_t n_positions, MillmError *err)
 {
-	MillmForwardOptions options = {.device = &machine->device, .n_threads = (int) machine->threads, .kernels = machine->kernels, .full_head = run->full_head,
+	MillmForwardOptions options = {.device = &machine->device, .n_threads = (int) machine->threads, .kernels = machine->kernels, .kv_format = machine->kv_format, .full_head = run->full_head,
 		.max_batch_tokens = MILLM_BATCH_TOKENS, .max_sequences = 1, .max_length = (int) n_positions};
 	MillmKvLayout layout;
 	MillmCode	rc;
@@ -513,7 +518,7 @@ command_bench(int argc, char **argv)
 
 	parse(argc, argv, options, args, 1, 1);
 	bench = (MillmBench) {.n_prompt = (int) n_prompt, .n_batch = (int) n_batch, .n_context = (int) n_context, .n_gen = (int) n_gen, .n_sequences = (int) n_sequences,
-		.n_rounds = (int) n_rounds, .device = &machine.device, .n_threads = (int) machine.threads, .kernels = machine.kernels, .full_head = full_head};
+		.n_rounds = (int) n_rounds, .device = &machine.device, .n_threads = (int) machine.threads, .kernels = machine.kernels, .kv_format = machine.kv_format, .full_head = full_head};
 	rc = millm_device_choose(&machine.wish, NULL, &machine.device, &err);
 	if (rc == MILLM_OK)
 		rc = millm_model_open(args[0], &model, &err);
@@ -526,9 +531,9 @@ command_bench(int argc, char **argv)
 	}
 	if (rc == MILLM_OK && as_json)
 	{
-		json_t	   *result = json_pack("{s:s, s:s, s:s, s:s?, s:s, s:i, s:i, s:i, s:i, s:i, s:i, s:i, s:f, s:f, s:I, s:I, s:s, s:f}", "version", MILLM_VERSION,
+		json_t	   *result = json_pack("{s:s, s:s, s:s, s:s?, s:s, s:s, s:i, s:i, s:i, s:i, s:i, s:i, s:i, s:f, s:f, s:I, s:I, s:s, s:f}", "version", MILLM_VERSION,
 									   "model_type", model->config.model_type, "dtype", model->dtype, "quantization", model->quantization,
-									   "kernels", r.kernels, "threads", r.n_threads, "prompt", bench.n_prompt, "batch", bench.n_batch, "context", bench.n_context,
+									   "kernels", r.kernels, "kv_cache_dtype", r.kv_dtype, "threads", r.n_threads, "prompt", bench.n_prompt, "batch", bench.n_batch, "context", bench.n_context,
 									   "gen", bench.n_gen, "sequences", bench.n_sequences, "rounds", bench.n_rounds,
 									   "prefill_tps", r.prefill_tps, "decode_tps", r.decode_tps,
 									   "weights_bytes", (json_int_t) model->weights_bytes, "decode_bytes", (json_int_t) r.decode_bytes,
@@ -542,11 +547,11 @@ command_bench(int argc, char **argv)
 		json_decref(result);
 	}
 	else if (rc == MILLM_OK)
-		printf("%s %s%s%s, %.1f MB, kernels %s, %d threads, median of %d rounds\n"
+		printf("%s %s%s%s, %.1f MB, kernels %s, KV cache %s, %d threads, median of %d rounds\n"
 			   "prefill %5d tokens  %9.1f tokens/s\n"
 			   "decode  %5d tokens  %9.1f tokens/s, %d sequences of %d tokens before, %.1f GB/s of weights, head %s\n",
 			   model->config.model_type, model->dtype, model->quantization ? " and " : "", model->quantization ? model->quantization : "",
-			   (double) model->weights_bytes / 1e6, r.kernels, r.n_threads, bench.n_rounds, bench.n_prompt, r.prefill_tps, bench.n_gen,
+			   (double) model->weights_bytes / 1e6, r.kernels, r.kv_dtype, r.n_threads, bench.n_rounds, bench.n_prompt, r.prefill_tps, bench.n_gen,
 			   r.decode_tps, bench.n_sequences, bench.n_context, r.decode_tps / bench.n_sequences * (double) r.decode_bytes / 1e9, r.head);
 	if (rc == MILLM_OK && !as_json && r.is_counted)
 		printf("a decoding step: %.1f kernels, %.1f starts, %.1f waits, %.1f microseconds of the host's\n", r.kernels_a_step, r.starts_a_step,

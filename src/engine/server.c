@@ -212,7 +212,7 @@ op_status(EngineServer *server, MillmConn *conn, json_t *request)
 	}
 	millm_engine_status(server->engine, &st);
 	m = st.loaded;
-	millm_conn_result(conn, json_pack("{s:s, s:i, s:s, s:o, s:o, s:o, s:o, s:o, s:o, s:o, s:o, s:o, s:o, s:i, s:i, s:o, s:o, s:o, s:o, s:o, s:o, s:o, s:o}",
+	millm_conn_result(conn, json_pack("{s:s, s:i, s:s, s:o, s:o, s:o, s:o, s:o, s:o, s:o, s:o, s:o, s:o, s:i, s:i, s:o, s:o, s:o, s:o, s:o, s:o, s:o, s:o, s:o}",
 									  "state", states[st.state],
 									  "pid", (int) getpid(),
 									  "version", MILLM_VERSION,
@@ -234,6 +234,7 @@ op_status(EngineServer *server, MillmConn *conn, json_t *request)
 									  "drafted_tokens", integer_or_null(m, st.drafted_tokens),
 									  "accepted_tokens", integer_or_null(m, st.accepted_tokens),
 									  "weights_bytes", integer_or_null(m, m ? m->weights_bytes : 0),
+									  "kv_cache_dtype", string_or_null(m ? m->kv_dtype : NULL),
 									  "kv_bytes", integer_or_null(m, m ? m->kv_bytes : 0),
 									  "loaded_at", integer_or_null(m, m ? m->loaded_at : 0)));
 	millm_loaded_release(m);
@@ -259,11 +260,12 @@ load_done(void *arg, const MillmLoaded *m)
 		millm_log("WARNING", "model \"%s\": %s", m->name, m->warnings[i]);
 		json_array_append_new(warnings, json_string(m->warnings[i]));
 	}
-	millm_log("LOG", "loaded model \"%s\": %s, %.1f MB of weights, %.1f MB of KV cache, on %s (%s), kernels %s, %d threads, %.0f ms",
+	millm_log("LOG", "loaded model \"%s\": %s, %.1f MB of weights, %.1f MB of KV cache (%s), on %s (%s), kernels %s, %d threads, %.0f ms",
 			  m->name, m->model->config.model_type, (double) m->weights_bytes / 1e6, (double) m->kv_bytes / 1e6,
-			  m->device.name, m->device.reason, m->kernels, m->threads, m->load_ms);
+			  m->kv_dtype, m->device.name, m->device.reason, m->kernels, m->threads, m->load_ms);
 	end_with_result(arg, json_pack("{s:s, s:o, s:f, s:I, s:I, s:I, s:i, s:i, s:o}", "device", m->device.name, "fingerprint",
-								   json_sprintf("%s/%s/millm-" MILLM_VERSION "-%s", m->name, millm_model_quantization(m->model), m->kernels),
+								   json_sprintf("%s/%s/millm-" MILLM_VERSION "-%s%s", m->name, millm_model_quantization(m->model), m->kernels,
+												strcmp(m->kv_dtype, "int8") == 0 ? "-kv-int8" : ""),
 								   "load_ms", m->load_ms,
 								   "weights_bytes", (json_int_t) m->weights_bytes, "kv_bytes", (json_int_t) m->kv_bytes,
 								   "private_bytes", (json_int_t) m->private_bytes, "context_length", m->context_length,
@@ -311,6 +313,7 @@ static void
 read_load_fields(MillmFields *f, MillmLoadOptions *o, LoadFields *n)
 {
 	const char *device = NULL;
+	const char *kv_cache_dtype = NULL;
 
 	*n = (LoadFields) {.max_sequences = o->max_sequences};
 	millm_field_string(f, "path", &o->path);
@@ -321,6 +324,9 @@ read_load_fields(MillmFields *f, MillmLoadOptions *o, LoadFields *n)
 	millm_field_string(f, "device", &device);
 	if (device && f->code == MILLM_OK)
 		f->code = millm_device_wish(device, &o->device, f->err);
+	millm_field_string(f, "kv_cache_dtype", &kv_cache_dtype);
+	if (kv_cache_dtype && f->code == MILLM_OK)
+		f->code = millm_kv_format(kv_cache_dtype, &o->kv_format, f->err);
 	o->context_length = (int) n->context_length;
 	o->max_sequences = (int) n->max_sequences;
 }

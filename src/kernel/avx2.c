@@ -225,7 +225,7 @@ exp_8(__m256 x)
 }
 
 static void
-kv_store(const MillmKvLayer *kv, int32_t page, int slot, const float *k, const float *v)
+store_f16(const MillmKvLayer *kv, int32_t page, int slot, const float *k, const float *v)
 {
 	const int	hd = kv->head_dim;
 	uint16_t   *kp = (uint16_t *) (kv->k + page * kv->page_bytes) + slot;
@@ -259,35 +259,67 @@ softcap_8(__m256 x, float cap)
 	return _mm256_fmsub_ps(_mm256_set1_ps(2 * cap), s, _mm256_set1_ps(cap));
 }
 
-/* Add the values of one page, weighted, to y [head_dim]: y = y * rescale + sum_s weight[s] v[s]. */
-static void
-add_values(float *y, const uint16_t *v, int hd, const float *weight, int from, int to, float rescale)
+/* Eight elements of a page from i on, or one; of INT8, without their scales. */
+INLINE __m256
+load_kv_8(const char *p, int64_t i, MillmDtype dtype)
 {
-	int			d;
+	return dtype == MILLM_INT8 ? _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i *) (p + i)))) : load_8(p, i, MILLM_F16);
+}
 
-	for (d = 0; d + 8 <= hd; d += 8)
+INLINE float
+load_kv_1(const char *p, int64_t i, MillmDtype dtype)
+{
+	return dtype == MILLM_INT8 ? (float) ((const int8_t *) p)[i] : load_1(p, i, MILLM_F16);
+}
+
+/* The scales of eight slots of a block of a head, from this slot on. */
+INLINE __m256
+scales_of(const char *head, int head_dim, int block, int slot)
+{
+	return load_8(head + head_dim * MILLM_KERNEL_PAGE, block * MILLM_KERNEL_PAGE + slot, MILLM_F16);
+}
+
+/* Add the values of one page, weighted, to y [head_dim]: y = y * rescale + sum_s weight[s] v[s]. */
+INLINE void
+add_values(float *y, const char *v, int hd, const float *weight, int from, int to, float rescale, MillmDtype dtype)
+{
+	float		scaled[MILLM_KERNEL_PAGE];	/* the weights, times the scales of a block */
+
+	for (int d = 0; d < hd;)
 	{
-		__m256		sum = _mm256_mul_ps(_mm256_loadu_ps(y + d), _mm256_set1_ps(rescale));
+		const int	end = dtype == MILLM_INT8 && hd - d > MILLM_KV_BLOCK ? d + MILLM_KV_BLOCK : hd;
+		const float *w = weight;
 
-		for (int s = from; s <= to; s++)
-			sum = _mm256_fmadd_ps(_mm256_set1_ps(weight[s]), load_8((const char *) (v + (int64_t) s * hd), d, MILLM_F16), sum);
-		_mm256_storeu_ps(y + d, sum);
-	}
-	for (; d < hd; d++)
-	{
-		float		sum = y[d] * rescale;
+		if (dtype == MILLM_INT8)
+		{
+			_mm256_storeu_ps(scaled, _mm256_mul_ps(_mm256_loadu_ps(weight), scales_of(v, hd, d / MILLM_KV_BLOCK, 0)));
+			_mm256_storeu_ps(scaled + 8, _mm256_mul_ps(_mm256_loadu_ps(weight + 8), scales_of(v, hd, d / MILLM_KV_BLOCK, 8)));
+			w = scaled;
+		}
+		for (; d + 8 <= end; d += 8)
+		{
+			__m256		sum = _mm256_mul_ps(_mm256_loadu_ps(y + d), _mm256_set1_ps(rescale));
 
-		for (int s = from; s <= to; s++)
-			sum += weight[s] * _cvtsh_ss(v[(int64_t) s * hd + d]);
-		y[d] = sum;
+			for (int s = from; s <= to; s++)
+				sum = _mm256_fmadd_ps(_mm256_set1_ps(w[s]), load_kv_8(v, (int64_t) s * hd + d, dtype), sum);
+			_mm256_storeu_ps(y + d, sum);
+		}
+		for (; d < end; d++)
+		{
+			float		sum = y[d] * rescale;
+
+			for (int s = from; s <= to; s++)
+				sum += w[s] * load_kv_1(v, (int64_t) s * hd + d, dtype);
+			y[d] = sum;
+		}
 	}
 }
 
-static void
-attention(float *y, const float *q, const MillmKvLayer *kv, const int32_t *pages, int64_t position, int kv_head)
+INLINE void
+attention(float *y, const float *q, const MillmKvLayer *kv, const int32_t *pages, int64_t position, int kv_head, MillmDtype dtype)
 {
 	const int	hd = kv->head_dim;
-	const int64_t head_offset = (int64_t) kv_head * hd * MILLM_KERNEL_PAGE;
+	const int64_t head_offset = kv_head * kv->head_bytes;
 	const int64_t first = kv->window > 0 && position >= kv->window ? position - kv->window + 1 : 0;
 
 	for (int g = 0; g < kv->group; g++)
@@ -300,8 +332,8 @@ attention(float *y, const float *q, const MillmKvLayer *kv, const int32_t *pages
 		memset(yh, 0, sizeof(float) * (size_t) hd);
 		for (int64_t p = first / MILLM_KERNEL_PAGE; p * MILLM_KERNEL_PAGE <= position; p++)
 		{
-			const char *k = (const char *) ((const uint16_t *) (kv->k + pages[p] * kv->page_bytes) + head_offset);
-			const uint16_t *v = (const uint16_t *) (kv->v + pages[p] * kv->page_bytes) + head_offset;
+			const char *k = kv->k + pages[p] * kv->page_bytes + head_offset;
+			const char *v = kv->v + pages[p] * kv->page_bytes + head_offset;
 			int64_t		base = p * MILLM_KERNEL_PAGE;
 			int			from = (int) (first > base ? first - base : 0);
 			int			to = (int) (position - base < MILLM_KERNEL_PAGE - 1 ? position - base : MILLM_KERNEL_PAGE - 1);
@@ -311,12 +343,24 @@ attention(float *y, const float *q, const MillmKvLayer *kv, const int32_t *pages
 			float		page_max = max,
 						rescale;
 
-			for (int d = 0; d < hd; d++)
+			for (int d = 0; d < hd;)
 			{
-				__m256		qd = _mm256_set1_ps(qh[d]);
+				const int	end = dtype == MILLM_INT8 && hd - d > MILLM_KV_BLOCK ? d + MILLM_KV_BLOCK : hd;
+				__m256		of_block = low,	/* of INT8, before their scales */
+							of_block_high = high;
 
-				low = _mm256_fmadd_ps(qd, load_8(k, d * MILLM_KERNEL_PAGE, MILLM_F16), low);
-				high = _mm256_fmadd_ps(qd, load_8(k, d * MILLM_KERNEL_PAGE + 8, MILLM_F16), high);
+				if (dtype == MILLM_INT8)
+					of_block = of_block_high = _mm256_setzero_ps();
+				for (int i = d; i < end; i++)
+				{
+					__m256		qd = _mm256_set1_ps(qh[i]);
+
+					of_block = _mm256_fmadd_ps(qd, load_kv_8(k, i * MILLM_KERNEL_PAGE, dtype), of_block);
+					of_block_high = _mm256_fmadd_ps(qd, load_kv_8(k, i * MILLM_KERNEL_PAGE + 8, dtype), of_block_high);
+				}
+				low = dtype == MILLM_INT8 ? _mm256_fmadd_ps(of_block, scales_of(k, hd, d / MILLM_KV_BLOCK, 0), low) : of_block;
+				high = dtype == MILLM_INT8 ? _mm256_fmadd_ps(of_block_high, scales_of(k, hd, d / MILLM_KV_BLOCK, 8), high) : of_block_high;
+				d = end;
 			}
 			low = _mm256_mul_ps(low, _mm256_set1_ps(kv->scale));
 			high = _mm256_mul_ps(high, _mm256_set1_ps(kv->scale));
@@ -344,11 +388,23 @@ attention(float *y, const float *q, const MillmKvLayer *kv, const int32_t *pages
 			sum *= rescale;
 			for (int s = from; s <= to; s++)
 				sum += score[s];
-			add_values(yh, v, hd, score, from, to, rescale);
+			add_values(yh, v, hd, score, from, to, rescale, dtype);
 		}
 		for (int d = 0; d < hd; d++)
 			yh[d] /= sum;
 	}
+}
+
+static void
+attention_f16(float *y, const float *q, const MillmKvLayer *kv, const int32_t *pages, int64_t position, int kv_head)
+{
+	attention(y, q, kv, pages, position, kv_head, MILLM_F16);
+}
+
+static void
+attention_int8(float *y, const float *q, const MillmKvLayer *kv, const int32_t *pages, int64_t position, int kv_head)
+{
+	attention(y, q, kv, pages, position, kv_head, MILLM_INT8);
 }
 
 INLINE __m256
@@ -409,7 +465,8 @@ void
 millm_kernels_avx2(MillmKernels *k)
 {
 	k->variant = "avx2";
-	k->kv_dtype = MILLM_F16;
+	k->kv[MILLM_KV_AUTO] = (MillmKvKernels) {MILLM_F16, store_f16, attention_f16};
+	k->kv[MILLM_KV_INT8].attention = attention_int8;
 	k->matmul[MILLM_FORM_F32][MILLM_F32][0] = rows_f32;
 	k->matmul[MILLM_FORM_F32][MILLM_F32][1] = columns_f32;
 	k->matmul[MILLM_FORM_F32][MILLM_F16][0] = rows_f16;
@@ -418,8 +475,6 @@ millm_kernels_avx2(MillmKernels *k)
 	k->matmul[MILLM_FORM_F32][MILLM_BF16][1] = columns_bf16;
 	millm_kernels_avx2_quant(k);
 	k->rms_norm = rms_norm;
-	k->kv_store = kv_store;
-	k->attention = attention;
 	k->unary[MILLM_UNARY_SILU] = silu;
 	k->unary[MILLM_UNARY_GELU_TANH] = gelu_tanh;
 	k->softcap = softcap;

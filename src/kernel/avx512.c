@@ -9,7 +9,7 @@
  * costs the rounding of the activation to 8 bits.  One vector of sums per element, whatever the tile.  One or a few
  * tokens are bound by memory, not by arithmetic, so they keep the exact form.
  *
- * The KV cache is float16.
+ * The KV cache is float16, or int8.
  */
 #include "kernel.h"
 
@@ -482,7 +482,7 @@ exp_16(__m512 x)
 }
 
 static void
-kv_store(const MillmKvLayer *kv, int32_t page, int slot, const float *k, const float *v)
+store_f16(const MillmKvLayer *kv, int32_t page, int slot, const float *k, const float *v)
 {
 	const int	hd = kv->head_dim;
 	uint16_t   *kp = (uint16_t *) (kv->k + page * kv->page_bytes) + slot;
@@ -501,10 +501,66 @@ kv_store(const MillmKvLayer *kv, int32_t page, int slot, const float *k, const f
 		}
 }
 
+/* A slot of a head: codes step apart, a scale for each block. */
+INLINE void
+store_int8_head(char *head, int first, int step, int slot, const float *x, int head_dim)
+{
+	const __m512 magnitude = _mm512_castsi512_ps(_mm512_set1_epi32(0x7FFFFFFF));
+	int8_t	   *codes = (int8_t *) head + first;
+	uint16_t   *scales = (uint16_t *) (head + head_dim * MILLM_KERNEL_PAGE) + slot;
+
+	for (int d = 0; d < head_dim; d += MILLM_KV_BLOCK, scales += MILLM_KERNEL_PAGE)
+	{
+		const __m512 block = _mm512_maskz_loadu_ps(first_lanes(head_dim - d), x + d);
+		const float largest = _mm512_reduce_max_ps(_mm512_and_ps(block, magnitude));
+		const float nan = _mm512_reduce_add_ps(_mm512_mul_ps(block, _mm512_setzero_ps()));
+		int8_t		column[MILLM_KV_BLOCK];
+		float		scale;
+
+		*scales = (uint16_t) _cvtss_sh(largest / 127 + nan, _MM_FROUND_TO_NEAREST_INT);
+		scale = _cvtsh_ss(*scales);
+		_mm_storeu_si128((__m128i *) column, _mm512_cvtsepi32_epi8(_mm512_cvtps_epi32(_mm512_mul_ps(block, _mm512_set1_ps(scale > 0 ? 1 / scale : 0)))));
+		for (int i = 0; i < MILLM_KV_BLOCK && d + i < head_dim; i++)
+			codes[(d + i) * step] = column[i];
+	}
+}
+
+_Static_assert(MILLM_KV_BLOCK == 16, "a block is a vector");
+
+static void
+store_int8(const MillmKvLayer *kv, int32_t page, int slot, const float *k, const float *v)
+{
+	const int	hd = kv->head_dim;
+	char	   *kp = kv->k + page * kv->page_bytes;
+	char	   *vp = kv->v + page * kv->page_bytes;
+
+	for (int h = 0; h < kv->n_kv_heads; h++, k += hd, v += hd, kp += kv->head_bytes, vp += kv->head_bytes)
+	{
+		store_int8_head(kp, slot, MILLM_KERNEL_PAGE, slot, k, hd);
+		store_int8_head(vp, slot * hd, 1, slot, v, hd);
+	}
+}
+
+/* The scales of a block of a head, one for each slot. */
+INLINE __m512
+scales_of(const char *head, int head_dim, int block)
+{
+	return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *) (head + (head_dim + 2 * block) * MILLM_KERNEL_PAGE)));
+}
+
+/* 16 elements of a page from i on; of INT8, without their scales. */
+INLINE __m512
+load_kv(const char *p, int64_t i, MillmDtype dtype, __mmask16 mask)
+{
+	if (dtype == MILLM_F16)
+		return load_16(p, i, MILLM_F16, mask);
+	return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(mask == 0xFFFF ? _mm_loadu_si128((const __m128i *) (p + i)) : _mm_maskz_loadu_epi8(mask, p + i)));
+}
+
 /*
  * Attention is done by n_heads (at most 4) query heads of one KV head at a time, which share every load of K and
  * V, and by blocks of n_pages (1 or 4) pages, which share the loads of q and the rescaling.
- * Scores of a page are one vector, because K lies transposed in its page.
+ * Scores of a page are one vector, because K lies transposed in its page.  Keys of INT8 are multiplied by their scales, of values the weights are.
  */
 typedef struct Softmax
 {
@@ -512,14 +568,24 @@ typedef struct Softmax
 	float		sum[4];
 } Softmax;
 
-/* y [n_heads, head_dim] = y * rescale + weights . v, n_vectors * 16 dims from d on, the last vector masked. */
+/* y [n_heads, head_dim] = y * rescale + weights . v, n_vectors * 16 dims from d on, a multiple of 16, the last vector masked. */
 INLINE void
 add_values(float *y, int n_heads, int d, int n_vectors, __mmask16 last, const MillmKvLayer *kv, const char *const *v, int n_pages,
-		   int from, int to, float (*weight)[4 * MILLM_KERNEL_PAGE], const float *rescale)
+		   int from, int to, float (*weight)[4 * MILLM_KERNEL_PAGE], const float *rescale, MillmDtype dtype)
 {
 	const int	hd = kv->head_dim;
+	float		scaled[4][4][4 * MILLM_KERNEL_PAGE];	/* for a block, that is a vector, each: the weights, times the scales */
 	__m512		out[4][4];
 
+	if (dtype == MILLM_INT8)
+		for (int u = 0; u < n_vectors; u++)
+			for (int p = 0; p < n_pages; p++)
+			{
+				const __m512 scales = scales_of(v[p], hd, d / MILLM_KV_BLOCK + u);
+
+				for (int g = 0; g < n_heads; g++)
+					_mm512_storeu_ps(scaled[u][g] + p * MILLM_KERNEL_PAGE, _mm512_mul_ps(_mm512_loadu_ps(weight[g] + p * MILLM_KERNEL_PAGE), scales));
+			}
 	for (int g = 0; g < n_heads; g++)
 		for (int u = 0; u < n_vectors; u++)
 			out[g][u] = _mm512_mul_ps(_mm512_maskz_loadu_ps(u == n_vectors - 1 ? last : 0xFFFF, y + g * hd + d + 16 * u),
@@ -532,10 +598,10 @@ add_values(float *y, int n_heads, int d, int n_vectors, __mmask16 last, const Mi
 		for (int s = begin; s <= end; s++)
 			for (int u = 0; u < n_vectors; u++)
 			{
-				__m512		vs = load_16(v[p], (int64_t) s * hd + d + 16 * u, MILLM_F16, u == n_vectors - 1 ? last : 0xFFFF);
+				__m512		vs = load_kv(v[p], (int64_t) s * hd + d + 16 * u, dtype, u == n_vectors - 1 ? last : 0xFFFF);
 
 				for (int g = 0; g < n_heads; g++)
-					out[g][u] = _mm512_fmadd_ps(_mm512_set1_ps(weight[g][p * MILLM_KERNEL_PAGE + s]), vs, out[g][u]);
+					out[g][u] = _mm512_fmadd_ps(_mm512_set1_ps((dtype == MILLM_INT8 ? scaled[u] : weight)[g][p * MILLM_KERNEL_PAGE + s]), vs, out[g][u]);
 			}
 	}
 	for (int g = 0; g < n_heads; g++)
@@ -566,7 +632,7 @@ softcap_16(__m512 x, float cap)
 /* Pages pages[0 .. n_pages), of which slots from (of the first) to (of the last) count; bias: the first head's of the first slot, or NULL. */
 INLINE void
 attention_block(float *y, const float *q, int n_heads, const MillmKvLayer *kv, const int32_t *pages, int n_pages, int from, int to,
-				int64_t head_offset, const float *bias, Softmax *softmax)
+				int64_t head_offset, const float *bias, Softmax *softmax, MillmDtype dtype)
 {
 	const int	hd = kv->head_dim;
 	const char *k[4],
@@ -583,18 +649,28 @@ attention_block(float *y, const float *q, int n_heads, const MillmKvLayer *kv, c
 		for (int g = 0; g < n_heads; g++)
 			score[g][p] = _mm512_setzero_ps();
 	}
-	for (d = 0; d < hd; d++)
+	for (d = 0; d < hd;)
 	{
-		__m512		qd[4];
+		const int	end = dtype == MILLM_INT8 && hd - d > MILLM_KV_BLOCK ? d + MILLM_KV_BLOCK : hd;
+		__m512		scales[4];
 
-		for (int g = 0; g < n_heads; g++)
-			qd[g] = _mm512_set1_ps(q[g * hd + d]);
-		for (int p = 0; p < n_pages; p++)
+		for (int p = 0; dtype == MILLM_INT8 && p < n_pages; p++)
+			scales[p] = scales_of(k[p], hd, d / MILLM_KV_BLOCK);
+		for (; d < end; d++)
 		{
-			__m512		kd = load_16(k[p], d * MILLM_KERNEL_PAGE, MILLM_F16, 0xFFFF);
+			__m512		qd[4];
 
 			for (int g = 0; g < n_heads; g++)
-				score[g][p] = _mm512_fmadd_ps(qd[g], kd, score[g][p]);
+				qd[g] = _mm512_set1_ps(q[g * hd + d]);
+			for (int p = 0; p < n_pages; p++)
+			{
+				__m512		kd = load_kv(k[p], d * MILLM_KERNEL_PAGE, dtype, 0xFFFF);
+
+				if (dtype == MILLM_INT8)
+					kd = _mm512_mul_ps(kd, scales[p]);
+				for (int g = 0; g < n_heads; g++)
+					score[g][p] = _mm512_fmadd_ps(qd[g], kd, score[g][p]);
+			}
 		}
 	}
 	for (int g = 0; g < n_heads; g++)
@@ -629,13 +705,14 @@ attention_block(float *y, const float *q, int n_heads, const MillmKvLayer *kv, c
 		softmax->sum[g] = softmax->sum[g] * rescale[g] + _mm512_reduce_add_ps(sum);
 	}
 	for (d = 0; d + 64 <= hd; d += 64)
-		add_values(y, n_heads, d, 4, 0xFFFF, kv, v, n_pages, from, to, weight, rescale);
+		add_values(y, n_heads, d, 4, 0xFFFF, kv, v, n_pages, from, to, weight, rescale, dtype);
 	for (; d < hd; d += 16)
-		add_values(y, n_heads, d, 1, first_lanes(hd - d), kv, v, n_pages, from, to, weight, rescale);
+		add_values(y, n_heads, d, 1, first_lanes(hd - d), kv, v, n_pages, from, to, weight, rescale, dtype);
 }
 
 INLINE void
-attention_heads(float *y, const float *q, int n_heads, int first_head, const MillmKvLayer *kv, const int32_t *pages, int64_t position, int64_t head_offset, const float *bias)
+attention_heads(float *y, const float *q, int n_heads, int first_head, const MillmKvLayer *kv, const int32_t *pages, int64_t position, int64_t head_offset,
+				const float *bias, MillmDtype dtype)
 {
 	const int	hd = kv->head_dim;
 	const int64_t first = kv->window > 0 && position >= kv->window ? position - kv->window + 1 : 0;
@@ -654,13 +731,13 @@ attention_heads(float *y, const float *q, int n_heads, int first_head, const Mil
 		if (last_page - p >= 3)
 		{
 			attention_block(y, q, n_heads, kv, pages + p, 4, from, p + 3 == last_page ? to : MILLM_KERNEL_PAGE - 1, head_offset,
-							bias ? bias + p * MILLM_KERNEL_PAGE : NULL, &softmax);
+							bias ? bias + p * MILLM_KERNEL_PAGE : NULL, &softmax, dtype);
 			p += 4;
 		}
 		else
 		{
 			attention_block(y, q, n_heads, kv, pages + p, 1, from, p == last_page ? to : MILLM_KERNEL_PAGE - 1, head_offset,
-							bias ? bias + p * MILLM_KERNEL_PAGE : NULL, &softmax);
+							bias ? bias + p * MILLM_KERNEL_PAGE : NULL, &softmax, dtype);
 			p++;
 		}
 	for (int g = 0; g < n_heads; g++)
@@ -668,10 +745,10 @@ attention_heads(float *y, const float *q, int n_heads, int first_head, const Mil
 			y[g * hd + d] /= softmax.sum[g];
 }
 
-static void
-attention(float *y, const float *q, const MillmKvLayer *kv, const int32_t *pages, int64_t position, int kv_head)
+INLINE void
+attention(float *y, const float *q, const MillmKvLayer *kv, const int32_t *pages, int64_t position, int kv_head, MillmDtype dtype)
 {
-	const int64_t head_offset = (int64_t) kv_head * kv->head_dim * MILLM_KERNEL_PAGE * 2;	/* bytes */
+	const int64_t head_offset = kv_head * kv->head_bytes;
 
 	for (int g = 0; g < kv->group;)
 	{
@@ -681,15 +758,27 @@ attention(float *y, const float *q, const MillmKvLayer *kv, const int32_t *pages
 		const float *bias = kv->bias ? kv->bias + (kv_head * kv->group + g) * kv->bias_stride : NULL;
 
 		if (n >= 4)
-			attention_heads(y + at, q + at, 4, head, kv, pages, position, head_offset, bias);
+			attention_heads(y + at, q + at, 4, head, kv, pages, position, head_offset, bias, dtype);
 		else if (n == 3)
-			attention_heads(y + at, q + at, 3, head, kv, pages, position, head_offset, bias);
+			attention_heads(y + at, q + at, 3, head, kv, pages, position, head_offset, bias, dtype);
 		else if (n == 2)
-			attention_heads(y + at, q + at, 2, head, kv, pages, position, head_offset, bias);
+			attention_heads(y + at, q + at, 2, head, kv, pages, position, head_offset, bias, dtype);
 		else
-			attention_heads(y + at, q + at, 1, head, kv, pages, position, head_offset, bias);
+			attention_heads(y + at, q + at, 1, head, kv, pages, position, head_offset, bias, dtype);
 		g += n >= 4 ? 4 : n;
 	}
+}
+
+static void
+attention_f16(float *y, const float *q, const MillmKvLayer *kv, const int32_t *pages, int64_t position, int kv_head)
+{
+	attention(y, q, kv, pages, position, kv_head, MILLM_F16);
+}
+
+static void
+attention_int8(float *y, const float *q, const MillmKvLayer *kv, const int32_t *pages, int64_t position, int kv_head)
+{
+	attention(y, q, kv, pages, position, kv_head, MILLM_INT8);
 }
 
 INLINE __m512
@@ -738,7 +827,8 @@ void
 millm_kernels_avx512(MillmKernels *k, unsigned cpu)
 {
 	k->variant = "avx512";
-	k->kv_dtype = MILLM_F16;
+	k->kv[MILLM_KV_AUTO] = (MillmKvKernels) {MILLM_F16, store_f16, attention_f16};
+	k->kv[MILLM_KV_INT8] = (MillmKvKernels) {MILLM_INT8, store_int8, attention_int8};
 	k->matmul[MILLM_FORM_F32][MILLM_F32][0] = rows_f32;
 	k->matmul[MILLM_FORM_F32][MILLM_F32][1] = columns_f32;
 	k->matmul[MILLM_FORM_F32][MILLM_F16][0] = rows_f16;
@@ -753,8 +843,6 @@ millm_kernels_avx512(MillmKernels *k, unsigned cpu)
 	millm_kernels_avx512_quant(k, cpu);
 	k->rms_norm = rms_norm;
 	k->layer_norm = layer_norm;
-	k->kv_store = kv_store;
-	k->attention = attention;
 	k->unary[MILLM_UNARY_SILU] = silu;
 	k->unary[MILLM_UNARY_GELU_TANH] = gelu_tanh;
 	k->softcap = softcap;

@@ -96,15 +96,16 @@ typedef void (*MillmMatmulFn) (const MillmMatmul *m, int64_t begin, int64_t end)
 
 /*
  * One layer of the paged KV cache as attention sees it.  Page p has, for each KV head h,
- *   k + p * page_bytes + h * head_dim * 16 elements:  [head_dim, 16]  (positions side by side)
- *   v + p * page_bytes + h * head_dim * 16 elements:  [16, head_dim]
- * in the table's kv_dtype.  Slots that were never written may hold anything.
+ *   k + p * page_bytes + h * head_bytes:  [head_dim, 16]  (positions side by side)
+ *   v + p * page_bytes + h * head_bytes:  [16, head_dim]
+ * in the dtype of the table's MillmKvKernels; of INT8, the float16 scales [blocks, 16] follow in both.  Slots that were never written may hold anything.
  */
 typedef struct MillmKvLayer
 {
 	char	   *k;
 	char	   *v;
 	int64_t		page_bytes;
+	int64_t		head_bytes;		/* millm_kv_head_bytes() */
 	int			n_kv_heads;
 	int			head_dim;
 	int			group;			/* query heads per KV head */
@@ -118,10 +119,25 @@ typedef struct MillmKvLayer
 
 typedef enum MillmUnary {MILLM_UNARY_SILU, MILLM_UNARY_GELU_TANH, MILLM_UNARY_GELU_ERF, MILLM_UNARY_RELU, MILLM_N_UNARY} MillmUnary;
 
+/* What reads and writes KV pages of one format. */
+typedef struct MillmKvKernels
+{
+	MillmDtype	dtype;
+	/* Store the K and V heads of one position, [n_kv_heads, head_dim] each, in slot (0..15) of a page. */
+	void		(*store) (const MillmKvLayer *kv, int32_t page, int slot, const float *k, const float *v);
+	/*
+	 * Attention of the query at position for the heads of one KV head: y, q [n_heads, head_dim]; only
+	 * heads kv_head * group .. + group are read and written.  pages[i] holds positions 16 i .. 16 i + 15.
+	 * Online softmax in float32.
+	 */
+	void		(*attention) (float *y, const float *q, const MillmKvLayer *kv, const int32_t *pages,
+							  int64_t position, int kv_head);
+} MillmKvKernels;
+
 typedef struct MillmKernels
 {
 	const char *variant;		/* "ref", "avx2", "avx512", "amx" */
-	MillmDtype	kv_dtype;		/* MILLM_F32 in ref (exact), MILLM_F16 elsewhere */
+	MillmKvKernels kv[MILLM_N_KV_FORMATS];	/* AUTO: MILLM_F32 in ref (exact), MILLM_F16 elsewhere */
 
 	/* [form][dtype][in_out]; never NULL for what best_form() and fixed_form() say */
 	MillmMatmulFn matmul[MILLM_N_FORMS][MILLM_N_WEIGHT_DTYPES][2];
@@ -142,15 +158,6 @@ typedef struct MillmKernels
 	 */
 	void		(*rope) (float *x, int n_heads, int head_dim, int n_pairs, bool interleaved,
 						 const float *cosine, const float *sine);
-	/* Store the K and V heads of one position, [n_kv_heads, head_dim] each, in slot (0..15) of a page. */
-	void		(*kv_store) (const MillmKvLayer *kv, int32_t page, int slot, const float *k, const float *v);
-	/*
-	 * Attention of the query at position for the heads of one KV head: y, q [n_heads, head_dim]; only
-	 * heads kv_head * group .. + group are read and written.  pages[i] holds positions 16 i .. 16 i + 15.
-	 * Online softmax in float32.
-	 */
-	void		(*attention) (float *y, const float *q, const MillmKvLayer *kv, const int32_t *pages,
-							  int64_t position, int kv_head);
 	/* y[i] = f(x[i]), times up[i] unless up is NULL; y may be x */
 	void		(*unary[MILLM_N_UNARY]) (float *y, const float *x, const float *up, int64_t n);
 	/* y[i] = (up + 1) gate sigmoid(1.702 gate), gate = min(x[2 i], 7), up = x[2 i + 1] within -7 and 7; y may be x [2 n] */
@@ -161,6 +168,13 @@ typedef struct MillmKernels
 	void		(*load_row) (float *y, const void *w, MillmDtype dtype, int64_t n, bool add);
 	bool		(*is_finite) (const float *x, int64_t n);
 } MillmKernels;
+
+/* Bytes of K, or V, of a KV head in a page of this dtype. */
+static inline int64_t
+millm_kv_head_bytes(MillmDtype dtype, int head_dim)
+{
+	return MILLM_KERNEL_PAGE * (millm_weight_bytes(dtype, head_dim) + (dtype == MILLM_INT8 ? 2 * MILLM_KV_BLOCKS(head_dim) : 0));
+}
 
 /* Tokens that a form packs together. */
 static inline int

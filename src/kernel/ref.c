@@ -309,8 +309,18 @@ rope(float *x, int n_heads, int head_dim, int n_pairs, bool interleaved, const f
 		}
 }
 
+/* Element i, which is dim d of the position in this slot, of a head in a page. */
+static float
+element_of(const char *head, MillmDtype dtype, int head_dim, int i, int slot, int d)
+{
+	const uint16_t *scales = (const uint16_t *) (head + head_dim * MILLM_KERNEL_PAGE);
+
+	return dtype == MILLM_F32 ? ((const float *) head)[i] :
+		(float) ((const int8_t *) head)[i] * millm_f16_to_f32(scales[d / MILLM_KV_BLOCK * MILLM_KERNEL_PAGE + slot]);
+}
+
 static void
-kv_store(const MillmKvLayer *kv, int32_t page, int slot, const float *k, const float *v)
+store_f32(const MillmKvLayer *kv, int32_t page, int slot, const float *k, const float *v)
 {
 	const int64_t head = (int64_t) kv->head_dim * MILLM_KERNEL_PAGE;
 	float	   *kp = (float *) (kv->k + page * kv->page_bytes);
@@ -324,11 +334,50 @@ kv_store(const MillmKvLayer *kv, int32_t page, int slot, const float *k, const f
 		}
 }
 
+/* A slot of a head: codes step apart, a scale for each block.  A NaN or infinity makes its block NaN, which attention must not hide. */
 static void
-attention(float *y, const float *q, const MillmKvLayer *kv, const int32_t *pages, int64_t position, int kv_head)
+store_int8_head(char *head, int first, int step, int slot, const float *x, int head_dim)
+{
+	int8_t	   *codes = (int8_t *) head + first;
+	uint16_t   *scales = (uint16_t *) (head + head_dim * MILLM_KERNEL_PAGE) + slot;
+
+	for (int begin = 0; begin < head_dim; begin += MILLM_KV_BLOCK, scales += MILLM_KERNEL_PAGE)
+	{
+		const int	end = begin + MILLM_KV_BLOCK < head_dim ? begin + MILLM_KV_BLOCK : head_dim;
+		float		largest = 0,
+					nan = 0;
+		float		scale;
+
+		for (int d = begin; d < end; d++)
+		{
+			largest = fmaxf(largest, fabsf(x[d]));
+			nan += x[d] * 0;
+		}
+		*scales = millm_f32_to_f16(largest / 127 + nan);
+		scale = millm_f16_to_f32(*scales);
+		for (int d = begin; d < end; d++)
+		{
+			const float code = scale > 0 ? rintf(x[d] * (1 / scale)) : 0;
+
+			codes[d * step] = (int8_t) (code > 127 ? 127 : code < -128 ? -128 : code);
+		}
+	}
+}
+
+static void
+store_int8(const MillmKvLayer *kv, int32_t page, int slot, const float *k, const float *v)
+{
+	for (int h = 0; h < kv->n_kv_heads; h++)
+	{
+		store_int8_head(kv->k + page * kv->page_bytes + h * kv->head_bytes, slot, MILLM_KERNEL_PAGE, slot, k + h * kv->head_dim, kv->head_dim);
+		store_int8_head(kv->v + page * kv->page_bytes + h * kv->head_bytes, slot * kv->head_dim, 1, slot, v + h * kv->head_dim, kv->head_dim);
+	}
+}
+
+static inline __attribute__((always_inline)) void
+attention(float *y, const float *q, const MillmKvLayer *kv, const int32_t *pages, int64_t position, int kv_head, MillmDtype dtype)
 {
 	const int	hd = kv->head_dim;
-	const int64_t head_offset = (int64_t) kv_head * hd * MILLM_KERNEL_PAGE;
 	const int64_t first = kv->window > 0 && position >= kv->window ? position - kv->window + 1 : 0;
 
 	for (int g = 0; g < kv->group; g++)
@@ -341,8 +390,8 @@ attention(float *y, const float *q, const MillmKvLayer *kv, const int32_t *pages
 		memset(yh, 0, sizeof(float) * (size_t) hd);
 		for (int64_t p = first / MILLM_KERNEL_PAGE; p * MILLM_KERNEL_PAGE <= position; p++)
 		{
-			const float *k = (const float *) (kv->k + pages[p] * kv->page_bytes) + head_offset;
-			const float *v = (const float *) (kv->v + pages[p] * kv->page_bytes) + head_offset;
+			const char *k = kv->k + pages[p] * kv->page_bytes + kv_head * kv->head_bytes;
+			const char *v = kv->v + pages[p] * kv->page_bytes + kv_head * kv->head_bytes;
 			int64_t		base = p * MILLM_KERNEL_PAGE;
 			int			from = (int) (first > base ? first - base : 0);
 			int			to = (int) (position - base < MILLM_KERNEL_PAGE - 1 ? position - base : MILLM_KERNEL_PAGE - 1);
@@ -352,7 +401,7 @@ attention(float *y, const float *q, const MillmKvLayer *kv, const int32_t *pages
 
 			for (int d = 0; d < hd; d++)
 				for (int s = from; s <= to; s++)
-					score[s] += qh[d] * k[d * MILLM_KERNEL_PAGE + s];
+					score[s] += qh[d] * element_of(k, dtype, hd, d * MILLM_KERNEL_PAGE + s, s, d);
 			for (int s = from; s <= to; s++)
 			{
 				score[s] *= kv->scale;
@@ -374,12 +423,24 @@ attention(float *y, const float *q, const MillmKvLayer *kv, const int32_t *pages
 
 				sum += weight;
 				for (int d = 0; d < hd; d++)
-					yh[d] += weight * v[s * hd + d];
+					yh[d] += weight * element_of(v, dtype, hd, s * hd + d, s, d);
 			}
 		}
 		for (int d = 0; d < hd; d++)
 			yh[d] /= sum;
 	}
+}
+
+static void
+attention_f32(float *y, const float *q, const MillmKvLayer *kv, const int32_t *pages, int64_t position, int kv_head)
+{
+	attention(y, q, kv, pages, position, kv_head, MILLM_F32);
+}
+
+static void
+attention_int8(float *y, const float *q, const MillmKvLayer *kv, const int32_t *pages, int64_t position, int kv_head)
+{
+	attention(y, q, kv, pages, position, kv_head, MILLM_INT8);
 }
 
 #define UNARY(name, expression) \
@@ -448,7 +509,10 @@ millm_kernels_ref(MillmKernels *k)
 {
 	*k = (MillmKernels) {
 		.variant = "ref",
-		.kv_dtype = MILLM_F32,
+		.kv = {
+			[MILLM_KV_AUTO] = {MILLM_F32, store_f32, attention_f32},
+			[MILLM_KV_INT8] = {MILLM_INT8, store_int8, attention_int8}
+		},
 		.matmul = {
 			[MILLM_FORM_F32] = {
 				[MILLM_F32] = {rows_f32, columns_f32},
@@ -464,8 +528,6 @@ millm_kernels_ref(MillmKernels *k)
 		.rms_norm = rms_norm,
 		.layer_norm = layer_norm,
 		.rope = rope,
-		.kv_store = kv_store,
-		.attention = attention,
 		.unary = {
 			[MILLM_UNARY_SILU] = silu,
 			[MILLM_UNARY_GELU_TANH] = gelu_tanh,

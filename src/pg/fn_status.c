@@ -117,7 +117,7 @@ enum
 {
 	ENGINE_PID, ENGINE_STATE, ENGINE_VERSION, RESTARTS, LAST_EXIT, MODEL_ID, MODEL, DEVICE, DEVICE_REASON, KERNELS, DETERMINISTIC,
 	CONTEXT_LENGTH, RUNNING, WAITING, HUB_PID, HUB_STATE, CIRCUIT_BREAKER, FINGERPRINT, KV_PAGES, KV_PAGES_FREE,
-	KV_PAGES_CACHED, DRAFTED_TOKENS, ACCEPTED_TOKENS, STATUS_COLUMNS
+	KV_PAGES_CACHED, KV_CACHE_DTYPE, DRAFTED_TOKENS, ACCEPTED_TOKENS, STATUS_COLUMNS
 };
 
 /* millm.status() RETURNS record: helpers as the supervisor sees them, the engine's figures as it gives them itself. */
@@ -172,6 +172,7 @@ millm_status(PG_FUNCTION_ARGS)
 	put_int(row, KV_PAGES, object, "pages_total");
 	put_int(row, KV_PAGES_FREE, object, "pages_free");
 	put_int(row, KV_PAGES_CACHED, object, "pages_cached");
+	put_text(row, KV_CACHE_DTYPE, millm_json_get_string(object, "kv_cache_dtype"));
 	put_bigint(row, DRAFTED_TOKENS, object, "drafted_tokens");
 	put_bigint(row, ACCEPTED_TOKENS, object, "accepted_tokens");
 	put_pid(row, HUB_PID, hub.pid);

@@ -91,7 +91,7 @@ millm_estimate_load(const char *directory, const char *quantization, int context
 	initStringInfo(&buf);
 	appendStringInfoString(&buf, "{\"op\":\"plan\",\"path\":");
 	millm_json_append_string(&buf, directory, strlen(directory));
-	appendStringInfo(&buf, ",\"device\":\"%s\"", millm_device);
+	appendStringInfo(&buf, ",\"device\":\"%s\",\"kv_cache_dtype\":\"%s\"", millm_device, millm_kv_cache_dtype());
 	if (quantization)
 		appendStringInfo(&buf, ",\"quantization\":\"%s\"", quantization);
 	appendStringInfo(&buf, ",\"context_length\":%d,\"max_sequences\":%d,\"kv_cache_bytes\":" INT64_FORMAT ",\"must_fit\":%s}",

@@ -28,6 +28,7 @@ char	   *millm_device;
 int			millm_threads;
 int			millm_context_length;
 int			millm_kv_cache_size;
+static int	kv_cache_dtype;
 int			millm_unload_timeout;
 int			millm_stream_stall_timeout;
 bool		millm_deterministic;
@@ -69,6 +70,15 @@ show_token(void)
 	return millm_hf_token && millm_hf_token[0] ? "********" : "";
 }
 
+/* The engine's names of them (millm_kv_format()), each at its number. */
+static const struct config_enum_entry kv_cache_dtypes[] = {{"auto", 0, false}, {"int8", 1, false}, {NULL, 0, false}};
+
+const char *
+millm_kv_cache_dtype(void)
+{
+	return kv_cache_dtypes[kv_cache_dtype].name;
+}
+
 void
 millm_define_settings(void)
 {
@@ -108,6 +118,9 @@ millm_define_settings(void)
 	DefineCustomIntVariable("millm.kv_cache_size", "Memory for keys and values of all sequences.",
 							"0: enough for max_sequences whole contexts, at most a quarter of free memory, at least one context.",
 							&millm_kv_cache_size, 0, 0, INT_MAX, PGC_SIGHUP, GUC_UNIT_MB, NULL, NULL, NULL);
+	DefineCustomEnumVariable("millm.kv_cache_dtype", "How keys and values are kept.",
+							 "auto: in 16 bits, or in 32 where the kernels are exact. int8: in half of that, for longer contexts and more of them, a little less exact.",
+							 &kv_cache_dtype, 0, kv_cache_dtypes, PGC_SIGHUP, 0, NULL, NULL, NULL);
 	DefineCustomIntVariable("millm.unload_timeout", "How long unloading waits for running requests.", NULL,
 							&millm_unload_timeout, 30000, 0, 3600000, PGC_SIGHUP, GUC_UNIT_MS, NULL, NULL, NULL);
 	DefineCustomIntVariable("millm.stream_stall_timeout", "How long a stream may wait for a reader that does not read.", NULL,

@@ -22,6 +22,7 @@ extern char *millm_device;
 extern int	millm_threads;
 extern int	millm_context_length;
 extern int	millm_kv_cache_size;		/* MB */
+extern const char *millm_kv_cache_dtype(void);	/* "auto" or "int8" */
 extern int	millm_unload_timeout;		/* ms */
 extern int	millm_stream_stall_timeout;	/* ms */
 extern bool millm_deterministic;

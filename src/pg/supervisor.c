@@ -282,6 +282,7 @@ begin_load(void)
 	append_field(&request, "model", c->model.name);
 	append_field(&request, "model_uuid", c->model.uuid);
 	append_field(&request, "device", millm_device);
+	append_field(&request, "kv_cache_dtype", millm_kv_cache_dtype());
 	appendStringInfo(&request, ",\"threads\":%d,\"context_length\":%d,\"max_sequences\":%d,\"max_queue\":%d,\"kv_cache_bytes\":" INT64_FORMAT
 					 ",\"stream_stall_timeout_ms\":%d,\"deterministic\":%s,\"prefix_cache\":%s,\"draft_tokens\":%d,\"may_write\":%s,\"force\":%s}",
 					 millm_threads, millm_context_length, millm_max_sequences, millm_max_queue, (int64) millm_kv_cache_size << 20,

@@ -1,7 +1,7 @@
 /*
  * company_driver.c -- do the bits of a row of logits depend on its company?  Driven from Python.
  *
- *     company_driver DIR VARIANT N LONGEST deterministic|fast
+ *     company_driver DIR VARIANT N LONGEST deterministic|fast|int8 (deterministic, with a KV cache of that)
  *
  * VARIANT is one of the CPU's kernels, or cuda:DIRECTORY for a GPU through the module that lies there.
  *
@@ -71,12 +71,14 @@ token_of(int s, int position)
 	return (int32_t) (((int64_t) s * 7919 + (int64_t) position * (position + 104729)) % vocab);
 }
 
+static MillmKvFormat kv_format;
+
 static MillmForward *
 open_forward(const char *variant, bool deterministic, int n_threads, bool prefix_cache)
 {
 	static MillmDevice device;
 	MillmKvLayout layout;
-	MillmForwardOptions options = {.n_threads = n_threads, .max_batch_tokens = STEP, .deterministic = deterministic, .kernels = variant,
+	MillmForwardOptions options = {.n_threads = n_threads, .max_batch_tokens = STEP, .deterministic = deterministic, .kernels = variant, .kv_format = kv_format,
 		.max_sequences = n_sequences + 2, .max_length = longest, .prefix_cache = prefix_cache};
 	MillmForward *fw;
 
@@ -283,7 +285,8 @@ main(int argc, char **argv)
 	vocab = model->config.vocab_size;
 	n_sequences = atoi(argv[3]);
 	longest = atoi(argv[4]);
-	deterministic = strcmp(argv[5], "deterministic") == 0;
+	kv_format = strcmp(argv[5], "int8") == 0 ? MILLM_KV_INT8 : MILLM_KV_AUTO;
+	deterministic = strcmp(argv[5], "fast") != 0;
 	if (n_sequences < 1 || longest < 1 || longest > STEP / 2)
 		return 2;
 	alone = allocate(sizeof(*alone) * (size_t) n_sequences);

@@ -22,12 +22,12 @@ def run_engine(*args, kernels=None, timeout=300):
     return subprocess.run([ENGINE, *map(str, args)], env=env, capture_output=True, text=True, timeout=timeout)
 
 
-def engine_logits(model, ids, tmp_path, kernels="ref", mutate=None, chunk=None):
+def engine_logits(model, ids, tmp_path, kernels="ref", mutate=None, chunk=None, kv_cache_dtype="auto"):
     """Logits of every position, [len(ids), vocab] float32, or None when a mutated model was refused."""
     out = tmp_path / "logits.f32"
     ids_file = tmp_path / "ids.txt"
     ids_file.write_text(",".join(map(str, ids)))
-    args = ["logits", model, "--ids", ids_file, "--output", out]
+    args = ["logits", model, "--ids", ids_file, "--output", out, "--kv-cache-dtype", kv_cache_dtype]
     if mutate:
         args += ["--mutate", mutate]
     if chunk:

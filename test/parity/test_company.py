@@ -36,6 +36,15 @@ def test_tiny_models(model):
             assert_same(counts)
 
 
+@pytest.mark.parametrize("model", ["tiny/llama-bf16", "tiny/gemma3", "tiny/gpt_oss", "tiny/falcon-rw"])
+def test_int8_kv(model):
+    """What a position leaves in a KV cache of int8 does not depend on its company either."""
+    for variant, n, longest in [("ref", 16, 24), ("avx2", 16, 40), ("avx512", 64, 40)]:
+        counts = company(model, variant, n, longest, "int8")
+        if counts is not None:
+            assert_same(counts)
+
+
 @pytest.mark.parametrize("model", ["SmolLM2-135M-Instruct", "SmolLM2-135M-Instruct-nf4", "SmolLM2-135M-Instruct-int8"])
 def test_real_weights(model):
     for variant in "amx", "avx512", "avx2":

@@ -169,7 +169,7 @@ def test_estimates():
     """What a plan says is what a load takes, and an unload gives all of it back: the emulated device counts."""
     e = emulated_engine()
     for model in MODELS:
-        options = {"path": str(model), "device": "cuda", "context_length": 40, "max_sequences": 3}
+        options = {"path": str(model), "device": "cuda", "context_length": 40, "max_sequences": 3, "kv_cache_dtype": "int8" if model in SOME else "auto"}
         plan = e.call("plan", **options)
         e.call("load", **options)
         taken = e.call("unload")["freed_bytes"]
@@ -213,6 +213,17 @@ def test_no_load_is_refused_for_large_steps(tmp_path):
     assert answers[0]["tokens"] == answers[1]["tokens"] > 1024
     assert abs(answers[0]["logprob"] / answers[1]["logprob"] - 1) < TOLERANCE
     e.stop()
+
+
+@pytest.mark.parametrize("model", SOME, ids=lambda p: p.name)
+def test_int8_kv(model, tmp_path):
+    """Keys and values in int8, beside the CPU's ref, whose are, too: in a prompt, one by one, and by the obvious kernels."""
+    ids = some_ids(model, 40)
+    want = engine_logits(model, ids, tmp_path, kv_cache_dtype="int8")
+    int8 = ("--kv-cache-dtype", "int8")
+    for options in ((), ("--chunk", "1"), ("--kernels", "ref")):
+        assert error(cuda_logits(model, ids, tmp_path, *int8, *options), want) <= TOLERANCE_BF16, options
+    assert error(cuda_logits(model, ids, tmp_path, *int8), cuda_logits(model, ids, tmp_path)) > 0
 
 
 @pytest.mark.parametrize("quantization", ["Q4", "Q8"])
@@ -280,10 +291,11 @@ def test_choices():
     assert len(set(texts[0])) > 5
 
 
-@pytest.mark.parametrize("model", [TINY / "llama-bf16", TINY / "gemma3", TINY / "mixtral-sliding", BNB / "nf4"], ids=lambda p: p.name)
-def test_deterministic(model):
+@pytest.mark.parametrize("model,how", [(TINY / "llama-bf16", "deterministic"), (TINY / "gemma3", "deterministic"), (TINY / "mixtral-sliding", "deterministic"),
+                                       (BNB / "nf4", "deterministic"), (TINY / "gemma3", "int8")], ids=lambda p: p if isinstance(p, str) else p.name)
+def test_deterministic(model, how):
     """The bits of a row of logits are the same in any company, as a fork, and after a beginning that the prefix cache had."""
-    done = subprocess.run([ROOT / "build" / "company_driver", model, f"cuda:{EMULATED}", "2", "20", "deterministic"],
+    done = subprocess.run([ROOT / "build" / "company_driver", model, f"cuda:{EMULATED}", "2", "20", how],
                           env={**os.environ, "LD_LIBRARY_PATH": str(EMULATED / "driver")}, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     counts = json.loads(done.stdout)

@@ -7,7 +7,7 @@ import pytest
 
 from conftest import FIXTURES, engine_logits, error, reference, reference_logits, run_engine
 from engine_client import Engine, HelperError
-from test_logits import MAX_MEAN_KL, MIN_TOP1_AGREEMENT, TIE_MARGIN
+from test_logits import MAX_MEAN_KL, MIN_TOP1_AGREEMENT, MIN_TOP1_AGREEMENT_INT8, TIE_MARGIN
 
 GEMMA3 = FIXTURES / "gemma-3-270m"
 # float32 noise of 18 layers: measured 1.3e-6
@@ -59,6 +59,24 @@ def test_fast_kernels(gemma3, tokenizer, tmp_path):
     print(f"top-1 agreement {np.mean(agree):.4f}, mean KL {np.mean(kl):.2e}, beyond the window {np.mean(kl[128:]):.2e}")
     assert np.mean(agree) >= MIN_TOP1_AGREEMENT
     assert np.mean(kl) < MAX_MEAN_KL and np.mean(kl[128:]) < MAX_MEAN_KL
+
+
+def test_int8_kv(gemma3, tokenizer, tmp_path):
+    """A KV cache of int8, whose keys of few dims are much larger than others; beyond the window."""
+    import pydoc_data.topics
+
+    ids = tokenizer(pydoc_data.topics.topics["assert"] + pydoc_data.topics.topics["booleans"]).input_ids[:560]
+    kl = []
+    agree = []
+    for a, b in zip(reference_logits(gemma3, ids)[::4], engine_logits(GEMMA3, ids, tmp_path, kernels=None, kv_cache_dtype="int8")[::4]):
+        a, b = a.astype(np.float64), b.astype(np.float64)
+        a -= np.logaddexp.reduce(a)
+        b -= np.logaddexp.reduce(b)
+        agree.append(a.argmax() == b.argmax())
+        kl.append((np.exp(a) * (a - b)).sum())
+    print(f"KV cache int8: top-1 agreement {np.mean(agree):.4f}, mean KL {np.mean(kl):.2e}, beyond the window {np.mean(kl[128:]):.2e}")
+    assert np.mean(agree) >= MIN_TOP1_AGREEMENT_INT8
+    assert np.mean(kl) < MAX_MEAN_KL
 
 
 def check_greedy(gemma3, ids, ours):

@@ -329,6 +329,10 @@ static const Shape shapes[] = {
 #define TOLERANCE_ROUNDED 1e-2
 /* One rounding to bfloat16, 2^-9, beside what the other numbers allow: rows that were left for cuBLASLt alone are read back */
 #define TOLERANCE_BF16 4e-3
+/* A key that is rotated here and there differs in its last bits, and so may become the next int8 code, 1/127 of the largest of its block. */
+#define TOLERANCE_CODE 1e-2
+/* In tiles a code times its scale becomes float16: of 64 such products, times 40, the deviation is 0.015, and the exponential makes it relative. */
+#define TOLERANCE_STEEP 6e-2
 
 /* Does bfloat16 hold its weights? */
 static bool
@@ -724,7 +728,7 @@ typedef struct Case
 
 /* Keys and values are float16, unless weights are float32 or the kernels the obvious ones. */
 static void
-run_attention(const Case *c, MillmDtype weights, const char *kernels)
+run_attention(const Case *c, MillmDtype weights, const char *kernels, MillmKvFormat format)
 {
 	enum {STEPS = 4};
 	static const int step_rows[STEPS] = {67, 1, 2, 20};	/* of one sequence; in the last step one more of another */
@@ -743,8 +747,8 @@ run_attention(const Case *c, MillmDtype weights, const char *kernels)
 		.scale = c->is_steep ? 40 : 0.3f, .softcap = c->softcap, .sinks = c->has_sinks ? sinks : NULL};
 	char		what[128];
 
-	snprintf(what, sizeof(what), "attention of %d heads, %d for keys, of %d dims, window %d, softcap %g, %d to rotate, weights of dtype %d", c->n_heads,
-			 c->n_kv_heads, c->head_dim, c->window, (double) c->softcap, c->rotary_dim, weights);
+	snprintf(what, sizeof(what), "attention of %d heads, %d for keys, of %d dims, window %d, softcap %g, %d to rotate, weights of dtype %d, KV format %d", c->n_heads,
+			 c->n_kv_heads, c->head_dim, c->window, (double) c->softcap, c->rotary_dim, weights, format);
 	/* what float16 can hold, so that only what is rotated on the way differs, if that is what they are kept in */
 	for (int64_t i = 0; i < N_ROWS * kv_size; i++)
 	{
@@ -754,6 +758,7 @@ run_attention(const Case *c, MillmDtype weights, const char *kernels)
 	for (int64_t i = 0; i < N_ROWS * (q_size + 2 * kv_size); i++)
 		qkv[i] = millm_f16_to_f32(millm_f32_to_f16(qkv[i]));
 	rig_init(&r, c->n_heads, c->n_kv_heads, c->head_dim);
+	r.options.kv_format = format;
 	r.layer.o.dtype = weights;
 	if (c->rotary_dim > 0)
 	{
@@ -792,7 +797,7 @@ run_attention(const Case *c, MillmDtype weights, const char *kernels)
 			int32_t		positions[N_ROWS],
 						planned[N_ROWS];
 			const int32_t *tables[N_ROWS];
-			const bool	is_rounded = weights != MILLM_F32 && !kernels;
+			const bool	is_rounded = (weights != MILLM_F32 || format == MILLM_KV_INT8) && !kernels;
 			const bool	are_many = n > 3;	/* rows of a sequence: queries and weights are in float16, too */
 			const bool	is_left = n > MILLM_CUDA_FRAGMENT_ROWS && q_size % 64 == 0;
 			const float *y[2];
@@ -828,7 +833,9 @@ run_attention(const Case *c, MillmDtype weights, const char *kernels)
 				y[i] = be->buffer_read(be, by[i]);
 			}
 			assert_near(y[1], y[0], n * q_size,
-						is_rounded && is_left ? TOLERANCE_BF16
+						format == MILLM_KV_INT8 && c->is_steep && are_many ? TOLERANCE_STEEP
+						: format == MILLM_KV_INT8 && c->rotary_dim > 0 ? TOLERANCE_CODE
+						: is_rounded && is_left ? TOLERANCE_BF16
 						: is_rounded && c->rotary_dim > 0 ? 3e-3
 						: c->is_steep || (is_rounded && are_many) ? 1e-3
 						: 1e-5, what);
@@ -863,7 +870,8 @@ test_attention(void **state)
 	(void) state;
 	for (size_t i = 0; i < sizeof(cases) / sizeof(cases[0]); i++)
 		for (int j = 0; j < 3; j++)
-			run_attention(&cases[i], j == 0 ? MILLM_F32 : MILLM_BF16, j == 2 ? "ref" : NULL);
+			for (int format = 0; format < MILLM_N_KV_FORMATS; format++)
+				run_attention(&cases[i], j == 0 ? MILLM_F32 : MILLM_BF16, j == 2 ? "ref" : NULL, format);
 }
 
 /* Rows at these positions of sequences that share eight pages over and over. */
@@ -883,7 +891,7 @@ splits_by_hand(int64_t position, int64_t window)
 
 /* Contexts of many splits, by kernels that read them in splits: as the CPU has them, and in any company the same bits. */
 static void
-run_splits(int n_heads, int n_kv_heads, int head_dim, int window, bool has_sinks, MillmDtype weights)
+run_splits(int n_heads, int n_kv_heads, int head_dim, int window, bool has_sinks, MillmDtype weights, MillmKvFormat format)
 {
 	const int64_t q_size = (int64_t) n_heads * head_dim;
 	const int64_t kv_size = (int64_t) n_kv_heads * head_dim;
@@ -900,7 +908,8 @@ run_splits(int n_heads, int n_kv_heads, int head_dim, int window, bool has_sinks
 	const float *y[2];
 	char		what[128];
 
-	snprintf(what, sizeof(what), "splits of %d heads, %d for keys, of %d dims, window %d, weights of dtype %d", n_heads, n_kv_heads, head_dim, window, weights);
+	snprintf(what, sizeof(what), "splits of %d heads, %d for keys, of %d dims, window %d, weights of dtype %d, KV format %d", n_heads, n_kv_heads, head_dim,
+			 window, weights, format);
 	for (int i = 0; i < LONG_ROWS * LONG_PAGES; i++)
 		pages[i / LONG_PAGES][i % LONG_PAGES] = i % LONG_PAGES % 8 * 5 % 8 + 3;
 	for (int t = 0; t < LONG_ROWS; t++)
@@ -909,6 +918,7 @@ run_splits(int n_heads, int n_kv_heads, int head_dim, int window, bool has_sinks
 		of_one[t] = pages[0];
 	rig_init(&r, n_heads, n_kv_heads, head_dim);
 	r.options.max_entries = LONG_ROWS * LONG_PAGES;
+	r.options.kv_format = format;
 	r.layer.o.dtype = weights;
 	r.layer.q = table(q, q_size);
 	r.layer.k = table(k, kv_size);
@@ -969,12 +979,15 @@ static void
 test_splits(void **state)
 {
 	(void) state;
-	run_splits(2, 1, 64, 0, false, MILLM_BF16);
-	run_splits(1, 1, 128, 0, true, MILLM_F32);
-	run_splits(9, 1, 40, 0, false, MILLM_BF16);
-	run_splits(6, 2, 256, 70, true, MILLM_BF16);
-	run_splits(5, 1, 8, 4097, false, MILLM_F32);
-	run_splits(7, 1, 16, 100, false, MILLM_BF16);
+	for (int format = 0; format < MILLM_N_KV_FORMATS; format++)
+	{
+		run_splits(2, 1, 64, 0, false, MILLM_BF16, format);
+		run_splits(1, 1, 128, 0, true, MILLM_F32, format);
+		run_splits(9, 1, 40, 0, false, MILLM_BF16, format);
+		run_splits(6, 2, 256, 70, true, MILLM_BF16, format);
+		run_splits(5, 1, 8, 4097, false, MILLM_F32, format);
+		run_splits(7, 1, 16, 100, false, MILLM_BF16, format);
+	}
 	assert_int_equal(millm_cuda_split_span(4096), 64);
 	assert_int_equal(millm_cuda_split_span(4097), 128);
 	assert_int_equal(millm_cuda_splits(MILLM_MAX_POSITIONS - 1, 0), 64);
@@ -1797,7 +1810,7 @@ test_mixture_memory(void **state)
 		}
 	} while (rc != MILLM_OK && n < 100);
 	assert_int_equal(rc, MILLM_OK);
-	predicted = millm_cuda_weights_bytes(&r.model, NULL) + millm_cuda_page_bytes(&r.model, NULL, 1) * r.options.n_pages + millm_cuda_own_bytes(&r.model, &r.options);
+	predicted = millm_cuda_weights_bytes(&r.model, NULL) + millm_cuda_page_bytes(&r.model, NULL, MILLM_KV_AUTO, 1) * r.options.n_pages + millm_cuda_own_bytes(&r.model, &r.options);
 	assert_true(fabs((double) (millm_emulated.used_bytes - used) / (double) predicted - 1) < 0.02);
 	assert_int_equal(millm_backend_cpu.create(&r.model, &(MillmBackendOptions) {.n_threads = 1, .kernels = "ref", .max_tokens = 1, .n_pages = 1, .layers_per_page = 1,
 											  .n_groups = 1}, &r.be[0], &err), MILLM_OK);
@@ -2048,7 +2061,7 @@ test_prediction(void **state)
 	before = millm_emulated.used_bytes;
 	assert_int_equal(millm_cuda_create(&r.model, &r.options, &r.be[1], &err), MILLM_OK);
 	assert_int_equal(r.be[1]->buffer_create(r.be[1], N_ROWS, 100, true, &b, &err), MILLM_OK);
-	predicted = millm_cuda_weights_bytes(&r.model, NULL) + millm_cuda_page_bytes(&r.model, NULL, 1) * r.options.n_pages + millm_cuda_buffer_bytes(N_ROWS, 100) +
+	predicted = millm_cuda_weights_bytes(&r.model, NULL) + millm_cuda_page_bytes(&r.model, NULL, MILLM_KV_AUTO, 1) * r.options.n_pages + millm_cuda_buffer_bytes(N_ROWS, 100) +
 		millm_cuda_own_bytes(&r.model, &r.options);
 	assert_true(fabs((double) (millm_emulated.used_bytes - before) / (double) predicted - 1) < 0.05);
 	r.be[1]->free(r.be[1]);
@@ -2070,7 +2083,7 @@ test_refused_options(void **state)
 	r.options.kernels = "avx2";
 	assert_int_equal(millm_cuda_create(&r.model, &r.options, &r.be[1], &err), MILLM_E_INVALID_ARGUMENT);
 	assert_non_null(strstr(err.message, "avx2"));
-	assert_int_equal(millm_cuda_page_bytes(&r.model, "avx2", 1), -1);
+	assert_int_equal(millm_cuda_page_bytes(&r.model, "avx2", MILLM_KV_AUTO, 1), -1);
 	r.options.kernels = NULL;
 	r.options.max_tokens = 65536;
 	assert_int_equal(millm_cuda_create(&r.model, &r.options, &r.be[1], &err), MILLM_E_INVALID_ARGUMENT);

@@ -829,6 +829,23 @@ plain_attention(double *y, const float *q, const float *keys, const float *value
 	free(score);
 }
 
+/* What MILLM_KV_INT8 makes of a head [hd]. */
+static void
+round_to_int8(float *x, int hd)
+{
+	for (int begin = 0; begin < hd; begin += 16)
+	{
+		float		largest = 0,
+					scale;
+
+		for (int d = begin; d < hd && d < begin + 16; d++)
+			largest = fabsf(x[d]) > largest ? fabsf(x[d]) : largest;
+		scale = millm_f16_to_f32(millm_f32_to_f16(largest / 127));
+		for (int d = begin; d < hd && d < begin + 16; d++)
+			x[d] = scale > 0 ? roundf(x[d] / scale) * scale : 0;
+	}
+}
+
 static void
 test_attention(void **state)
 {
@@ -841,13 +858,17 @@ test_attention(void **state)
 	(void) state;
 	millm_kernels_ref(&k[0]);
 	n = 1 + variants(k + 1);
-	for (int v = 0; v < n; v++)
+	for (int v = 0; v < n * MILLM_N_KV_FORMATS; v++)
 		for (size_t s = 0; s < sizeof(shapes) / sizeof(shapes[0]); s++)
 		{
+			const MillmKernels *of = &k[v / MILLM_N_KV_FORMATS];
+			const MillmKvKernels *kernels = &of->kv[v % MILLM_N_KV_FORMATS];
+			const double tolerance = kernels->dtype == MILLM_F32 ? 2e-6 : kernels->dtype == MILLM_F16 ? 8 * EPSILON_F16 : 1e-5;
 			int			n_kv = shapes[s][0],
 						group = shapes[s][1],
 						hd = shapes[s][2];
-			int64_t		half_bytes = (int64_t) n_kv * hd * MILLM_KERNEL_PAGE * millm_weight_bytes(k[v].kv_dtype, 1);
+			int64_t		head_bytes = millm_kv_head_bytes(kernels->dtype, hd);
+			int64_t		half_bytes = n_kv * head_bytes;
 			char	   *pool = malloc((size_t) (2 * half_bytes * N_PAGES));
 			float	   *keys = malloc(sizeof(float) * (size_t) (N_POSITIONS * n_kv * hd));
 			float	   *values = malloc(sizeof(float) * (size_t) (N_POSITIONS * n_kv * hd));
@@ -856,7 +877,7 @@ test_attention(void **state)
 			float	   *bias = malloc(sizeof(float) * (size_t) (n_kv * group * N_PAGES * MILLM_KERNEL_PAGE));
 			float		sinks[10];
 			int32_t		pages[N_PAGES] = {3, 0, 5, 1, 4, 2};
-			MillmKvLayer kv = {.k = pool, .v = pool + half_bytes, .page_bytes = 2 * half_bytes, .n_kv_heads = n_kv, .head_dim = hd,
+			MillmKvLayer kv = {.k = pool, .v = pool + half_bytes, .page_bytes = 2 * half_bytes, .head_bytes = head_bytes, .n_kv_heads = n_kv, .head_dim = hd,
 				.group = group, .scale = 0.7f, .bias_stride = N_PAGES * MILLM_KERNEL_PAGE};
 
 			memset(pool, 0xFF, (size_t) (2 * half_bytes * N_PAGES));	/* NaNs where nobody wrote */
@@ -867,7 +888,12 @@ test_attention(void **state)
 			fill(sinks, n_kv * group, ORDINARY);
 			sinks[0] = 30;		/* nearly all of the softmax */
 			for (int p = 0; p < N_POSITIONS; p++)
-				k[v].kv_store(&kv, pages[p / MILLM_KERNEL_PAGE], p % MILLM_KERNEL_PAGE, keys + p * n_kv * hd, values + p * n_kv * hd);
+				kernels->store(&kv, pages[p / MILLM_KERNEL_PAGE], p % MILLM_KERNEL_PAGE, keys + p * n_kv * hd, values + p * n_kv * hd);
+			for (int i = 0; kernels->dtype == MILLM_INT8 && i < N_POSITIONS * n_kv; i++)
+			{
+				round_to_int8(keys + i * hd, hd);
+				round_to_int8(values + i * hd, hd);
+			}
 			for (size_t w = 0; w < sizeof(windows) / sizeof(windows[0]); w++)
 				for (int position = 0; position < N_POSITIONS; position += 6)
 				{
@@ -876,7 +902,7 @@ test_attention(void **state)
 					kv.bias = position % 3 == 0 && position % 9 != 0 ? bias : NULL;
 					kv.sinks = position % 5 == 0 ? NULL : sinks;
 					for (int h = 0; h < n_kv; h++)
-						k[v].attention(y, q, &kv, pages, position, h);
+						kernels->attention(y, q, &kv, pages, position, h);
 					for (int h = 0; h < n_kv * group; h++)
 					{
 						double		expected[80];
@@ -885,9 +911,9 @@ test_attention(void **state)
 						plain_attention(expected, q + h * hd, keys + h / group * hd, values + h / group * hd, hd, n_kv * hd, first, position, 0.7f,
 										kv.softcap, kv.bias ? kv.bias + h * kv.bias_stride : NULL, kv.sinks ? kv.sinks + h : NULL);
 						for (int d = 0; d < hd; d++)
-							if (!(fabs(y[h * hd + d] - expected[d]) <= (k[v].kv_dtype == MILLM_F32 ? 2e-6 : 8 * EPSILON_F16)))
-								fail_msg("%s attention KV heads %d group %d head_dim %d window %d position %d: head %d [%d] = %.9g, expected %.9g",
-										 k[v].variant, n_kv, group, hd, windows[w], position, h, d, y[h * hd + d], expected[d]);
+							if (!(fabs(y[h * hd + d] - expected[d]) <= tolerance))
+								fail_msg("%s attention (format %d) KV heads %d group %d head_dim %d window %d position %d: head %d [%d] = %.9g, expected %.9g",
+										 of->variant, v % MILLM_N_KV_FORMATS, n_kv, group, hd, windows[w], position, h, d, y[h * hd + d], expected[d]);
 					}
 				}
 			free(pool);
@@ -896,6 +922,41 @@ test_attention(void **state)
 			free(q);
 			free(y);
 			free(bias);
+		}
+}
+
+/* int8 has no NaN or infinity: its scales have. */
+static void
+test_kv_not_finite(void **state)
+{
+	static const float bad[] = {NAN, INFINITY, -INFINITY};
+	enum {DIM = 40};
+	MillmKernels k[4];
+	int			n;
+
+	(void) state;
+	millm_kernels_ref(&k[0]);
+	n = 1 + variants(k + 1);
+	for (int v = 0; v < n; v++)
+		for (int i = 0; i < 6; i++)
+		{
+			const MillmKvKernels *kernels = &k[v].kv[MILLM_KV_INT8];
+			const int64_t head_bytes = millm_kv_head_bytes(MILLM_INT8, DIM);
+			char	   *pool = calloc(2, (size_t) head_bytes);
+			MillmKvLayer kv = {.k = pool, .v = pool + head_bytes, .page_bytes = 2 * head_bytes, .head_bytes = head_bytes, .n_kv_heads = 1, .head_dim = DIM,
+				.group = 1, .scale = 1};
+			const int32_t page = 0;
+			float		key[DIM], value[DIM], q[DIM], y[DIM];
+
+			fill(key, DIM, ORDINARY);
+			fill(value, DIM, ORDINARY);
+			fill(q, DIM, ORDINARY);
+			(i < 3 ? key : value)[37] = bad[i % 3];
+			kernels->store(&kv, 0, 0, key, value);
+			kernels->attention(y, q, &kv, &page, 0, 0);
+			assert_true(isnan(y[i < 3 ? 0 : 37]));
+			assert_true(i < 3 || isfinite(y[0]));
+			free(pool);
 		}
 }
 
@@ -972,7 +1033,7 @@ main(void)
 		cmocka_unit_test(test_mxfp4),
 		cmocka_unit_test(test_matmul_is_batch_invariant),
 		cmocka_unit_test(test_norms_and_activations),
-		cmocka_unit_test(test_attention),
+		cmocka_unit_test(test_attention), cmocka_unit_test(test_kv_not_finite),
 		cmocka_unit_test(test_rope_rows_and_finite),
 		cmocka_unit_test(test_names),
 	};
