@@ -37,13 +37,13 @@ millm_cuda_split_qkv(const MillmCudaAttention *a, MillmRows q, MillmRows k, Mill
 
 /* K, or V, of a KV head at a position, in its page of T: float16, float32, or int8 with the scales of its blocks. */
 template <class T>
-struct Stored
+struct Slot
 {
 	T		   *codes;			/* [head_dim] */
 	uint16_t   *scales;			/* [blocks]; of int8 only */
 
 	/* The page's, from slot on */
-	__device__ Stored(const MillmCudaAttention &a, int32_t page, int kv_head, int slot, bool of_values)
+	__device__ Slot(const MillmCudaAttention &a, int32_t page, int kv_head, int slot, bool of_values)
 	{
 		char	   *in_page = a.kv + page * a.page_bytes;
 		const int	n = a.n_kv_heads * MILLM_CUDA_PAGE;	/* of K in a page; bounded by MILLM_MAX_HEADS and MILLM_MAX_HEAD_DIM: no overflow */
@@ -51,6 +51,15 @@ struct Stored
 
 		codes = (T *) in_page + i * a.head_dim;
 		scales = (uint16_t *) (in_page + 2 * n * a.head_dim) + i * MILLM_KV_BLOCKS(a.head_dim);
+	}
+	/* The same of another page than 0 */
+	__device__ Slot of_page(const MillmCudaAttention &a, int32_t page) const
+	{
+		Slot		s = *this;
+
+		s.codes = (T *) ((char *) codes + page * a.page_bytes);
+		s.scales = (uint16_t *) ((char *) scales + page * a.page_bytes);
+		return s;
 	}
 	/* That many slots on */
 	__device__ void skip(const MillmCudaAttention &a, int n_slots)
@@ -66,27 +75,27 @@ page_at(const MillmCudaAttention &a, int t, int64_t position)
 	return a.tables[a.table_of[t * a.n_groups] + position / MILLM_CUDA_PAGE];
 }
 
-static __device__ float element(const Stored<uint16_t> &s, int d) { return from_f16(s.codes[d]); }
-static __device__ float element(const Stored<float> &s, int d) { return s.codes[d]; }
-static __device__ float element(const Stored<int8_t> &s, int d) { return (float) s.codes[d] * from_f16(s.scales[d / MILLM_KV_BLOCK]); }
+static __device__ float element(const Slot<uint16_t> &s, int d) { return from_f16(s.codes[d]); }
+static __device__ float element(const Slot<float> &s, int d) { return s.codes[d]; }
+static __device__ float element(const Slot<int8_t> &s, int d) { return (float) s.codes[d] * from_f16(s.scales[d / MILLM_KV_BLOCK]); }
 
 /* Store dim d, where it is one: all lanes of a warp come here, those of half a warp with a block's dims in their order. */
 static __device__ void
-put(const Stored<uint16_t> &s, bool is_one, int d, float f)
+put(const Slot<uint16_t> &s, bool is_one, int d, float f)
 {
 	if (is_one)
 		s.codes[d] = to_f16(f);
 }
 
 static __device__ void
-put(const Stored<float> &s, bool is_one, int d, float f)
+put(const Slot<float> &s, bool is_one, int d, float f)
 {
 	if (is_one)
 		s.codes[d] = f;
 }
 
 static __device__ void
-put(const Stored<int8_t> &s, bool is_one, int d, float f)
+put(const Slot<int8_t> &s, bool is_one, int d, float f)
 {
 	float		largest = is_one ? fabsf(f) : 0;
 	uint16_t	rounded;
@@ -147,8 +156,8 @@ rope_and_store(const __grid_constant__ MillmCudaAttention a, MillmRows q, MillmR
 	const float sine = is_rotated ? a.sine[(int64_t) t * a.n_pairs + j] : 0;
 	const int64_t position = a.positions[t];
 	const int32_t page = page_at(a, t, position);
-	const Stored<T> key(a, page, is_key ? kv_head : 0, (int) (position % MILLM_CUDA_PAGE), false);
-	const Stored<T> value(a, page, is_key ? kv_head : 0, (int) (position % MILLM_CUDA_PAGE), true);
+	const Slot<T> key(a, page, is_key ? kv_head : 0, (int) (position % MILLM_CUDA_PAGE), false);
+	const Slot<T> value(a, page, is_key ? kv_head : 0, (int) (position % MILLM_CUDA_PAGE), true);
 	float		of_k = 0,
 				of_v = 0;
 
@@ -252,8 +261,8 @@ attend(MillmCudaAttention a, MillmRows y, MillmRows q)
 	for (int64_t p = first + warp; p <= position; p += ATTENTION_WARPS)
 	{
 		const int32_t page = page_at(a, t, p);
-		const Stored<T> key(a, page, kv_head, (int) (p % MILLM_CUDA_PAGE), false);
-		const Stored<T> of_value(a, page, kv_head, (int) (p % MILLM_CUDA_PAGE), true);
+		const Slot<T> key(a, page, kv_head, (int) (p % MILLM_CUDA_PAGE), false);
+		const Slot<T> of_value(a, page, kv_head, (int) (p % MILLM_CUDA_PAGE), true);
 		float		score = 0,
 					weight;
 
@@ -350,7 +359,7 @@ struct Eight<uint16_t>
 {
 	uint4		u;
 
-	__device__ void load(const Stored<uint16_t> &s, int d) { u = *(const uint4 *) (s.codes + d); }
+	__device__ void load(const Slot<uint16_t> &s, int d) { u = *(const uint4 *) (s.codes + d); }
 	__device__ void clear() { u = {0, 0, 0, 0}; }
 	__device__ float scale() const { return 1; }
 	__device__ float get(int k) const
@@ -366,7 +375,7 @@ struct Eight<float>
 {
 	float4		f[2];
 
-	__device__ void load(const Stored<float> &s, int d) { f[0] = *(const float4 *) (s.codes + d); f[1] = *(const float4 *) (s.codes + d + 4); }
+	__device__ void load(const Slot<float> &s, int d) { f[0] = *(const float4 *) (s.codes + d); f[1] = *(const float4 *) (s.codes + d + 4); }
 	__device__ void clear() { f[0] = f[1] = {0, 0, 0, 0}; }
 	__device__ float scale() const { return 1; }
 	__device__ float get(int k) const { return k % 4 == 0 ? f[k / 4].x : k % 4 == 1 ? f[k / 4].y : k % 4 == 2 ? f[k / 4].z : f[k / 4].w; }
@@ -379,7 +388,7 @@ struct Eight<int8_t>
 	uint2		u;
 	uint16_t	of_block;
 
-	__device__ void load(const Stored<int8_t> &s, int d) { u = *(const uint2 *) (s.codes + d); of_block = s.scales[d / MILLM_KV_BLOCK]; }
+	__device__ void load(const Slot<int8_t> &s, int d) { u = *(const uint2 *) (s.codes + d); of_block = s.scales[d / MILLM_KV_BLOCK]; }
 	__device__ void clear() { u = {0, 0}; of_block = 0; }
 	__device__ float scale() const { return from_f16(of_block); }
 	__device__ float get(int k) const
@@ -429,6 +438,50 @@ partial_of(const MillmCudaAttention &a, float *partials, int n_splits, int t, in
 	return partials + (((int64_t) t * a.n_heads + h) * n_splits + i) * (MILLM_CUDA_PARTIAL + a.head_dim);
 }
 
+#define SPLIT_WARPS 4
+
+/*
+ * What the warps of a block have of H heads of a group, from h0 on, of which `first` is the first: maxima, sums [SPLIT_WARPS, H] and values [SPLIT_WARPS, H, DIMS] become
+ * the partial softmax of split i of the block's row.
+ */
+template <int H, int DIMS>
+static __device__ void
+finish_split(const MillmCudaAttention &a, float *partials, int n_splits, int first, int h0, int i, const float *maxima, const float *sums, const float *values)
+{
+	const int	group = a.n_heads / a.n_kv_heads;
+
+	for (int e = (int) threadIdx.x; e < H * DIMS; e += SPLIT_WARPS * WARP)
+	{
+		const int	h = e / DIMS;
+		float		largest = maxima[h],
+					all = 0,
+					v = 0;
+
+#pragma unroll
+		for (int w = 1; w < SPLIT_WARPS; w++)
+			largest = !(maxima[w * H + h] <= largest) ? maxima[w * H + h] : largest;
+#pragma unroll
+		for (int w = 0; w < SPLIT_WARPS; w++)
+		{
+			const float share = share_of(maxima[w * H + h], largest);
+
+			all = fmaf(sums[w * H + h], share, all);
+			v = fmaf(values[w * H * DIMS + e], share, v);
+		}
+		if (h0 + h < group && e % DIMS < a.head_dim)
+		{
+			float	   *to = partial_of(a, partials, n_splits, (int) blockIdx.y, first + h0 + h, i);
+
+			if (e % DIMS == 0)
+			{
+				to[0] = largest;
+				to[1] = all;
+			}
+			to[MILLM_CUDA_PARTIAL + e % DIMS] = v;
+		}
+	}
+}
+
 /*
  * A block for each split of a row's keys, of one KV head and H query heads of its group, which all have what was read once.  A key is LANES lanes',
  * eight dims each: a warp loads WARP / LANES keys at a time, SPLIT_LOADS times before it looks at any, K and V; all of one page.  The next ones take
@@ -440,7 +493,6 @@ partial_of(const MillmCudaAttention &a, float *partials, int n_splits, int t, in
  *   n_splits  of the row that has most
  *   blocks    [n_splits * n_kv_heads * ceil(group / H), n], threads SPLIT_WARPS * WARP
  */
-#define SPLIT_WARPS 4
 #define SPLIT_LOADS 4
 /* On a multiprocessor: registers for that many, and none spills but one value or two of eight heads from sm_100 on, whose compiler wants more for the same. */
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1000
@@ -482,7 +534,7 @@ attend_split(const __grid_constant__ MillmCudaAttention a, float *partials, int 
 	/* K, or V, of the warp's keys from first on; where nothing was ever stored there may be NaN, which no weight of 0 would hide */
 	auto		load = [&] (Eight<T> *to, int64_t first, bool of_values) {
 		const int64_t p = first + lane / LANES;	/* this lane's, of the first load */
-		Stored<T>	from(a, page, kv_head, (int) (p % MILLM_CUDA_PAGE), of_values);
+		Slot<T>	from(a, page, kv_head, (int) (p % MILLM_CUDA_PAGE), of_values);
 
 #pragma unroll
 		for (int j = 0; j < SPLIT_LOADS; j++, from.skip(a, KEYS))
@@ -621,36 +673,326 @@ attend_split(const __grid_constant__ MillmCudaAttention a, float *partials, int 
 		}
 	}
 	__syncthreads();
-	for (int i = (int) threadIdx.x; i < H * DIMS; i += SPLIT_WARPS * WARP)
+	finish_split<H, DIMS>(a, partials, n_splits, kv_head * group, h0, split, maxima, sums, values);
+}
+
+/* ---- rows one by one, on tensor cores ---- */
+
+/*
+ * Two codes that are bytes of u, as those digits of selector say with 0x64 between them, to float16: 1024 + (c + 128) has that byte last.  u has them plus 128.
+ */
+static __device__ uint32_t
+codes_in_f16(uint32_t u, unsigned selector)
+{
+	return add_f16_pairs(byte_perm(u, 0x64646464u, selector), 0xE480E480u);	/* - 1152: exact */
+}
+
+static inline __device__ uint32_t
+pair_f16(float low, float high)
+{
+	return to_f16(low) | (uint32_t) to_f16(high) << 16;
+}
+
+/* What float16 does not hold of f, in float16. */
+static inline __device__ float
+rest_of_f16(float f)
+{
+	return f - from_f16(to_f16(f));
+}
+
+/*
+ * A lane's part of 64 dims, from 64 chunk on, of a page's keys, and of its values, as fragments of mma.m16n8k16 (PTX ISA): g = lane / 4, t = lane % 4.  A sum over
+ * dims has no order of its own, so that those of a fragment are what a lane finds side by side.
+ *
+ * Keys: of n-tile i the key g + 8 i, and of step s, of four, the dims dim_of(s, t) and the three behind it.
+ * Values: of the keys 2t, 2t + 1, 2t + 8 and 2t + 9 the eight dims from 8 g on; n-tile j has of each lane's the j-th.
+ */
+#define CHUNK 64
+template <class T>
+struct Keys;
+template <class T>
+struct Values;
+
+template <>
+struct Keys<uint16_t>
+{
+	uint4		u[2][2];
+
+	static __device__ int dim_of(int s, int t) { return s / 2 * 32 + t * 8 + s % 2 * 4; }
+	__device__ void load(const Slot<uint16_t> &s, int i, int chunk, int t, int head_dim)
 	{
-		const int	h = i / DIMS;
-		float		largest = maxima[h],
-					all = 0,
-					v = 0;
-
 #pragma unroll
-		for (int w = 1; w < SPLIT_WARPS; w++)
-			largest = !(maxima[w * H + h] <= largest) ? maxima[w * H + h] : largest;
-#pragma unroll
-		for (int w = 0; w < SPLIT_WARPS; w++)
+		for (int half = 0; half < 2; half++)
 		{
-			const float share = share_of(maxima[w * H + h], largest);
+			const int	d = chunk * CHUNK + half * 32 + t * 8;
 
-			all = fmaf(sums[w * H + h], share, all);
-			v = fmaf(values[w * H * DIMS + i], share, v);
-		}
-		if (h0 + h < group && i % DIMS < a.head_dim)
-		{
-			float	   *to = partial_of(a, partials, n_splits, t, kv_head * group + h0 + h, split);
-
-			if (i % DIMS == 0)
-			{
-				to[0] = largest;
-				to[1] = all;
-			}
-			to[MILLM_CUDA_PARTIAL + i % DIMS] = v;
+			u[i][half] = d < head_dim ? *(const uint4 *) (s.codes + d) : uint4 {0, 0, 0, 0};
 		}
 	}
+	__device__ void fragment(uint32_t *b, int i, int s) const
+	{
+		const uint4 w = u[i][s / 2];
+
+		b[0] = s % 2 ? w.z : w.x;
+		b[1] = s % 2 ? w.w : w.y;
+	}
+};
+
+template <>
+struct Keys<int8_t>
+{
+	uint4		u[2];
+	uint16_t	scale[2];
+
+	static __device__ int dim_of(int s, int t) { return t * MILLM_KV_BLOCK + s * 4; }
+	__device__ void load(const Slot<int8_t> &s, int i, int chunk, int t, int head_dim)
+	{
+		const int	d = chunk * CHUNK + t * MILLM_KV_BLOCK;
+
+		u[i] = d < head_dim ? *(const uint4 *) (s.codes + d) : uint4 {0, 0, 0, 0};
+		scale[i] = d < head_dim ? s.scales[d / MILLM_KV_BLOCK] : 0;
+	}
+	__device__ void fragment(uint32_t *b, int i, int s) const
+	{
+		const uint32_t word = (s == 0 ? u[i].x : s == 1 ? u[i].y : s == 2 ? u[i].z : u[i].w) ^ 0x80808080u;
+		const uint32_t scales = scale[i] * 0x10001u;
+
+		b[0] = mul_f16_pairs(codes_in_f16(word, 0x4140), scales);
+		b[1] = mul_f16_pairs(codes_in_f16(word, 0x4342), scales);
+	}
+};
+
+template <>
+struct Values<uint16_t>
+{
+	uint4		u[4];
+
+	__device__ void clear(int i) { u[i] = {0, 0, 0, 0}; }
+	__device__ void load(const Slot<uint16_t> &s, int i, int d) { u[i] = *(const uint4 *) (s.codes + d); }
+	__device__ uint32_t word(int i, int j) const { return j / 2 == 0 ? u[i].x : j / 2 == 1 ? u[i].y : j / 2 == 2 ? u[i].z : u[i].w; }
+	__device__ void fragment(uint32_t *b, int j) const
+	{
+#pragma unroll
+		for (int k = 0; k < 2; k++)
+			b[k] = byte_perm(word(2 * k, j), word(2 * k + 1, j), j % 2 ? 0x7632 : 0x5410);
+	}
+};
+
+template <>
+struct Values<int8_t>
+{
+	uint2		u[4];
+	uint16_t	scale[4];
+
+	__device__ void clear(int i) { u[i] = {0, 0}; scale[i] = 0; }
+	__device__ void load(const Slot<int8_t> &s, int i, int d) { u[i] = *(const uint2 *) (s.codes + d); scale[i] = s.scales[d / MILLM_KV_BLOCK]; }
+	__device__ uint32_t word(int i, int j) const { return j < 4 ? u[i].x : u[i].y; }
+	__device__ void fragment(uint32_t *b, int j) const
+	{
+#pragma unroll
+		for (int k = 0; k < 2; k++)
+		{
+			const uint32_t both = byte_perm(word(2 * k, j), word(2 * k + 1, j), j % 4 < 2 ? 0x5140 : 0x7362) ^ 0x80808080u;
+
+			b[k] = mul_f16_pairs(codes_in_f16(both, j % 2 ? 0x4342 : 0x4140), scale[2 * k] | (uint32_t) scale[2 * k + 1] << 16);
+		}
+	}
+};
+
+/*
+ * What attend_split computes, where the group is no matter: of a fragment's 16 rows the first eight are its heads, and the others what float16 does not hold of
+ * them, so that products are of queries, and of weights, to 2^-22.  A warp takes a page at a time, and the next one's keys and values are on their way while these
+ * are multiplied.  The scores of two n-tiles of keys are the weights' fragment of the product with values, as they are.
+ *
+ *   T         of the pages: float16 or int8
+ *   CHUNKS    head_dim <= CHUNK * CHUNKS, and is a multiple of 16
+ *   n_splits  of the row that has most
+ *   blocks    [n_splits * n_kv_heads * ceil(group / FRAGMENT_HEADS), n], threads SPLIT_WARPS * WARP
+ */
+#define FRAGMENT_HEADS 8
+/* On a multiprocessor, where registers suffice for that many: int8 of 128 dims spills nine values of a page for it, and from sm_100 on compilers want more. */
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1000
+#define FRAGMENT_BLOCKS(CHUNKS) ((CHUNKS) == 1 ? 4 : 2)
+#else
+#define FRAGMENT_BLOCKS(CHUNKS) ((CHUNKS) == 1 ? 4 : 3)
+#endif
+template <class T, int CHUNKS>
+static __global__ void __launch_bounds__(SPLIT_WARPS * WARP, FRAGMENT_BLOCKS(CHUNKS))
+attend_fragments(const __grid_constant__ MillmCudaAttention a, float *partials, int n_splits, MillmRows q)
+{
+#ifdef HAS_TENSOR_CORES
+	const int	H = FRAGMENT_HEADS;
+	const int	DIMS = CHUNK * CHUNKS;
+	SHARED(uint4, queries, CHUNKS * 4 * WARP);	/* fragments, of each step of four dims a lane */
+	SHARED(float, values, SPLIT_WARPS * H * DIMS);
+	SHARED(float, maxima, SPLIT_WARPS * H);
+	SHARED(float, sums, SPLIT_WARPS * H);
+	const int	row = (int) blockIdx.y;
+	const int	split = (int) blockIdx.x % n_splits;
+	const int	group = a.n_heads / a.n_kv_heads;
+	const int	n_parts = (group + H - 1) / H;	/* blocks of a group */
+	const int	kv_head = (int) blockIdx.x / n_splits / n_parts;
+	const int	h0 = (int) blockIdx.x / n_splits % n_parts * H;	/* in the group */
+	const int	warp = (int) threadIdx.x / WARP;
+	const int	lane = (int) threadIdx.x % WARP;
+	const int	g = lane / 4,
+				t = lane % 4;
+	const int	head = kv_head * group + (h0 + g < group ? h0 + g : group - 1);	/* whose softmax is this lane's, and its quad's */
+	const Split s = split_of(a, a.positions[row], split);
+	const int	first = (int) s.from,	/* positions fit an int, and take less room */
+				behind = (int) s.end;
+	const int32_t *table = a.tables + a.table_of[row * a.n_groups];
+	const int	end = (behind + MILLM_CUDA_PAGE - 1) / MILLM_CUDA_PAGE;	/* of its pages */
+	int			at = first / MILLM_CUDA_PAGE + warp;	/* the page of this warp that is next */
+	int32_t		page = first < behind ? table[at < end ? at : end - 1] : 0;
+	const Slot<T> keys(a, 0, kv_head, g, false);	/* this lane's, in page 0 */
+	const Slot<T> all_values(a, 0, kv_head, 2 * t, true);
+	Keys<T>		key[CHUNKS];
+	Values<T>	of_value[CHUNKS];
+	float		value[CHUNKS][8][4] = {};
+	float		max = -INFINITY;
+	float		sum = 0;		/* this lane's part */
+
+	auto		is_seen = [&] (int p) { return p >= first && p < behind; };
+	auto		load_keys = [&] () {
+		Slot<T>		slot = keys.of_page(a, page);
+
+#pragma unroll
+		for (int i = 0; i < 2; i++, slot.skip(a, 8))
+#pragma unroll
+			for (int c = 0; c < CHUNKS; c++)
+				key[c].load(slot, i, c, t, a.head_dim);
+	};
+	/* where nothing was ever stored there may be NaN, which no weight of 0 would hide */
+	auto		load_values = [&] (int of) {
+		Slot<T>		slot = all_values.of_page(a, page);
+
+#pragma unroll
+		for (int i = 0; i < 4; i++, slot.skip(a, i == 2 ? 7 : 1))
+#pragma unroll
+			for (int c = 0; c < CHUNKS; c++)
+				if (is_seen(of * MILLM_CUDA_PAGE + 2 * t + i % 2 + i / 2 * 8) && c * CHUNK + g * 8 < a.head_dim)
+					of_value[c].load(slot, i, c * CHUNK + g * 8);
+				else
+					of_value[c].clear(i);
+	};
+
+	after_previous();			/* positions and tables are older than all kernels of the step */
+	if (first >= behind)
+		return;					/* another row has more splits */
+	if (at < end)
+	{
+		load_keys();
+		load_values(at);
+	}
+	page = table[at + SPLIT_WARPS < end ? at + SPLIT_WARPS : end - 1];
+	for (int i = (int) threadIdx.x; i < CHUNKS * 4 * WARP; i += SPLIT_WARPS * WARP)
+	{
+		const int	h = h0 + i % WARP / 4;
+		const int	d = i / WARP / 4 * CHUNK + Keys<T>::dim_of(i / WARP % 4, i % 4);
+		float4		f = {0, 0, 0, 0};
+
+		if (h < group && d < a.head_dim)
+			f = *(const float4 *) (q.data + row * q.stride + (int64_t) (kv_head * group + h) * a.head_dim + d);
+		queries[i] = {pair_f16(f.x, f.y), pair_f16(rest_of_f16(f.x), rest_of_f16(f.y)), pair_f16(f.z, f.w), pair_f16(rest_of_f16(f.z), rest_of_f16(f.w))};
+	}
+	__syncthreads();
+	for (; at < end; at += SPLIT_WARPS)
+	{
+		const int	next = at + SPLIT_WARPS;
+		float		product[2][4] = {};
+		float		score[4];
+		uint32_t	weights[4];
+		float		largest = max;
+
+#pragma unroll
+		for (int c = 0; c < CHUNKS; c++)
+#pragma unroll
+			for (int step = 0; step < 4; step++)
+			{
+				const uint4 u = queries[(c * 4 + step) * WARP + lane];
+				const uint32_t of_query[4] = {u.x, u.y, u.z, u.w};
+				uint32_t	b[2];
+
+#pragma unroll
+				for (int i = 0; i < 2; i++)
+				{
+					key[c].fragment(b, i, step);
+					mma_f16_16x8x16(product[i], of_query, b);
+				}
+			}
+		if (next < end)
+			load_keys();
+#pragma unroll
+		for (int i = 0; i < 4; i++)
+		{
+			const int	p = at * MILLM_CUDA_PAGE + i / 2 * 8 + 2 * t + i % 2;
+
+			score[i] = finished_score(a, product[i / 2][i % 2] + product[i / 2][i % 2 + 2], head, p);
+			if (!is_seen(p))
+				score[i] = -INFINITY;
+			else if (!(score[i] <= largest))	/* a NaN is taken along: it must reach the output */
+				largest = score[i];
+		}
+#pragma unroll
+		for (int step = 1; step < 4; step *= 2)
+		{
+			const float other = __shfl_xor_sync(ALL_LANES, largest, step);
+
+			largest = !(other <= largest) ? other : largest;
+		}
+		if (!(largest <= max))
+		{
+			const float rescale = exp_of(max - largest);
+
+			max = largest;
+			sum *= rescale;
+#pragma unroll
+			for (int i = 0; i < CHUNKS * 32; i++)
+				value[i / 32][i / 4 % 8][i % 4] *= rescale;
+		}
+#pragma unroll
+		for (int i = 0; i < 2; i++)
+		{
+			const float even = share_of(score[2 * i], max);
+			const float odd = share_of(score[2 * i + 1], max);
+
+			sum += even + odd;
+			weights[2 * i] = pair_f16(even, odd);
+			weights[2 * i + 1] = pair_f16(rest_of_f16(even), rest_of_f16(odd));
+		}
+#pragma unroll
+		for (int c = 0; c < CHUNKS; c++)
+#pragma unroll
+			for (int j = 0; j < 8; j++)
+			{
+				uint32_t	b[2];
+
+				of_value[c].fragment(b, j);
+				mma_f16_16x8x16(value[c][j], weights, b);
+			}
+		if (next < end)
+			load_values(next);
+		page = table[next + SPLIT_WARPS < end ? next + SPLIT_WARPS : end - 1];	/* is there when it is needed */
+	}
+#pragma unroll
+	for (int step = 1; step < 4; step *= 2)
+		sum += __shfl_xor_sync(ALL_LANES, sum, step);
+#pragma unroll
+	for (int c = 0; c < CHUNKS; c++)
+#pragma unroll
+		for (int j = 0; j < 8; j++)
+#pragma unroll
+			for (int i = 0; i < 2; i++)
+				values[(warp * H + g) * DIMS + c * CHUNK + (2 * t + i) * 8 + j] = value[c][j][i] + value[c][j][i + 2];
+	if (t == 0)
+	{
+		maxima[warp * H + g] = max;
+		sums[warp * H + g] = sum;
+	}
+	__syncthreads();
+	finish_split<H, DIMS>(a, partials, n_splits, kv_head * group, h0, split, maxima, sums, values);
+#endif
 }
 
 /* The splits of a row's head, and its sink, in their order.  blocks [n_heads, n], threads COMBINE_THREADS */
@@ -716,10 +1058,27 @@ launch_split(const MillmCudaAttention *a, float *partials, int n_splits, MillmRo
 
 template <class T>
 static cudaError_t
+launch_fragments(const MillmCudaAttention *a, float *partials, int n_splits, MillmRows q, int n, MillmCudaQueue *queue)
+{
+	const int	n_parts = (a->n_heads / a->n_kv_heads + FRAGMENT_HEADS - 1) / FRAGMENT_HEADS;
+	const dim3	blocks((unsigned) (n_splits * a->n_kv_heads * n_parts), (unsigned) n);
+
+	return launch(a->head_dim <= CHUNK ? attend_fragments<T, 1> : attend_fragments<T, MILLM_CUDA_MAX_FRAGMENT_HEAD / CHUNK>, blocks, SPLIT_WARPS * WARP, queue, *a, partials, n_splits, q);
+}
+
+template <class T>
+static cudaError_t
 launch_split(const MillmCudaAttention *a, float *partials, int n_splits, MillmRows q, int n, MillmCudaQueue *queue)
 {
 	return a->head_dim <= 64 ? launch_split<T, 8>(a, partials, n_splits, q, n, queue) :
 		a->head_dim <= 128 ? launch_split<T, 16>(a, partials, n_splits, q, n, queue) : launch_split<T, 32>(a, partials, n_splits, q, n, queue);
+}
+
+/* The partial softmaxes of n rows, once they are there, to y. */
+static cudaError_t
+launch_combine(const MillmCudaAttention *a, MillmRows y, const MillmCudaFragments *f, float *partials, int n_splits, int n, MillmCudaQueue *queue)
+{
+	return launch(combine, dim3((unsigned) a->n_heads, (unsigned) n), COMBINE_THREADS, queue, *a, y, *f, partials, n_splits);
 }
 
 cudaError_t
@@ -729,7 +1088,17 @@ millm_cuda_attention_split(const MillmCudaAttention *a, MillmRows y, const Millm
 	const cudaError_t status = a->kv_dtype == MILLM_F32 ? launch_split<float>(a, partials, n_splits, q, n, queue) :
 		a->kv_dtype == MILLM_F16 ? launch_split<uint16_t>(a, partials, n_splits, q, n, queue) : launch_split<int8_t>(a, partials, n_splits, q, n, queue);
 
-	return status == cudaSuccess ? launch(combine, dim3((unsigned) a->n_heads, (unsigned) n), COMBINE_THREADS, queue, *a, y, *f, partials, n_splits) : status;
+	return status == cudaSuccess ? launch_combine(a, y, f, partials, n_splits, n, queue) : status;
+}
+
+cudaError_t
+millm_cuda_attention_fragments(const MillmCudaAttention *a, MillmRows y, const MillmCudaFragments *f, MillmRows q, float *partials, int n_splits, int n,
+							   MillmCudaQueue *queue)
+{
+	const cudaError_t status = a->kv_dtype == MILLM_F16 ? launch_fragments<uint16_t>(a, partials, n_splits, q, n, queue) :
+		launch_fragments<int8_t>(a, partials, n_splits, q, n, queue);
+
+	return status == cudaSuccess ? launch_combine(a, y, f, partials, n_splits, n, queue) : status;
 }
 
 /* ---- many rows of a sequence ---- */
@@ -815,7 +1184,7 @@ attend_tile(const __grid_constant__ MillmCudaAttention a, MillmRows y, MillmCuda
 
 				chunk.clear();	/* where nothing was ever stored there may be NaN, which no weight of 0 would hide */
 				if (p >= begin && p < end && d < a.head_dim)
-					chunk.load(Stored<T>(a, table[p / MILLM_CUDA_PAGE], kv_head, (int) (p % MILLM_CUDA_PAGE), of_values), d);
+					chunk.load(Slot<T>(a, table[p / MILLM_CUDA_PAGE], kv_head, (int) (p % MILLM_CUDA_PAGE), of_values), d);
 				*(uint4 *) &tile[i / n_chunks * PITCH + i % n_chunks * 8] = in_f16(chunk);
 			}
 			__syncthreads();

@@ -36,7 +36,7 @@
 #define LAYER_ALIGNMENT 256
 #define MAX_TOKENS 65535		/* rows that a launch can have */
 #define PARTIALS (4 << 20)		/* floats of attention's workspace: they stay in the L2 cache of what has one of 20 MB or more */
-#define TILED_ROWS 16			/* of a sequence, from which on they are computed together */
+#define TILED_ROWS 17			/* of a sequence, from which on they are computed together: more than the longest draft has */
 #define KEPT_ROWS 64			/* of a step whose launches may become a graph: decode, and the ends of prompts */
 
 struct MillmBuffer
@@ -978,6 +978,7 @@ attend_one_by_one(CudaBackend *c, MillmCudaAttention a, MillmRows y, const Millm
 {
 	const int64_t of_split = (int64_t) a.n_heads * (MILLM_CUDA_PARTIAL + a.head_dim);
 	const int32_t *positions = (const int32_t *) c->parcel.host;
+	const bool	on_tensor_cores = c->has_tensor_cores && c->kv_dtype != MILLM_F32 && a.head_dim % 16 == 0 && a.head_dim <= MILLM_CUDA_MAX_FRAGMENT_HEAD;
 	const int	begin = t;
 	bool		has_all = false;
 
@@ -1000,7 +1001,8 @@ attend_one_by_one(CudaBackend *c, MillmCudaAttention a, MillmRows y, const Millm
 		}
 		has_all = t == begin && end == n;
 		of_some = f->in_rows ? millm_cuda_fragments_from(*f, t) : has_all ? *f : no_fragments;
-		CHECK(millm_cuda_attention_split(&some, millm_rows_from(y, t), &of_some, millm_rows_from(q, t), c->partials, n_splits, end - t, queue_of(c)));
+		CHECK((on_tensor_cores ? millm_cuda_attention_fragments : millm_cuda_attention_split)
+			  (&some, millm_rows_from(y, t), &of_some, millm_rows_from(q, t), c->partials, n_splits, end - t, queue_of(c)));
 	}
 	return has_all;
 }

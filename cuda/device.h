@@ -110,7 +110,37 @@ subtract_pairs(uint32_t a, uint32_t b)
 	return c;
 }
 
-/* c [16, 8] += a [16, 16] b [16, 8] of bfloat16, each lane's parts of them: mma.m16n8k16 */
+/* a + b, and a b, each of two float16 */
+static inline __device__ uint32_t
+add_f16_pairs(uint32_t a, uint32_t b)
+{
+	uint32_t	c;
+
+	asm("add.rn.f16x2 %0, %1, %2;" : "=r" (c) : "r" (a), "r" (b));
+	return c;
+}
+
+static inline __device__ uint32_t
+mul_f16_pairs(uint32_t a, uint32_t b)
+{
+	uint32_t	c;
+
+	asm("mul.rn.f16x2 %0, %1, %2;" : "=r" (c) : "r" (a), "r" (b));
+	return c;
+}
+
+/* c [16, 8] += a [16, 16] b [16, 8] of float16, each lane's parts of them: mma.m16n8k16 */
+static inline __device__ void
+mma_f16_16x8x16(float *c, const uint32_t *a, const uint32_t *b)
+{
+#ifdef HAS_TENSOR_CORES
+	asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+		: "+f" (c[0]), "+f" (c[1]), "+f" (c[2]), "+f" (c[3])
+		: "r" (a[0]), "r" (a[1]), "r" (a[2]), "r" (a[3]), "r" (b[0]), "r" (b[1]));
+#endif
+}
+
+/* The same of bfloat16 */
 static inline __device__ void
 mma_16x8x16(float *c, const uint32_t *a, const uint32_t *b)
 {

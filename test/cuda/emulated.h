@@ -203,12 +203,32 @@ subtract_pairs(uint32_t a, uint32_t b)
 	return r;
 }
 
+static inline uint32_t
+add_f16_pairs(uint32_t a, uint32_t b)
+{
+	uint32_t	r = 0;
+
+	for (int i = 0; i < 32; i += 16)
+		r |= (uint32_t) millm_f32_to_f16(millm_f16_to_f32((uint16_t) (a >> i)) + millm_f16_to_f32((uint16_t) (b >> i))) << i;
+	return r;
+}
+
+static inline uint32_t
+mul_f16_pairs(uint32_t a, uint32_t b)
+{
+	uint32_t	r = 0;
+
+	for (int i = 0; i < 32; i += 16)
+		r |= (uint32_t) millm_f32_to_f16(millm_f16_to_f32((uint16_t) (a >> i)) * millm_f16_to_f32((uint16_t) (b >> i))) << i;
+	return r;
+}
+
 /*
- * c [16, 8] += a [16, 16] b [16, 8] of bfloat16.  Lane 4 g + q has of a rows g and g + 8, columns 2q, 2q + 1, and these plus 8; of b the same columns of row g; of c
+ * c [16, 8] += a [16, 16] b [16, 8] of 16-bit floats.  Lane 4 g + q has of a rows g and g + 8, columns 2q, 2q + 1, and these plus 8; of b the same columns of row g; of c
  * rows g and g + 8, columns 2q and 2q + 1 (PTX ISA, "Matrix Fragments for mma.m16n8k16").
  */
 static inline void
-mma_16x8x16(float *c, const uint32_t *a, const uint32_t *b)
+multiply_fragments(float *c, const uint32_t *a, const uint32_t *b, float (*to_f32) (uint16_t))
 {
 	static float whole_a[16][16],
 				whole_b[8][16];
@@ -218,15 +238,27 @@ mma_16x8x16(float *c, const uint32_t *a, const uint32_t *b)
 	for (int k = 0; k < 4; k++)
 		for (int j = 0; j < 2; j++)
 		{
-			whole_a[g + k % 2 * 8][2 * q + k / 2 * 8 + j] = millm_bf16_to_f32((uint16_t) (a[k] >> 16 * j));
+			whole_a[g + k % 2 * 8][2 * q + k / 2 * 8 + j] = to_f32((uint16_t) (a[k] >> 16 * j));
 			if (k < 2)
-				whole_b[g][2 * q + k * 8 + j] = millm_bf16_to_f32((uint16_t) (b[k] >> 16 * j));
+				whole_b[g][2 * q + k * 8 + j] = to_f32((uint16_t) (b[k] >> 16 * j));
 		}
 	emulated_warp();
 	for (int k = 0; k < 4; k++)
 		for (int i = 0; i < 16; i++)
 			c[k] += whole_a[g + k / 2 * 8][i] * whole_b[2 * q + k % 2][i];
 	emulated_warp();
+}
+
+static inline void
+mma_16x8x16(float *c, const uint32_t *a, const uint32_t *b)
+{
+	multiply_fragments(c, a, b, millm_bf16_to_f32);
+}
+
+static inline void
+mma_f16_16x8x16(float *c, const uint32_t *a, const uint32_t *b)
+{
+	multiply_fragments(c, a, b, millm_f16_to_f32);
 }
 
 #endif

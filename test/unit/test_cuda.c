@@ -331,7 +331,9 @@ static const Shape shapes[] = {
 #define TOLERANCE_BF16 4e-3
 /* A key that is rotated here and there differs in its last bits, and so may become the next int8 code, 1/127 of the largest of its block. */
 #define TOLERANCE_CODE 1e-2
-/* In tiles a code times its scale becomes float16: of 64 such products, times 40, the deviation is 0.015, and the exponential makes it relative. */
+/* For tensor cores a code times its scale becomes float16, 2^-11. */
+#define TOLERANCE_F16 1e-3
+/* And of 64 such products, times 40, the deviation is 0.015, and the exponential makes it relative. */
 #define TOLERANCE_STEEP 6e-2
 
 /* Does bfloat16 hold its weights? */
@@ -833,9 +835,10 @@ run_attention(const Case *c, MillmDtype weights, const char *kernels, MillmKvFor
 				y[i] = be->buffer_read(be, by[i]);
 			}
 			assert_near(y[1], y[0], n * q_size,
-						format == MILLM_KV_INT8 && c->is_steep && are_many ? TOLERANCE_STEEP
+						format == MILLM_KV_INT8 && c->is_steep && !kernels ? TOLERANCE_STEEP
 						: format == MILLM_KV_INT8 && c->rotary_dim > 0 ? TOLERANCE_CODE
 						: is_rounded && is_left ? TOLERANCE_BF16
+						: format == MILLM_KV_INT8 && !kernels ? TOLERANCE_F16
 						: is_rounded && c->rotary_dim > 0 ? 3e-3
 						: c->is_steep || (is_rounded && are_many) ? 1e-3
 						: 1e-5, what);
@@ -965,7 +968,7 @@ run_splits(int n_heads, int n_kv_heads, int head_dim, int window, bool has_sinks
 			assert_memory_equal(be->buffer_read(be, by), together + t * q_size, (size_t) q_size * sizeof(float));
 		}
 		if (i == 1)
-			assert_near(together, y[0], LONG_ROWS * q_size, 2e-5, what);
+			assert_near(together, y[0], LONG_ROWS * q_size, format == MILLM_KV_INT8 ? TOLERANCE_F16 : 2e-5, what);
 		free(together);
 	}
 	rig_close(&r);
@@ -987,6 +990,12 @@ test_splits(void **state)
 		run_splits(6, 2, 256, 70, true, MILLM_BF16, format);
 		run_splits(5, 1, 8, 4097, false, MILLM_F32, format);
 		run_splits(7, 1, 16, 100, false, MILLM_BF16, format);
+		run_splits(10, 1, 48, 0, true, MILLM_BF16, format);
+		run_splits(4, 2, 112, 33, false, MILLM_BF16, format);
+		millm_emulated.capability = 7;	/* no tensor cores of that kind */
+		run_splits(2, 1, 64, 0, false, MILLM_BF16, format);
+		run_splits(3, 1, 128, 70, true, MILLM_BF16, format);
+		millm_emulated.capability = 9;
 	}
 	assert_int_equal(millm_cuda_split_span(4096), 64);
 	assert_int_equal(millm_cuda_split_span(4097), 128);
