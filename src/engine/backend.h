@@ -91,8 +91,8 @@ struct MillmBackend
 	void		(*matmul) (MillmBackend *be, const MillmProjection *p, int n_projections, MillmBuffer *x, int n);
 	/*
 	 * y[t] = x[t] head^T, the same bits as matmul's for the n rows, where tops[t] (k > 0) needs them, -infinity elsewhere: decided by
-	 * the head's screening copy.  Returns how many rows of the head were read; -1, y undefined, when matmul is
-	 * the better or the only way: also whenever a logit that was read is NaN or infinite.  NULL: it never is of use.
+	 * the head's screening copy.  Returns how many rows of the head were read; y is undefined, and matmul the only way, with 0, which is
+	 * said at once, for so many rows, and with -1, for these: also whenever a logit that was read is NaN or infinite.  NULL: it never is of use.
 	 */
 	int64_t		(*screened_matmul) (MillmBackend *be, MillmBuffer *y, const MillmWeight *head, const MillmScreen *screen, MillmBuffer *x,
 									const MillmTop *tops, int n);

@@ -561,7 +561,7 @@ screened_matmul(MillmBackend *be, MillmBuffer *y, const MillmWeight *head, const
 	ScreenLoop	l;
 
 	if (n > MAX_SCREENED_ROWS || choose_form(c, head, n) != MILLM_FORM_F32)
-		return -1;
+		return 0;
 	if (form != MILLM_FORM_F32)
 		pack(c, x, form, head->n_in, n);
 	y->n_packed = 0;

@@ -436,15 +436,15 @@ draft(MillmEngine *e, MillmPlanItem *item)
 	item->n_drafted = c->n_drafted;
 }
 
-/* A choice has accepted so much of its draft: the rest has not been. */
+/* A choice has accepted so much of its draft. */
 static void
-forget_draft(MillmEngine *e, MillmChoice *c, int n_accepted)
+end_draft(MillmEngine *e, MillmChoice *c, int n_accepted)
 {
 	pthread_mutex_lock(&e->lock);
 	e->drafted_tokens += c->n_drafted;
 	e->accepted_tokens += n_accepted;
 	pthread_mutex_unlock(&e->lock);
-	millm_sequence_truncate(c->seq, c->slot.n_past);
+	millm_sequence_accept(c->seq, c->draft, n_accepted);
 	c->n_drafted = 0;
 }
 
@@ -526,7 +526,7 @@ run_step(MillmEngine *e, int n)
 			rc = generation_take(c, logits, &err);
 			logits += (size_t) vocab * (size_t) (1 + c->n_drafted);
 			if (c->n_drafted > 0)
-				forget_draft(e, c, c->slot.n_past - n_past);
+				end_draft(e, c, c->slot.n_past - n_past);
 		}
 		if (rc != MILLM_OK)
 			note_failure(c->request, &err);

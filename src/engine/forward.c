@@ -661,7 +661,7 @@ run_head(MillmForward *fw, MillmBuffer *in, int n)
 	const MillmModel *model = fw->model;
 	const MillmProjection head = {fw->logits, &model->head, &model->head_bias, false};
 	bool		screens = fw->is_screened && be->first_bad(be) < 0;	/* what is no number is in no order */
-	int64_t		n_read = -1;
+	int64_t		n_read = 0;
 
 	if (model->config.logit_scale != 1)
 		be->scale(be, in, model->config.logit_scale, n);
@@ -673,7 +673,7 @@ run_head(MillmForward *fw, MillmBuffer *in, int n)
 			 (n_read = be->screened_matmul(be, fw->logits, &model->head, &model->screen, in, fw->tops, n)) < 0)
 		fw->n_unscreened = UNSCREENED_STEPS;
 	fw->head_use.n_rows += n;
-	if (n_read >= 0)
+	if (n_read > 0)
 	{
 		fw->head_use.n_screened += n;
 		fw->head_use.n_read += n_read;
@@ -746,14 +746,12 @@ millm_forward_step(MillmForward *fw, const MillmBatchToken *batch, int n, bool (
 	{
 		MillmSequence *seq = batch[t].seq;
 
-		if (rc != MILLM_OK)
-			seq->n_in_step = 0;
-		else
-		{
-			millm_kv_append(seq, batch[t].token);
-			if (--seq->n_in_step == 0 ? !batch[t].is_draft : batch[t + 1].is_draft && !batch[t].is_draft)
-				millm_kv_pass(seq);
-		}
+		seq->n_in_step = rc == MILLM_OK ? seq->n_in_step - 1 : 0;
+		if (rc != MILLM_OK || batch[t].is_draft)
+			continue;
+		millm_kv_append(seq, batch[t].token);
+		if (seq->n_in_step == 0 || batch[t + 1].is_draft)
+			millm_kv_pass(seq);
 	}
 	if (rc == MILLM_OK && logits)
 		*logits = fw->n_logits > 0 ? fw->be->buffer_read(fw->be, fw->logits) : NULL;

@@ -102,9 +102,11 @@ extern int	millm_sequence_share(MillmSequence *seq, const int32_t *tokens, int n
  */
 extern int64_t millm_kv_pages_held(const MillmForward *fw, int planned_length, const int32_t *tokens, int n, int length);
 extern int	millm_sequence_length(const MillmSequence *seq);	/* positions computed so far */
+/* Of the draft that its last step has computed, the first n tokens are the sequence's from now on; the others are no more. */
+extern void millm_sequence_accept(MillmSequence *seq, const int32_t *draft, int n);
 /*
- * Forget positions from length on (a rejected draft, a preempted sequence: length 0), and pages reserved past it.  Where windows have let go what
- * the next position would see, all is forgotten: millm_sequence_length() tells.  Of a step's drafts they let nothing go.
+ * Forget positions from length on, and pages reserved past it.  Where windows have let go what the next position would see, all is
+ * forgotten: millm_sequence_length() tells.
  */
 extern void millm_sequence_truncate(MillmSequence *seq, int length);
 /*
@@ -123,7 +125,7 @@ typedef struct MillmBatchToken
 	bool		want_logits;
 	MillmTop	top;			/* of these, what is needed; zeros: all */
 	bool		want_hidden;	/* its last hidden state; not of one whose logits are wanted */
-	bool		is_draft;		/* the sequence may be truncated to it, or to what is before the first of them: they are its last in this step */
+	bool		is_draft;		/* computed, but not the sequence's until millm_sequence_accept(): they are its last in this step */
 } MillmBatchToken;
 
 /*

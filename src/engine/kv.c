@@ -476,6 +476,14 @@ millm_kv_append(MillmSequence *seq, int32_t token)
 		walk_on(seq);
 }
 
+void
+millm_sequence_accept(MillmSequence *seq, const int32_t *draft, int n)
+{
+	for (int i = 0; i < n; i++)
+		millm_kv_append(seq, draft[i]);
+	millm_kv_pass(seq);
+}
+
 /*
  * From *place on, which is after n_before pages of tokens [n]: the longest beginning that is usable by somebody who has these pages.  Returns its
  * pages, n_before when there is no longer one; *place is its end.

@@ -26,7 +26,8 @@
  *
  * Without overtaking: the head of the line waits for pages and nobody passes it.  When a running sequence finds no page for its next
  * position, the running one that is last in the line is preempted and goes back to its place; its tokens are computed
- * again later.  The first thus always gets on, and the pool holds it alone.
+ * again later.  The first thus always gets on, and the pool holds it alone.  Who wants rows of logits, though, waits for these without holding up those behind him
+ * who want none, and is let in once those before him that do have had theirs.
  *
  * Invariants: slots[0 .. n_running) run and slots[n_running .. n) wait, each part in the order of the line;
  * a waiting slot holds no page; a plan has at most max_batch_tokens tokens, and of slots that want rows at most MILLM_SCHED_ROWS and one each.

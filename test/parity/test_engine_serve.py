@@ -385,6 +385,24 @@ def test_drafts(family):
     assert e.stop() == 0
 
 
+@pytest.mark.parametrize("family", ["llama", "gemma3"])
+def test_drafts_are_not_cached(family):
+    """The prefix cache has what was said, and nothing that was drafted in vain."""
+    e = Engine()
+    cached = {}
+    for n in (0, 3, 15):
+        e.call("load", path=str(TINY / family), context_length=128, max_sequences=16, deterministic=True, draft_tokens=n)
+        for seed in range(6):
+            e.call("generate", prompt="ab cd ef gh " * 3 + "ab" * seed, max_tokens=60, temperature=1, top_k=2, seed=seed)
+        all_free(e)
+        s = e.call("status")
+        assert s["drafted_tokens"] > s["accepted_tokens"] or n == 0
+        cached[n] = s["pages_cached"]
+        e.call("unload")
+    assert cached[3] == cached[15] == cached[0] > 6
+    assert e.stop() == 0
+
+
 def test_drafts_of_one_alone(model):
     """Where two run there are no drafts, and again some when one is left."""
     e = Engine()
