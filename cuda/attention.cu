@@ -687,18 +687,20 @@ codes_in_f16(uint32_t u, unsigned selector)
 	return add_f16_pairs(byte_perm(u, 0x64646464u, selector), 0xE480E480u);	/* - 1152: exact */
 }
 
-static inline __device__ uint32_t
+#ifdef HAS_TENSOR_CORES
+static __device__ uint32_t
 pair_f16(float low, float high)
 {
 	return to_f16(low) | (uint32_t) to_f16(high) << 16;
 }
 
 /* What float16 does not hold of f, in float16. */
-static inline __device__ float
+static __device__ float
 rest_of_f16(float f)
 {
 	return f - from_f16(to_f16(f));
 }
+#endif
 
 /*
  * A lane's part of 64 dims, from 64 chunk on, of a page's keys, and of its values, as fragments of mma.m16n8k16 (PTX ISA): g = lane / 4, t = lane % 4.  A sum over
