@@ -703,11 +703,12 @@ rest_of_f16(float f)
 #endif
 
 /*
- * A lane's part of 64 dims, from 64 chunk on, of a page's keys, and of its values, as fragments of mma.m16n8k16 (PTX ISA): g = lane / 4, t = lane % 4.  A sum over
- * dims has no order of its own, so that those of a fragment are what a lane finds side by side.
+ * A lane's part of 64 dims, from 64 chunk on, of a page's keys, and of its values, as fragments of mma.m16n8k16 (PTX ISA): g = lane / 4, t = lane % 4.  Neither a sum
+ * over dims nor rows of a result have an order of their own, so that those of a fragment are what a lane finds side by side.
  *
- * Keys: of n-tile i the key g + 8 i, and of step s, of four, the dims dim_of(s, t) and the three behind it.
- * Values: of the keys 2t, 2t + 1, 2t + 8 and 2t + 9 the eight dims from 8 g on; n-tile j has of each lane's the j-th.
+ * Keys, the second factor: of n-tile i the key g + 8 i, and of step s, of four, the dims dim_of(s, t) and the three behind it.
+ * Values, the first, transposed: of the keys 2t, 2t + 1, 2t + 8 and 2t + 9 the eight dims from 8 g on; m-tile j, of four, has of each lane's the dims 2j and 2j + 1,
+ * as the rows g and g + 8.
  */
 #define CHUNK 64
 template <class T>
@@ -771,12 +772,15 @@ struct Values<uint16_t>
 
 	__device__ void clear(int i) { u[i] = {0, 0, 0, 0}; }
 	__device__ void load(const Slot<uint16_t> &s, int i, int d) { u[i] = *(const uint4 *) (s.codes + d); }
-	__device__ uint32_t word(int i, int j) const { return j / 2 == 0 ? u[i].x : j / 2 == 1 ? u[i].y : j / 2 == 2 ? u[i].z : u[i].w; }
-	__device__ void fragment(uint32_t *b, int j) const
+	__device__ uint32_t word(int i, int j) const { return j == 0 ? u[i].x : j == 1 ? u[i].y : j == 2 ? u[i].z : u[i].w; }
+	__device__ void fragment(uint32_t *a, int j) const
 	{
 #pragma unroll
 		for (int k = 0; k < 2; k++)
-			b[k] = byte_perm(word(2 * k, j), word(2 * k + 1, j), j % 2 ? 0x7632 : 0x5410);
+		{
+			a[2 * k] = byte_perm(word(2 * k, j), word(2 * k + 1, j), 0x5410);
+			a[2 * k + 1] = byte_perm(word(2 * k, j), word(2 * k + 1, j), 0x7632);
+		}
 	}
 };
 
@@ -788,23 +792,26 @@ struct Values<int8_t>
 
 	__device__ void clear(int i) { u[i] = {0, 0}; scale[i] = 0; }
 	__device__ void load(const Slot<int8_t> &s, int i, int d) { u[i] = *(const uint2 *) (s.codes + d); scale[i] = s.scales[d / MILLM_KV_BLOCK]; }
-	__device__ uint32_t word(int i, int j) const { return j < 4 ? u[i].x : u[i].y; }
-	__device__ void fragment(uint32_t *b, int j) const
+	__device__ uint32_t word(int i, int j) const { return j < 2 ? u[i].x : u[i].y; }
+	__device__ void fragment(uint32_t *a, int j) const
 	{
 #pragma unroll
 		for (int k = 0; k < 2; k++)
 		{
-			const uint32_t both = byte_perm(word(2 * k, j), word(2 * k + 1, j), j % 4 < 2 ? 0x5140 : 0x7362) ^ 0x80808080u;
+			const uint32_t both = byte_perm(word(2 * k, j), word(2 * k + 1, j), j % 2 ? 0x7362 : 0x5140) ^ 0x80808080u;
+			const uint32_t scales = scale[2 * k] | (uint32_t) scale[2 * k + 1] << 16;
 
-			b[k] = mul_f16_pairs(codes_in_f16(both, j % 2 ? 0x4342 : 0x4140), scale[2 * k] | (uint32_t) scale[2 * k + 1] << 16);
+			a[2 * k] = mul_f16_pairs(codes_in_f16(both, 0x4140), scales);
+			a[2 * k + 1] = mul_f16_pairs(codes_in_f16(both, 0x4342), scales);
 		}
 	}
 };
 
 /*
- * What attend_split computes, where the group is no matter: of a fragment's 16 rows the first eight are its heads, and the others what float16 does not hold of
- * them, so that products are of queries, and of weights, to 2^-22.  A warp takes a page at a time, and the next one's keys and values are on their way while these
- * are multiplied.  The scores of two n-tiles of keys are the weights' fragment of the product with values, as they are.
+ * What attend_split computes, where the group is no matter.  Of queries' 16 rows the first eight are its heads, and the others what float16 does not hold of them;
+ * weights are two fragments likewise: products are of queries, and of weights, to 2^-22.  A warp takes a page at a time, and the next one's keys and values are on
+ * their way while these are multiplied.  The scores of two n-tiles of keys, with heads as rows, are the fragment of weights that values, transposed, are multiplied
+ * by, as they are; so the result has heads as columns, which needs half the registers that 16 rows of them would.
  *
  *   T         of the pages: float16 or int8
  *   CHUNKS    head_dim <= CHUNK * CHUNKS, and is a multiple of 16
@@ -812,12 +819,8 @@ struct Values<int8_t>
  *   blocks    [n_splits * n_kv_heads * ceil(group / FRAGMENT_HEADS), n], threads SPLIT_WARPS * WARP
  */
 #define FRAGMENT_HEADS 8
-/* On a multiprocessor, where registers suffice for that many: int8 of 128 dims spills nine values of a page for it, and from sm_100 on compilers want more. */
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1000
-#define FRAGMENT_BLOCKS(CHUNKS) ((CHUNKS) == 1 ? 4 : 2)
-#else
-#define FRAGMENT_BLOCKS(CHUNKS) ((CHUNKS) == 1 ? 4 : 3)
-#endif
+/* On a multiprocessor: registers for that many, and none spills but a few values of 256 dims (float16 from sm_100 on: 51). */
+#define FRAGMENT_BLOCKS(CHUNKS) ((CHUNKS) == 1 ? 4 : (CHUNKS) == 2 ? 3 : 2)
 template <class T, int CHUNKS>
 static __global__ void __launch_bounds__(SPLIT_WARPS * WARP, FRAGMENT_BLOCKS(CHUNKS))
 attend_fragments(const __grid_constant__ MillmCudaAttention a, float *partials, int n_splits, MillmRows q)
@@ -851,7 +854,7 @@ attend_fragments(const __grid_constant__ MillmCudaAttention a, float *partials, 
 	const Slot<T> all_values(a, 0, kv_head, 2 * t, true);
 	Keys<T>		key[CHUNKS];
 	Values<T>	of_value[CHUNKS];
-	float		value[CHUNKS][8][4] = {};
+	float		value[CHUNKS][4][4] = {};	/* m-tile j: of the heads 2t and 2t + 1 the dim 8 g + 2j, and then the next one */
 	float		max = -INFINITY;
 	float		sum = 0;		/* this lane's part */
 
@@ -904,8 +907,10 @@ attend_fragments(const __grid_constant__ MillmCudaAttention a, float *partials, 
 		const int	next = at + SPLIT_WARPS;
 		float		product[2][4] = {};
 		float		score[4];
-		uint32_t	weights[4];
+		uint32_t	weights[2],
+					rests[2];
 		float		largest = max;
+		float		rescale[2];
 
 #pragma unroll
 		for (int c = 0; c < CHUNKS; c++)
@@ -943,16 +948,15 @@ attend_fragments(const __grid_constant__ MillmCudaAttention a, float *partials, 
 
 			largest = !(other <= largest) ? other : largest;
 		}
-		if (!(largest <= max))
-		{
-			const float rescale = exp_of(max - largest);
-
-			max = largest;
-			sum *= rescale;
+		rescale[0] = largest <= max ? 1 : exp_of(max - largest);
+		max = largest;
+		sum *= rescale[0];
+		rescale[1] = __shfl_sync(ALL_LANES, rescale[0], (2 * t + 1) * 4);
+		rescale[0] = __shfl_sync(ALL_LANES, rescale[0], 2 * t * 4);	/* of the heads of this lane's values */
+		if (rescale[0] != 1 || rescale[1] != 1)
 #pragma unroll
-			for (int i = 0; i < CHUNKS * 32; i++)
-				value[i / 32][i / 4 % 8][i % 4] *= rescale;
-		}
+			for (int i = 0; i < CHUNKS * 16; i++)
+				value[i / 16][i / 4 % 4][i % 4] *= rescale[i % 2];
 #pragma unroll
 		for (int i = 0; i < 2; i++)
 		{
@@ -960,18 +964,19 @@ attend_fragments(const __grid_constant__ MillmCudaAttention a, float *partials, 
 			const float odd = share_of(score[2 * i + 1], max);
 
 			sum += even + odd;
-			weights[2 * i] = pair_f16(even, odd);
-			weights[2 * i + 1] = pair_f16(rest_of_f16(even), rest_of_f16(odd));
+			weights[i] = pair_f16(even, odd);
+			rests[i] = pair_f16(rest_of_f16(even), rest_of_f16(odd));
 		}
 #pragma unroll
 		for (int c = 0; c < CHUNKS; c++)
 #pragma unroll
-			for (int j = 0; j < 8; j++)
+			for (int j = 0; j < 4; j++)
 			{
-				uint32_t	b[2];
+				uint32_t	transposed[4];
 
-				of_value[c].fragment(b, j);
-				mma_f16_16x8x16(value[c][j], weights, b);
+				of_value[c].fragment(transposed, j);
+				mma_f16_16x8x16(value[c][j], transposed, weights);
+				mma_f16_16x8x16(value[c][j], transposed, rests);
 			}
 		if (next < end)
 			load_values(next);
@@ -983,10 +988,13 @@ attend_fragments(const __grid_constant__ MillmCudaAttention a, float *partials, 
 #pragma unroll
 	for (int c = 0; c < CHUNKS; c++)
 #pragma unroll
-		for (int j = 0; j < 8; j++)
-#pragma unroll
-			for (int i = 0; i < 2; i++)
-				values[(warp * H + g) * DIMS + c * CHUNK + (2 * t + i) * 8 + j] = value[c][j][i] + value[c][j][i + 2];
+		for (int i = 0; i < 2; i++)
+		{
+			float4	   *to = (float4 *) &values[(warp * H + 2 * t + i) * DIMS + c * CHUNK + g * 8];
+
+			to[0] = {value[c][0][i], value[c][0][i + 2], value[c][1][i], value[c][1][i + 2]};
+			to[1] = {value[c][2][i], value[c][2][i + 2], value[c][3][i], value[c][3][i + 2]};
+		}
 	if (t == 0)
 	{
 		maxima[warp * H + g] = max;
@@ -1065,7 +1073,8 @@ launch_fragments(const MillmCudaAttention *a, float *partials, int n_splits, Mil
 	const int	n_parts = (a->n_heads / a->n_kv_heads + FRAGMENT_HEADS - 1) / FRAGMENT_HEADS;
 	const dim3	blocks((unsigned) (n_splits * a->n_kv_heads * n_parts), (unsigned) n);
 
-	return launch(a->head_dim <= CHUNK ? attend_fragments<T, 1> : attend_fragments<T, MILLM_CUDA_MAX_FRAGMENT_HEAD / CHUNK>, blocks, SPLIT_WARPS * WARP, queue, *a, partials, n_splits, q);
+	return launch(a->head_dim <= CHUNK ? attend_fragments<T, 1> : a->head_dim <= 2 * CHUNK ? attend_fragments<T, 2> : attend_fragments<T, MILLM_CUDA_MAX_CHUNKED_HEAD / CHUNK>,
+				  blocks, SPLIT_WARPS * WARP, queue, *a, partials, n_splits, q);
 }
 
 template <class T>

@@ -992,8 +992,10 @@ test_splits(void **state)
 		run_splits(7, 1, 16, 100, false, MILLM_BF16, format);
 		run_splits(10, 1, 48, 0, true, MILLM_BF16, format);
 		run_splits(4, 2, 112, 33, false, MILLM_BF16, format);
+		run_splits(11, 1, 192, 0, false, MILLM_BF16, format);
 		millm_emulated.capability = 7;	/* no tensor cores of that kind */
 		run_splits(2, 1, 64, 0, false, MILLM_BF16, format);
+		run_splits(6, 2, 256, 70, true, MILLM_BF16, format);
 		run_splits(3, 1, 128, 70, true, MILLM_BF16, format);
 		millm_emulated.capability = 9;
 	}
