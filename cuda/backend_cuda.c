@@ -226,13 +226,23 @@ is_chunked(int head_dim)
 	return head_dim % 8 == 0 && head_dim <= MILLM_CUDA_MAX_CHUNKED_HEAD;
 }
 
+/* Splits of a launch whose rows have at most so many: a power of two, so that a sequence that grows has a graph for long. */
+static int
+splits_of_launch(int64_t n_splits)
+{
+	int			n = 1;
+
+	while (n < n_splits && n < MILLM_CUDA_SPLITS)
+		n = n * 2 < MILLM_CUDA_SPLITS ? n * 2 : MILLM_CUDA_SPLITS;
+	return n;
+}
+
 /* Floats for partial softmaxes: for all rows of a step, but not more than fit into a cache; one row at least */
 static int64_t
 n_partials(const MillmModel *model, const MillmBackendOptions *o)
 {
-	/* a row sees at most so many keys; a window may begin within a split */
-	const int	n_splits = millm_cuda_splits(o->max_entries * MILLM_CUDA_PAGE, 0);
-	const int64_t of_split = n_splits < MILLM_CUDA_SPLITS ? n_splits + 1 : n_splits;
+	/* of the shortest spans a row has most; and a window may begin within one */
+	const int64_t of_split = splits_of_launch(o->max_entries * MILLM_CUDA_PAGE / MILLM_CUDA_SPLIT_KEYS + 2);
 	int64_t		largest = 0;
 
 	for (int i = 0; i < model->config.n_layers && !are_plain(o->kernels); i++)
@@ -969,10 +979,7 @@ attention_from(MillmCudaAttention a, int t)
 	return a;
 }
 
-/*
- * The rows [t, n), as many in a launch as there is room for partial softmaxes.  The number of splits of a launch is a power of two, so that a
- * sequence that grows has a graph for long.  True: one launch had all rows, and left the fragments of y; those in_rows are left by any.
- */
+/* The rows [t, n), as many in a launch as there is room for partial softmaxes.  True: one launch had all rows, and left the fragments of y; those in_rows are left by any. */
 static bool
 attend_one_by_one(CudaBackend *c, MillmCudaAttention a, MillmRows y, const MillmCudaFragments *f, MillmRows q, int t, int n)
 {
@@ -990,11 +997,9 @@ attend_one_by_one(CudaBackend *c, MillmCudaAttention a, MillmRows y, const Millm
 
 		for (end = t; end < n; end++)
 		{
-			const int	of_row = millm_cuda_splits(positions[end], a.window);
-			int			needed = n_splits;
+			const int	of_row = splits_of_launch(millm_cuda_splits(positions[end], a.window));
+			const int	needed = of_row > n_splits ? of_row : n_splits;
 
-			while (needed < of_row)
-				needed = needed * 2 < MILLM_CUDA_SPLITS ? needed * 2 : MILLM_CUDA_SPLITS;
 			if (end > t && (end + 1 - t) * needed * of_split > c->n_partials)
 				break;
 			n_splits = needed;

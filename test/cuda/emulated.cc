@@ -526,6 +526,8 @@ struct Head
 	Head	   *next;
 };
 #define HEAD 256
+#define FENCE 4096				/* bytes behind an allocation, which must be as they were */
+#define FENCE_BYTE 0xa5
 static Head *allocations;
 
 cudaError_t
@@ -541,11 +543,12 @@ cudaMalloc(void **p, size_t bytes)
 		return say(cudaErrorMemoryAllocation);
 	if (millm_emulated.allocations_left > 0)
 		millm_emulated.allocations_left--;
-	if (posix_memalign((void **) &head, HEAD, HEAD + bytes) != 0)
+	if (posix_memalign((void **) &head, HEAD, HEAD + bytes + FENCE) != 0)
 		emulated_complain("no memory for the device's");
 	*head = {bytes, allocations};
 	allocations = head;
 	memset((char *) head + HEAD, 0xff, bytes);
+	memset((char *) head + HEAD + bytes, FENCE_BYTE, FENCE);
 	millm_emulated.used_bytes += bytes;
 	millm_emulated.n_allocations++;
 	*p = (char *) head + HEAD;
@@ -569,6 +572,9 @@ cudaFree(void *p)
 		else
 			emulated_complain("memory is freed that was not allocated");
 	*link = head->next;
+	for (int i = 0; i < FENCE; i++)
+		if (((const unsigned char *) p)[head->bytes + (size_t) i] != FENCE_BYTE)
+			emulated_complain("a kernel has written behind its memory");
 	millm_emulated.used_bytes -= head->bytes;
 	millm_emulated.n_allocations--;
 	free(head);
