@@ -3,10 +3,10 @@
  *
  *   gpu-kernels [tiny]
  *
- * Matrices of Llama-3.1-8B (tiny: far smaller ones, once, to try the program out on the emulated device), each of them as often as memory of MEMORY_MB takes it, so that no
+ * Matrices of Llama-3.1-8B, and its heads and gemma-2-2b's (tiny: far smaller ones, once, to try the program out on the emulated device), each of them as often as memory of MEMORY_MB takes it, so that no
  * cache holds what comes next; one launch for each, as one graph, REPEATS of it queued before the host waits, the median of PASSES.  A JSON object a line: kernel, dtype, n_out, n_in, rows of
  * x, whether a kernel may begin before the one in front has ended, microseconds, and GB/s (1e9) of the weights alone, or for attention of keys and values.
- * Exit status 1 with the reason when a call fails.
+ * Exit status 1 with the reason when a call fails, or attention is not its sibling's.
  */
 #include <inttypes.h>
 #include <math.h>
@@ -20,10 +20,10 @@
 #define MEMORY_MB 1024
 #define PASSES 9
 #define REPEATS 8				/* of a graph: what starts it and wakes the host up is little beside them */
-#define HEADS 32				/* of attention, and KV heads, of DIM */
-#define KV_HEADS 8
-#define DIM 128
 #define CHECK(call) check((call), #call)
+/* Relative RMS between attention's results on tensor cores and its sibling's: sums in another order; int8: what float16 does not hold of a code times its scale, too */
+#define TOLERANCE 5e-5
+#define TOLERANCE_INT8 1e-3
 
 static int	n_passes = PASSES,
 			n_repeats = REPEATS;
@@ -74,7 +74,8 @@ launch(const Job *job, int i, MillmCudaQueue *queue)
 	static const MillmCudaFragments none;
 
 	if (job->attention)
-		return millm_cuda_attention_split(&job->attention[i], job->y, &none, job->q, job->partials, job->n_splits, job->n_rows, queue);
+		return (strcmp(job->kernel, "split") == 0 ? millm_cuda_attention_split : millm_cuda_attention_fragments)
+			(&job->attention[i], job->y, &none, job->q, job->partials, job->n_splits, job->n_rows, queue);
 	if (strcmp(job->kernel, "skinny") == 0)
 		return millm_cuda_matmul_skinny(job->skinny, &job->matmuls[i], 1, &job->fragments, queue);
 	if (strcmp(job->kernel, "few") == 0)
@@ -223,27 +224,39 @@ products(MillmDtype dtype, int64_t n_out, int64_t n_in, int64_t memory, cudaStre
 
 /* ---- attention ---- */
 
-static void
-attention(MillmDtype dtype, int n_sequences, int context, int64_t memory, cudaStream_t stream)
+typedef struct Heads
 {
-	const int64_t page_bytes = (int64_t) 2 * KV_HEADS * MILLM_CUDA_PAGE * (dtype == MILLM_INT8 ? DIM + 2 * MILLM_KV_BLOCKS(DIM) : 2 * DIM);
+	int			n, n_kv, dim;
+} Heads;
+
+/* On tensor cores, and its sibling, whose results these must be */
+static void
+attention(const Heads *heads, MillmDtype dtype, int n_sequences, int context, int64_t memory, cudaStream_t stream)
+{
+	static const char *const kernels[] = {"fragments", "split"};
+	const int	dim = heads->dim;
+	const int64_t width = (int64_t) heads->n * dim;
+	const int64_t n_values = n_sequences * width;
+	const int64_t page_bytes = (int64_t) 2 * heads->n_kv * MILLM_CUDA_PAGE * (dtype == MILLM_INT8 ? dim + 2 * MILLM_KV_BLOCKS(dim) : 2 * dim);
 	const int	n_entries = (context + MILLM_CUDA_PAGE - 1) / MILLM_CUDA_PAGE;
 	const int64_t bytes = n_sequences * n_entries * page_bytes;	/* of a layer */
 	const int	n = memory / bytes < 2 ? 2 : (int) (memory / bytes);
-	const int64_t of_split = HEADS * (MILLM_CUDA_PARTIAL + DIM);
+	const int64_t of_split = heads->n * (MILLM_CUDA_PARTIAL + (int64_t) dim);
 	char	   *kv = device_memory(n * bytes, true, stream);
-	float	   *q = device_memory((int64_t) n_sequences * HEADS * DIM * 4, true, stream),
-			   *y = device_memory((int64_t) n_sequences * HEADS * DIM * 4, false, stream),
+	float	   *q = device_memory(n_values * 4, true, stream),
+			   *y = device_memory(n_values * 4, false, stream),
 			   *partials = device_memory((int64_t) n_sequences * MILLM_CUDA_SPLITS * of_split * 4, false, stream);
 	int32_t    *tables = malloc((size_t) n_sequences * (size_t) n_entries * 4),
 			   *positions = malloc((size_t) n_sequences * 4),
 			   *table_of = malloc((size_t) n_sequences * 4);
 	int32_t    *on_device[3];
 	MillmCudaAttention *a = calloc((size_t) n, sizeof(*a));
-	Job			job = {.kernel = "attention", .attention = a, .n = n, .n_rows = n_sequences, .n_splits = 1, .y = {y, HEADS * DIM}, .q = {q, HEADS * DIM},
-		.partials = partials};
+	float	   *results[2] = {malloc((size_t) n_values * 4), malloc((size_t) n_values * 4)};
+	Job			job = {.attention = a, .n = n, .n_rows = n_sequences, .n_splits = 1, .y = {y, width}, .q = {q, width}, .partials = partials};
+	double		differs = 0,
+				all = 0;
 
-	if (!tables || !positions || !table_of || !a)
+	if (!tables || !positions || !table_of || !a || !results[0] || !results[1])
 		exit(1);
 	for (int s = 0; s < n_sequences; s++)
 	{
@@ -259,19 +272,39 @@ attention(MillmDtype dtype, int n_sequences, int context, int64_t memory, cudaSt
 		job.n_splits = job.n_splits * 2 < MILLM_CUDA_SPLITS ? job.n_splits * 2 : MILLM_CUDA_SPLITS;
 	for (int i = 0; i < n; i++)
 		a[i] = (MillmCudaAttention) {.kv = kv + i * bytes, .page_bytes = page_bytes, .positions = on_device[1], .tables = on_device[0], .table_of = on_device[2],
-			.kv_dtype = dtype, .n_groups = 1, .n_heads = HEADS, .n_kv_heads = KV_HEADS, .head_dim = DIM, .scale = 0.088f};
-	for (int overlaps = 0; overlaps < 2; overlaps++)
+			.kv_dtype = dtype, .n_groups = 1, .n_heads = heads->n, .n_kv_heads = heads->n_kv, .head_dim = dim, .scale = dtype == MILLM_INT8 ? 1e-3f : 0.088f};	/* scores are about 1 */
+	for (int k = 0; k < 2; k++)
 	{
-		const double us = measure(&job, overlaps, stream);
+		job.kernel = kernels[k];
+		for (int overlaps = 0; overlaps < 2; overlaps++)
+		{
+			const double us = measure(&job, overlaps, stream);
 
-		printf("{\"kernel\": \"attention\", \"dtype\": \"%s\", \"sequences\": %d, \"context\": %d, \"overlaps\": %s, \"us\": %.2f, \"gb_per_s\": %.0f}\n",
-			   dtype == MILLM_INT8 ? "INT8" : "F16", n_sequences, context, overlaps ? "true" : "false", us, (double) bytes / 1e3 / us);
-		fflush(stdout);
+			printf("{\"kernel\": \"%s\", \"dtype\": \"%s\", \"heads\": %d, \"kv_heads\": %d, \"head_dim\": %d, \"sequences\": %d, \"context\": %d, \"overlaps\": %s, "
+				   "\"us\": %.2f, \"gb_per_s\": %.0f}\n", job.kernel, dtype == MILLM_INT8 ? "INT8" : "F16", heads->n, heads->n_kv, dim, n_sequences, context,
+				   overlaps ? "true" : "false", us, (double) bytes / 1e3 / us);
+			fflush(stdout);
+		}
+		CHECK(cudaMemcpyAsync(results[k], y, (size_t) n_values * 4, cudaMemcpyDeviceToHost, stream));
+		CHECK(cudaStreamSynchronize(stream));
+	}
+	for (int64_t i = 0; i < n_values; i++)
+	{
+		differs += ((double) results[0][i] - (double) results[1][i]) * ((double) results[0][i] - (double) results[1][i]);
+		all += (double) results[1][i] * (double) results[1][i];
+	}
+	if (!(sqrt(differs / all) <= (dtype == MILLM_INT8 ? TOLERANCE_INT8 : TOLERANCE)))
+	{
+		fprintf(stderr, "gpu-kernels: attention of %d heads of %d dims over %d keys is wrong: on tensor cores it differs by %g, relative RMS\n", heads->n, dim, context,
+				sqrt(differs / all));
+		exit(1);
 	}
 	free(tables);
 	free(positions);
 	free(table_of);
 	free(a);
+	free(results[0]);
+	free(results[1]);
 	for (int i = 0; i < 3; i++)
 		CHECK(cudaFree(on_device[i]));
 	CHECK(cudaFree(kv));
@@ -287,6 +320,8 @@ main(int argc, char **argv)
 	const int64_t memory = is_tiny ? 1 : (int64_t) MEMORY_MB << 20;
 	const int	by = is_tiny ? 32 : 1;
 	const MillmDtype dtypes[] = {MILLM_4BIT, MILLM_BF16, MILLM_INT8};
+	const Heads llama = {32, 8, 128},
+				gemma = {8, 4, 256};
 	cudaStream_t stream;
 	int			capability;
 
@@ -316,9 +351,10 @@ main(int argc, char **argv)
 	{
 		const MillmDtype dtype = i == 0 ? MILLM_F16 : MILLM_INT8;
 
-		attention(dtype, 1, 1024 / by, memory, stream);
-		attention(dtype, 1, 32768 / by, memory, stream);
-		attention(dtype, 64 / by, 1024 / by, memory, stream);
+		attention(&llama, dtype, 1, 1024 / by, memory, stream);
+		attention(&llama, dtype, 1, 32768 / by, memory, stream);
+		attention(&llama, dtype, 64 / by, 1024 / by, memory, stream);
+		attention(&gemma, dtype, 1, 8192 / by, memory, stream);
 	}
 	CHECK(cudaStreamDestroy(stream));
 	return 0;
