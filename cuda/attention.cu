@@ -340,7 +340,7 @@ millm_cuda_attention_any(const MillmCudaAttention *a, MillmRows y, MillmRows q, 
 static __device__ float
 exp_of(float d)
 {
-	return exp2f(d * LOG2_E);
+	return exp2_flushed(d * LOG2_E);
 }
 
 /* What a part with this largest score is multiplied by where the largest of all is max.  A part that saw no key has -infinity, and nothing to add. */
@@ -396,24 +396,6 @@ struct Eight<int8_t>
 		return as_float(byte_perm((k < 4 ? u.x : u.y) ^ 0x80808080u, 0x4B000000u, 0x7440u | (unsigned) (k % 4))) - (8388608.0f + 128);
 	}
 };
-
-/* Eight elements in float16. */
-static __device__ uint4
-in_f16(const Eight<uint16_t> &e)
-{
-	return e.u;
-}
-
-static __device__ uint4
-in_f16(const Eight<int8_t> &e)
-{
-	uint32_t	words[4];
-
-#pragma unroll
-	for (int k = 0; k < 8; k += 2)
-		words[k / 2] = to_f16(e.get(k) * e.scale()) | (uint32_t) to_f16(e.get(k + 1) * e.scale()) << 16;
-	return {words[0], words[1], words[2], words[3]};
-}
 
 /* The keys [from, end) of a split of a row: by position and window alone. */
 struct Split
@@ -687,7 +669,6 @@ codes_in_f16(uint32_t u, unsigned selector)
 	return add_f16_pairs(byte_perm(u, 0x64646464u, selector), 0xE480E480u);	/* - 1152: exact */
 }
 
-#ifdef HAS_TENSOR_CORES
 static __device__ uint32_t
 pair_f16(float low, float high)
 {
@@ -700,7 +681,6 @@ rest_of_f16(float f)
 {
 	return f - from_f16(to_f16(f));
 }
-#endif
 
 /*
  * A lane's part of 64 dims, from 64 chunk on, of a page's keys, and of its values, as fragments of mma.m16n8k16 (PTX ISA): g = lane / 4, t = lane % 4.  Neither a sum
@@ -809,7 +789,7 @@ struct Values<int8_t>
 
 /*
  * What attend_split computes, where the group is no matter.  Of queries' 16 rows the first eight are its heads, and the others what float16 does not hold of them;
- * weights are two fragments likewise: products are of queries, and of weights, to 2^-22.  A warp takes a page at a time, and the next one's keys and values are on
+ * weights are two fragments likewise: products are of queries, and of weights, to 2^-22 (2^-25 of 1).  A warp takes a page at a time, and the next one's keys and values are on
  * their way while these are multiplied.  The scores of two n-tiles of keys, with heads as rows, are the fragment of weights that values, transposed, are multiplied
  * by, as they are; so the result has heads as columns, which needs half the registers that 16 rows of them would.
  *
@@ -825,7 +805,6 @@ template <class T, int CHUNKS>
 static __global__ void __launch_bounds__(SPLIT_WARPS * WARP, FRAGMENT_BLOCKS(CHUNKS))
 attend_fragments(const __grid_constant__ MillmCudaAttention a, float *partials, int n_splits, MillmRows q)
 {
-#ifdef HAS_TENSOR_CORES
 	const int	H = FRAGMENT_HEADS;
 	const int	DIMS = CHUNK * CHUNKS;
 	SHARED(uint4, queries, CHUNKS * 4 * WARP);	/* fragments, of each step of four dims a lane */
@@ -1002,7 +981,6 @@ attend_fragments(const __grid_constant__ MillmCudaAttention a, float *partials, 
 	}
 	__syncthreads();
 	finish_split<H, DIMS>(a, partials, n_splits, kv_head * group, h0, split, maxima, sums, values);
-#endif
 }
 
 /* The splits of a row's head, and its sink, in their order.  blocks [n_heads, n], threads COMBINE_THREADS */
@@ -1115,203 +1093,232 @@ millm_cuda_attention_fragments(const MillmCudaAttention *a, MillmRows y, const M
 /* ---- many rows of a sequence ---- */
 
 /*
- * A block for each tile of rows of a head, 16 of them a warp's, on tensor cores: TILE_KEYS keys after the other go through shared memory, then their values.
- * Queries and the weights of values are rounded to float16, as keys and values are stored, or become here; scores and sums are float32.  Where in a warp's matrix a
- * lane's elements lie only the device knows: it is asked, by a matrix whose elements are their rows.
+ * A block for each tile of rows of a head, 16 of them a warp's, on tensor cores: TILE_ELEMENTS of keys after the other go through shared memory, and of their values, the
+ * next ones while these are multiplied.  Queries and the weights of values are rounded to float16, as keys and values are stored, or become here; scores and sums are float32.
+ * Fragments are mma.m16n8k16's (PTX ISA), with the rows g = lane / 4 and g + 8, of t = lane % 4: those of queries stay in registers, and scores are, as they lie, those of
+ * weights.
  *
  *   T       of the pages: float16 or int8
  *   DIMS    head_dim <= DIMS, and is a multiple of 8; shared memory is zero behind it
- *   VALUES  dims of values that are a block's, as many as registers allow: other blocks have the next ones, and compute the same scores
- *   WARPS   as many as shared memory allows
+ *   WARPS   as many as registers allow of two blocks on a multiprocessor
  *   rows    n of one sequence, whose positions follow each other
- *   blocks  [n_heads * ceil(head_dim / VALUES), ceil(n / (16 * WARPS))], threads WARPS * WARP
+ *   blocks  [n_heads, ceil(n / (16 * WARPS))], threads WARPS * WARP
  */
-#define TILE_KEYS 32			/* two lanes a row, 16 each */
-template <class T, int DIMS, int VALUES, int WARPS>
-static __global__ void __launch_bounds__(WARPS * WARP, 1)
+#define TILE_ELEMENTS 4096
+
+/* Dims d to d + 7 of a key or value to shared memory, or zeros; they are there after wait_for_copies(). */
+static __device__ void
+bring(f16 *to, const Slot<uint16_t> &from, int d, bool is_there)
+{
+	copy_16(to, from.codes + (is_there ? d : 0), is_there);
+}
+
+static __device__ void
+bring(f16 *to, const Slot<int8_t> &from, int d, bool is_there)
+{
+	Eight<int8_t> e;
+	uint32_t	words[4];
+
+	e.clear();
+	if (is_there)
+		e.load(from, d);
+#pragma unroll
+	for (int k = 0; k < 8; k += 2)
+		words[k / 2] = pair_f16(e.get(k) * e.scale(), e.get(k + 1) * e.scale());
+	*(uint4 *) to = {words[0], words[1], words[2], words[3]};
+}
+
+template <class T, int DIMS, int WARPS>
+static __global__ void __launch_bounds__(WARPS * WARP, 2)
 attend_tile(const __grid_constant__ MillmCudaAttention a, MillmRows y, MillmCudaFragments f, MillmRows q, int n)
 {
 	after_previous();
 	const int	ROWS = 16 * WARPS;
+	const int	KEYS = TILE_ELEMENTS / DIMS;
 	const int	PITCH = DIMS + 8;	/* of float16: rows 16 bytes apart from a multiple of the banks */
-	const int	S_PITCH = TILE_KEYS + 4;
-	const int	W_PITCH = TILE_KEYS + 8;
-	SHARED(f16, queries, ROWS * PITCH);
-	SHARED(f16, tile, TILE_KEYS * PITCH);	/* keys, then values */
-	SHARED(float, all_scores, ROWS * S_PITCH);
-	SHARED(f16, all_weights, ROWS * W_PITCH);
-	SHARED(float, all_rescales, ROWS);
-	const int	h = (int) blockIdx.x % a.n_heads;
-	const int	v0 = (int) blockIdx.x / a.n_heads * VALUES;	/* the first of this block's dims of values */
-	const int	t0 = (int) blockIdx.y * ROWS;
-	const int	n_rows = n - t0 < ROWS ? n - t0 : ROWS;
+	SHARED(f16, tiles, 2 * 2 * KEYS * PITCH);	/* of keys, then of values: those of an even tile, then of an odd one */
+	const int	h = (int) blockIdx.x;
 	const int	kv_head = h / (a.n_heads / a.n_kv_heads);
+	const int	t0 = (int) (gridDim.y - 1 - blockIdx.y) * ROWS;	/* those that see most begin first */
+	const int	n_rows = n - t0 < ROWS ? n - t0 : ROWS;
 	const int	warp = (int) threadIdx.x / WARP;
 	const int	lane = (int) threadIdx.x % WARP;
-	const int	row = warp * 16 + lane / 2;	/* whose softmax is this lane's and its neighbour's, who has the other keys */
-	const int	t = t0 + (row < n_rows ? row : n_rows - 1);
-	const int	k0 = lane % 2 * (TILE_KEYS / 2);
-	const int64_t position = a.positions[t];
-	const int64_t first = first_seen(a, position);
-	const int64_t begin = first_seen(a, a.positions[t0]);	/* of the block's rows: the first key that one sees, and behind the last */
-	const int64_t end = (int64_t) a.positions[t0 + n_rows - 1] + 1;
+	const int	g = lane / 4,
+				t = lane % 4;
+	const int	row = warp * 16 + g;	/* of the block's, and row + 8 */
+	const int	position = a.positions[t0] + row;	/* positions fit an int */
+	const int	first[2] = {(int) first_seen(a, position), (int) first_seen(a, position + 8)};
+	/* the first key that one of the block's rows sees, and behind the last; and of the warp's, which may have none */
+	const int	begin = (int) first_seen(a, a.positions[t0]);
+	const int	end = a.positions[t0] + n_rows;
+	const int	warp_rows = n_rows - warp * 16 < 16 ? n_rows - warp * 16 : 16;
+	const int	warp_begin = (int) first_seen(a, position - g);
+	const int	warp_end = warp_rows > 0 ? position - g + warp_rows : begin;
 	const int32_t *table = a.tables + a.table_of[t0 * a.n_groups];
-	float	   *scores = all_scores + warp * 16 * S_PITCH;	/* of this warp's rows */
-	f16		   *weights = all_weights + warp * 16 * W_PITCH;
-	float	   *rescales = all_rescales + warp * 16;
-	float		max = a.sinks ? a.sinks[h] : -INFINITY;
-	float		sum = a.sinks && k0 == 0 ? 1 : 0;	/* this lane's part of it */
-	int			row_of[8];
-	wmma::fragment<wmma::accumulator, 16, 16, 16, float> values[VALUES / 16];
+	uint32_t	query[DIMS / 16][4];
+	float		value[DIMS / 8][4] = {};
+	float		max[2],
+				sum[2];
 
-	for (int i = (int) threadIdx.x; i < ROWS * DIMS; i += WARPS * WARP)
-		queries[i / DIMS * PITCH + i % DIMS] =
-			as_f16(i / DIMS < n_rows && i % DIMS < a.head_dim ? q.data[(t0 + i / DIMS) * q.stride + (int64_t) h * a.head_dim + i % DIMS] : 0);
-	for (int i = lane; i < 256; i += WARP)
-		scores[i / 16 * S_PITCH + i % 16] = (float) (i / 16);
-	__syncwarp();
-	wmma::load_matrix_sync(values[0], scores, S_PITCH, wmma::mem_row_major);
+	auto		tile_of = [&] (int p0) { return tiles + p0 / KEYS % 2 * (2 * KEYS * PITCH); };
+	auto		bring_tile = [&] (int p0) {
+		for (int i = (int) threadIdx.x; i < KEYS * DIMS / 8; i += WARPS * WARP)
+		{
+			const int	key = i / (DIMS / 8);
+			const int	d = i % (DIMS / 8) * 8;
+			/* where nothing was ever stored there may be NaN, which no weight of 0 would hide */
+			const bool	is_there = p0 + key >= begin && p0 + key < end && d < a.head_dim;
+			const int32_t page = is_there ? table[(p0 + key) / MILLM_CUDA_PAGE] : 0;
+			f16		   *to = tile_of(p0) + key * PITCH + d;
+
+			bring(to, Slot<T>(a, page, kv_head, (p0 + key) % MILLM_CUDA_PAGE, false), d, is_there);
+			bring(to + KEYS * PITCH, Slot<T>(a, page, kv_head, (p0 + key) % MILLM_CUDA_PAGE, true), d, is_there);
+		}
+	};
+
+	bring_tile(begin / KEYS * KEYS);
 #pragma unroll
-	for (int e = 0; e < 8; e++)
-		row_of[e] = (int) values[0].x[e];
-#pragma unroll
-	for (int i = 0; i < VALUES / 16; i++)
-		wmma::fill_fragment(values[i], 0.0f);
-	for (int64_t p0 = begin / TILE_KEYS * TILE_KEYS; p0 < end; p0 += TILE_KEYS)
+	for (int i = 0; i < DIMS / 4; i++)
 	{
-		float		largest = max;
+		const int	r = row + i % 2 * 8;
+		const int	d = i / 4 * 16 + i / 2 % 2 * 8 + 2 * t;
+		float2		of_query = {0, 0};
 
-#pragma unroll
-		for (int of_values = 0; of_values < 2; of_values++)
-		{
-			const int	n_chunks = (of_values ? VALUES : DIMS) / 8;	/* of 16 bytes */
-
-			__syncthreads();	/* what was in the tile has been read */
-			for (int i = (int) threadIdx.x; i < TILE_KEYS * n_chunks; i += WARPS * WARP)
-			{
-				const int64_t p = p0 + i / n_chunks;
-				const int	d = (of_values ? v0 : 0) + i % n_chunks * 8;
-				Eight<T>	chunk;
-
-				chunk.clear();	/* where nothing was ever stored there may be NaN, which no weight of 0 would hide */
-				if (p >= begin && p < end && d < a.head_dim)
-					chunk.load(Slot<T>(a, table[p / MILLM_CUDA_PAGE], kv_head, (int) (p % MILLM_CUDA_PAGE), of_values), d);
-				*(uint4 *) &tile[i / n_chunks * PITCH + i % n_chunks * 8] = in_f16(chunk);
-			}
-			__syncthreads();
-			if (of_values)
-				break;
-#pragma unroll
-			for (int k = 0; k < TILE_KEYS; k += 16)
-			{
-				wmma::fragment<wmma::accumulator, 16, 16, 16, float> product;
-
-				wmma::fill_fragment(product, 0.0f);
-#pragma unroll
-				for (int d = 0; d < DIMS; d += 16)
-				{
-					wmma::fragment<wmma::matrix_a, 16, 16, 16, f16, wmma::row_major> of_query;
-					wmma::fragment<wmma::matrix_b, 16, 16, 16, f16, wmma::col_major> key;
-
-					wmma::load_matrix_sync(of_query, queries + warp * 16 * PITCH + d, PITCH);
-					wmma::load_matrix_sync(key, tile + k * PITCH + d, PITCH);
-					wmma::mma_sync(product, of_query, key, product);
-				}
-				wmma::store_matrix_sync(scores + k, product, S_PITCH, wmma::mem_row_major);
-			}
-			__syncwarp();
-		}
-#pragma unroll
-		for (int k = k0; k < k0 + TILE_KEYS / 2; k++)
-		{
-			const bool	is_seen = p0 + k >= first && p0 + k <= position;
-			const float score = is_seen ? finished_score(a, scores[lane / 2 * S_PITCH + k], h, p0 + k) : -INFINITY;
-
-			scores[lane / 2 * S_PITCH + k] = score;
-			largest = !(score <= largest) ? score : largest;
-		}
-		{
-			const float other = __shfl_xor_sync(ALL_LANES, largest, 1);
-
-			largest = !(other <= largest) ? other : largest;
-		}
-		sum *= share_of(max, largest);
-		rescales[lane / 2] = share_of(max, largest);
-		max = largest;
-#pragma unroll
-		for (int k = k0; k < k0 + TILE_KEYS / 2; k++)
-		{
-			const float weight = share_of(scores[lane / 2 * S_PITCH + k], max);
-
-			sum += weight;
-			weights[lane / 2 * W_PITCH + k] = as_f16(weight);
-		}
-		__syncwarp();
-#pragma unroll
-		for (int i = 0; i < VALUES / 16; i++)
-#pragma unroll
-			for (int e = 0; e < 8; e++)
-				values[i].x[e] *= rescales[row_of[e]];
-#pragma unroll
-		for (int k = 0; k < TILE_KEYS; k += 16)
-		{
-			wmma::fragment<wmma::matrix_a, 16, 16, 16, f16, wmma::row_major> weight;
-
-			wmma::load_matrix_sync(weight, weights + k, W_PITCH);
-#pragma unroll
-			for (int i = 0; i < VALUES / 16; i++)
-			{
-				wmma::fragment<wmma::matrix_b, 16, 16, 16, f16, wmma::row_major> value;
-
-				wmma::load_matrix_sync(value, tile + k * PITCH + 16 * i, PITCH);
-				wmma::mma_sync(values[i], weight, value, values[i]);
-			}
-		}
-		__syncwarp();			/* before the next scores and weights */
+		if (r < n_rows && d < a.head_dim)
+			of_query = *(const float2 *) (q.data + (t0 + r) * q.stride + (int64_t) h * a.head_dim + d);
+		query[i / 4][i % 4] = pair_f16(of_query.x, of_query.y);
 	}
-	sum += __shfl_xor_sync(ALL_LANES, sum, 1);
 #pragma unroll
-	for (int i = 0; i < VALUES / 16; i++)
+	for (int i = 0; i < 2; i++)
 	{
-		wmma::store_matrix_sync(scores, values[i], S_PITCH, wmma::mem_row_major);
-		__syncwarp();
-		if (row < n_rows && v0 + 16 * i + lane % 2 * 8 < a.head_dim)	/* eight dims are there, or none */
+		max[i] = a.sinks ? a.sinks[h] : -INFINITY;
+		sum[i] = a.sinks && t == 0 ? 1 : 0;	/* this lane's part */
+	}
+	for (int p0 = begin / KEYS * KEYS; p0 < end; p0 += KEYS)
+	{
+		const f16  *keys = tile_of(p0);
+		const f16  *values = keys + KEYS * PITCH;
+		const bool	all_seen = p0 >= first_seen(a, warp_end - 1) && p0 + KEYS - 1 <= position - g;	/* by each row of the warp */
+		float		score[KEYS / 8][4] = {};
+		float		largest[2] = {max[0], max[1]};
+		float		rescale[2];
+		uint32_t	quarters[4];
+
+		wait_for_copies();
+		__syncthreads();		/* this tile is there, and the one before has been read */
+		if (p0 + KEYS < end)
+			bring_tile(p0 + KEYS);
+		if (p0 + KEYS <= warp_begin || p0 >= warp_end)
+			continue;
+#pragma unroll
+		for (int s = 0; s < DIMS / 16; s++)
+#pragma unroll
+			for (int j = 0; j < KEYS / 16; j++)
+			{
+				load_quarters(quarters, keys + 16 * j * PITCH + 16 * s, PITCH);
+				mma_f16_16x8x16(score[2 * j], query[s], quarters);
+				mma_f16_16x8x16(score[2 * j + 1], query[s], quarters + 2);
+			}
+		if (a.softcap > 0 || a.alibi_slopes)
+#pragma unroll
+			for (int i = 0; i < KEYS / 2; i++)
+				score[i / 4][i % 4] = finished_score(a, score[i / 4][i % 4], h, p0 + i / 4 * 8 + 2 * t + i % 2);
+		else
+#pragma unroll
+			for (int i = 0; i < KEYS / 2; i++)
+				score[i / 4][i % 4] *= a.scale;
+		if (!all_seen)
+#pragma unroll
+			for (int i = 0; i < KEYS / 2; i++)
+			{
+				const int	p = p0 + i / 4 * 8 + 2 * t + i % 2;
+
+				if (p < first[i / 2 % 2] || p > position + i / 2 % 2 * 8)
+					score[i / 4][i % 4] = -INFINITY;
+			}
+#pragma unroll
+		for (int i = 0; i < KEYS / 2; i++)
+			if (!(score[i / 4][i % 4] <= largest[i / 2 % 2]))	/* a NaN is taken along: it must reach the output */
+				largest[i / 2 % 2] = score[i / 4][i % 4];
+#pragma unroll
+		for (int r = 0; r < 2; r++)
 		{
-			const int64_t at = (int64_t) h * a.head_dim + v0 + 16 * i + lane % 2 * 8;
-			float		v[8];
+#pragma unroll
+			for (int step = 1; step < 4; step *= 2)
+			{
+				const float other = __shfl_xor_sync(ALL_LANES, largest[r], step);
+
+				largest[r] = !(other <= largest[r]) ? other : largest[r];
+			}
+			rescale[r] = largest[r] <= max[r] ? 1 : exp_of(max[r] - largest[r]);
+			max[r] = largest[r];
+			sum[r] *= rescale[r];
+		}
+		if (rescale[0] != 1 || rescale[1] != 1)
+#pragma unroll
+			for (int i = 0; i < DIMS / 2; i++)
+				value[i / 4][i % 4] *= rescale[i / 2 % 2];
+#pragma unroll
+		for (int i = 0; i < KEYS / 2; i++)
+		{
+			score[i / 4][i % 4] = share_of(score[i / 4][i % 4], max[i / 2 % 2]);
+			sum[i / 2 % 2] += score[i / 4][i % 4];
+		}
+#pragma unroll
+		for (int j = 0; j < KEYS / 16; j++)
+		{
+			const uint32_t weights[4] = {pair_f16(score[2 * j][0], score[2 * j][1]), pair_f16(score[2 * j][2], score[2 * j][3]),
+				pair_f16(score[2 * j + 1][0], score[2 * j + 1][1]), pair_f16(score[2 * j + 1][2], score[2 * j + 1][3])};
 
 #pragma unroll
-			for (int k = 0; k < 8; k++)
-				v[k] = scores[lane / 2 * S_PITCH + lane % 2 * 8 + k] / sum;
-#pragma unroll
-			for (int k = 0; k < 8; k += 4)
+			for (int d = 0; d < DIMS / 16; d++)
 			{
-				if (!f.alone)
-					*(float4 *) (y.data + t * y.stride + at + k) = {v[k], v[k + 1], v[k + 2], v[k + 3]};
-				if (f.data)
-					keep_four(f, t, at + k, v + k);
+				load_quarters_transposed(quarters, values + 16 * j * PITCH + 16 * d, PITCH);
+				mma_f16_16x8x16(value[2 * d], weights, quarters);
+				mma_f16_16x8x16(value[2 * d + 1], weights, quarters + 2);
 			}
 		}
-		__syncwarp();
+	}
+#pragma unroll
+	for (int r = 0; r < 2; r++)
+#pragma unroll
+		for (int step = 1; step < 4; step *= 2)
+			sum[r] += __shfl_xor_sync(ALL_LANES, sum[r], step);
+	/* Of two neighbours the even one takes four dims of the first row, and the other the same of the second. */
+#pragma unroll
+	for (int i = 0; i < DIMS / 8; i++)
+	{
+		const bool	is_odd = t % 2;
+		const int	r = row + 8 * is_odd;
+		const int	d = i * 8 + t / 2 * 4;
+		const float theirs[2] = {__shfl_xor_sync(ALL_LANES, is_odd ? value[i][0] : value[i][2], 1), __shfl_xor_sync(ALL_LANES, is_odd ? value[i][1] : value[i][3], 1)};
+		const float share = 1 / (is_odd ? sum[1] : sum[0]);
+		const float v[4] = {(is_odd ? theirs[0] : value[i][0]) * share, (is_odd ? theirs[1] : value[i][1]) * share,
+			(is_odd ? value[i][2] : theirs[0]) * share, (is_odd ? value[i][3] : theirs[1]) * share};
+
+		if (r < n_rows && d < a.head_dim)
+		{
+			if (!f.alone)
+				*(float4 *) (y.data + (t0 + r) * y.stride + (int64_t) h * a.head_dim + d) = {v[0], v[1], v[2], v[3]};
+			if (f.data)
+				keep_four(f, t0 + r, (int64_t) h * a.head_dim + d, v);
+		}
 	}
 }
 
-template <class T, int DIMS, int VALUES, int WARPS>
+template <class T, int DIMS, int WARPS>
 static cudaError_t
 launch_tile(const MillmCudaAttention *a, MillmRows y, const MillmCudaFragments *f, MillmRows q, int n, MillmCudaQueue *queue)
 {
-	const int	n_parts = (a->head_dim + VALUES - 1) / VALUES;
-	const dim3	blocks((unsigned) (a->n_heads * n_parts), (unsigned) ((n + 16 * WARPS - 1) / (16 * WARPS)));
-
-	return launch(attend_tile<T, DIMS, VALUES, WARPS>, blocks, WARPS * WARP, queue, *a, y, *f, q, n);
+	return launch(attend_tile<T, DIMS, WARPS>, dim3((unsigned) a->n_heads, (unsigned) ((n + 16 * WARPS - 1) / (16 * WARPS))), WARPS * WARP, queue, *a, y, *f, q, n);
 }
 
 template <class T>
 static cudaError_t
 launch_tile(const MillmCudaAttention *a, MillmRows y, const MillmCudaFragments *f, MillmRows q, int n, MillmCudaQueue *queue)
 {
-	return a->head_dim <= 64 ? launch_tile<T, 64, 64, 4>(a, y, f, q, n, queue) : a->head_dim <= 128 ? launch_tile<T, 128, 128, 4>(a, y, f, q, n, queue) :
-		launch_tile<T, 256, 128, 2>(a, y, f, q, n, queue);
+	return a->head_dim <= 64 ? launch_tile<T, 64, 6>(a, y, f, q, n, queue) : a->head_dim <= 128 ? launch_tile<T, 128, 6>(a, y, f, q, n, queue) :
+		launch_tile<T, 256, 4>(a, y, f, q, n, queue);
 }
 
 cudaError_t

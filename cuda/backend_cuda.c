@@ -985,7 +985,7 @@ attend_one_by_one(CudaBackend *c, MillmCudaAttention a, MillmRows y, const Millm
 {
 	const int64_t of_split = (int64_t) a.n_heads * (MILLM_CUDA_PARTIAL + a.head_dim);
 	const int32_t *positions = (const int32_t *) c->parcel.host;
-	const bool	on_tensor_cores = c->has_tensor_cores && c->kv_dtype != MILLM_F32 && a.head_dim % 16 == 0;
+	const bool	on_tensor_cores = c->kv_dtype != MILLM_F32 && a.head_dim % 16 == 0;
 	const int	begin = t;
 	bool		has_all = false;
 

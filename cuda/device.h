@@ -13,7 +13,7 @@ namespace wmma = nvcuda::wmma;
 typedef __nv_bfloat16 bf16;
 typedef __half f16;
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 800
-#define HAS_TENSOR_CORES		/* of bfloat16 */
+#define HAS_TENSOR_CORES		/* of bfloat16, and copies to shared memory that nobody waits for */
 #endif
 
 #define SHARED(type, name, n) __shared__ __align__(32) type name[n]	/* as matrices of warps want it */
@@ -61,6 +61,8 @@ after_previous()
 
 static __device__ float mul(float a, float b) { return __fmul_rn(a, b); }	/* rounded, never fused */
 static __device__ float add(float a, float b) { return __fadd_rn(a, b); }
+/* 2^d, to two last bits, or 0 below 2^-126: one instruction, where exp2f has four for such small ones */
+static __device__ float exp2_flushed(float d) { float f; asm("ex2.approx.ftz.f32 %0, %1;" : "=f" (f) : "f" (d)); return f; }
 static __device__ float as_float(uint32_t u) { return __uint_as_float(u); }
 static __device__ uint32_t as_bits(float f) { return __float_as_uint(f); }
 static __device__ float from_f16(uint16_t h) { return __half2float(__ushort_as_half(h)); }
@@ -133,10 +135,59 @@ mul_f16_pairs(uint32_t a, uint32_t b)
 static inline __device__ void
 mma_f16_16x8x16(float *c, const uint32_t *a, const uint32_t *b)
 {
-#ifdef HAS_TENSOR_CORES
+#ifndef HAS_TENSOR_CORES			/* compute capability 7.5 has halves of it */
+	for (int k = 0; k < 2; k++)
+		asm("mma.sync.aligned.m16n8k8.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5}, {%6}, {%0, %1, %2, %3};"
+			: "+f" (c[0]), "+f" (c[1]), "+f" (c[2]), "+f" (c[3])
+			: "r" (a[2 * k]), "r" (a[2 * k + 1]), "r" (b[k]));
+#else
 	asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
 		: "+f" (c[0]), "+f" (c[1]), "+f" (c[2]), "+f" (c[3])
 		: "r" (a[0]), "r" (a[1]), "r" (a[2]), "r" (a[3]), "r" (b[0]), "r" (b[1]));
+#endif
+}
+
+/*
+ * This lane's parts of the quarters of 16 rows of 16 float16 in shared memory, pitch apart and each 16-byte aligned: [rows / 8][columns / 8], of the row lane / 4 the elements
+ * 2 (lane % 4) and the next.  They are second factors of mma.m16n8k16: the first two of the rows 0 to 7, the others of those from 8 on.
+ */
+static inline __device__ void
+load_quarters(uint32_t *quarters, const f16 *p, int pitch)
+{
+	const int	lane = (int) threadIdx.x % 32;
+
+	asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+				 : "=r" (quarters[0]), "=r" (quarters[1]), "=r" (quarters[2]), "=r" (quarters[3])
+				 : "r" ((uint32_t) __cvta_generic_to_shared(p + (lane / 16 * 8 + lane % 8) * pitch + lane / 8 % 2 * 8)));
+}
+
+/* The same of these rows as columns. */
+static inline __device__ void
+load_quarters_transposed(uint32_t *quarters, const f16 *p, int pitch)
+{
+	const int	lane = (int) threadIdx.x % 32;
+
+	asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+				 : "=r" (quarters[0]), "=r" (quarters[1]), "=r" (quarters[2]), "=r" (quarters[3])
+				 : "r" ((uint32_t) __cvta_generic_to_shared(p + lane % 16 * pitch + lane / 16 * 8)));
+}
+
+/* 16 bytes to shared memory, or zeros: on their way until wait_for_copies(), where the device can do so, which waits for this thread's. */
+static inline __device__ void
+copy_16(void *to, const void *from, bool is_there)
+{
+#ifdef HAS_TENSOR_CORES
+	asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" :: "r" ((uint32_t) __cvta_generic_to_shared(to)), "l" (from), "r" (is_there ? 16 : 0) : "memory");
+#else
+	*(uint4 *) to = is_there ? *(const uint4 *) from : uint4 {0, 0, 0, 0};
+#endif
+}
+
+static inline __device__ void
+wait_for_copies()
+{
+#ifdef HAS_TENSOR_CORES
+	asm volatile("cp.async.wait_all;" ::: "memory");
 #endif
 }
 

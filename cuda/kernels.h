@@ -247,7 +247,10 @@ millm_cuda_splits(int64_t position, int64_t window)
 /* f: y's.  partials: floats of [n, n_heads, n_splits, MILLM_CUDA_PARTIAL + head_dim]; n_splits: at least each row's.  They are 16-byte aligned. */
 extern cudaError_t millm_cuda_attention_split(const MillmCudaAttention *a, MillmRows y, const MillmCudaFragments *f, MillmRows q, float *partials, int n_splits,
 											  int n, MillmCudaQueue *queue);
-/* The same on tensor cores, of float16 or int8: queries and weights are of two float16 each, so they are to 2^-22.  For multiples of 16, from compute capability 8.0 on. */
+/*
+ * The same on tensor cores, of float16 or int8, for head sizes that are multiples of 16: queries and weights are two float16 each, so they are to 2^-22, or 2^-25 of 1 where
+ * they are small; a query of 65520 and more is infinite.
+ */
 extern cudaError_t millm_cuda_attention_fragments(const MillmCudaAttention *a, MillmRows y, const MillmCudaFragments *f, MillmRows q, float *partials, int n_splits,
 												  int n, MillmCudaQueue *queue);
 /* The same for n rows of one sequence, of positions that follow each other, on tensor cores, f in_rows: q is rounded to float16, which keys and values are. */

@@ -23,6 +23,7 @@
 #define LAUNCHED_SHARED(type, name, n) type *const name = (type *) emulated_launched_shared(sizeof(type) * (n))
 
 struct alignas(8) uint2 { uint32_t x, y; };
+struct alignas(8) float2 { float x, y; };
 struct alignas(16) uint4 { uint32_t x, y, z, w; };
 struct alignas(16) float4 { float x, y, z, w; };
 struct dim3
@@ -171,6 +172,7 @@ namespace wmma
 
 static inline float mul(float a, float b) { return a * b; }	/* compiled with -ffp-contract=off */
 static inline float add(float a, float b) { return a + b; }
+static inline float exp2_flushed(float d) { const float f = exp2f(d); return f < FLT_MIN ? 0 : f; }
 static inline float as_float(uint32_t u) { float f; memcpy(&f, &u, sizeof(f)); return f; }
 static inline uint32_t as_bits(float f) { uint32_t u; memcpy(&u, &f, sizeof(u)); return u; }
 static inline float from_f16(uint16_t h) { return millm_f16_to_f32(h); }
@@ -260,5 +262,50 @@ mma_f16_16x8x16(float *c, const uint32_t *a, const uint32_t *b)
 {
 	multiply_fragments(c, a, b, millm_f16_to_f32);
 }
+
+static inline void
+load_quarter(uint32_t *to, const f16 *p, int pitch, int step)
+{
+	const int	lane = (int) emulated_place.thread.x % 32;
+	const f16  *at = p + lane / 4 * pitch + lane % 4 * 2 * step;
+
+	*to = at[0].bits | (uint32_t) at[step].bits << 16;
+}
+
+static inline void
+load_quarters(uint32_t *quarters, const f16 *p, int pitch)
+{
+	if ((uintptr_t) p % 16 != 0 || pitch % 8 != 0)
+		emulated_complain("a matrix of a warp that is not aligned");
+	for (int i = 0; i < 4; i++)
+		load_quarter(&quarters[i], p + i / 2 * 8 * pitch + i % 2 * 8, pitch, 1);
+}
+
+static inline void
+load_quarters_transposed(uint32_t *quarters, const f16 *p, int pitch)
+{
+	const int	lane = (int) emulated_place.thread.x % 32;
+
+	if ((uintptr_t) p % 16 != 0 || pitch % 8 != 0)
+		emulated_complain("a matrix of a warp that is not aligned");
+	for (int i = 0; i < 4; i++)
+	{
+		const f16  *at = p + (i % 2 * 8 + lane % 4 * 2) * pitch + i / 2 * 8 + lane / 4;
+
+		quarters[i] = at[0].bits | (uint32_t) at[pitch].bits << 16;
+	}
+}
+
+static inline void
+copy_16(void *to, const void *from, bool is_there)
+{
+	if (is_there)
+		memcpy(to, from, 16);
+	else
+		memset(to, 0, 16);
+}
+
+static inline void wait_for_copies() {}
+
 
 #endif

@@ -993,16 +993,97 @@ test_splits(void **state)
 		run_splits(10, 1, 48, 0, true, MILLM_BF16, format);
 		run_splits(4, 2, 112, 33, false, MILLM_BF16, format);
 		run_splits(11, 1, 192, 0, false, MILLM_BF16, format);
-		millm_emulated.capability = 7;	/* no tensor cores of that kind */
-		run_splits(2, 1, 64, 0, false, MILLM_BF16, format);
-		run_splits(6, 2, 256, 70, true, MILLM_BF16, format);
 		run_splits(3, 1, 128, 70, true, MILLM_BF16, format);
-		millm_emulated.capability = 9;
+		run_splits(3, 1, 248, 0, true, MILLM_BF16, format);
 	}
 	assert_int_equal(millm_cuda_split_span(4096), 64);
 	assert_int_equal(millm_cuda_split_span(4097), 128);
 	assert_int_equal(millm_cuda_splits(MILLM_MAX_POSITIONS - 1, 0), 64);
 	assert_int_equal(millm_cuda_splits(4096, 4096), 65);	/* which begins within a split */
+}
+
+/* A piece of a prompt that several blocks have, behind what was there before, and which begins and ends within a page and a tile. */
+static void
+run_tiles(int head_dim, int window, bool has_sinks, MillmKvFormat format)
+{
+	enum {BEFORE = 26, ROWS = 227, TILED_PAGES = (BEFORE + ROWS + 15) / 16};
+	const int64_t q_size = 3 * head_dim;
+	const MillmAttention a = {.n_heads = 3, .n_kv_heads = 1, .head_dim = head_dim, .window = window, .scale = 0.5f};
+	float	   *q = coarse(floats(ROWS * q_size, 0), ROWS * q_size),
+			   *k = coarse(floats(ROWS * head_dim, 0), ROWS * head_dim),
+			   *v = coarse(floats(ROWS * head_dim, 0), ROWS * head_dim);
+	float		sinks[] = {0.5f, 2, -1};
+	int32_t		pages[TILED_PAGES],
+				rows[ROWS],
+				positions[BEFORE + ROWS];
+	const int32_t *tables[ROWS];
+	const float *y[2];
+	Rig			r;
+	char		what[128];
+
+	snprintf(what, sizeof(what), "%d rows of a prompt, heads of %d dims, window %d, KV format %d", ROWS, head_dim, window, format);
+	for (int i = 0; i < TILED_PAGES; i++)
+		pages[i] = i * 5 % TILED_PAGES + 2;
+	for (int t = 0; t < ROWS; t++)
+	{
+		rows[t] = t;
+		tables[t] = pages;
+	}
+	for (int t = 0; t < BEFORE + ROWS; t++)
+		positions[t] = t;
+	rig_init(&r, 3, 1, head_dim);
+	r.options.max_tokens = ROWS;
+	r.options.kv_format = format;
+	r.layer.o.dtype = MILLM_BF16;
+	r.layer.q = (MillmWeight) {.dtype = MILLM_F32, .n_out = ROWS, .n_in = q_size, .stride = q_size, .data = q};
+	r.layer.k = (MillmWeight) {.dtype = MILLM_F32, .n_out = ROWS, .n_in = head_dim, .stride = head_dim, .data = k};
+	r.layer.v = (MillmWeight) {.dtype = MILLM_F32, .n_out = ROWS, .n_in = head_dim, .stride = head_dim, .data = v};
+	r.layer.sinks = has_sinks ? (MillmVector) {sinks, 3} : (MillmVector) {NULL, 0};
+	rig_open(&r, NULL);
+	for (int i = 0; i < 2; i++)
+	{
+		MillmBackend *be = r.be[i];
+		MillmBuffer *b[4];
+		MillmError	err;
+		MillmAttention with_sinks = a;
+
+		with_sinks.sinks = has_sinks ? sinks : NULL;
+		for (int j = 0; j < 4; j++)
+			assert_int_equal(be->buffer_create(be, ROWS, j % 3 == 0 ? q_size : head_dim, true, &b[j], &err), MILLM_OK);
+		for (int step = 0; step < 2; step++)
+		{
+			const int	n = step == 0 ? BEFORE : ROWS;
+
+			be->begin(be, positions + step * BEFORE, positions + step * BEFORE, tables, n);
+			be->embed(be, b[0], &r.layer.q, rows, false, n);
+			be->embed(be, b[1], step == 0 ? &r.layer.v : &r.layer.k, rows, false, n);
+			be->embed(be, b[2], step == 0 ? &r.layer.k : &r.layer.v, rows, false, n);
+			be->rope_and_store(be, &with_sinks, b[0], b[1], b[2], n);
+			be->attention(be, &with_sinks, b[3], b[0], n);
+			assert_int_equal(be->first_bad(be), -1);
+		}
+		y[i] = be->buffer_read(be, b[3]);
+	}
+	assert_near(y[1], y[0], ROWS * q_size, TOLERANCE_F16, what);
+	rig_close(&r);
+	free(q);
+	free(k);
+	free(v);
+}
+
+static void
+test_tiles(void **state)
+{
+	(void) state;
+	for (int format = 0; format < MILLM_N_KV_FORMATS; format++)
+	{
+		run_tiles(64, 0, false, format);
+		run_tiles(40, 50, true, format);
+		run_tiles(128, 0, true, format);
+		run_tiles(96, 9, false, format);
+		run_tiles(256, 0, false, format);
+		run_tiles(200, 70, true, format);
+	}
 }
 
 /* A backend for one row at a time has room for as many splits as a launch has, which is more than the row's; the emulation tells who writes behind it. */
@@ -2226,7 +2307,7 @@ main(int argc, char **argv)
 	char		path[PATH_MAX];
 	const struct CMUnitTest tests[] = {
 		cmocka_unit_test(test_matmul), cmocka_unit_test(test_matmul_old_device), cmocka_unit_test(test_matmul_others), cmocka_unit_test(test_projections), cmocka_unit_test(test_fragments), cmocka_unit_test(test_codebook_unit), cmocka_unit_test(test_blas_tiles),
-		cmocka_unit_test(test_company), cmocka_unit_test(test_attention), cmocka_unit_test(test_splits), cmocka_unit_test(test_one_row),
+		cmocka_unit_test(test_company), cmocka_unit_test(test_attention), cmocka_unit_test(test_splits), cmocka_unit_test(test_tiles), cmocka_unit_test(test_one_row),
 		cmocka_unit_test(test_rows), cmocka_unit_test(test_norms), cmocka_unit_test(test_fetch), cmocka_unit_test(test_graphs), cmocka_unit_test(test_graphs_differ), cmocka_unit_test(test_overlap),
 		cmocka_unit_test(test_routes), cmocka_unit_test(test_mixture), cmocka_unit_test(test_mixture_graphs), cmocka_unit_test(test_mixture_refused), cmocka_unit_test(test_mixture_memory),
 		cmocka_unit_test(test_backwards), cmocka_unit_test(test_out_of_memory), cmocka_unit_test(test_fault), cmocka_unit_test(test_prediction),
