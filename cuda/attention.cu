@@ -1,9 +1,9 @@
 /*
  * attention.cu -- attention over paged keys and values, on the device, and what brings them there.  kernels.h has the meaning.
  *
- * Three ways lead to the same values, but for the order of sums: attend (obvious, of any head size), attend_split (16 bytes a lane, many blocks for
- * a row) and attend_tile (many rows of a sequence, on tensor cores, where queries and weights are float16, too).  A softmax is online: a largest score, the sum of exp(score - largest), and the values so weighted; those of parts of the keys are brought
- * to one largest score and added.
+ * Four ways lead to the same values, but for the order of sums: attend (obvious, of any head size), attend_split (16 bytes a lane, many blocks for a row), attend_fragments
+ * (the same on tensor cores) and attend_tile (many rows of a sequence, on tensor cores, where queries and weights are float16, too).  A softmax is online: a largest score,
+ * the sum of exp(score - largest), and the values so weighted; those of parts of the keys are brought to one largest score and added.
  */
 #include "parts.cuh"
 
@@ -1155,6 +1155,7 @@ attend_tile(const __grid_constant__ MillmCudaAttention a, MillmRows y, MillmCuda
 	const int	warp_begin = (int) first_seen(a, position - g);
 	const int	warp_end = warp_rows > 0 ? position - g + warp_rows : begin;
 	const int32_t *table = a.tables + a.table_of[t0 * a.n_groups];
+	const Slot<T> first_key(a, 0, kv_head, 0, false);	/* in page 0 */
 	uint32_t	query[DIMS / 16][4];
 	float		value[DIMS / 8][4] = {};
 	float		max[2],
@@ -1168,11 +1169,13 @@ attend_tile(const __grid_constant__ MillmCudaAttention a, MillmRows y, MillmCuda
 			const int	d = i % (DIMS / 8) * 8;
 			/* where nothing was ever stored there may be NaN, which no weight of 0 would hide */
 			const bool	is_there = p0 + key >= begin && p0 + key < end && d < a.head_dim;
-			const int32_t page = is_there ? table[(p0 + key) / MILLM_CUDA_PAGE] : 0;
+			Slot<T>		from = first_key.of_page(a, is_there ? table[(p0 + key) / MILLM_CUDA_PAGE] : 0);
 			f16		   *to = tile_of(p0) + key * PITCH + d;
 
-			bring(to, Slot<T>(a, page, kv_head, (p0 + key) % MILLM_CUDA_PAGE, false), d, is_there);
-			bring(to + KEYS * PITCH, Slot<T>(a, page, kv_head, (p0 + key) % MILLM_CUDA_PAGE, true), d, is_there);
+			from.skip(a, (p0 + key) % MILLM_CUDA_PAGE);
+			bring(to, from, d, is_there);
+			from.skip(a, a.n_kv_heads * MILLM_CUDA_PAGE);	/* to its value */
+			bring(to + KEYS * PITCH, from, d, is_there);
 		}
 	};
 

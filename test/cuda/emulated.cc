@@ -34,6 +34,13 @@ dim3		emulated_block_size, emulated_grid_size;
 
 enum State {READY, AT_WARP, AT_BLOCK, DONE};
 
+/* To shared memory, on their way */
+struct Copy16
+{
+	void	   *to;
+	const void *from;			/* NULL: zeros */
+};
+
 struct Fiber
 {
 	void	   *sp;
@@ -43,6 +50,8 @@ struct Fiber
 	float		brought[2];
 	size_t		shared_used;
 	bool		is_after;		/* it has called after_previous() */
+	int			n_copies;
+	Copy16		copies[64];
 };
 
 static Fiber fibers[MAX_THREADS];
@@ -117,6 +126,8 @@ fiber_main()
 	thread_function(thread_arg);
 	if (overlaps_now && !current->is_after)
 		emulated_complain("a thread of a kernel that may begin early returns without after_previous()");
+	if (current->n_copies > 0)
+		emulated_complain("a thread returns before its copies are there");
 	wait_as(DONE);
 	emulated_complain("a thread that has returned runs again");
 }
@@ -236,6 +247,28 @@ void
 after_previous()
 {
 	current->is_after = true;
+}
+
+/* As late as they can be: a kernel that does not wait for them finds what was there before. */
+void
+copy_16(void *to, const void *from, bool is_there)
+{
+	if ((uintptr_t) to % 16 != 0 || (uintptr_t) from % 16 != 0)
+		emulated_complain("a copy of 16 bytes that is not aligned");
+	if (current->n_copies == (int) (sizeof(current->copies) / sizeof(current->copies[0])))
+		emulated_complain("more copies of a thread than the emulation remembers");
+	current->copies[current->n_copies++] = {to, is_there ? from : nullptr};
+}
+
+void
+wait_for_copies()
+{
+	for (int i = 0; i < current->n_copies; i++)
+		if (current->copies[i].from)
+			memcpy(current->copies[i].to, current->copies[i].from, 16);
+		else
+			memset(current->copies[i].to, 0, 16);
+	current->n_copies = 0;
 }
 
 void

@@ -7,6 +7,7 @@
 #ifndef MILLM_EMULATED_H
 #define MILLM_EMULATED_H
 
+#include <cfloat>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
@@ -53,6 +54,9 @@ extern float __shfl_xor_sync(unsigned mask, float v, int by);
 extern float __shfl_sync(unsigned mask, float v, int lane);
 /* The whole warp comes here before it goes on; true: this is its first lane. */
 extern bool emulated_warp();
+/* 16 bytes to shared memory, or zeros: there after this thread's wait_for_copies(), and no sooner. */
+extern void copy_16(void *to, const void *from, bool is_there);
+extern void wait_for_copies();
 /* No kernel begins before the one in front of it has ended; but one that could may not return from a thread that has not called this. */
 extern void after_previous();
 /* Run it, or record it for a graph: with the values that the parameters have now. */
@@ -263,49 +267,25 @@ mma_f16_16x8x16(float *c, const uint32_t *a, const uint32_t *b)
 	multiply_fragments(c, a, b, millm_f16_to_f32);
 }
 
+/* Rows and columns of f16 that lie so far apart */
 static inline void
-load_quarter(uint32_t *to, const f16 *p, int pitch, int step)
-{
-	const int	lane = (int) emulated_place.thread.x % 32;
-	const f16  *at = p + lane / 4 * pitch + lane % 4 * 2 * step;
-
-	*to = at[0].bits | (uint32_t) at[step].bits << 16;
-}
-
-static inline void
-load_quarters(uint32_t *quarters, const f16 *p, int pitch)
-{
-	if ((uintptr_t) p % 16 != 0 || pitch % 8 != 0)
-		emulated_complain("a matrix of a warp that is not aligned");
-	for (int i = 0; i < 4; i++)
-		load_quarter(&quarters[i], p + i / 2 * 8 * pitch + i % 2 * 8, pitch, 1);
-}
-
-static inline void
-load_quarters_transposed(uint32_t *quarters, const f16 *p, int pitch)
+load_quarters_of(uint32_t *quarters, const f16 *p, int of_row, int of_column)
 {
 	const int	lane = (int) emulated_place.thread.x % 32;
 
-	if ((uintptr_t) p % 16 != 0 || pitch % 8 != 0)
+	if ((uintptr_t) p % 16 != 0 || of_row * of_column % 8 != 0)
 		emulated_complain("a matrix of a warp that is not aligned");
 	for (int i = 0; i < 4; i++)
 	{
-		const f16  *at = p + (i % 2 * 8 + lane % 4 * 2) * pitch + i / 2 * 8 + lane / 4;
+		const f16  *at = p + (i / 2 * 8 + lane / 4) * of_row + (i % 2 * 8 + lane % 4 * 2) * of_column;
 
-		quarters[i] = at[0].bits | (uint32_t) at[pitch].bits << 16;
+		quarters[i] = at[0].bits | (uint32_t) at[of_column].bits << 16;
 	}
 }
 
-static inline void
-copy_16(void *to, const void *from, bool is_there)
-{
-	if (is_there)
-		memcpy(to, from, 16);
-	else
-		memset(to, 0, 16);
-}
+static inline void load_quarters(uint32_t *quarters, const f16 *p, int pitch) { load_quarters_of(quarters, p, pitch, 1); }
+static inline void load_quarters_transposed(uint32_t *quarters, const f16 *p, int pitch) { load_quarters_of(quarters, p, 1, pitch); }
 
-static inline void wait_for_copies() {}
 
 
 #endif
