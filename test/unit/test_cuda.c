@@ -1093,7 +1093,7 @@ test_one_row(void **state)
 	static const int32_t ends[] = {64, 129, 330};
 	const int64_t size = 8 * 64;
 	const MillmAttention a = {.n_heads = 8, .n_kv_heads = 8, .head_dim = 64, .scale = 0.3f};
-	float	   *x = coarse(floats(16 * size, 0), 16 * size);
+	float	   *x = coarse(floats(N_ROWS * size, 0), N_ROWS * size);
 	int32_t		pages[21];
 	const int32_t *tables[] = {pages};
 	Rig			r;
