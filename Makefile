@@ -126,7 +126,7 @@ CUDA_KNOWN := $(if $(NVCC),$(patsubst sm_%,%,$(shell $(NVCC) --list-gpu-code 2>/
 CUDA_ARCHS ?= $(filter $(CUDA_KNOWN),75 80 86 89 90 100 120)
 CUDA_MODULE = $(if $(NVCC),$(BUILD)/libmillm_cuda.so)
 CUDA_C      = backend_cuda blas device_memory driver experts faults fetch module nvml queue upload weights
-CUDA_KERNELS = attention kernels mixture product
+CUDA_KERNELS = attention attention_rows attention_tile kernels mixture product
 # FAULTS=1: a module that fails where a test asks for it (cuda/faults.h), in a BUILD of its own
 FAULT_FLAGS = $(if $(FAULTS),-DMILLM_FAULTS)
 CUDA_CFLAGS = $(FAULT_FLAGS) -Icuda -DMILLM_BACKEND_ABI=$(BACKEND_ABI) -fPIC -fvisibility=hidden

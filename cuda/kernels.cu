@@ -1,5 +1,5 @@
 /*
- * kernels.cu -- the operations of the CUDA backend but attention (attention.cu), on the device.  kernels.h has their meaning.
+ * kernels.cu -- the operations of the CUDA backend but attention (attention*.cu), on the device.  kernels.h has their meaning.
  *
  * Arithmetic is float32.  Sums run in an order that the shapes alone decide.  What decides the value of a weight is written with
  * roundings of its own (mul(), add()), so that no compiler fuses it: a quantized weight has the same bits on every backend, but where scales multiply sums
