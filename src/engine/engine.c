@@ -539,6 +539,9 @@ run_step(MillmEngine *e, int n)
 			millm_sched_add(e->sched, &c->slot);
 		}
 	}
+	for (int i = 0; i < e->n_live; i++)
+		if (e->live[i]->sink.flush)
+			e->live[i]->sink.flush(e->live[i]->sink.arg);
 	sweep(e);
 	check_pages(e);
 }

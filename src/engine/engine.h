@@ -194,6 +194,8 @@ typedef struct MillmSink
 	 * NULL: not streamed, the result has the texts.
 	 */
 	void		(*piece) (void *arg, const MillmPiece *piece);
+	/* After each step of the model: its pieces are out, so that those of all requests can be sent together.  May be NULL. */
+	void		(*flush) (void *arg);
 	void		(*done) (void *arg, const MillmResult *result);		/* all choices have ended */
 	void		(*failed) (void *arg, const MillmError *err);
 	/* The next text's embedding, [n] float32, borrowed; of a request for embeddings only, which has no pieces. */

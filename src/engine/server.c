@@ -482,14 +482,14 @@ render(const Call *call, MillmRendering *out, MillmError *err)
 
 /* ---- generate ------------------------------------------------------------------------------ */
 
-/* Send what was written, or why it cannot be sent; free it. */
+/* Queue what was written, or send why it cannot be sent; free it. */
 static void
-send_answer(Call *call, WireKind kind, MillmAnswer *answer)
+queue_answer(Call *call, WireKind kind, MillmAnswer *answer)
 {
 	MillmError	err;
 
 	if (!answer->has_failed)
-		millm_conn_send_bytes(call->conn, kind, answer->json, answer->n);
+		millm_conn_queue_bytes(call->conn, kind, answer->json, answer->n);
 	else
 	{
 		millm_fail(&err, MILLM_E_INVALID_ARGUMENT, "the answer is too large");
@@ -511,7 +511,13 @@ generate_piece(void *arg, const MillmPiece *piece)
 	if (piece->is_last && !call->form.has_choices)
 		return;
 	millm_answer_row(&row, &call->form, piece);
-	send_answer(call, WIRE_TEXT, &row);
+	queue_answer(call, WIRE_TEXT, &row);
+}
+
+static void
+generate_flush(void *arg)
+{
+	millm_conn_flush(((Call *) arg)->conn);
 }
 
 static bool
@@ -530,7 +536,8 @@ generate_done(void *arg, const MillmResult *r)
 	MillmAnswer answer = {0};
 
 	millm_answer_result(&answer, &call->form, r);
-	send_answer(call, WIRE_RESULT, &answer);
+	queue_answer(call, WIRE_RESULT, &answer);
+	millm_conn_flush(call->conn);
 	free_call(call);
 }
 
@@ -762,7 +769,7 @@ static void
 op_generate(EngineServer *server, MillmConn *conn, json_t *request)
 {
 	MillmGenerateOptions o;
-	MillmSink	sink = {.done = generate_done, .failed = generate_failed, .is_behind = generate_is_behind};
+	MillmSink	sink = {.flush = generate_flush, .done = generate_done, .failed = generate_failed, .is_behind = generate_is_behind};
 	MillmFields f;
 	MillmError	err;
 	ChatFields	chat = {0};
@@ -946,7 +953,7 @@ score_done(void *arg, const MillmResult *r)
 static void
 op_score(EngineServer *server, MillmConn *conn, json_t *request)
 {
-	MillmSink	sink = {.done = score_done, .failed = generate_failed, .is_behind = generate_is_behind};
+	MillmSink	sink = {.flush = generate_flush, .done = score_done, .failed = generate_failed, .is_behind = generate_is_behind};
 	Call	   *call = new_call(server, conn);
 	const MillmLoaded *loaded = NULL;
 	const char *uuid = NULL;

@@ -105,11 +105,10 @@ reserve_out(MillmConn *conn, size_t n)
 }
 
 bool
-millm_conn_send_bytes(MillmConn *conn, WireKind kind, const void *payload, size_t len)
+millm_conn_queue_bytes(MillmConn *conn, WireKind kind, const void *payload, size_t len)
 {
 	Server	   *server = conn->server;
 	bool		ok = false;
-	bool		wake = false;
 
 	pthread_mutex_lock(&server->lock);
 	if (conn->closed || conn->answered || conn->overflowed)
@@ -126,13 +125,24 @@ millm_conn_send_bytes(MillmConn *conn, WireKind kind, const void *payload, size_
 	}
 	if ((ok || conn->overflowed) && !conn->is_dirty && !conn->closed)
 	{
-		wake = server->dirty == NULL;
 		conn->is_dirty = true;
 		conn->next_dirty = server->dirty;
 		server->dirty = millm_conn_ref(conn);
 	}
 	pthread_mutex_unlock(&server->lock);
+	return ok;
+}
 
+void
+millm_conn_flush(MillmConn *conn)
+{
+	Server	   *server = conn->server;
+	bool		wake;
+
+	pthread_mutex_lock(&server->lock);
+	wake = server->dirty && !server->is_woken;
+	server->is_woken |= wake;
+	pthread_mutex_unlock(&server->lock);
 	if (wake)
 	{
 		uint64_t	one = 1;
@@ -140,6 +150,14 @@ millm_conn_send_bytes(MillmConn *conn, WireKind kind, const void *payload, size_
 		/* Cannot block or fail: the counter is reset by every read, far below its limit. */
 		(void) !write(server->wake_fd, &one, sizeof(one));
 	}
+}
+
+bool
+millm_conn_send_bytes(MillmConn *conn, WireKind kind, const void *payload, size_t len)
+{
+	const bool	ok = millm_conn_queue_bytes(conn, kind, payload, len);
+
+	millm_conn_flush(conn);
 	return ok;
 }
 
@@ -312,6 +330,7 @@ conn_flush_dirty(Server *server)
 		bool		closed = false;
 
 		pthread_mutex_lock(&server->lock);
+		server->is_woken = false;	/* what is queued from here on may be too late for this round */
 		conn = server->dirty;
 		if (conn)
 		{

@@ -3,7 +3,8 @@
  *
  * The loop's thread owns the sockets, the events and everything incoming.  The outgoing buffers
  * of all connections are guarded by one lock, because any thread may answer; a thread that
- * appended puts the connection on the dirty list and wakes the loop, which alone writes to sockets.
+ * appended puts the connection on the dirty list and, at once or when it has no more, wakes the loop,
+ * which alone writes to sockets.
  */
 #ifndef MILLM_CONN_H
 #define MILLM_CONN_H
@@ -24,7 +25,7 @@ typedef struct Server
 {
 	const MillmService *service;
 	struct event_base *base;
-	int			wake_fd;			/* eventfd: the dirty list is not empty */
+	int			wake_fd;			/* eventfd: the dirty list is to be flushed */
 	MillmConn  *conns;				/* all of them; the loop's */
 	int			n_conns;
 	size_t		incoming_bytes;		/* capacity of all incoming buffers; the loop's */
@@ -33,6 +34,7 @@ typedef struct Server
 
 	pthread_mutex_t lock;
 	MillmConn  *dirty;				/* under lock: to be flushed, linked by next_dirty */
+	bool		is_woken;			/* under lock: the loop has been told of them */
 } Server;
 
 typedef enum ConnState

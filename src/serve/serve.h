@@ -62,6 +62,12 @@ extern void *millm_conn_data(MillmConn *conn);
  */
 extern bool millm_conn_send(MillmConn *conn, WireKind kind, json_t *payload);
 extern bool millm_conn_send_bytes(MillmConn *conn, WireKind kind, const void *payload, size_t len);
+/*
+ * The same in two parts, for who has something for many clients: what is queued waits until the loop, which is woken
+ * once then, is told of one of them, or of anything else.
+ */
+extern bool millm_conn_queue_bytes(MillmConn *conn, WireKind kind, const void *payload, size_t len);
+extern void millm_conn_flush(MillmConn *conn);
 extern void millm_conn_result(MillmConn *conn, json_t *payload);		/* final */
 extern void millm_conn_error(MillmConn *conn, const MillmError *error);	/* final */
 /* The payload of an ERROR, to which a service may add fields; a new reference. */
