@@ -451,6 +451,12 @@ fetch(MillmBackend *be, MillmBuffer *y, const MillmTop *tops, int n)
 	c->is_idle = false;
 }
 
+static MillmListed
+listed(MillmBackend *be, int t)
+{
+	return millm_cuda_fetch_listed(cuda(be)->fetch, t);
+}
+
 static void
 cuda_free(MillmBackend *be)
 {
@@ -1260,6 +1266,7 @@ millm_cuda_create(const MillmModel *model, const MillmBackendOptions *options, M
 		.buffer_create = buffer_create,
 		.buffer_read = buffer_read,
 		.fetch = c->is_plain ? NULL : fetch,
+		.listed = listed,
 		.begin = begin,
 		.embed = embed,
 		.norm = norm,

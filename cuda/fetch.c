@@ -38,6 +38,8 @@ struct MillmCudaFetch
 	Lists		device, here;
 	float	   *host;			/* [rows, n_columns]; NULL before the first fetch */
 	bool	   *is_clear;		/* [n_lists]: the host's row is -infinity but for its list and what is always needed */
+	int32_t   (*listed)[MILLM_MAX_LISTED];	/* [n_lists]: of such a row these, ascending */
+	int		   *n_listed;		/* [n_lists]; -1: too many, or the row is whole */
 	/* the last fetch */
 	MillmRows	y;
 	int			n;				/* rows among the lists */
@@ -94,7 +96,8 @@ millm_cuda_fetch_create(int64_t n_columns, int n_rows, cudaStream_t stream, Mill
 	cudaError_t status;
 	MillmCode	rc;
 
-	if (!f || !(f->is_clear = calloc((size_t) n_lists, sizeof(*f->is_clear))))
+	if (!f || !(f->is_clear = calloc((size_t) n_lists, sizeof(*f->is_clear))) || !(f->listed = calloc((size_t) n_lists, sizeof(*f->listed))) ||
+		!(f->n_listed = calloc((size_t) n_lists, sizeof(*f->n_listed))))
 	{
 		rc = millm_fail(err, MILLM_E_INSUFFICIENT_MEMORY, "out of memory");
 		goto fail;
@@ -126,12 +129,14 @@ millm_cuda_fetch_free(MillmCudaFetch *f)
 	(void) cudaFree(f->device.all);
 	(void) cudaFreeHost(f->here.all);
 	free(f->is_clear);
+	free(f->listed);
+	free(f->n_listed);
 	free(f);
 }
 
 /* How much of a list is there: what the device says is not trusted with the host's memory. */
 static int
-listed(const MillmCudaPicks *picks)
+n_picked(const MillmCudaPicks *picks)
 {
 	return picks->n < 0 ? 0 : picks->n < MILLM_CUDA_PICKS ? picks->n : MILLM_CUDA_PICKS;
 }
@@ -143,12 +148,33 @@ put(MillmCudaFetch *f, int row, int32_t id, float value)
 		f->host[row * f->n_columns + id] = value;
 }
 
+/* The same with its place in the list, of which it is not yet. */
+static void
+put_and_list(MillmCudaFetch *f, int row, int32_t id, float value)
+{
+	int32_t    *ids = f->listed[row];
+	int			i = f->n_listed[row];
+
+	put(f, row, id, value);
+	if (i < 0 || id < 0 || id >= f->n_columns)
+		return;
+	if (i == MILLM_MAX_LISTED)
+	{
+		f->n_listed[row] = -1;
+		return;
+	}
+	for (; i > 0 && ids[i - 1] > id; i--)
+		ids[i] = ids[i - 1];
+	ids[i] = id;
+	f->n_listed[row]++;
+}
+
 /* Take back what the last lists have put into rows that are else clear. */
 static void
 clear(MillmCudaFetch *f)
 {
 	for (int t = 0; t < f->n; t++)
-		for (int i = 0; i < listed(&f->here.picks[t]) && f->is_clear[t]; i++)
+		for (int i = 0; i < n_picked(&f->here.picks[t]) && f->is_clear[t]; i++)
 			put(f, t, f->here.picks[t].ids[i], -INFINITY);
 	for (int i = 0; i < f->n_always; i++)
 		if (f->is_clear[f->here.rows[i]])
@@ -257,9 +283,18 @@ millm_cuda_fetch_finish(MillmCudaFetch *f, cudaStream_t stream)
 	if (status == cudaSuccess && has_copied)
 		status = cudaStreamSynchronize(stream);
 	for (int t = 0; t < f->n; t++)
-		for (int i = 0; i < listed(&f->here.picks[t]) && f->is_clear[t]; i++)
-			put(f, t, f->here.picks[t].ids[i], f->here.picks[t].values[i]);
+	{
+		f->n_listed[t] = f->is_clear[t] ? 0 : -1;
+		for (int i = 0; i < n_picked(&f->here.picks[t]) && f->is_clear[t]; i++)
+			put_and_list(f, t, f->here.picks[t].ids[i], f->here.picks[t].values[i]);
+	}
 	for (int i = 0; i < f->n_always; i++)
-		put(f, f->here.rows[i], f->here.ids[i], f->here.values[i]);
+		put_and_list(f, f->here.rows[i], f->here.ids[i], f->here.values[i]);
 	return status;
+}
+
+MillmListed
+millm_cuda_fetch_listed(const MillmCudaFetch *f, int t)
+{
+	return t < f->n ? (MillmListed) {f->listed[t], f->n_listed[t]} : (MillmListed) {NULL, -1};
 }

@@ -25,5 +25,7 @@ extern void millm_cuda_fetch_free(MillmCudaFetch *f);	/* NULL is fine */
 extern cudaError_t millm_cuda_fetch_queue(MillmCudaFetch *f, float *host, MillmRows y, const MillmTop *tops, int n, MillmCudaQueue *queue, cudaStream_t stream);
 /* Once the stream has been waited for: the rows of the host are what backend.h's fetch() promises, until the next are queued. */
 extern cudaError_t millm_cuda_fetch_finish(MillmCudaFetch *f, cudaStream_t stream);
+/* Of row t, then: what of it is not -infinity. */
+extern MillmListed millm_cuda_fetch_listed(const MillmCudaFetch *f, int t);
 
 #endif

@@ -71,6 +71,8 @@ struct MillmBackend
 	 * value or -infinity.  Nothing else reads y after it.  NULL: buffer_read() costs nothing.
 	 */
 	void		(*fetch) (MillmBackend *be, MillmBuffer *y, const MillmTop *tops, int n);
+	/* Of row t of what was fetched last, and read, or of what screened_matmul() wrote last: what tops[t] needs is among these.  NULL: of no row that is said. */
+	MillmListed (*listed) (MillmBackend *be, int t);
 
 	/* Begin a step of n tokens: where each is, what its sequence is planned for, and the page tables of it [n, n_groups] (borrowed for the step). */
 	void		(*begin) (MillmBackend *be, const int32_t *positions, const int32_t *planned_lengths, const int32_t *const *pages, int n);

@@ -92,6 +92,8 @@ typedef struct CpuBackend
 	float	   *heap;			/* [vocab / SHORTLIST_SHARE] */
 	int32_t    *ids;			/* the same */
 	float	   *wide_error;		/* [vocab]: of the screening copy with activations of int16; NULL: they are not used */
+	int			n_listed[MAX_SCREENED_ROWS];	/* of each row; -1: too many */
+	int32_t		listed[MAX_SCREENED_ROWS][MILLM_MAX_LISTED];
 } CpuBackend;
 
 static CpuBackend *
@@ -588,9 +590,18 @@ screened_matmul(MillmBackend *be, MillmBuffer *y, const MillmWeight *head, const
 		for (int i = 0; i < n_ids; i++)
 			if (!isfinite(logits[c->ids[i]]))
 				return -1;
+		c->n_listed[t] = n_ids <= MILLM_MAX_LISTED ? n_ids : -1;
+		if (n_ids <= MILLM_MAX_LISTED)
+			memcpy(c->listed[t], c->ids, (size_t) n_ids * sizeof(*c->ids));
 		n_read += n_ids;
 	}
 	return n_read;
+}
+
+static MillmListed
+listed(MillmBackend *be, int t)
+{
+	return (MillmListed) {cpu(be)->listed[t], cpu(be)->n_listed[t]};
 }
 
 /* Query heads of one KV head that a thread takes at a time: a whole group, but where all heads share one (Falcon 7B has 71).  A multiple of the kernels' 4. */
@@ -991,6 +1002,7 @@ create(const MillmModel *model, const MillmBackendOptions *options, MillmBackend
 		.norm = norm,
 		.matmul = matmul,
 		.screened_matmul = screened_matmul,
+		.listed = listed,
 		.split_qkv = split_qkv,
 		.rope_and_store = rope_and_store,
 		.attention = attention,

@@ -456,7 +456,8 @@ run_step(MillmEngine *e, int n)
 	int			n_batch = 0;
 	int			vocab = e->loaded->model->config.vocab_size;
 	double		start = now_ms();
-	const float *logits;
+	const float *logits;		/* those that are next */
+	const float *rows;			/* all of them */
 	const float *hidden;
 	MillmError	err;
 	MillmCode	rc;
@@ -503,6 +504,7 @@ run_step(MillmEngine *e, int n)
 	}
 	millm_sched_done(e->sched, e->plan, n, now_ms() - start);
 	hidden = millm_forward_hidden(e->fw);
+	rows = logits;
 
 	for (int i = 0; i < n; i++)
 	{
@@ -523,7 +525,7 @@ run_step(MillmEngine *e, int n)
 		{
 			const int	n_past = c->slot.n_past;
 
-			rc = generation_take(c, logits, &err);
+			rc = generation_take(c, e->fw, logits, (int) ((logits - rows) / vocab), &err);
 			logits += (size_t) vocab * (size_t) (1 + c->n_drafted);
 			if (c->n_drafted > 0)
 				end_draft(e, c, c->slot.n_past - n_past);

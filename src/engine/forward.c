@@ -40,6 +40,7 @@ struct MillmForward
 	int			max_logits;
 	bool		is_screened;	/* the head has a copy that may be used */
 	int			n_unscreened;	/* steps for which it is not asked */
+	bool		has_lists;		/* of the last rows of logits the backend knows what is listed */
 	MillmHeadUse head_use;
 	MillmBuffer *e;				/* [n, embedding size]; absent where that is the hidden size */
 	MillmBuffer *x;				/* [n, hidden]: the residual */
@@ -673,6 +674,7 @@ run_head(MillmForward *fw, MillmBuffer *in, int n)
 			 (n_read = be->screened_matmul(be, fw->logits, &model->head, &model->screen, in, fw->tops, n)) < 0)
 		fw->n_unscreened = UNSCREENED_STEPS;
 	fw->head_use.n_rows += n;
+	fw->has_lists = n_read > 0 || be->fetch;
 	if (n_read > 0)
 	{
 		fw->head_use.n_screened += n;
@@ -756,6 +758,12 @@ millm_forward_step(MillmForward *fw, const MillmBatchToken *batch, int n, bool (
 	if (rc == MILLM_OK && logits)
 		*logits = fw->n_logits > 0 ? fw->be->buffer_read(fw->be, fw->logits) : NULL;
 	return rc;
+}
+
+MillmListed
+millm_forward_listed(const MillmForward *fw, int i)
+{
+	return fw->has_lists && fw->be->listed ? fw->be->listed(fw->be, i) : (MillmListed) {NULL, -1};
 }
 
 const float *

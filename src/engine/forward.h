@@ -139,6 +139,8 @@ typedef struct MillmBatchToken
 extern MillmCode millm_forward_step(MillmForward *fw, const MillmBatchToken *batch, int n,
 									bool (*should_stop) (void *arg), void *arg,
 									const float **logits, MillmError *err);
+/* Of row i of these logits: what its token's top needs is among these. */
+extern MillmListed millm_forward_listed(const MillmForward *fw, int i);
 /*
  * Of the last step that succeeded, until the next: the hidden states, after the final norm, of the tokens that wanted them, in their order,
  * [n wanting, millm_forward_hidden_size()] float32; transformers' last_hidden_state.  NULL when none did.

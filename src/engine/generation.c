@@ -385,15 +385,15 @@ generation_draft(MillmChoice *c, int max)
 	c->n_drafted = millm_drafter_draft(c->drafter, c->draft, max < n_left ? max : n_left);
 }
 
-/* Choose the next token from logits [vocab_size]. */
+/* Choose the next token from logits [vocab_size], of which these are listed. */
 static MillmCode
-take_one(MillmChoice *c, const float *logits, MillmError *err)
+take_one(MillmChoice *c, const float *logits, MillmListed listed, MillmError *err)
 {
 	const MillmRequest *r = c->request;
 	int32_t		id;
 	const char *piece;
 	size_t		len;
-	MillmCode	rc = millm_sampler_choose(c->sampler, logits, c->slot.n_tokens, &id, err);
+	MillmCode	rc = millm_sampler_choose(c->sampler, logits, &listed, c->slot.n_tokens, &id, err);
 
 	if (rc != MILLM_OK)
 		return rc;
@@ -425,18 +425,19 @@ take_one(MillmChoice *c, const float *logits, MillmError *err)
 }
 
 MillmCode
-generation_take(MillmChoice *c, const float *logits, MillmError *err)
+generation_take(MillmChoice *c, const MillmForward *fw, const float *logits, int row, MillmError *err)
 {
 	const size_t vocab = (size_t) c->request->loaded->model->config.vocab_size;
 	MillmCode	rc = c->sampler ? MILLM_OK : begin_choice(c, err);
 	int			n_accepted = 0;
 
 	if (rc == MILLM_OK)
-		rc = take_one(c, logits, err);
+		rc = take_one(c, logits, millm_forward_listed(fw, row), err);
 	while (rc == MILLM_OK && !c->is_finished && n_accepted < c->n_drafted && generation_token(c, c->slot.n_tokens - 1) == c->draft[n_accepted])
 	{
 		c->slot.n_past++;
-		rc = take_one(c, logits + (size_t) ++n_accepted * vocab, err);
+		n_accepted++;
+		rc = take_one(c, logits + (size_t) n_accepted * vocab, millm_forward_listed(fw, row + n_accepted), err);
 	}
 	if (c->n_drafted > 0)
 		millm_drafter_accepted(c->drafter, n_accepted);

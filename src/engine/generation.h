@@ -87,10 +87,10 @@ extern void generation_draft(MillmChoice *c, int max);
 /* Which logits its next choice needs, and those of the draft; valid until generation_take(). */
 extern MillmTop generation_needs(const MillmChoice *c);
 /*
- * Choose the next token from the first row of logits [1 + n_drafted, vocab_size], and one more from each row of a draft's token that was chosen, which n_past then
- * counts; show what text they complete; may finish the choice.
+ * Choose the next token from the first row of logits [1 + n_drafted, vocab_size], the step's from this row on, and one more from each row of a draft's token that was chosen,
+ * which n_past then counts; show what text they complete; may finish the choice.
  */
-extern MillmCode generation_take(MillmChoice *c, const float *logits, MillmError *err);
+extern MillmCode generation_take(MillmChoice *c, const MillmForward *fw, const float *logits, int row, MillmError *err);
 /* Its last piece: all of it unless it was streamed.  Lives as long as the request. */
 extern MillmPiece generation_last_piece(const MillmChoice *c);
 

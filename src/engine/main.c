@@ -605,7 +605,7 @@ command_greedy(int argc, char **argv)
 		int32_t		id;
 		bool		ends = false;
 
-		rc = millm_sampler_choose(sampler, logits, n + i, &id, &err);
+		rc = millm_sampler_choose(sampler, logits, NULL, n + i, &id, &err);
 		for (int k = 0; k < config->n_eos && rc == MILLM_OK; k++)
 			ends |= config->eos_ids[k] == id;
 		if (rc != MILLM_OK || ends)

@@ -18,6 +18,7 @@
  */
 #include "sampler.h"
 
+#include <float.h>
 #include <math.h>
 #include <stdlib.h>
 #include <string.h>
@@ -27,6 +28,8 @@ typedef struct Candidate
 	float		score;
 	int32_t		id;
 } Candidate;
+
+#define LANES MILLM_ABOVE_LANES	/* as vectors go */
 
 /* In seen[]: the id occurs in the prompt; it has a bias; below them, the count of generated ones. */
 #define IN_PROMPT	0x80000000u
@@ -40,7 +43,7 @@ struct MillmSampler
 	uint32_t   *seen;				/* [n_vocab], only when it penalizes or has biases */
 	int32_t    *distinct;			/* [n_vocab], ids whose seen[] is not 0: whose score is not the logit; behind them a draft's */
 	int			n_distinct;
-	float	   *scores;				/* [n_vocab] */
+	float	   *scores;				/* [n_vocab], only when it penalizes or has biases */
 	Candidate  *candidates;			/* [n_vocab], only when it samples */
 };
 
@@ -58,8 +61,8 @@ millm_sampler_create(const MillmSampling *sampling, int n_vocab)
 	s->penalizes = sampling->repetition_penalty != 1.0f || sampling->frequency_penalty != 0.0f ||
 		sampling->presence_penalty != 0.0f;
 	rescores = s->penalizes || sampling->n_bias > 0;
-	if ((rescores && (!(s->seen = calloc(n, sizeof(*s->seen))) || !(s->distinct = malloc(n * sizeof(*s->distinct))))) ||
-		((rescores || sampling->temperature > 0) && !(s->scores = malloc(n * sizeof(*s->scores)))) ||
+	if ((rescores && (!(s->seen = calloc(n, sizeof(*s->seen))) || !(s->distinct = malloc(n * sizeof(*s->distinct))) ||
+					  !(s->scores = malloc(n * sizeof(*s->scores))))) ||
 		(sampling->temperature > 0 && !(s->candidates = malloc(n * sizeof(*s->candidates)))))
 	{
 		millm_sampler_free(s);
@@ -126,31 +129,55 @@ millm_random_uniform(int64_t seed, int choice, int position)
 	return (double) (x >> 11) * 0x1p-53;
 }
 
-static void
-add_biases(MillmSampler *s)
-{
-	for (int i = 0; i < s->options.n_bias; i++)
-		s->scores[s->options.bias[i].id] += s->options.bias[i].bias;
-}
-
-static void
-penalize(MillmSampler *s)
+/* The score of an id that may have been met. */
+static float
+penalized(const MillmSampler *s, int32_t id, float score)
 {
 	const MillmSampling *o = &s->options;
+	const uint32_t count = s->seen[id] & ~(IN_PROMPT | BIASED);
 
-	for (int i = 0; i < s->n_distinct; i++)
+	if (!(s->seen[id] & ~BIASED))
+		return score;
+	score = score < 0 ? score * o->repetition_penalty : score / o->repetition_penalty;
+	if (count > 0)
+		score -= (float) count * o->frequency_penalty + o->presence_penalty;
+	return score;
+}
+
+/* Of all scores */
+static void
+rescore(const MillmSampler *s, float *scores)
+{
+	for (int i = 0; i < s->options.n_bias; i++)
+		scores[s->options.bias[i].id] += s->options.bias[i].bias;
+	for (int i = 0; i < s->n_distinct && s->penalizes; i++)
+		scores[s->distinct[i]] = penalized(s, s->distinct[i], scores[s->distinct[i]]);
+}
+
+/* The same of those that are listed: of ids [n], ascending */
+static void
+rescore_listed(const MillmSampler *s, float *scores, const int32_t *ids, int n)
+{
+	for (int i = 0; i < s->options.n_bias; i++)
 	{
-		int32_t		id = s->distinct[i];
-		uint32_t	count = s->seen[id] & ~(IN_PROMPT | BIASED);
-		float		score = s->scores[id];
+		const MillmLogitBias *b = &s->options.bias[i];
+		int			from = 0,
+					to = n;		/* it is among these, if at all */
 
-		if (s->seen[id] == BIASED)
-			continue;			/* not yet met */
-		score = score < 0 ? score * o->repetition_penalty : score / o->repetition_penalty;
-		if (count > 0)
-			score -= (float) count * o->frequency_penalty + o->presence_penalty;
-		s->scores[id] = score;
+		while (to - from > 1)
+		{
+			const int	middle = from + (to - from) / 2;
+
+			if (ids[middle] <= b->id)
+				from = middle;
+			else
+				to = middle;
+		}
+		if (from < to && ids[from] == b->id)
+			scores[from] += b->bias;
 	}
+	for (int i = 0; i < n && s->penalizes; i++)
+		scores[i] = penalized(s, ids[i], scores[i]);
 }
 
 /* Does a stand before b in the order (score descending, id ascending)? */
@@ -204,7 +231,6 @@ pop(Candidate *heap, int n)
 static int32_t
 argmax(const float *scores, int n)
 {
-	enum {LANES = 16};
 	float		largest[LANES];
 	int			i = 0;
 
@@ -222,9 +248,9 @@ argmax(const float *scores, int n)
 	return i;
 }
 
-/* NaN and +infinity are damage; -infinity everywhere leaves no choice. */
+/* NaN and +infinity are damage; -infinity everywhere leaves no choice.  Of ids [n], NULL: 0, 1, ... */
 static MillmCode
-check_logits(const float *logits, int n, MillmError *err)
+check_logits(const float *logits, const int32_t *ids, int n, MillmError *err)
 {
 	int			damaged = 0;
 	int			any = 0;
@@ -236,35 +262,53 @@ check_logits(const float *logits, int n, MillmError *err)
 	}
 	for (int i = 0; i < n && damaged; i++)
 		if (!(logits[i] < INFINITY))
-			return millm_fail(err, MILLM_E_INTERNAL, "the logit of token %d is %s", i, isnan(logits[i]) ? "NaN" : "infinite");
+			return millm_fail(err, MILLM_E_INTERNAL, "the logit of token %d is %s", ids ? ids[i] : i, isnan(logits[i]) ? "NaN" : "infinite");
 	if (!any)
 		return millm_fail(err, MILLM_E_INTERNAL, "all logits are -infinity");
 	return MILLM_OK;
 }
 
 /*
- * Make s->candidates a heap of the scores that top_k keeps, and min_p when it is decided without top_p; returns how many.  The
+ * Make s->candidates a heap of those of scores / t [n] that top_k keeps, and min_p when it is decided without top_p; returns how many.  Their ids are those of scores.  The
  * heap depends on nothing else: not on what the others are, and so not on whether they are known.
  */
 static int
-gather(MillmSampler *s)
+gather(MillmSampler *s, const float *scores, int n_scores)
 {
 	const MillmSampling *o = &s->options;
 	Candidate  *c = s->candidates;
 	float		threshold = -INFINITY;
+	float		above = -INFINITY;	/* nothing up to here reaches the threshold, divided */
 	float		max = -INFINITY;
 	int			n = 0;
 	int			n_kept = 0;
 
 	/* The heap of millm_kth_largest() lies in the candidates' memory, which is not yet used. */
-	if (o->top_k > 0 && o->top_k < s->n_vocab)
-		threshold = millm_kth_largest(s->scores, s->n_vocab, o->top_k, (float *) c);
-	for (int32_t i = 0; i < s->n_vocab; i++)
-		if (s->scores[i] >= threshold && s->scores[i] != -INFINITY)
+	if (o->top_k > 0 && o->top_k < n_scores)
+	{
+		const float kth = millm_kth_largest(scores, n_scores, o->top_k, (float *) c);
+
+		threshold = kth / o->temperature;	/* the k-th largest of what is divided: division keeps the order, but may make equal what was not */
+		if (kth > -INFINITY)
+			above = kth - (fabsf(kth) * 0x1p-20f + FLT_MIN);
+	}
+	for (int from = 0; from < n_scores; from += LANES)
+	{
+		const int	to = n_scores - from < LANES ? n_scores : from + LANES;
+
+		if (!millm_any_above(scores + from, to - from, above))
+			continue;
+		for (int i = from; i < to; i++)
 		{
-			c[n++] = (Candidate) {s->scores[i], i};
-			max = s->scores[i] > max ? s->scores[i] : max;
+			const float score = scores[i] / o->temperature;
+
+			if (score >= threshold && score != -INFINITY)
+			{
+				c[n++] = (Candidate) {score, i};
+				max = score > max ? score : max;
+			}
 		}
+	}
 	if (o->min_p > 0 && o->top_p >= 1)
 	{
 		for (int i = 0; i < n; i++)
@@ -356,29 +400,34 @@ millm_sampler_needs(MillmSampler *s, const int32_t *draft, int n_draft)
 }
 
 MillmCode
-millm_sampler_choose(MillmSampler *s, const float *logits, int position, int32_t *out, MillmError *err)
+millm_sampler_choose(MillmSampler *s, const float *logits, const MillmListed *listed, int position, int32_t *out, MillmError *err)
 {
 	const MillmSampling *o = &s->options;
-	MillmCode	rc = check_logits(logits, s->n_vocab, err);
+	const int32_t *ids = listed && listed->n >= 0 ? listed->ids : NULL;
+	const int	n = ids ? listed->n : s->n_vocab;
+	float		of_listed[MILLM_MAX_LISTED];
+	const float *scores = logits;
+	int32_t		at;
+	MillmCode	rc;
 
+	if (ids)
+	{
+		for (int i = 0; i < n; i++)
+			of_listed[i] = logits[ids[i]];
+		scores = of_listed;
+	}
+	rc = check_logits(scores, ids, n, err);
 	if (rc != MILLM_OK)
 		return rc;
-	if (s->scores)
+	if (s->scores && ids)
+		rescore_listed(s, of_listed, ids, n);
+	else if (s->scores)
 	{
-		memcpy(s->scores, logits, (size_t) s->n_vocab * sizeof(*logits));
-		logits = s->scores;
-		add_biases(s);
-		if (s->penalizes)
-			penalize(s);
+		rescore(s, memcpy(s->scores, logits, (size_t) n * sizeof(*logits)));
+		scores = s->scores;
 	}
-	if (o->temperature == 0)
-	{
-		*out = argmax(logits, s->n_vocab);
-		return MILLM_OK;
-	}
-	for (int i = 0; i < s->n_vocab; i++)
-		s->scores[i] /= o->temperature;
-
-	*out = draw(s->candidates, gather(s), o->top_p, o->min_p, millm_random_uniform(o->seed, o->choice, position));
+	at = o->temperature == 0 ? argmax(scores, n) :
+		draw(s->candidates, gather(s, scores, n), o->top_p, o->min_p, millm_random_uniform(o->seed, o->choice, position));
+	*out = ids ? ids[at] : at;
 	return MILLM_OK;
 }

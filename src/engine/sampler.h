@@ -50,10 +50,10 @@ extern void millm_sampler_note_generated(MillmSampler *s, int32_t id);
 extern MillmTop millm_sampler_needs(MillmSampler *s, const int32_t *draft, int n_draft);
 
 /*
- * Choose from logits [n_vocab], which are only read, for the token at that position of the sequence.
- * INTERNAL when a logit is NaN or +infinity, or all are -infinity.
+ * Choose from logits [n_vocab], which are only read, for the token at that position of the sequence: of those that are listed, or, with NULL, of all.  The choice is the
+ * same if all that millm_sampler_needs() are.  INTERNAL when a logit is NaN or +infinity, or all are -infinity.
  */
-extern MillmCode millm_sampler_choose(MillmSampler *s, const float *logits, int position, int32_t *out, MillmError *err);
+extern MillmCode millm_sampler_choose(MillmSampler *s, const float *logits, const MillmListed *listed, int position, int32_t *out, MillmError *err);
 
 /* The uniform random number in [0, 1) of that place; the same on every machine. */
 extern double millm_random_uniform(int64_t seed, int choice, int position);

@@ -18,41 +18,43 @@
 
 #define LANES 16
 
+/* x in place of the smallest in the heap of k, which is its root */
+static void
+replace_root(float *heap, int k, float x)
+{
+	int			at = 0;
+
+	for (int child; (child = 2 * at + 1) < k; at = child)
+	{
+		if (child + 1 < k && heap[child + 1] < heap[child])
+			child++;
+		if (heap[child] >= x)
+			break;
+		heap[at] = heap[child];
+	}
+	heap[at] = x;
+}
+
 float
 millm_kth_largest(const float *scores, int n, int k, float *heap)
 {
-	int			size = 0;
-
-	/* a heap of the k largest seen, the smallest at its root */
-	for (int i = 0; i < n; i++)
+	/* a heap of the k largest seen, the smallest at its root: the first k, then whoever is larger */
+	for (int i = 0; i < k; i++)
 	{
-		float		x = scores[i];
-		int			at;
+		int			at = i;
 
-		if (size < k)
-		{
-			at = size++;
-			while (at > 0 && heap[(at - 1) / 2] > x)
-			{
-				heap[at] = heap[(at - 1) / 2];
-				at = (at - 1) / 2;
-			}
-		}
-		else if (x > heap[0])
-		{
-			at = 0;
-			for (int child; (child = 2 * at + 1) < k; at = child)
-			{
-				if (child + 1 < k && heap[child + 1] < heap[child])
-					child++;
-				if (heap[child] >= x)
-					break;
-				heap[at] = heap[child];
-			}
-		}
-		else
-			continue;
-		heap[at] = x;
+		for (; at > 0 && heap[(at - 1) / 2] > scores[i]; at = (at - 1) / 2)
+			heap[at] = heap[(at - 1) / 2];
+		heap[at] = scores[i];
+	}
+	for (int from = k; from < n; from += MILLM_ABOVE_LANES)
+	{
+		const int	to = n - from < MILLM_ABOVE_LANES ? n : from + MILLM_ABOVE_LANES;
+
+		if (millm_any_above(scores + from, to - from, heap[0]))
+			for (int i = from; i < to; i++)
+				if (scores[i] > heap[0])
+					replace_root(heap, k, scores[i]);
 	}
 	return heap[0];
 }

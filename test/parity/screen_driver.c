@@ -171,8 +171,8 @@ compare_row(Comparison *c, const float *h, const float *z, const float *y, Millm
 			c->few[v] = -INFINITY;
 		for (int i = 0; i < n; i++)
 			c->few[c->ids[i]] = z[c->ids[i]];
-		if (millm_sampler_choose(samplers[s], z, (int) c->n_positions, &all, &err) != MILLM_OK ||
-			millm_sampler_choose(samplers[s], c->few, (int) c->n_positions, &few, &err) != MILLM_OK || all != few)
+		if (millm_sampler_choose(samplers[s], z, NULL, (int) c->n_positions, &all, &err) != MILLM_OK ||
+			millm_sampler_choose(samplers[s], c->few, NULL, (int) c->n_positions, &few, &err) != MILLM_OK || all != few)
 			c->n_differ[s]++;
 	}
 	c->n_positions++;

@@ -1395,6 +1395,19 @@ assert_needed(const float *row, const float *logits, int n, const MillmTop *top,
 	return n_there;
 }
 
+/* The list of a row is what is there of it, n_there logits, or it is whole, or too long for one. */
+static void
+assert_listed(MillmListed l, const float *row, int n, int n_there, const char *what)
+{
+	int			at = 0;
+
+	if (l.n < 0 ? n_there <= 256 && n_there < n : l.n != n_there)
+		fail_msg("%s: %d are listed of %d", what, l.n, n_there);
+	for (int v = 0; v < n && l.n >= 0; v++)
+		if (row[v] != -INFINITY && l.ids[at++] != v)
+			fail_msg("%s: %d is not listed", what, v);
+}
+
 static void
 run_fetch(int n_columns, bool has_ties)
 {
@@ -1444,6 +1457,7 @@ run_fetch(int n_columns, bool has_ties)
 			n_there = assert_needed(y + (int64_t) t * n_columns, logits + (int64_t) t * n_columns, n_columns, &now[t], what);
 			if (now[t].k == 1 && !has_ties)
 				assert_int_equal(n_there, 1);
+			assert_listed(r.be[1]->listed(r.be[1], t), y + (int64_t) t * n_columns, n_columns, n_there, what);
 		}
 		if (n == 1 && now[0].k == 1)
 			assert_true(bytes <= sizeof(MillmCudaPicks) + 4);

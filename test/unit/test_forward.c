@@ -715,7 +715,14 @@ screened_rows(const Tiny *unscreened, const char *variant)
 				batch[i].top = (MillmTop) {.k = k, .margin = INFINITY};
 			step(fw, batch, n, rows_c);
 			for (int i = 0; i < n; i++)
-				assert_true(assert_screened(rows_c + i * VOCAB, rows_a + (size_t) (at + i) * VOCAB, k) < VOCAB / 4);
+			{
+				const MillmListed l = millm_forward_listed(fw, i);
+
+				assert_int_equal(assert_screened(rows_c + i * VOCAB, rows_a + (size_t) (at + i) * VOCAB, k), l.n);
+				assert_true(l.n < VOCAB / 4);
+				for (int j = 0; j < l.n; j++)
+					assert_true(rows_c[i * VOCAB + l.ids[j]] > -INFINITY && (j == 0 || l.ids[j] > l.ids[j - 1]));
+			}
 		}
 	use = millm_forward_head_use(fw);
 	assert_int_equal(use.n_rows, 26);
@@ -754,6 +761,7 @@ screened_rows(const Tiny *unscreened, const char *variant)
 	batch[0].top = (MillmTop) {.k = 1, .margin = INFINITY};
 	step(fw, batch, 2, rows_c);
 	assert_same_bits("one wants all", rows_c, rows_a + (size_t) at * VOCAB, 2);
+	assert_int_equal(millm_forward_listed(fw, 0).n, -1);
 	at += 2;
 	append(batch, 0, seq, 1, at, 9);
 	for (int i = 0; i < 9; i++)

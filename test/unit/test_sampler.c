@@ -29,7 +29,7 @@ frequencies(MillmSampling o, const float *logits, int n, double *out)
 	{
 		int32_t		id = -1;
 
-		assert_int_equal(millm_sampler_choose(s, logits, pos, &id, &err), MILLM_OK);
+		assert_int_equal(millm_sampler_choose(s, logits, NULL, pos, &id, &err), MILLM_OK);
 		assert_true(id >= 0 && id < n);
 		out[id] += 1.0 / N_DRAWS;
 	}
@@ -62,7 +62,7 @@ greedy(MillmSampling o, const float *logits, int n, const int32_t *prompt, int n
 	millm_sampler_note_prompt(s, prompt, n_prompt);
 	for (int i = 0; i < n_made; i++)
 		millm_sampler_note_generated(s, made[i]);
-	assert_int_equal(millm_sampler_choose(s, logits, 0, &id, &err), MILLM_OK);
+	assert_int_equal(millm_sampler_choose(s, logits, NULL, 0, &id, &err), MILLM_OK);
 	millm_sampler_free(s);
 	return id;
 }
@@ -294,8 +294,8 @@ pure_draws(void **state)
 		int32_t		x;
 		int32_t		y;
 
-		assert_int_equal(millm_sampler_choose(a, logits, pos, &x, &err), MILLM_OK);
-		assert_int_equal(millm_sampler_choose(b, logits, pos, &y, &err), MILLM_OK);
+		assert_int_equal(millm_sampler_choose(a, logits, NULL, pos, &x, &err), MILLM_OK);
+		assert_int_equal(millm_sampler_choose(b, logits, NULL, pos, &y, &err), MILLM_OK);
 		assert_int_equal(x, y);
 	}
 	millm_sampler_free(a);
@@ -321,7 +321,7 @@ damage(void **state)
 
 			o.temperature = (float) t;
 			s = millm_sampler_create(&o, 3);
-			assert_int_equal(millm_sampler_choose(s, rows[i], 0, &id, &err), MILLM_E_INTERNAL);
+			assert_int_equal(millm_sampler_choose(s, rows[i], NULL, 0, &id, &err), MILLM_E_INTERNAL);
 			if (i < 2)
 				assert_non_null(strstr(err.message, "token 1"));
 			millm_sampler_free(s);
@@ -468,6 +468,86 @@ needs(void **state)
 		}
 }
 
+/* Of a list only what is in it is looked at, and the choice is that of the whole row: with equal ones, biases and penalties. */
+static void
+listed(void **state)
+{
+	enum {N = 700};
+	static const MillmLogitBias bias[] = {{3, 1}, {50, -2}, {699, 2.5f}};
+	static const int32_t prompt[] = {4, 90, 3, 699, 400};
+	static const MillmSampling settings[] = {
+		{.temperature = 0, .top_p = 1, .repetition_penalty = 1}, {.temperature = 1, .top_k = 20, .top_p = 1, .repetition_penalty = 1},
+		{.temperature = 0.6f, .top_k = 20, .top_p = 0.9f, .repetition_penalty = 1.2f, .frequency_penalty = 0.5f},
+		{.temperature = 3, .top_p = 1, .min_p = 0.2f, .repetition_penalty = 1}, {.temperature = 1, .top_k = 1000, .top_p = 0.9f, .repetition_penalty = 1},
+	};
+	int			n_long = 0;
+
+	(void) state;
+	for (int i = 0; i < 5 * 200 * 4; i++)
+	{
+		MillmSampling o = settings[i % 5];
+		MillmListed all = {NULL, -1};
+		MillmSampler *s;
+		MillmTop	top;
+		float		row[N],
+					rest[N];
+		int32_t		ids[N];
+		MillmListed l = {ids, 0};
+		MillmError	err;
+		int32_t		a = -1,
+					b = -2;
+
+		o.bias = bias;
+		o.n_bias = i % 4;
+		s = millm_sampler_create(&o, N);
+		millm_sampler_note_prompt(s, prompt, i % 7 == 0 ? 0 : 5);
+		millm_sampler_note_generated(s, 90);
+		for (int v = 0; v < N; v++)
+			row[v] = roundf((float) millm_random_uniform(i, 1, v) * 100) / 8 - 4;
+		top = millm_sampler_needs(s, NULL, 0);
+		for (int v = 0; v < N; v++)
+		{
+			bool		is_in = i % 9 == 0 && v % 3 == 0;	/* more than what is needed */
+			int			n_above = 0;
+			float		largest = -INFINITY;
+
+			for (int k = 0; k < top.n_always; k++)
+				is_in |= top.always[k] == v;
+			for (int u = 0; u < N; u++)
+			{
+				n_above += row[u] > row[v];
+				largest = fmaxf(largest, row[u]);
+			}
+			/* penalties move some of those that are above; here as many as there are */
+			is_in |= n_above < top.k + 8 && row[v] >= largest - 8 - top.margin;
+			rest[v] = is_in ? row[v] : NAN;
+			if (is_in)
+				ids[l.n++] = v;
+		}
+		assert_true(top.k > 0 || i % 5 == 4);
+		if (top.k == 0 || l.n > MILLM_MAX_LISTED)
+		{
+			n_long++;
+			l = all;
+			memcpy(rest, row, sizeof(rest));
+		}
+		for (int pos = 0; pos < 4; pos++)
+		{
+			assert_int_equal(millm_sampler_choose(s, row, NULL, pos, &a, &err), MILLM_OK);
+			assert_int_equal(millm_sampler_choose(s, rest, &l, pos, &b, &err), MILLM_OK);
+			assert_int_equal(b, a);
+		}
+		if (l.n > 0)
+		{
+			rest[ids[l.n / 2]] = NAN;
+			assert_int_equal(millm_sampler_choose(s, rest, &l, 0, &a, &err), MILLM_E_INTERNAL);
+			assert_non_null(strstr(err.message, "NaN"));
+		}
+		millm_sampler_free(s);
+	}
+	assert_true(n_long >= 800 && n_long < 2000);
+}
+
 int
 main(void)
 {
@@ -475,7 +555,7 @@ main(void)
 		cmocka_unit_test(greedy_ties), cmocka_unit_test(softmax), cmocka_unit_test(top_k), cmocka_unit_test(top_p),
 		cmocka_unit_test(min_p), cmocka_unit_test(penalties), cmocka_unit_test(pure_draws), cmocka_unit_test(damage),
 		cmocka_unit_test(precedence), cmocka_unit_test(ranges), cmocka_unit_test(max_tokens),
-		cmocka_unit_test(needs), cmocka_unit_test(biases), cmocka_unit_test(logprobs),
+		cmocka_unit_test(needs), cmocka_unit_test(listed), cmocka_unit_test(biases), cmocka_unit_test(logprobs),
 	};
 
 	return cmocka_run_group_tests(tests, NULL, NULL);

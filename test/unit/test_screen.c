@@ -354,13 +354,16 @@ same_choice(const Head *h, const float *error, const float *x, const float *z, c
 				assert_true(isfinite(z[v]));	/* nothing that has overflowed goes unseen */
 		for (int pos = 0; pos < 6 && n >= 0 && finite; pos++)
 		{
+			const MillmListed listed = {ids, n};
 			int32_t		a = -1,
-						b = -2;
+						b = -2,
+						c = -3;
 
-			assert_int_equal(millm_sampler_choose(sampler, z, pos, &a, &err), MILLM_OK);
-			assert_int_equal(millm_sampler_choose(sampler, few, pos, &b, &err), MILLM_OK);
-			if (a != b)
-				fail_msg("setting %zu, dtype %d, width %d: %d instead of %d", s, h->dtype, (int) h->n_in, b, a);
+			assert_int_equal(millm_sampler_choose(sampler, z, NULL, pos, &a, &err), MILLM_OK);
+			assert_int_equal(millm_sampler_choose(sampler, few, NULL, pos, &b, &err), MILLM_OK);
+			assert_int_equal(millm_sampler_choose(sampler, z, &listed, pos, &c, &err), MILLM_OK);
+			if (a != b || a != c)
+				fail_msg("setting %zu, dtype %d, width %d: %d and %d instead of %d", s, h->dtype, (int) h->n_in, b, c, a);
 		}
 		millm_sampler_free(sampler);
 	}
