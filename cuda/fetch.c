@@ -3,7 +3,7 @@
  *
  * Owns:     lists of picked logits on both sides (page-locked on the host's), and what goes to the device for them.
  * Borrows:  the logits of the device, the rows of the host.
- * Does not: choose.  It brings at least what a choice needs, in rows that are -infinity elsewhere: who chooses reads them as if they were whole.
+ * Does not: choose.  It brings at least what a choice needs, in rows that are -infinity elsewhere, and says which ids are there: who chooses looks at those, or reads the rows as if they were whole.
  *
  * A row of the host that is -infinity stays so but for what was picked, which is taken back before the next lists come: no row is
  * filled for each token.  A row of which too much would be picked crosses whole.
